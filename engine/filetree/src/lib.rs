@@ -1,0 +1,1 @@
+//! A file tree kept on the recovery engine.

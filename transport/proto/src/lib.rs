@@ -1,0 +1,3 @@
+//! RoCEv2 wire formats and queue pair state machines, sans-IO.
+#![no_std]
+#![forbid(unsafe_code)]

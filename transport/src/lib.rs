@@ -1,0 +1,1 @@
+//! Verbs transport: device, memory region, queue pair and completion over soft-RoCE.
