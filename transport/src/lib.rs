@@ -2,5 +2,6 @@
 #![deny(unsafe_code)]
 
 pub mod faults;
+pub mod memory;
 #[allow(unsafe_code)] // the one place that makes socket system calls
 pub mod udp;
