@@ -68,6 +68,11 @@ impl Access {
 pub struct Key(pub u32);
 
 impl Key {
+    /// Index of the region it names, if it names one.
+    pub fn region(self) -> u32 {
+        self.0 >> 8
+    }
+
     fn index(self) -> usize {
         (self.0 >> 8) as usize
     }

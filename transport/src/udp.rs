@@ -289,6 +289,8 @@ pub struct Frame {
     pub trailer: [u8; TRAILER_MAX],
     /// What lies between them.
     pub payload: Payload,
+    /// An injected fault: to be sealed wrongly.
+    pub is_spoilt: bool,
 }
 
 impl Frame {
@@ -717,6 +719,7 @@ mod tests {
                 len,
                 offset: u64::from(mark),
             },
+            is_spoilt: false,
         }
     }
 
