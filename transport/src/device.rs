@@ -203,7 +203,7 @@ impl Device {
         let mut sum = self.counters;
         for slot in &self.slots {
             if let Some(qp) = &slot.qp {
-                add_counters(&mut sum, &qp.counters());
+                add_counters(&mut sum, qp.counters());
             }
         }
         sum
@@ -237,7 +237,7 @@ impl Device {
         let slot = &mut self.slots[index as usize];
         let qpn = Qpn::new(self.salt << 16 | (QPN_FIRST + index));
         slot.qpn = qpn;
-        slot.qp = Some(QueuePair::new(qp::QpKind::Rc, caps));
+        slot.qp = Some(QueuePair::new(qp::QpKind::Rc, qpn, caps));
         slot.domain = domain;
         slot.peer = None;
         slot.in_flight = 0;
@@ -262,7 +262,7 @@ impl Device {
     pub(crate) fn destroy_qp(&mut self, id: QpId) {
         let slot = &mut self.slots[id.0 as usize];
         let Some(qp) = slot.qp.take() else { return };
-        add_counters(&mut self.counters, &qp.counters());
+        add_counters(&mut self.counters, qp.counters());
         if let Some(peer) = slot.peer {
             let before = std::mem::take(&mut slot.in_flight);
             self.peers[peer as usize].budget.update(before, 0);
@@ -401,7 +401,7 @@ impl Device {
     fn settle(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         let (Some(qp), Some(peer)) = (&slot.qp, slot.peer) else { return };
-        let after = qp.in_flight();
+        let after = qp.packets_in_flight();
         let before = std::mem::replace(&mut slot.in_flight, after);
         if before != after {
             self.peers[peer as usize].budget.update(before, after);
@@ -446,7 +446,7 @@ impl Device {
             let slot = &mut self.slots[index as usize];
             let Some(qp) = slot.qp.as_mut() else { return };
             let Some(transmit) = qp.poll_transmit(now, allow) else {
-                if room == 0 && qp.can_send() {
+                if room == 0 && qp.has_pending_transmit() {
                     slot.is_queued = true;
                     self.peers[peer as usize].waiting.push_back(index);
                 }

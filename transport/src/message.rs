@@ -1,0 +1,2 @@
+mod outbox;
+mod parcel;
