@@ -465,7 +465,7 @@ impl Responder {
         memory: &mut impl Memory,
         link: &Link,
     ) -> Result<u32, Refusal> {
-        if !link.access.remote_atomic || eth.va % 8 != 0 || self.replay_depth == 0 {
+        if !link.access.remote_atomic || !eth.va.is_multiple_of(8) || self.replay_depth == 0 {
             return Err(INVALID);
         }
         let original = memory.atomic(Rkey(eth.rkey), eth.va, op)?;
