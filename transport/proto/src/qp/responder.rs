@@ -219,7 +219,7 @@ impl Responder {
             }
             _ => {
                 out.counters.duplicate_request += 1;
-                return (self.handle_duplicate(packet, memory), false);
+                return (self.handle_duplicate(packet, memory, link), false);
             }
         }
         let psn = self.expected;
@@ -465,7 +465,7 @@ impl Responder {
         memory: &mut impl Memory,
         link: &Link,
     ) -> Result<u32, Refusal> {
-        if !link.access.remote_atomic || eth.va % 8 != 0 || self.replay_depth == 0 {
+        if !link.access.remote_atomic || !eth.va.is_multiple_of(8) || self.replay_depth == 0 {
             return Err(INVALID);
         }
         let original = memory.atomic(Rkey(eth.rkey), eth.va, op)?;
@@ -482,7 +482,12 @@ impl Responder {
 
     /// A request behind the expected PSN: answered again, never executed again (a READ is, which
     /// harms nobody).
-    fn handle_duplicate(&mut self, packet: &Packet<'_>, memory: &mut impl Memory) -> Outcome {
+    fn handle_duplicate(
+        &mut self,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+    ) -> Outcome {
         let psn = packet.psn();
         match packet.row().kind {
             Kind::Send | Kind::Write => {
@@ -492,7 +497,7 @@ impl Responder {
             Kind::ReadRequest => {
                 let answer = packet
                     .reth()
-                    .and_then(|reth| self.replay_read(psn, reth, memory));
+                    .and_then(|reth| self.replay_read(psn, reth, memory, link));
                 self.replay_answer(answer.map(Answer::Read))
             }
             Kind::CompareSwap | Kind::FetchAdd => {
@@ -510,20 +515,27 @@ impl Responder {
     }
 
     /// The answer to a repeated READ request, if it lies within one that is remembered.
-    fn replay_read(&self, psn: Psn, asked: Reth, memory: &impl Memory) -> Option<ReadAnswer> {
-        let mtu_offset = |from: Psn, packets: u32, reth: Reth| {
-            let skip = psn.offset_from(from);
-            // Full packets before this one: their bytes are the distance in addresses.
-            let bytes = asked.va.wrapping_sub(reth.va);
-            let inside = bytes
-                .checked_add(asked.len.into())
-                .is_some_and(|end| end <= reth.len.into());
-            (skip < packets && inside && asked.rkey == reth.rkey && (skip == 0) == (bytes == 0))
-                .then_some(())
-        };
-        self.replay.iter().find_map(|replay| match *replay {
-            Replay::Read { psn, packets, reth } => mtu_offset(psn, packets, reth),
-            Replay::Atomic { .. } => None,
+    fn replay_read(
+        &self,
+        psn: Psn,
+        asked: Reth,
+        memory: &impl Memory,
+        link: &Link,
+    ) -> Option<ReadAnswer> {
+        self.replay.iter().find(|replay| match **replay {
+            Replay::Read {
+                psn: first,
+                packets,
+                reth,
+            } => {
+                let skip = psn.offset_from(first);
+                let bytes = asked.va.wrapping_sub(reth.va);
+                skip < packets
+                    && bytes == u64::from(skip) * u64::from(link.mtu.bytes())
+                    && bytes + u64::from(asked.len) <= u64::from(reth.len)
+                    && asked.rkey == reth.rkey
+            }
+            Replay::Atomic { .. } => false,
         })?;
         if asked.len > 0 {
             memory

@@ -495,14 +495,14 @@ impl QpState {
     /// | Reset     | yes   | yes  |     |     | yes |
     /// | Init      | yes   | yes  | yes |     | yes |
     /// | Rtr       | yes   |      |     | yes | yes |
-    /// | Rts       | yes   |      |     | yes | yes |
+    /// | Rts       | yes   |      |     |     | yes |
     /// | Err       | yes   |      |     |     | yes |
     #[must_use]
     pub const fn legal(self, next: Self) -> bool {
         use QpState::{Err, Init, Reset, Rtr, Rts};
         matches!(
             (self, next),
-            (_, Reset | Err) | (Reset | Init, Init) | (Init, Rtr) | (Rtr | Rts, Rts)
+            (_, Reset | Err) | (Reset | Init, Init) | (Init, Rtr) | (Rtr, Rts)
         )
     }
 }

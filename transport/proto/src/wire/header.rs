@@ -249,6 +249,7 @@ impl Header {
 
     /// Length on the wire, bytes: a multiple of four, at most [`HEADER_LEN_MAX`].
     #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "a header is never empty")]
     pub const fn len(&self) -> usize {
         self.opcode.row().shape.header_len()
     }

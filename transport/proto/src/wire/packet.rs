@@ -61,7 +61,7 @@ impl<'a> Packet<'a> {
             .checked_sub(ICRC_LEN + pad)
             .filter(|&end| end >= header_len)
             .ok_or(Malformed::Short)?;
-        if bytes.len() % 4 != 0 {
+        if !bytes.len().is_multiple_of(4) {
             return Err(Malformed::Unaligned);
         }
         if !row.payload.admits(payload_end - header_len, pad) {
