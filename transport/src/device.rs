@@ -29,13 +29,14 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Instant;
 
+use lowtide_transport_proto::cm::GSI_QKEY;
 use lowtide_transport_proto::icrc::{self, Flow, Icrc, Ip};
 use lowtide_transport_proto::qp::{
     self, AccessError, Allow, AtomicOp, Completion, Fragment, Lkey, QpCaps, QueuePair, Rkey,
     Transmit,
 };
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{Class, Packet, Qpn, pad_len};
+use lowtide_transport_proto::wire::{Class, Extension, Packet, Qpn, pad_len};
 
 use self::budget::Budget;
 use self::timers::Timers;
@@ -67,7 +68,10 @@ pub(crate) enum Input {
     Dropped,
     /// A queue pair took it. `placed` are the bytes that went to a receive of key [`IN_PLACE`]:
     /// their offset in the message and where in the datagram they are.
-    Taken { id: QpId, placed: Option<(u64, Range<usize>)> },
+    Taken {
+        id: QpId,
+        placed: Option<(u64, Range<usize>)>,
+    },
     /// A management datagram for queue pair 1: where in the datagram it is.
     Management(Range<usize>),
     /// A good packet of a connection that does not exist here.
@@ -251,7 +255,11 @@ impl Device {
         let index = *self.peer_index.entry(address).or_insert(next);
         if index == next {
             let budget = Budget::default();
-            self.peers.push(Peer { address, budget, waiting: VecDeque::new() });
+            self.peers.push(Peer {
+                address,
+                budget,
+                waiting: VecDeque::new(),
+            });
         }
         if let Some(datagrams) = budget {
             self.peers[index as usize].budget.learn(datagrams);
@@ -280,7 +288,11 @@ impl Device {
     }
 
     pub(crate) fn poll_completion(&mut self, id: QpId) -> Option<Completion> {
-        self.slots.get_mut(id.0 as usize)?.qp.as_mut()?.poll_completion()
+        self.slots
+            .get_mut(id.0 as usize)?
+            .qp
+            .as_mut()?
+            .poll_completion()
     }
 
     fn mark_ready(&mut self, index: u32) {
@@ -342,14 +354,25 @@ impl Device {
             }
         }
         if packet.dest() == Qpn::GSI {
-            return Input::Management(packet.payload_range());
+            return match packet.extension() {
+                Extension::Deth(deth) if deth.qkey == GSI_QKEY => {
+                    Input::Management(packet.payload_range())
+                }
+                _ => {
+                    self.counters.rx_unknown_qp += 1;
+                    Input::Dropped
+                }
+            };
         }
         self.handle_connected(now, source, &packet)
     }
 
     fn handle_connected(&mut self, now: Nanos, source: SocketAddr, packet: &Packet<'_>) -> Input {
         let index = (packet.dest().value() & 0xFFFF).wrapping_sub(QPN_FIRST);
-        let slot = self.slots.get_mut(index as usize).filter(|slot| slot.qpn == packet.dest());
+        let slot = self
+            .slots
+            .get_mut(index as usize)
+            .filter(|slot| slot.qpn == packet.dest());
         let Some((slot, peer)) = slot.and_then(|slot| {
             let peer = slot.peer?;
             slot.qp.is_some().then_some((slot, peer))
@@ -366,19 +389,30 @@ impl Device {
             self.counters.rx_wrong_peer += 1;
             return Input::Dropped;
         }
-        let Some(qp) = slot.qp.as_mut() else { return Input::Dropped };
-        let mut view = View { memory: &mut self.memory, domain: slot.domain, placed: None };
+        let Some(qp) = slot.qp.as_mut() else {
+            return Input::Dropped;
+        };
+        let mut view = View {
+            memory: &mut self.memory,
+            domain: slot.domain,
+            placed: None,
+        };
         qp.handle_packet(now, packet, &mut view);
         let placed = view.placed.map(|offset| (offset, packet.payload_range()));
         self.settle(index);
         self.mark_ready(index);
-        Input::Taken { id: QpId(index), placed }
+        Input::Taken {
+            id: QpId(index),
+            placed,
+        }
     }
 
     /// Lets the next queue pair whose timer is due act; the caller polls its completions.
     pub(crate) fn expire(&mut self, now: Nanos) -> Option<QpId> {
         while let Some(index) = self.timers.pop(now) {
-            let Some(qp) = self.slots[index as usize].qp.as_mut() else { continue };
+            let Some(qp) = self.slots[index as usize].qp.as_mut() else {
+                continue;
+            };
             match qp.poll_timeout() {
                 Some(due) if due <= now => {
                     qp.handle_timeout(now);
@@ -400,7 +434,9 @@ impl Device {
     /// Brings the peer's budget up to date after the queue pair has changed.
     fn settle(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
-        let (Some(qp), Some(peer)) = (&slot.qp, slot.peer) else { return };
+        let (Some(qp), Some(peer)) = (&slot.qp, slot.peer) else {
+            return;
+        };
         let after = qp.packets_in_flight();
         let before = std::mem::replace(&mut slot.in_flight, after);
         if before != after {
@@ -434,7 +470,9 @@ impl Device {
 
     /// One turn of one queue pair.
     fn transmit_from(&mut self, index: u32, now: Nanos) {
-        let Some(peer) = self.slots[index as usize].peer else { return };
+        let Some(peer) = self.slots[index as usize].peer else {
+            return;
+        };
         let address = self.peers[peer as usize].address;
         for sent in 0.. {
             if sent == BURST {
@@ -442,7 +480,11 @@ impl Device {
                 break;
             }
             let room = self.peers[peer as usize].budget.room();
-            let allow = if room > 0 { Allow::All } else { Allow::ControlOnly };
+            let allow = if room > 0 {
+                Allow::All
+            } else {
+                Allow::ControlOnly
+            };
             let slot = &mut self.slots[index as usize];
             let Some(qp) = slot.qp.as_mut() else { return };
             let Some(transmit) = qp.poll_transmit(now, allow) else {
@@ -476,27 +518,41 @@ impl Device {
         let offset = self.scratch.len();
         copy(&mut self.scratch);
         let len = (self.scratch.len() - offset) as u32;
-        Payload { region: SCRATCH, offset: offset as u64, len }
+        Payload {
+            region: SCRATCH,
+            offset: offset as u64,
+            len,
+        }
     }
 
     /// Puts a packet into the batch; payload by reference where nobody else can change it.
     fn stage(&mut self, target: SocketAddr, transmit: &Transmit) {
         let payload = match transmit.payload.as_slice() {
             [] => Payload::EMPTY,
-            [one] if self.memory.private(key_of(one).region()).is_some() => {
-                Payload { region: key_of(one).region(), offset: one.addr, len: one.len }
-            }
+            [one] if self.memory.private(key_of(one).region()).is_some() => Payload {
+                region: key_of(one).region(),
+                offset: one.addr,
+                len: one.len,
+            },
             several => {
                 let offset = self.scratch.len();
                 for fragment in several {
                     let start = self.scratch.len();
                     self.scratch.resize(start + fragment.len as usize, 0);
                     let region = key_of(fragment).region();
-                    let span = Span { region, offset: fragment.addr, len: fragment.len };
+                    let span = Span {
+                        region,
+                        offset: fragment.addr,
+                        len: fragment.len,
+                    };
                     self.memory.fetch(span, &mut self.scratch[start..]);
                 }
                 let len = (self.scratch.len() - offset) as u32;
-                Payload { region: SCRATCH, offset: offset as u64, len }
+                Payload {
+                    region: SCRATCH,
+                    offset: offset as u64,
+                    len,
+                }
             }
         };
         self.push(target, transmit.header(), payload);
@@ -549,7 +605,14 @@ impl Device {
         if self.staged.is_empty() {
             return;
         }
-        let Device { socket, staged, scratch, memory, counters, .. } = self;
+        let Device {
+            socket,
+            staged,
+            scratch,
+            memory,
+            counters,
+            ..
+        } = self;
         let local = socket.local_addr();
         let report = socket.send(
             staged,
@@ -592,7 +655,9 @@ fn resolve<'m>(payload: &Payload, scratch: &'m [u8], memory: &'m Memory) -> &'m 
     let bytes = match payload.region {
         _ if payload.len == 0 => return &[],
         SCRATCH => scratch,
-        region => memory.private(region).expect("staged payload outlives its batch"),
+        region => memory
+            .private(region)
+            .expect("staged payload outlives its batch"),
     };
     &bytes[payload.offset as usize..][..payload.len as usize]
 }
@@ -600,18 +665,27 @@ fn resolve<'m>(payload: &Payload, scratch: &'m [u8], memory: &'m Memory) -> &'m 
 /// The flow of a packet from `source` to `target`; none if their families differ.
 fn flow(source: SocketAddr, target: IpAddr, target_port: u16) -> Option<Flow> {
     let ip = match (source.ip(), target) {
-        (IpAddr::V4(source), IpAddr::V4(target)) => {
-            Ip::V4 { source, target, identification: 0, flags: icrc::DONT_FRAGMENT }
-        }
+        (IpAddr::V4(source), IpAddr::V4(target)) => Ip::V4 {
+            source,
+            target,
+            identification: 0,
+            flags: icrc::DONT_FRAGMENT,
+        },
         (IpAddr::V6(source), IpAddr::V6(target)) => Ip::V6 { source, target },
         _ => return None,
     };
-    Some(Flow { ip, source_port: source.port(), target_port })
+    Some(Flow {
+        ip,
+        source_port: source.port(),
+        target_port,
+    })
 }
 
 /// Writes pad and ICRC for the place in a run that the frame got.
 fn seal(local: SocketAddr, frame: &mut Frame, payload: &[u8], identification: u16) {
-    let Some(flow) = flow(local, frame.target.ip(), frame.target.port()) else { return };
+    let Some(flow) = flow(local, frame.target.ip(), frame.target.port()) else {
+        return;
+    };
     let flow = flow.with_identification(identification);
     let mut crc = Icrc::begin(&flow, frame.header(), frame.wire_len());
     crc.update(payload);
@@ -648,7 +722,9 @@ impl qp::Memory for View<'_> {
         len: u32,
         access: qp::Access,
     ) -> Result<(), AccessError> {
-        let checked = self.memory.check(self.domain, Key(rkey.0), va, len, wanted(access));
+        let checked = self
+            .memory
+            .check(self.domain, Key(rkey.0), va, len, wanted(access));
         checked.map(drop).map_err(|_| AccessError)
     }
 
@@ -659,7 +735,10 @@ impl qp::Memory for View<'_> {
         }
         let right = match target.key {
             qp::Key::Local(_) => Access::LOCAL,
-            qp::Key::Remote(_) => Access { remote_write: true, ..Access::default() },
+            qp::Key::Remote(_) => Access {
+                remote_write: true,
+                ..Access::default()
+            },
         };
         let key = key_of(&target);
         let span = self
@@ -671,9 +750,14 @@ impl qp::Memory for View<'_> {
     }
 
     fn atomic(&mut self, rkey: Rkey, va: u64, op: AtomicOp) -> Result<u64, AccessError> {
-        let right = Access { remote_atomic: true, ..Access::default() };
-        let span =
-            self.memory.check(self.domain, Key(rkey.0), va, 8, right).map_err(|_| AccessError)?;
+        let right = Access {
+            remote_atomic: true,
+            ..Access::default()
+        };
+        let span = self
+            .memory
+            .check(self.domain, Key(rkey.0), va, 8, right)
+            .map_err(|_| AccessError)?;
         let shared = self.memory.shared(span).ok_or(AccessError)?;
         let offset = span.offset as usize;
         Ok(match op {
@@ -683,6 +767,9 @@ impl qp::Memory for View<'_> {
     }
 
     fn invalidate(&mut self, rkey: Rkey) -> Result<(), AccessError> {
-        self.memory.deregister(Key(rkey.0)).map(drop).ok_or(AccessError)
+        self.memory
+            .deregister(Key(rkey.0))
+            .map(drop)
+            .ok_or(AccessError)
     }
 }

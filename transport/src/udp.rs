@@ -219,6 +219,37 @@ impl AsRawFd for Socket {
     }
 }
 
+/// The MTU of the route from `local` to `target`, in bytes, as the kernel knows it.
+///
+/// # Errors
+/// No route, or an address of another family.
+pub fn path_mtu(local: SocketAddr, target: SocketAddr) -> io::Result<u32> {
+    // Only a connected socket has a route to ask for; this one never sends.
+    let probe = UdpSocket::bind(SocketAddr::new(local.ip(), 0))?;
+    probe.connect(target)?;
+    let (level, name) = match target {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_MTU),
+    };
+    let mut mtu: libc::c_int = 0;
+    let mut len = mem::size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: value and length pointers describe live variables of the right size.
+    let result = unsafe {
+        libc::getsockopt(
+            probe.as_raw_fd(),
+            level,
+            name,
+            (&raw mut mtu).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 {
+        Ok(mtu.max(0) as u32)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 fn is_offload_refusal(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

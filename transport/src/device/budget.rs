@@ -93,12 +93,20 @@ mod tests {
         budget.cut(at);
         assert_eq!(budget.room(), 0);
         budget.update(60, 0);
-        assert_eq!(budget.room(), 51, "sixty acknowledgements are one round trip of fifty");
+        assert_eq!(
+            budget.room(),
+            51,
+            "sixty acknowledgements are one round trip of fifty"
+        );
         for _ in 0..10_000 {
             budget.update(0, 10);
             budget.update(10, 0);
         }
-        assert_eq!(budget.room(), 100, "and no further than what the peer can hold");
+        assert_eq!(
+            budget.room(),
+            100,
+            "and no further than what the peer can hold"
+        );
         for ms in 20..40 {
             budget.cut(Nanos::from_millis(ms));
         }

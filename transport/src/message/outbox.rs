@@ -36,15 +36,19 @@ pub(crate) struct SlotPool {
 
 impl SlotPool {
     pub(crate) fn new(domain: u32) -> SlotPool {
-        SlotPool { free: Vec::new(), domain }
+        SlotPool {
+            free: Vec::new(),
+            domain,
+        }
     }
 
     fn take(&mut self, memory: &mut Memory) -> Option<Slot> {
         if self.free.is_empty() {
             let key = memory.register_private(self.domain, SLOTS_PER_REGION * SLOT_LEN)?;
-            self.free.extend(
-                (0..SLOTS_PER_REGION).rev().map(|i| Slot { key, offset: (i * SLOT_LEN) as u64 }),
-            );
+            self.free.extend((0..SLOTS_PER_REGION).rev().map(|i| Slot {
+                key,
+                offset: (i * SLOT_LEN) as u64,
+            }));
         }
         self.free.pop()
     }
@@ -112,27 +116,19 @@ impl Outbox {
         }
     }
 
-    /// The path MTU has been agreed on; only before the first message.
-    pub(crate) fn set_packet_len(&mut self, packet_len: usize) {
-        assert!(self.posted.is_empty());
-        // What waits was packed for a longer packet at most if the peer's is shorter: such parcels
-        // travel in several packets, which costs a copy there and nothing else.
-        self.packet_len = packet_len;
-    }
-
     /// Whether a parcel waits to be posted.
     pub(crate) fn is_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
 
-    /// Whether nothing waits and nothing is under way.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.posted.is_empty()
-    }
-
     /// Parcels posted and not completed.
     pub(crate) fn posted(&self) -> usize {
         self.posted.len()
+    }
+
+    /// Whether so little memory is held that a message of any admitted length fits.
+    pub(crate) fn is_roomy(&self) -> bool {
+        self.held.len() <= self.slots_max / 4
     }
 
     /// Copies a message of `len` bytes in.
@@ -177,7 +173,9 @@ impl Outbox {
     /// Makes room for another record in the last waiting parcel, if there is one that has it.
     fn extend_last(&mut self, need: usize) -> Option<usize> {
         let last = self.waiting.back_mut()?;
-        let Kind::Records { count } = &mut last.kind else { return None };
+        let Kind::Records { count } = &mut last.kind else {
+            return None;
+        };
         let tail_serial = self.first + self.held.len() as u64 - 1;
         let tail = self.held.back_mut()?;
         let end = last.offset + last.len;
@@ -209,7 +207,10 @@ impl Outbox {
         let mut offset = 0;
         while offset < len {
             let take = (len - offset).min(FRAGMENT_MAX);
-            let kind = Kind::Fragment { message_len: len as u32, offset: offset as u32 };
+            let kind = Kind::Fragment {
+                message_len: len as u32,
+                offset: offset as u32,
+            };
             let slots_max = self.slots_max;
             let at = self.reserve(pool, memory, HEADER_LEN + take, kind, slots_max)? + HEADER_LEN;
             copy_parts(&mut self.tail_bytes(memory)[at..at + take], parts, offset);
@@ -227,12 +228,20 @@ impl Outbox {
         kind: Kind,
         slots_max: usize,
     ) -> Result<usize, Full> {
-        if self.held.back().is_none_or(|held| held.filled + len > SLOT_LEN) {
+        if self
+            .held
+            .back()
+            .is_none_or(|held| held.filled + len > SLOT_LEN)
+        {
             if self.held.len() >= slots_max {
                 return Err(Full);
             }
             let slot = pool.take(memory).ok_or(Full)?;
-            self.held.push_back(Held { slot, filled: 0, parcels: 0 });
+            self.held.push_back(Held {
+                slot,
+                filled: 0,
+                parcels: 0,
+            });
         }
         let serial = self.first + self.held.len() as u64 - 1;
         let held = self.held.back_mut().expect("just pushed if empty");
@@ -240,7 +249,12 @@ impl Outbox {
         // Records parcels have such a length already, so that the next record follows directly.
         held.filled += len.next_multiple_of(4);
         held.parcels += 1;
-        self.waiting.push_back(Waiting { serial, offset, len, kind });
+        self.waiting.push_back(Waiting {
+            serial,
+            offset,
+            len,
+            kind,
+        });
         Ok(offset)
     }
 
@@ -261,14 +275,20 @@ impl Outbox {
     ) -> Option<Posting> {
         let parcel = if is_credit {
             let slots_max = self.slots_max + 1;
-            self.reserve(pool, memory, HEADER_LEN, Kind::Credit, slots_max).ok()?;
+            self.reserve(pool, memory, HEADER_LEN, Kind::Credit, slots_max)
+                .ok()?;
             self.waiting.pop_back()?
         } else {
             self.waiting.pop_front()?
         };
         let slot = self.held[(parcel.serial - self.first) as usize].slot;
         let bytes = &mut slot_bytes(memory, slot)[parcel.offset..];
-        Header { kind: parcel.kind, credits, sequence }.emit(bytes);
+        Header {
+            kind: parcel.kind,
+            credits,
+            sequence,
+        }
+        .emit(bytes);
         self.posted.push_back(parcel.serial);
         Some(Posting {
             key: slot.key,
@@ -279,7 +299,10 @@ impl Outbox {
 
     /// The oldest posted parcel has been acknowledged.
     pub(crate) fn complete(&mut self, pool: &mut SlotPool) {
-        let serial = self.posted.pop_front().expect("a completion for each posting, in order");
+        let serial = self
+            .posted
+            .pop_front()
+            .expect("a completion for each posting, in order");
         self.held[(serial - self.first) as usize].parcels -= 1;
         self.release(pool);
     }
@@ -305,7 +328,9 @@ impl Outbox {
 }
 
 fn slot_bytes(memory: &mut Memory, slot: Slot) -> &mut [u8] {
-    let region = memory.private_mut(slot.key.region()).expect("slots live as long as the endpoint");
+    let region = memory
+        .private_mut(slot.key.region())
+        .expect("slots live as long as the endpoint");
     &mut region[slot.offset as usize..slot.offset as usize + SLOT_LEN]
 }
 
@@ -350,11 +375,16 @@ mod tests {
         fn push(&mut self, message: &[u8]) -> Result<(), Full> {
             let (left, right) = message.split_at(message.len() / 3);
             let parts = [IoSlice::new(left), IoSlice::new(&[]), IoSlice::new(right)];
-            self.outbox.push(&mut self.pool, &mut self.memory, &parts, message.len())
+            self.outbox
+                .push(&mut self.pool, &mut self.memory, &parts, message.len())
         }
 
         fn post(&mut self, is_credit: bool) -> Option<Vec<u8>> {
-            let World { memory, pool, outbox } = self;
+            let World {
+                memory,
+                pool,
+                outbox,
+            } = self;
             let posting = outbox.post(pool, memory, is_credit, 7, 9)?;
             let region = memory.private(posting.key.region()).unwrap();
             Some(region[posting.offset as usize..][..posting.len as usize].to_vec())
@@ -376,7 +406,10 @@ mod tests {
                     }
                     assert!(body.is_empty());
                 }
-                Kind::Fragment { message_len, offset } => {
+                Kind::Fragment {
+                    message_len,
+                    offset,
+                } => {
                     assert_eq!(offset as usize, open.len());
                     open.extend_from_slice(body);
                     if open.len() == message_len as usize {
@@ -396,7 +429,9 @@ mod tests {
     #[test]
     fn messages_of_every_length_come_out_as_they_went_in() {
         let mut world = World::new(100);
-        let lens = [0, 1, 3, 4, 100, 4076, 4077, 4080, 5000, 61_424, 61_425, 200_000, 8, 4076, 9];
+        let lens = [
+            0, 1, 3, 4, 100, 4076, 4077, 4080, 5000, 61_424, 61_425, 200_000, 8, 4076, 9,
+        ];
         let messages: Vec<_> = lens.iter().map(|len| message(*len)).collect();
         for message in &messages {
             world.push(message).unwrap();
@@ -410,7 +445,7 @@ mod tests {
         for _ in 0..parcels.len() {
             world.outbox.complete(&mut world.pool);
         }
-        assert!(world.outbox.is_idle() && world.outbox.held.is_empty());
+        assert!(world.outbox.posted() == 0 && world.outbox.held.is_empty());
     }
 
     #[test]
@@ -441,11 +476,17 @@ mod tests {
         while world.post(false).is_some() {
             posted += 1;
         }
-        assert!(world.post(true).is_some(), "credits are never stuck behind data");
+        assert!(
+            world.post(true).is_some(),
+            "credits are never stuck behind data"
+        );
         for _ in 0..=posted {
             world.outbox.complete(&mut world.pool);
         }
         world.push(&big).unwrap();
-        assert!(world.pool.free.len() < 3 * SLOTS_PER_REGION, "slots are used again");
+        assert!(
+            world.pool.free.len() < 3 * SLOTS_PER_REGION,
+            "slots are used again"
+        );
     }
 }

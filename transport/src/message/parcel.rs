@@ -70,7 +70,10 @@ impl Header {
     pub(crate) fn emit(&self, out: &mut [u8]) {
         let (kind, a, b) = match self.kind {
             Kind::Records { count } => (1, count, 0),
-            Kind::Fragment { message_len, offset } => (2, message_len, offset),
+            Kind::Fragment {
+                message_len,
+                offset,
+            } => (2, message_len, offset),
             Kind::Credit => (3, 0, 0),
         };
         out[0] = VERSION;
@@ -90,7 +93,10 @@ impl Header {
         let (a, b) = (word(8), word(12));
         let kind = match header[1] {
             1 if b == 0 => Kind::Records { count: a },
-            2 => Kind::Fragment { message_len: a, offset: b },
+            2 => Kind::Fragment {
+                message_len: a,
+                offset: b,
+            },
             3 if a == 0 && b == 0 && body.is_empty() => Kind::Credit,
             _ => return Err(Violation),
         };
@@ -98,7 +104,14 @@ impl Header {
             return Err(Violation);
         }
         let credits = u16::from_le_bytes([header[2], header[3]]);
-        Ok((Header { kind, credits, sequence: word(4) }, body))
+        Ok((
+            Header {
+                kind,
+                credits,
+                sequence: word(4),
+            },
+            body,
+        ))
     }
 }
 
@@ -114,7 +127,9 @@ pub(crate) fn next_record<'a>(body: &mut &'a [u8]) -> Result<&'a [u8], Violation
     if len > rest.len() {
         return Err(Violation);
     }
-    let (record, rest) = rest.split_at_checked(len.next_multiple_of(4)).ok_or(Violation)?;
+    let (record, rest) = rest
+        .split_at_checked(len.next_multiple_of(4))
+        .ok_or(Violation)?;
     *body = rest;
     Ok(&record[..len])
 }
@@ -127,11 +142,18 @@ mod tests {
     fn headers_come_back_as_they_were_written() {
         let kinds = [
             Kind::Records { count: 3 },
-            Kind::Fragment { message_len: 1 << 20, offset: 61_424 },
+            Kind::Fragment {
+                message_len: 1 << 20,
+                offset: 61_424,
+            },
             Kind::Credit,
         ];
         for kind in kinds {
-            let header = Header { kind, credits: 0x1234, sequence: 0x89AB_CDEF };
+            let header = Header {
+                kind,
+                credits: 0x1234,
+                sequence: 0x89AB_CDEF,
+            };
             let mut bytes = [0xEE; HEADER_LEN];
             header.emit(&mut bytes);
             assert_eq!(Header::parse(&bytes), Ok((header, &[][..])));
@@ -162,7 +184,9 @@ mod tests {
     fn no_bytes_make_the_parser_panic() {
         let mut state = 1u64;
         let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             (state >> 33) as u8
         };
         for round in 0..20_000 {
