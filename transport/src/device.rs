@@ -123,8 +123,10 @@ struct Slot {
     qp: Option<QueuePair>,
     domain: u32,
     peer: Option<u32>,
-    /// Whether the slot is in `ready` or in its peer's `waiting`.
-    is_queued: bool,
+    /// Whether the slot is in `ready`.
+    is_ready: bool,
+    /// Whether it is in its peer's `waiting`. It may be in both: acknowledgements need no budget.
+    is_waiting: bool,
     /// Its share of the peer's budget.
     in_flight: u32,
     /// Losses already answered by a cut.
@@ -230,7 +232,8 @@ impl Device {
                     qp: None,
                     domain,
                     peer: None,
-                    is_queued: false,
+                    is_ready: false,
+                    is_waiting: false,
                     in_flight: 0,
                     losses: 0,
                 });
@@ -273,6 +276,11 @@ impl Device {
         add_counters(&mut self.counters, qp.counters());
         if let Some(peer) = slot.peer {
             let before = std::mem::take(&mut slot.in_flight);
+            if std::mem::take(&mut slot.is_waiting) {
+                self.peers[peer as usize]
+                    .waiting
+                    .retain(|index| *index != id.0);
+            }
             self.peers[peer as usize].budget.update(before, 0);
             self.wake_waiting(peer);
         }
@@ -297,8 +305,8 @@ impl Device {
 
     fn mark_ready(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
-        if !slot.is_queued {
-            slot.is_queued = true;
+        if !slot.is_ready {
+            slot.is_ready = true;
             self.ready.push_back(index);
         }
     }
@@ -446,9 +454,12 @@ impl Device {
     }
 
     fn wake_waiting(&mut self, peer: u32) {
-        let peer = &mut self.peers[peer as usize];
-        if peer.budget.room() > 0 {
-            self.ready.extend(peer.waiting.drain(..));
+        while self.peers[peer as usize].budget.room() > 0 {
+            let Some(index) = self.peers[peer as usize].waiting.pop_front() else {
+                return;
+            };
+            self.slots[index as usize].is_waiting = false;
+            self.mark_ready(index);
         }
     }
 
@@ -462,7 +473,7 @@ impl Device {
     /// Sends what queue pairs have to send and budgets allow.
     pub(crate) fn transmit(&mut self, now: Nanos) {
         while let Some(index) = self.ready.pop_front() {
-            self.slots[index as usize].is_queued = false;
+            self.slots[index as usize].is_ready = false;
             self.transmit_from(index, now);
         }
         self.flush();
@@ -488,8 +499,8 @@ impl Device {
             let slot = &mut self.slots[index as usize];
             let Some(qp) = slot.qp.as_mut() else { return };
             let Some(transmit) = qp.poll_transmit(now, allow) else {
-                if room == 0 && qp.has_pending_transmit() {
-                    slot.is_queued = true;
+                if room == 0 && qp.has_pending_transmit() && !slot.is_waiting {
+                    slot.is_waiting = true;
                     self.peers[peer as usize].waiting.push_back(index);
                 }
                 break;

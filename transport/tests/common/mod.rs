@@ -34,7 +34,10 @@ pub fn run_until<S>(
 ) {
     let start = Instant::now();
     while !done(state, endpoints) {
-        assert!(start.elapsed() < PATIENCE, "nothing more happens");
+        if start.elapsed() > PATIENCE {
+            let counters: Vec<_> = endpoints.iter().map(|e| e.counters()).collect();
+            panic!("nothing more happens: {counters:#?}");
+        }
         for (index, endpoint) in endpoints.iter_mut().enumerate() {
             endpoint
                 .poll(Some(Duration::ZERO), &mut |ctx, event| {
