@@ -1,7 +1,7 @@
 //! Measures messages between two threads over loopback, next to plain UDP and TCP in the same run.
 //!
 //! `cargo run --release -p lowtide-transport --example throughput -- [--mib 512] [--drop PERCENT]
-//! [--seed N]`
+//! [--seed N] [--spin MICROSECONDS]`
 
 use std::io::{IoSlice, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -34,6 +34,7 @@ fn endpoint(last: u8) -> Endpoint {
         loss_percent: option("--drop", 0.0),
         ..Faults::default()
     };
+    config.spin = Duration::from_micros(option("--spin", 20.0) as u64);
     Endpoint::bind(config).expect("bind")
 }
 
