@@ -25,7 +25,7 @@ use lowtide_transport_proto::qp::{
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
 
-use super::connection::{Arrived, RESERVE, Stream};
+use super::connection::{Arrived, RESERVE, SENDS_MAX, Stream};
 use super::handshake::{EndQp, Greeting, Handshakes, News, RETRY_FOREVER};
 use super::outbox::{Outbox, SlotPool};
 use super::parcel::{FRAGMENT_MAX, next_record};
@@ -390,7 +390,7 @@ impl EndpointCtx {
         }
         let depth = u32::from(self.config.limits.credits + RESERVE);
         let caps = QpCaps {
-            send_wr_max: 1024 + u32::from(RESERVE),
+            send_wr_max: u32::from(SENDS_MAX + RESERVE),
             recv_wr_max: depth,
         };
         let (qp, qpn) = self.device.create_qp(DOMAIN, caps)?;
