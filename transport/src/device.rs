@@ -20,6 +20,7 @@
 //! Source: Linux `rxe_recv.c` for the order of checks.
 
 mod budget;
+mod identity;
 mod timers;
 
 use std::collections::{HashMap, VecDeque};
@@ -39,9 +40,11 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Class, Extension, Packet, Qpn, pad_len};
 
 use self::budget::Budget;
+use self::identity::Identities;
+pub(crate) use self::identity::Peers;
 use self::timers::Timers;
 use crate::faults::{Fate, FaultInjector, Faults};
-use crate::memory::{Access, Key, Memory, Span};
+use crate::memory::{self, Access, Key, Memory};
 use crate::udp::{
     Frame, HEADER_MAX, Payload, ReceiveBatch, Socket, SocketOptions, TRAILER_MAX, TransmitBatch,
 };
@@ -151,6 +154,7 @@ pub(crate) struct Device {
     /// Everything registered.
     pub(crate) memory: Memory,
     faults: FaultInjector,
+    identities: Identities,
     slots: Vec<Slot>,
     free: Vec<u32>,
     peers: Vec<Peer>,
@@ -159,6 +163,8 @@ pub(crate) struct Device {
     timers: Timers,
     counters: Counters,
     salt: u32,
+    /// Queue pairs that failed while sending; their completions want to be polled.
+    failed: VecDeque<QpId>,
 }
 
 impl Device {
@@ -166,6 +172,7 @@ impl Device {
         address: SocketAddr,
         options: &SocketOptions,
         faults: &Faults,
+        peers: Peers,
         salt: u32,
     ) -> io::Result<Device> {
         Ok(Device {
@@ -176,6 +183,7 @@ impl Device {
             overtaken: None,
             memory: Memory::default(),
             faults: FaultInjector::new(faults),
+            identities: Identities::new(peers),
             slots: Vec::new(),
             free: Vec::new(),
             peers: Vec::new(),
@@ -184,6 +192,7 @@ impl Device {
             timers: Timers::default(),
             counters: Counters::default(),
             salt,
+            failed: VecDeque::new(),
         })
     }
 
@@ -354,12 +363,10 @@ impl Device {
             self.counters.rx_malformed += 1;
             return Input::Dropped;
         };
-        match icrc::check_unknown_identification(&flow, &packet) {
-            Some(0..=icrc::GSO_IDENTIFICATION_MAX) => {}
-            _ => {
-                self.counters.rx_bad_icrc += 1;
-                return Input::Dropped;
-            }
+        let solved = icrc::check_unknown_identification(&flow, &packet);
+        if !solved.is_some_and(|solved| self.identities.believe(now, source.ip(), solved)) {
+            self.counters.rx_bad_icrc += 1;
+            return Input::Dropped;
         }
         if packet.dest() == Qpn::GSI {
             return match packet.extension() {
@@ -463,6 +470,11 @@ impl Device {
         }
     }
 
+    /// A queue pair that failed in the last `transmit`; the caller polls its completions.
+    pub(crate) fn poll_failed(&mut self) -> Option<QpId> {
+        self.failed.pop_front()
+    }
+
     // Output.
 
     /// Whether some queue pair has something to send.
@@ -510,8 +522,19 @@ impl Device {
             if losses > std::mem::replace(&mut slot.losses, losses) {
                 self.peers[peer as usize].budget.cut(now);
             }
+            let domain = slot.domain;
             self.settle(index);
-            self.stage(address, &transmit);
+            match self.gather(domain, &transmit) {
+                Ok(payload) => self.push(address, transmit.header(), payload),
+                Err(_) => {
+                    // Memory that was deregistered under a posted request, or a peer's READ.
+                    if let Some(qp) = &mut self.slots[index as usize].qp {
+                        qp.handle_transmit_failure(&transmit);
+                    }
+                    self.settle(index);
+                    self.failed.push_back(QpId(index));
+                }
+            }
         }
         let slot = &self.slots[index as usize];
         if let Some(qp) = &slot.qp {
@@ -536,37 +559,38 @@ impl Device {
         }
     }
 
-    /// Puts a packet into the batch; payload by reference where nobody else can change it.
-    fn stage(&mut self, target: SocketAddr, transmit: &Transmit) {
-        let payload = match transmit.payload.as_slice() {
-            [] => Payload::EMPTY,
-            [one] if self.memory.private(key_of(one).region()).is_some() => Payload {
-                region: key_of(one).region(),
-                offset: one.addr,
-                len: one.len,
-            },
-            several => {
-                let offset = self.scratch.len();
-                for fragment in several {
-                    let start = self.scratch.len();
-                    self.scratch.resize(start + fragment.len as usize, 0);
-                    let region = key_of(fragment).region();
-                    let span = Span {
-                        region,
-                        offset: fragment.addr,
-                        len: fragment.len,
-                    };
-                    self.memory.fetch(span, &mut self.scratch[start..]);
-                }
-                let len = (self.scratch.len() - offset) as u32;
-                Payload {
-                    region: SCRATCH,
-                    offset: offset as u64,
-                    len,
-                }
+    /// Finds a packet's payload: by reference where nobody else can change it, else as a copy.
+    fn gather(&mut self, domain: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
+        let fragments = transmit.payload.as_slice();
+        let mut payload = Payload::EMPTY;
+        for fragment in fragments {
+            let right = match fragment.key {
+                qp::Key::Local(_) => Access::default(),
+                qp::Key::Remote(_) => wanted(qp::Access::READ),
+            };
+            let span =
+                self.memory
+                    .check(domain, key_of(fragment), fragment.addr, fragment.len, right)?;
+            if fragments.len() == 1 && self.memory.private(span.region).is_some() {
+                return Ok(Payload {
+                    region: span.region,
+                    offset: span.offset,
+                    len: span.len,
+                });
             }
-        };
-        self.push(target, transmit.header(), payload);
+            let start = self.scratch.len();
+            if payload.len == 0 {
+                payload = Payload {
+                    region: SCRATCH,
+                    offset: start as u64,
+                    len: 0,
+                };
+            }
+            self.scratch.resize(start + span.len as usize, 0);
+            self.memory.fetch(span, &mut self.scratch[start..]);
+            payload.len += span.len;
+        }
+        Ok(payload)
     }
 
     fn push(&mut self, target: SocketAddr, header: &[u8], payload: Payload) {

@@ -32,7 +32,7 @@ use super::parcel::{FRAGMENT_MAX, next_record};
 use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
-use crate::device::{Device, Input, QpId};
+use crate::device::{Device, Input, Peers, QpId};
 use crate::udp::{Arrival, ReceiveBatch, path_mtu};
 
 /// The one protection domain: nothing here gives a peer a key.
@@ -126,7 +126,7 @@ impl Endpoint {
         let addr = config.addr;
         let random = RandomState::new();
         let salt = random.build_hasher().finish() as u32;
-        let device = Device::bind(addr, &config.socket, &config.faults, salt);
+        let device = Device::bind(addr, &config.socket, &config.faults, Peers::Own, salt);
         let device = device.map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => BindError::AddrInUse(addr),
             _ => BindError::Io(addr, error),

@@ -20,11 +20,13 @@ pub fn address() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::new(127, 128 | high, 1 + low, last), 4791))
 }
 
+#[allow(dead_code, reason = "each test program uses what it needs")]
 /// A configuration with a node number of its own.
 pub fn config(node: u64) -> EndpointConfig {
     EndpointConfig::new(address(), node, 1)
 }
 
+#[allow(dead_code, reason = "each test program uses what it needs")]
 /// Polls all `endpoints` in turn, for at most [`PATIENCE`], until `done`.
 pub fn run_until<S>(
     endpoints: &mut [&mut Endpoint],
