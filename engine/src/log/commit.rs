@@ -54,8 +54,8 @@ pub struct GroupClock {
     pins: [AtomicU64; 2],
     /// The committer sleeps until the group being closed is unpinned.
     closing: AtomicBool,
-    /// Something was published since the committer last looked.
-    dirty: AtomicBool,
+    /// The largest group that something was published in; what the committer has to close.
+    published: AtomicU64,
     /// A thread panicked while it held a pin: its operation may be half appended.
     broken: AtomicBool,
     committer: OnceLock<Thread>,
@@ -67,7 +67,7 @@ impl GroupClock {
             current: AtomicU64::new(first),
             pins: [AtomicU64::new(0), AtomicU64::new(0)],
             closing: AtomicBool::new(false),
-            dirty: AtomicBool::new(false),
+            published: AtomicU64::new(0),
             broken: AtomicBool::new(false),
             committer: OnceLock::new(),
         }
@@ -81,7 +81,10 @@ impl GroupClock {
             // thread sees the new group and tries again.
             let group = self.current.load(Ordering::SeqCst);
             self.pins[group as usize & 1].fetch_add(1, Ordering::SeqCst);
-            let pin = GroupPin { clock: self.clone(), group };
+            let pin = GroupPin {
+                clock: self.clone(),
+                group,
+            };
             if self.current.load(Ordering::SeqCst) == group {
                 return pin;
             }
@@ -125,7 +128,10 @@ impl Clone for GroupPin {
     fn clone(&self) -> GroupPin {
         // The group is held open by `self`, so no check is needed.
         self.clock.pins[self.group as usize & 1].fetch_add(1, Ordering::SeqCst);
-        GroupPin { clock: self.clock.clone(), group: self.group }
+        GroupPin {
+            clock: self.clock.clone(),
+            group: self.group,
+        }
     }
 }
 
@@ -159,8 +165,12 @@ impl Publisher {
     pub fn publish(&self, pin: GroupPin, end: Lsn) {
         // Release pairs with the committer's Acquire: it may sync what was stored before.
         self.end.store(end.0, Ordering::Release);
+        // Before the pin goes: when the group is drained, everything about it is known. The first
+        // to publish in a group wakes the committer, which then waits for the others.
+        let before = self.clock.published.fetch_max(pin.group, Ordering::SeqCst);
+        let group = pin.group;
         drop(pin);
-        if !self.clock.dirty.swap(true, Ordering::SeqCst) {
+        if before < group {
             self.clock.wake();
         }
     }
@@ -232,22 +242,12 @@ impl LogSet {
         volume: Arc<dyn Volume>,
         config: &SetConfig,
     ) -> Result<(LogSet, SetRecovered), OpenError> {
-        assert!(config.shards >= 1 && config.shards <= LOGS_MAX);
-        let poison = Arc::new(Poison::default());
-        let mut scans = Vec::new();
-        for number in 0..count_logs(&*volume, config.shards)? {
-            let shard = shard_config(config, number);
-            scans.push(Scanned::scan(volume.clone(), shard, poison.clone())?);
-        }
-        let mut claims = Vec::new();
-        let commits = Scanned::scan_with(volume, commit_config(config), poison.clone(), &mut |r| {
-            if r.header.kind == KIND_CLAIM
-                && let Some(body) = ClaimBody::decode(&r.body)
-            {
-                claims.push((r.header.group, body));
-            }
-        })?;
-        let groups = decide(&scans, &commits, &claims)?;
+        let Found {
+            scans,
+            commits,
+            groups,
+            poison,
+        } = Found::scan(volume, config)?;
         let mut logs = Vec::new();
         let mut shards = Vec::new();
         for scan in scans {
@@ -257,9 +257,46 @@ impl LogSet {
         }
         // Last, so that claims of this life follow a decision that every log knows.
         let (commits, commits_report) = commits.open(groups)?;
-        let OpenBody { durable_group, next_group } = groups;
-        let report = SetRecovered { durable_group, next_group, shards, commits: commits_report };
-        Ok((LogSet { logs, commits, poison, durable_group, next_group }, report))
+        let OpenBody {
+            durable_group,
+            next_group,
+        } = groups;
+        let report = SetRecovered {
+            durable_group,
+            next_group,
+            shards,
+            commits: commits_report,
+        };
+        Ok((
+            LogSet {
+                logs,
+                commits,
+                poison,
+                durable_group,
+                next_group,
+            },
+            report,
+        ))
+    }
+
+    /// Looks at all logs of a node and changes nothing: what opening them would find and decide.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn verify(volume: Arc<dyn Volume>, config: &SetConfig) -> Result<SetRecovered, OpenError> {
+        let found = Found::scan(volume, config)?;
+        let OpenBody {
+            durable_group,
+            next_group,
+        } = found.groups;
+        let shards = found.scans.iter().map(|s| s.report().clone()).collect();
+        let commits = found.commits.report().clone();
+        Ok(SetRecovered {
+            durable_group,
+            next_group,
+            shards,
+            commits,
+        })
     }
 
     /// The logs, by number; before the committer starts, for redo and undo at recovery.
@@ -279,11 +316,14 @@ impl LogSet {
         let clock = Arc::new(GroupClock::new(self.next_group));
         let durable_group = Arc::new(AtomicU64::new(self.durable_group));
         let stop = Arc::new(AtomicBool::new(false));
-        let ends: Vec<_> =
-            self.logs.iter().map(|log| Arc::new(AtomicU64::new(log.end().0))).collect();
+        let ends: Vec<_> = self
+            .logs
+            .iter()
+            .map(|log| Arc::new(AtomicU64::new(log.end().0)))
+            .collect();
         let work = Work {
             clock: clock.clone(),
-            last: self.logs.iter().map(Log::end).collect(),
+            closed: self.next_group - 1,
             handles: self.logs.iter().map(Log::sync_handle).collect(),
             ends: ends.clone(),
             commits_sync: self.commits.sync_handle(),
@@ -297,31 +337,86 @@ impl LogSet {
         let thread = std::thread::Builder::new()
             .name("lowtide-commit".to_owned())
             .spawn(move || work.run())
-            .map_err(|e| {
-                MediumError::from_io(COMMIT_PREFIX, crate::medium::Call::Open, 0, 0, e)
-            })?;
+            .map_err(|e| MediumError::from_io(COMMIT_PREFIX, crate::medium::Call::Open, 0, 0, e))?;
         let _ = clock.committer.set(thread.thread().clone());
         // A shard cannot publish before it has its log, so no wake-up was lost.
         let shards = self.logs.into_iter().zip(ends).map(|(log, end)| {
-            let publisher = Publisher { end, clock: clock.clone() };
+            let publisher = Publisher {
+                end,
+                clock: clock.clone(),
+            };
             ShardLog { log, publisher }
         });
         let shards = shards.collect();
-        Ok((shards, Committer { clock, durable_group, stop, thread: Some(thread) }))
+        Ok((
+            shards,
+            Committer {
+                clock,
+                durable_group,
+                stop,
+                thread: Some(thread),
+            },
+        ))
+    }
+}
+
+/// All logs of a node, scanned, and the decision about groups.
+struct Found {
+    scans: Vec<Scanned>,
+    commits: Scanned,
+    groups: OpenBody,
+    poison: Arc<Poison>,
+}
+
+impl Found {
+    fn scan(volume: Arc<dyn Volume>, config: &SetConfig) -> Result<Found, OpenError> {
+        assert!(config.shards >= 1 && config.shards <= LOGS_MAX);
+        let poison = Arc::new(Poison::default());
+        let mut scans = Vec::new();
+        for number in 0..count_logs(&*volume, config.shards)? {
+            let shard = shard_config(config, number);
+            scans.push(Scanned::scan(volume.clone(), shard, poison.clone())?);
+        }
+        let mut claims = Vec::new();
+        let commits =
+            Scanned::scan_with(volume, commit_config(config), poison.clone(), &mut |r| {
+                if r.header.kind == KIND_CLAIM
+                    && let Some(body) = ClaimBody::decode(&r.body)
+                {
+                    claims.push((r.header.group, body));
+                }
+            })?;
+        let groups = decide(&scans, &commits, &claims)?;
+        Ok(Found {
+            scans,
+            commits,
+            groups,
+            poison,
+        })
     }
 }
 
 fn shard_config(config: &SetConfig, number: u32) -> LogConfig {
     LogConfig {
         prefix: shard_prefix(number),
-        identity: LogIdentity { storage: config.storage, number },
-        must_reach: config.must_reach.get(number as usize).copied().unwrap_or_default(),
+        identity: LogIdentity {
+            storage: config.storage,
+            number,
+        },
+        must_reach: config
+            .must_reach
+            .get(number as usize)
+            .copied()
+            .unwrap_or_default(),
         ..config.shard.clone()
     }
 }
 
 fn commit_config(config: &SetConfig) -> LogConfig {
-    let identity = LogIdentity { storage: config.storage, number: COMMIT_NUMBER };
+    let identity = LogIdentity {
+        storage: config.storage,
+        number: COMMIT_NUMBER,
+    };
     LogConfig {
         segment_bytes: COMMIT_SEGMENT,
         record_bytes_max: 4096,
@@ -340,7 +435,9 @@ const _: () = assert!(
 fn count_logs(volume: &dyn Volume, wanted: u32) -> Result<u32, OpenError> {
     let mut count = wanted;
     for name in volume.list()? {
-        let number = name.strip_prefix("shard-").and_then(|rest| rest.get(..3)?.parse::<u32>().ok());
+        let number = name
+            .strip_prefix("shard-")
+            .and_then(|rest| rest.get(..3)?.parse::<u32>().ok());
         if let Some(number) = number.filter(|n| *n < LOGS_MAX) {
             count = count.max(number + 1);
         }
@@ -368,8 +465,18 @@ fn decide(
         let end = |i: usize| scans.get(i).map_or(Lsn(0), |s| s.report().end);
         (0..claim.ends.len()).find(|i| claim.ends[*i] > end(*i))
     };
-    let base = commits.opens().iter().map(|o| o.durable_group).max().unwrap_or(0);
-    let proved = claims.iter().map(|(_, c)| c.durable_group).max().unwrap_or(0).max(base);
+    let base = commits
+        .opens()
+        .iter()
+        .map(|o| o.durable_group)
+        .max()
+        .unwrap_or(0);
+    let proved = claims
+        .iter()
+        .map(|(_, c)| c.durable_group)
+        .max()
+        .unwrap_or(0)
+        .max(base);
     let mut durable = base;
     for (group, claim) in claims.iter().filter(|(group, _)| !is_void(*group)) {
         match lacking(claim) {
@@ -384,7 +491,10 @@ fn decide(
     if durable < proved {
         return Err(commits.missing(Proof::Group(proved)));
     }
-    Ok(OpenBody { durable_group: durable, next_group: group_max + 1 })
+    Ok(OpenBody {
+        durable_group: durable,
+        next_group: group_max + 1,
+    })
 }
 
 /// The committer, from outside.
@@ -451,8 +561,8 @@ struct Work {
     clock: Arc<GroupClock>,
     /// Published ends, by log.
     ends: Vec<Arc<AtomicU64>>,
-    /// Ends of the last durable group.
-    last: Vec<Lsn>,
+    /// The last group that was closed.
+    closed: u64,
     handles: Vec<SyncHandle>,
     commits: Log,
     commits_sync: SyncHandle,
@@ -466,9 +576,9 @@ struct Work {
 impl Work {
     fn run(mut self) {
         loop {
-            // Looked at before `dirty`, so that what was published before the stop is committed.
+            // Looked at first, so that what was published before the stop is committed.
             let stop = self.stop.load(Ordering::SeqCst);
-            if self.clock.dirty.swap(false, Ordering::SeqCst) {
+            if self.clock.published.load(Ordering::SeqCst) > self.closed {
                 if let Err(error) = self.commit().and_then(|()| self.prepare()) {
                     (self.notify)(Err(&error));
                     return;
@@ -484,26 +594,32 @@ impl Work {
     /// Makes one group durable and reports it.
     fn commit(&mut self) -> Result<(), LogError> {
         let group = self.clock.close();
+        self.closed = group;
         if self.clock.broken.load(Ordering::SeqCst) {
-            return Err(LogError { cause: "a thread panicked while appending".to_owned() });
+            return Err(LogError {
+                cause: "a thread panicked while appending".to_owned(),
+            });
         }
         // Acquire pairs with the Release in `publish`.
-        let ends: Vec<Lsn> = self.ends.iter().map(|e| Lsn(e.load(Ordering::Acquire))).collect();
-        if ends == self.last {
-            return Ok(());
-        }
+        let ends: Vec<Lsn> = self
+            .ends
+            .iter()
+            .map(|e| Lsn(e.load(Ordering::Acquire)))
+            .collect();
+        // They may include records of the next group: those are void until it is durable as well.
         let claim = self.claim(group, &ends)?;
         for (handle, end) in self.handles.iter().zip(&ends) {
             handle.sync(*end)?;
         }
         self.commits_sync.sync(self.commits.end())?;
         if let Some(cause) = self.poison.cause() {
-            return Err(LogError { cause: cause.to_owned() });
+            return Err(LogError {
+                cause: cause.to_owned(),
+            });
         }
         // Release pairs with the Acquire in `DurableGroup::get`.
         self.durable_group.store(group, Ordering::Release);
         (self.notify)(Ok(Committed { group, ends: &ends }));
-        self.last = ends;
         // The claim of the newest durable group stays: later claims refer to it.
         self.commits.recycle(claim);
         Ok(())
@@ -514,12 +630,20 @@ impl Work {
         let durable = self.durable_group.load(Ordering::Relaxed);
         ClaimBody::encode_into(durable, ends, &mut self.body);
         let parts = [&self.body[..]];
-        let claim = Append { kind: KIND_CLAIM, flags: 0, epoch: 0, group, parts: &parts };
+        let claim = Append {
+            kind: KIND_CLAIM,
+            flags: 0,
+            epoch: 0,
+            group,
+            parts: &parts,
+        };
         self.commits.append_any(claim).map_err(|error| match error {
             super::AppendError::Poisoned(e) => e,
             // Each durable claim frees the segments before it, so this needs a disk that was full
             // when the log was created.
-            other => LogError { cause: other.to_string() },
+            other => LogError {
+                cause: other.to_string(),
+            },
         })
     }
 
