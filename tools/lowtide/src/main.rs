@@ -1,2 +1,2 @@
-//! Entry point.
+//! The `lowtide` command.
 fn main() {}

@@ -1,0 +1,3 @@
+//! The `lowtide` command.
+pub mod config;
+pub mod fault;
