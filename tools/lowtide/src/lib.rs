@@ -1,3 +1,8 @@
 //! The `lowtide` command.
+pub mod address;
 pub mod config;
+pub mod control;
+pub mod engine;
 pub mod fault;
+pub mod report;
+pub mod state;
