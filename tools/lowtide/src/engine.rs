@@ -5,7 +5,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Role;
+use std::path::Path;
+
+use crate::config::{Provider, Role};
 
 /// How a node is, as far as the command needs to know.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -117,6 +119,25 @@ pub struct Latency {
     pub p99: u64,
     /// 999 of 1000.
     pub p999: u64,
+}
+
+/// The transport behind a choice, as reports name it.
+#[must_use]
+pub fn provider_name(provider: Provider) -> &'static str {
+    match provider {
+        Provider::Auto | Provider::Softroce => "softroce",
+        Provider::Host => "host",
+        Provider::Verbs => "verbs",
+    }
+}
+
+/// Plays a power failure on a dead node's directory: each page that was not yet synced becomes
+/// old, new or torn. Tells in words how many.
+///
+/// # Errors
+/// Why it could not.
+pub fn lose_unsynced(_dir: &Path, _seed: u64) -> Result<String, String> {
+    Err("not in this build".to_owned())
 }
 
 #[cfg(test)]

@@ -39,6 +39,8 @@ pub struct Report {
     pub undo: UndoReport,
     /// Time from submission to execution of an operation, at the clients.
     pub latency_us: LatencyReport,
+    /// Entries of the input that could not be read.
+    pub unreadable: u64,
     /// Input that could not be read, was skipped or changed meanwhile; each with its reason.
     pub input_notes: Vec<String>,
     /// What differed, or which invariant does not hold; the first hundred.
@@ -309,6 +311,7 @@ mod tests {
     fn the_stable_keys_are_there() {
         let mut full = stable();
         for (key, empty) in [
+            ("unreadable", json!(0)),
             ("input_notes", json!([])),
             ("problems", json!([])),
             ("memory", json!({})),

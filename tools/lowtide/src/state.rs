@@ -129,6 +129,12 @@ pub fn control_socket(state: &Path, node: &str) -> PathBuf {
     state.join(node).join("control.sock")
 }
 
+/// Where a node of a local cluster keeps its state.
+#[must_use]
+pub fn data_dir(state: &Path, node: &str) -> PathBuf {
+    state.join(node).join("data")
+}
+
 fn check_marker(dir: &Path) -> Result<PathBuf, StateError> {
     #[derive(serde::Deserialize)]
     struct Marker {
