@@ -1,1 +1,5 @@
 //! The recovery engine.
+
+pub mod log;
+pub mod medium;
+pub mod store;
