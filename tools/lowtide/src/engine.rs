@@ -3,6 +3,7 @@
 //! [`NodeStatus`] is what the rest of the command knows of a running node; it travels over the
 //! control socket and into reports.
 
+use lowtide_engine::medium::power::apply_power_loss;
 use serde::{Deserialize, Serialize};
 
 use std::path::Path;
@@ -131,13 +132,33 @@ pub fn provider_name(provider: Provider) -> &'static str {
     }
 }
 
+/// Refuses a transport that this build does not have.
+///
+/// # Errors
+/// What is missing, and what to use.
+pub fn check_provider(provider: Provider) -> Result<(), String> {
+    match provider {
+        Provider::Auto | Provider::Softroce => Ok(()),
+        Provider::Host | Provider::Verbs => Err(format!(
+            "provider {} is not in this build; use softroce",
+            provider_name(provider)
+        )),
+    }
+}
+
 /// Plays a power failure on a dead node's directory: each page that was not yet synced becomes
 /// old, new or torn. Tells in words how many.
 ///
 /// # Errors
 /// Why it could not.
-pub fn lose_unsynced(_dir: &Path, _seed: u64) -> Result<String, String> {
-    Err("not in this build".to_owned())
+pub fn lose_unsynced(dir: &Path, seed: u64) -> Result<String, String> {
+    match apply_power_loss(dir, seed) {
+        Ok(loss) => Ok(format!(
+            "power lost: {} unsynced pages old, {} new, {} torn",
+            loss.old, loss.new, loss.torn
+        )),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 #[cfg(test)]
