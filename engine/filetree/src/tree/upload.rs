@@ -1,0 +1,273 @@
+//! Files of more than one chunk: their chunks are written first, by operations of their own, then
+//! one operation gives the file its inode and its name. So a file that can be seen is whole.
+//!
+//! The first of those operations leaves a *pending* note under the file's future name, the last
+//! removes it; all of them happen only while the note stands. Who finds the note of somebody who
+//! died deletes its chunks ([`Tree::abandon`]) and begins anew; somebody who was only slow is then
+//! refused with [`TreeError::Contended`] and leaves nothing behind.
+//!
+//! A file too large to be deleted in one operation leaves a *freeing* note that shrinks with its
+//! chunks; anybody may go on with it ([`Tree::reclaim`]).
+
+use std::collections::VecDeque;
+
+use lowtide_engine_core::ids::NodeId;
+use lowtide_engine_core::op::{Bytes, Key, Range, Refusal, Request};
+use lowtide_engine_core::session::{Session, SessionError, Ticket};
+
+use super::change::CHUNKS_PER_OP_MAX;
+use super::{Tree, corrupt};
+use crate::error::TreeError;
+use crate::layout::{self, Chunk, Freeing, Ino, Malformed, Pending};
+use crate::plan::Plan;
+
+/// Contents of one operation of an upload are at most this, unless a single chunk is more.
+const GROUP_BYTES_MAX: usize = 1 << 20;
+/// Contents of one upload that may be in flight.
+const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
+/// Bytes of values per page when only keys matter; a page holds at least one object.
+const KEY_SCAN_BYTES: usize = 1 << 20;
+
+/// A file on its way into the tree.
+pub(super) struct Upload<'t, 's, S: Session + ?Sized> {
+    tree: &'t Tree<'s, S>,
+    note_key: Key,
+    note: Bytes,
+    ino: Ino,
+    /// Chunks handed over so far.
+    chunks: u64,
+    /// Chunks that wait for their operation.
+    group: Vec<Chunk>,
+    group_bytes: usize,
+    /// Requests in flight, kept until they have executed.
+    in_flight: VecDeque<(Ticket, usize, Request)>,
+    in_flight_bytes: usize,
+    home: NodeId,
+}
+
+impl<'t, 's, S: Session + ?Sized> Upload<'t, 's, S> {
+    /// Leaves the note for `name` in `directory`; what a predecessor left behind is deleted.
+    pub fn begin(
+        tree: &'t Tree<'s, S>,
+        directory: Ino,
+        name: &[u8],
+        ino: Ino,
+    ) -> Result<Self, TreeError> {
+        let home = tree.layout.home(directory);
+        let note_key = layout::pending_key(directory, name);
+        let note = Pending(ino).encode();
+        tree.attempt(|| {
+            if tree.session.read(home, &note_key)?.is_some() {
+                tree.abandon(directory, name)?;
+            }
+            let mut plan = Plan::default();
+            plan.absent(home, note_key.clone());
+            plan.put(home, note_key.clone(), note.clone());
+            Ok((plan, ()))
+        })?;
+        Ok(Upload {
+            tree,
+            note_key,
+            note,
+            ino,
+            chunks: 0,
+            group: Vec::new(),
+            group_bytes: 0,
+            in_flight: VecDeque::new(),
+            in_flight_bytes: 0,
+            home,
+        })
+    }
+
+    /// Hands over the next chunk.
+    pub fn push(&mut self, contents: &[u8]) -> Result<(), TreeError> {
+        if self.group_bytes + contents.len() > GROUP_BYTES_MAX
+            || self.group.len() as u64 == CHUNKS_PER_OP_MAX
+        {
+            self.submit_group()?;
+        }
+        self.group.push(Chunk::new(contents));
+        self.group_bytes += contents.len();
+        Ok(())
+    }
+
+    /// Waits until every chunk has executed. What remains is the operation that creates inode
+    /// and name; it must contain [`Upload::plan_finish`].
+    pub fn flush(&mut self) -> Result<(), TreeError> {
+        self.submit_group()?;
+        while !self.in_flight.is_empty() {
+            self.wait_oldest()?;
+        }
+        Ok(())
+    }
+
+    /// Adds to the operation that creates the file: it happens only while the note is still
+    /// ours, and removes it.
+    pub fn plan_finish(&self, plan: &mut Plan) {
+        plan.equal(self.home, self.note_key.clone(), self.note.clone());
+        plan.delete(self.home, self.note_key.clone());
+    }
+
+    /// Whether the note is still ours.
+    pub fn is_ours(&self) -> Result<bool, TreeError> {
+        Ok(self.tree.session.read(self.home, &self.note_key)? == Some(self.note.clone()))
+    }
+
+    /// Deletes what was written.
+    pub fn cancel(mut self) -> Result<(), TreeError> {
+        while let Some((ticket, _, _)) = self.in_flight.pop_front() {
+            match self.tree.session.wait(ticket) {
+                Err(SessionError::Refused(_)) | Ok(_) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        self.tree
+            .delete_pending(self.home, &self.note_key, &self.note, self.ino)
+    }
+
+    fn submit_group(&mut self) -> Result<(), TreeError> {
+        if self.group.is_empty() {
+            return Ok(());
+        }
+        let mut plan = Plan::default();
+        plan.equal(self.home, self.note_key.clone(), self.note.clone());
+        for chunk in self.group.drain(..) {
+            self.tree
+                .plan_chunk(&mut plan, self.ino, self.chunks, &chunk);
+            self.chunks += 1;
+        }
+        let bytes = std::mem::take(&mut self.group_bytes);
+        while self.in_flight_bytes + bytes > IN_FLIGHT_BYTES_MAX && !self.in_flight.is_empty() {
+            self.wait_oldest()?;
+        }
+        let request = plan.finish();
+        let ticket = self.tree.session.submit(request.clone())?;
+        self.in_flight.push_back((ticket, bytes, request));
+        self.in_flight_bytes += bytes;
+        Ok(())
+    }
+
+    fn wait_oldest(&mut self) -> Result<(), TreeError> {
+        let Some((ticket, bytes, request)) = self.in_flight.pop_front() else {
+            return Ok(());
+        };
+        self.in_flight_bytes -= bytes;
+        match self.tree.session.wait(ticket) {
+            Err(SessionError::Refused(Refusal::Full { .. })) => {
+                self.tree.run_when_not_full(request)
+            }
+            Err(SessionError::Refused(Refusal::CheckFailed { .. })) => Err(TreeError::Contended),
+            other => Ok(other.map(|_| ())?),
+        }
+    }
+}
+
+impl<S: Session + ?Sized> Tree<'_, S> {
+    /// Deletes what an interrupted creation of `name` in `directory` has left behind. Whether
+    /// there was something.
+    ///
+    /// # Errors
+    /// Failures of the session, [`TreeError::Corrupt`].
+    pub fn abandon(&self, directory: Ino, name: &[u8]) -> Result<bool, TreeError> {
+        let home = self.layout.home(directory);
+        let key = layout::pending_key(directory, name);
+        let Some(note) = self.session.read(home, &key)? else {
+            return Ok(false);
+        };
+        let Pending(ino) = Pending::decode(&note).map_err(|why| corrupt(home, &key, why))?;
+        self.delete_pending(home, &key, &note, ino)?;
+        Ok(true)
+    }
+
+    /// Finishes interrupted deletions of large files, whoever began them. Returns how many.
+    ///
+    /// # Errors
+    /// Failures of the session, [`TreeError::Corrupt`].
+    pub fn reclaim(&self) -> Result<u64, TreeError> {
+        let mut freed = 0;
+        for &home in self.layout.meta() {
+            loop {
+                let range = Range::whole(layout::FREEING);
+                let page = self.session.scan(home, range, None, 1 << 12)?;
+                for (key, _) in &page.entries {
+                    let ino = Ino::new(key.slot)
+                        .filter(|&ino| key == &layout::freeing_key(ino))
+                        .ok_or_else(|| corrupt(home, key, Malformed::Key))?;
+                    self.free(ino)?;
+                    freed += 1;
+                }
+                if page.entries.is_empty() {
+                    break;
+                }
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Deletes the chunks that the freeing note of `ino` names, then the note.
+    pub(super) fn free(&self, ino: Ino) -> Result<(), TreeError> {
+        let home = self.layout.home(ino);
+        let key = layout::freeing_key(ino);
+        loop {
+            let more = self.attempt(|| {
+                let mut plan = Plan::default();
+                let Some(note) = self.session.read(home, &key)? else {
+                    return Ok((plan, false)); // somebody else was faster
+                };
+                let Freeing { chunks } =
+                    Freeing::decode(&note).map_err(|why| corrupt(home, &key, why))?;
+                let rest = chunks.saturating_sub(CHUNKS_PER_OP_MAX);
+                plan.equal(home, key.clone(), note);
+                self.plan_delete_chunks(&mut plan, ino, rest..chunks);
+                if rest == 0 {
+                    plan.delete(home, key.clone());
+                } else {
+                    let less = Freeing { chunks: rest };
+                    plan.put(home, key.clone(), less.encode());
+                }
+                Ok((plan, rest > 0))
+            })?;
+            if !more {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Deletes the chunks of a pending file, then its note, while the note has this value.
+    fn delete_pending(
+        &self,
+        home: NodeId,
+        key: &Key,
+        note: &Bytes,
+        ino: Ino,
+    ) -> Result<(), TreeError> {
+        for &server in self.layout.object() {
+            // The note does not say how many chunks there are, hence a scan.
+            loop {
+                let range = layout::data_range(ino);
+                let page = self.session.scan(server, range, None, KEY_SCAN_BYTES)?;
+                for chunks in page.entries.chunks(CHUNKS_PER_OP_MAX as usize) {
+                    let mut plan = Plan::default();
+                    plan.equal(home, key.clone(), note.clone());
+                    for (chunk, _) in chunks {
+                        plan.delete(server, chunk.clone());
+                    }
+                    match self.run(plan) {
+                        Err(e) if e.is_check_failed() => return Ok(()), // somebody else did it
+                        other => other?,
+                    }
+                }
+                if !page.more {
+                    break;
+                }
+            }
+        }
+        let mut plan = Plan::default();
+        plan.equal(home, key.clone(), note.clone());
+        plan.delete(home, key.clone());
+        match self.run(plan) {
+            Err(e) if e.is_check_failed() => Ok(()),
+            other => other,
+        }
+    }
+}
