@@ -197,10 +197,14 @@ pub struct Progress {
 pub enum Outcome {
     /// All of a share is stored and stable.
     Stored {
-        /// Input that could not be read, each with its reason.
+        /// How much of the input could not be read.
+        unreadable_count: u64,
+        /// Input that could not be read, each with its reason; the first hundred.
         unreadable: Vec<String>,
         /// Input that was skipped on purpose (sockets, devices), each with its kind.
         skipped: Vec<String>,
+        /// Input that vanished or never held still.
+        changed: Vec<String>,
     },
     /// The tree was compared.
     Verified {

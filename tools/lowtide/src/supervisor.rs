@@ -291,18 +291,18 @@ impl<'a> Run<'a> {
         });
         for outcome in self.finish_tasks("storing", tasks.collect())? {
             if let Outcome::Stored {
+                unreadable_count,
                 unreadable,
                 skipped,
+                changed,
             } = outcome
             {
-                self.report.unreadable += unreadable.len() as u64;
-                let notes = &mut self.report.input_notes;
-                notes.extend(unreadable.iter().map(|x| format!("cannot be read: {x}")));
-                notes.extend(skipped.iter().map(|x| format!("skipped: {x}")));
+                self.report.unreadable += unreadable_count;
+                self.note_input("cannot be read", &unreadable);
+                self.note_input("skipped", &skipped);
+                self.note_input("changed during the run", &changed);
             }
         }
-        self.report.input_notes.sort();
-        self.report.input_notes.truncate(NOTES_MAX);
         self.report.elapsed_s = began.elapsed().as_secs_f64();
         self.display
             .event(&format!("all stable after {:.1} s", self.report.elapsed_s));
@@ -441,6 +441,12 @@ impl<'a> Run<'a> {
                 totals.in_flight
             ));
         }
+    }
+
+    fn note_input(&mut self, what: &str, notes: &[String]) {
+        let list = &mut self.report.input_notes;
+        list.extend(notes.iter().map(|note| format!("{what}: {note}")));
+        list.truncate(NOTES_MAX);
     }
 
     /// Steps until every task has its outcome.

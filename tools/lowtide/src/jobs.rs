@@ -1,0 +1,250 @@
+//! Work on the file tree inside a client process, and how far it is.
+//!
+//! One thread owns the session and the tree on it; each job is a thread of its own beside the
+//! others. A job ends by itself once the session is closed, so stopping the node ends all jobs.
+//!
+//! Deliberately absent: what the commands on names do ([`crate::files`]).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, UNIX_EPOCH};
+
+use lowtide_engine_core::session::Session;
+use lowtide_filetree::check::{self, CheckOptions};
+use lowtide_filetree::compare::{self, CompareOptions};
+use lowtide_filetree::store::{self, Share, StoreOptions};
+use lowtide_filetree::tree::Tree;
+use lowtide_filetree::{Notes, Progress as TreeProgress};
+
+use crate::control::{Job, JobReport, Outcome, Progress};
+use crate::files;
+
+/// Most jobs at one time, those included whose outcome nobody has fetched.
+const JOBS_MAX: usize = 64;
+/// Most notes of one kind in an outcome.
+const NOTES_MAX: usize = 100;
+
+/// The jobs of one client.
+#[derive(Debug)]
+pub struct Jobs {
+    table: Arc<Mutex<Table>>,
+    orders: Option<Sender<(u64, Job)>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    last: u64,
+    jobs: BTreeMap<u64, Entry>,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    progress: Arc<TreeProgress>,
+    outcome: Option<Outcome>,
+}
+
+impl Jobs {
+    /// Makes ready for jobs on `session`.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start<S: Session + Send + 'static>(session: S) -> std::io::Result<Jobs> {
+        let table = Arc::new(Mutex::new(Table::default()));
+        let (orders, receiver) = channel();
+        let shared = Arc::clone(&table);
+        let thread = std::thread::Builder::new()
+            .name("jobs".to_owned())
+            .spawn(move || serve(&session, &receiver, &shared))?;
+        Ok(Jobs {
+            table,
+            orders: Some(orders),
+            thread: Some(thread),
+        })
+    }
+
+    /// Starts a job and returns its number.
+    ///
+    /// # Errors
+    /// There are too many.
+    pub fn submit(&self, job: Job) -> Result<u64, String> {
+        let mut table = lock(&self.table);
+        if table.jobs.len() >= JOBS_MAX {
+            return Err(format!("{JOBS_MAX} jobs are in progress already"));
+        }
+        table.last += 1;
+        let id = table.last;
+        table.jobs.insert(id, Entry::default());
+        let sent = self.orders.as_ref().map(|orders| orders.send((id, job)));
+        match sent {
+            Some(Ok(())) => Ok(id),
+            _ => Err("the client is going down".to_owned()),
+        }
+    }
+
+    /// Every job that was not forgotten.
+    #[must_use]
+    pub fn reports(&self) -> Vec<JobReport> {
+        lock(&self.table)
+            .jobs
+            .iter()
+            .map(|(id, entry)| JobReport {
+                id: *id,
+                progress: Progress {
+                    entries: entry.progress.entries(),
+                    bytes: entry.progress.bytes(),
+                },
+                outcome: entry.outcome.clone(),
+            })
+            .collect()
+    }
+
+    /// Forgets a job that has ended; one that goes on is forgotten by nobody.
+    pub fn forget(&self, id: u64) {
+        let mut table = lock(&self.table);
+        if table.jobs.get(&id).is_some_and(|e| e.outcome.is_some()) {
+            table.jobs.remove(&id);
+        }
+    }
+}
+
+impl Drop for Jobs {
+    /// Waits for the jobs: whoever drops this has closed the session, or waits for their work.
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock(table: &Mutex<Table>) -> MutexGuard<'_, Table> {
+    table.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs jobs until there can be no more.
+fn serve<S: Session + Send>(session: &S, orders: &Receiver<(u64, Job)>, table: &Mutex<Table>) {
+    let finish = |id, outcome| {
+        if let Some(entry) = lock(table).jobs.get_mut(&id) {
+            entry.outcome = Some(outcome);
+        }
+    };
+    // A session has one tree; it is opened by the first job and shared by all.
+    let mut tree: Option<Arc<Tree<'_, S>>> = None;
+    std::thread::scope(|scope| {
+        for (id, job) in orders {
+            let opened = match &tree {
+                Some(tree) => Ok(Arc::clone(tree)),
+                None => Tree::open(session).map(Arc::new),
+            };
+            let opened = match opened {
+                Ok(opened) => opened,
+                Err(error) => {
+                    let reason = error.to_string();
+                    finish(id, Outcome::Failed { reason });
+                    continue;
+                }
+            };
+            tree = Some(Arc::clone(&opened));
+            let progress = match lock(table).jobs.get(&id) {
+                Some(entry) => Arc::clone(&entry.progress),
+                None => continue,
+            };
+            scope.spawn(move || finish(id, execute(&opened, &job, &progress)));
+        }
+    });
+}
+
+/// Does a job to its end.
+pub fn execute<S: Session + ?Sized>(
+    tree: &Tree<'_, S>,
+    job: &Job,
+    progress: &TreeProgress,
+) -> Outcome {
+    let done = match job {
+        Job::Store {
+            input,
+            share,
+            shares,
+        } => store_share(tree, &input.0, *share, *shares, progress),
+        Job::Verify { input, since } => verify(tree, &input.0, *since, progress),
+        Job::Files(job) => files::execute(tree, job, progress).map(|lines| Outcome::Output { lines }),
+    };
+    done.unwrap_or_else(|reason| Outcome::Failed { reason })
+}
+
+fn store_share<S: Session + ?Sized>(
+    tree: &Tree<'_, S>,
+    input: &Path,
+    share: u32,
+    shares: u32,
+    progress: &TreeProgress,
+) -> Result<Outcome, String> {
+    if share >= shares {
+        return Err(format!("no share {share} of {shares}"));
+    }
+    let options = StoreOptions {
+        share: Share {
+            index: share,
+            of: shares,
+        },
+        ..StoreOptions::default()
+    };
+    let report = store::store(tree, input, &options, progress).map_err(words)?;
+    Ok(Outcome::Stored {
+        unreadable_count: report.unreadable.count,
+        unreadable: lines(&report.unreadable),
+        skipped: lines(&report.special),
+        changed: lines(&report.changed),
+    })
+}
+
+fn verify<S: Session + ?Sized>(
+    tree: &Tree<'_, S>,
+    input: &Path,
+    since: u64,
+    progress: &TreeProgress,
+) -> Result<Outcome, String> {
+    let options = CompareOptions {
+        since: Some(UNIX_EPOCH + Duration::from_secs(since)),
+        ..CompareOptions::default()
+    };
+    let compared = compare::compare(tree, input, &options, progress).map_err(words)?;
+    let checked = check::check(tree, &CheckOptions::default()).map_err(words)?;
+    let mut problems = lines(&compared.mismatches);
+    problems.extend(lines(&checked.problems));
+    Ok(Outcome::Verified {
+        entries: compared.entries,
+        bytes: compared.bytes,
+        mismatches: compared.mismatches.count,
+        partial_operations: checked.problems.count,
+        problems,
+        changed: lines(&compared.changed),
+    })
+}
+
+fn lines(notes: &Notes) -> Vec<String> {
+    notes
+        .list
+        .iter()
+        .take(NOTES_MAX)
+        .map(ToString::to_string)
+        .collect()
+}
+
+/// An error with its causes.
+pub(crate) fn words(error: impl std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}
