@@ -215,6 +215,22 @@ pub(crate) fn open_directory(parent: &OwnedFd, name: &[u8]) -> Result<OwnedFd, E
     rustix::fs::openat(parent, c_name(name)?, flags, Mode::empty())
 }
 
+/// Opens a directory by its path from an open one, also where the path is longer than a system
+/// call takes.
+pub(crate) fn open_beneath(root: &OwnedFd, path: &[u8]) -> Result<OwnedFd, Errno> {
+    /// Below Linux's `PATH_MAX` with the longest name to spare.
+    const PIECE_MAX: usize = 3800;
+    let mut at = None;
+    let mut rest = path;
+    while rest.len() > PIECE_MAX {
+        let cut = rest[..PIECE_MAX].iter().rposition(|&b| b == b'/');
+        let (piece, after) = rest.split_at(cut.ok_or(Errno::NAMETOOLONG)?);
+        at = Some(open_directory(at.as_ref().unwrap_or(root), piece)?);
+        rest = &after[1..];
+    }
+    open_directory(at.as_ref().unwrap_or(root), rest)
+}
+
 /// Opens a file within an open directory. Never blocks, should it have become a FIFO.
 pub(crate) fn open_file(parent: &OwnedFd, name: &[u8]) -> Result<File, Errno> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;

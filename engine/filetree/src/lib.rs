@@ -17,7 +17,9 @@
 //! sets them); extended attributes.
 #![forbid(unsafe_code)]
 
+pub mod compare;
 mod error;
+pub mod fetch;
 mod input;
 pub mod layout;
 pub mod local;

@@ -40,6 +40,7 @@ use crate::plan::Plan;
 
 mod change;
 mod content;
+mod many;
 mod remove;
 mod upload;
 
@@ -392,9 +393,15 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         let home = self.layout.home(ino);
         let range = layout::inode_range(ino);
         let page = self.session.scan(home, range, None, INODE_SCAN_BYTES)?;
+        self.assemble(ino, page.entries)
+    }
+
+    /// Makes an inode and its count of the objects of its slot.
+    fn assemble(&self, ino: Ino, objects: Vec<(Key, Bytes)>) -> Result<StatRead, TreeError> {
+        let home = self.layout.home(ino);
         let mut inode = None;
         let mut count = None;
-        for (key, value) in page.entries {
+        for (key, value) in objects {
             match layout::inode_part(&key) {
                 Some(InodePart::Inode) => inode = Some(value),
                 Some(InodePart::Count) => count = Some(value),
