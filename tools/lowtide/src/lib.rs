@@ -7,6 +7,7 @@
 //!   [`address`]: where its nodes listen.
 //! - [`fault`]: what `run` can break; [`input`]: what it stores; [`report`]: what it found.
 //! - [`supervisor`]: the run itself.
+//! - [`jobs`], [`files`]: what a client process does with the tree.
 //! - [`control`]: how node processes take orders; [`engine`]: the one place that meets the engine.
 #![forbid(unsafe_code)]
 
@@ -17,7 +18,9 @@ pub mod config;
 pub mod control;
 pub mod engine;
 pub mod fault;
+pub mod files;
 pub mod input;
+pub mod jobs;
 pub mod report;
 pub mod state;
 pub mod supervisor;
