@@ -167,9 +167,9 @@ pub struct NodeArgs {
     /// The node's file
     #[arg(long, value_name = "FILE.toml")]
     pub config: PathBuf,
-    /// Die together with the process that started this one
-    #[arg(long)]
-    pub supervised: bool,
+    /// Die together with this process, which must be the parent
+    #[arg(long, value_name = "PID")]
+    pub supervised: Option<i32>,
 }
 
 const NODE_AFTER_HELP: &str = "\

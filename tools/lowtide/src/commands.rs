@@ -3,8 +3,11 @@
 use std::fmt::Display;
 
 use crate::cli::{Cli, Command, RunArgs};
+use crate::control::{FileJob, RawPath};
 
+mod files;
 mod log;
+mod node;
 mod run;
 mod status;
 
@@ -62,6 +65,38 @@ pub fn execute(cli: Cli) -> Result<(), Failure> {
         Some(Command::Run(args)) => run::run(args),
         Some(Command::Status(args)) => status::status(&args),
         Some(Command::Log(args)) => log::log(&args),
-        Some(_) => Err(Failure::usage("not yet")),
+        Some(Command::Node(args)) => node::node(&args),
+        Some(Command::Put(args)) => {
+            let (from, to) = (files::local(&args.from)?, RawPath(args.to));
+            files::run(&args.cluster, FileJob::Put { from, to })
+        }
+        Some(Command::Get(args)) => {
+            let (from, to) = (RawPath(args.from), files::local(&args.to)?);
+            files::run(&args.cluster, FileJob::Get { from, to })
+        }
+        Some(Command::Ls(args)) => {
+            let (path, long) = (RawPath(args.path), args.long);
+            files::run(&args.cluster, FileJob::Ls { path, long })
+        }
+        Some(Command::Mkdir(args)) => {
+            let (path, parents) = (RawPath(args.path), args.parents);
+            files::run(&args.cluster, FileJob::Mkdir { path, parents })
+        }
+        Some(Command::Mv(args)) => {
+            let (from, to) = (RawPath(args.from), RawPath(args.to));
+            files::run(&args.cluster, FileJob::Mv { from, to })
+        }
+        Some(Command::Ln(args)) => {
+            let job = FileJob::Ln {
+                target: RawPath(args.target),
+                name: RawPath(args.name),
+                symbolic: args.symbolic,
+            };
+            files::run(&args.cluster, job)
+        }
+        Some(Command::Rm(args)) => {
+            let (path, recursive) = (RawPath(args.path), args.recursive);
+            files::run(&args.cluster, FileJob::Rm { path, recursive })
+        }
     }
 }

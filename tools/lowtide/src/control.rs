@@ -22,7 +22,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::NodeStatus;
+use crate::engine::Status;
 
 /// Longest line in either direction, in bytes. A listing of a large directory is the largest.
 const LINE_MAX: u64 = 64 << 20;
@@ -85,7 +85,7 @@ pub enum Answer {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct NodeReport {
     /// The engine's view.
-    pub status: NodeStatus,
+    pub status: Status,
     /// Jobs that were started and not yet forgotten.
     pub jobs: Vec<JobReport>,
 }

@@ -1,125 +1,105 @@
 //! The one place where the command meets the engine's node runtime.
 //!
-//! [`NodeStatus`] is what the rest of the command knows of a running node; it travels over the
-//! control socket and into reports.
-
-use lowtide_engine::medium::power::apply_power_loss;
-use serde::{Deserialize, Serialize};
+//! A node's [`Status`] travels unchanged over the control socket and into reports.
 
 use std::path::Path;
 
-use crate::config::{Provider, Role};
+use lowtide_engine::medium::power::apply_power_loss;
+use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, StartError};
+pub use lowtide_engine::status::{NodeCounters, Status};
+use lowtide_engine_core::ids::NodeId;
 
-/// How a node is, as far as the command needs to know.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct NodeStatus {
-    /// Number of the node.
-    pub id: u32,
-    /// Its role; `None` before the node has started.
-    pub role: Option<Role>,
-    /// Its life.
-    pub incarnation: u64,
-    /// Its epoch.
-    pub epoch: u64,
-    /// The global minimum as it knows it.
-    pub minimum: u64,
-    /// The root's term as it knows it.
-    pub term: u64,
-    /// Stage of recovery, in the protocol's words; `complete` when there is nothing to recover.
-    pub stage: String,
-    /// Who holds the minimum back, if anybody does.
-    pub blocked_by: Option<String>,
-    /// Root only: every member and its life.
-    pub members: Vec<MemberStatus>,
-    /// Counts since this life began.
-    pub counters: Counters,
-    /// Latency of operations at a client.
-    pub latency: Latency,
+use crate::config::{Cluster, NodeFile, Provider, Role};
+
+/// Starts the node that a file describes.
+///
+/// # Errors
+/// Its state cannot be opened, its address cannot be had.
+pub fn start(file: &NodeFile) -> Result<NodeHandle, StartError> {
+    node::start(NodeConfig {
+        dir: file.dir.clone(),
+        loss_percent: file.loss_percent,
+        seed: file.seed,
+        power_fail: file.record_unsynced,
+        ..config(&file.cluster, &file.member.name)
+    })
 }
 
-impl NodeStatus {
-    /// Whether the node has nothing left to recover.
-    #[must_use]
-    pub fn is_complete(&self) -> bool {
-        self.stage.eq_ignore_ascii_case("complete")
-    }
+/// Joins a cluster as one of its clients, without any state.
+///
+/// # Errors
+/// The client's address cannot be had.
+pub fn join(cluster: &Cluster, client: &str) -> Result<NodeHandle, StartError> {
+    node::start(config(cluster, client))
 }
 
-/// A member as the root sees it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct MemberStatus {
-    /// Number of the node.
-    pub id: u32,
-    /// Its newest life.
-    pub incarnation: u64,
-    /// Whether that life is a member in good standing (neither joining nor being evicted).
-    pub live: bool,
-}
-
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident: $combine:ident,)*) => {
-        /// Counts of one node since its life began, or sums over lives and nodes.
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-        #[serde(default)]
-        pub struct Counters {
-            $($(#[$doc])* pub $name: u64,)*
-        }
-
-        impl Counters {
-            /// Counts of two lives or two nodes taken together.
-            #[must_use]
-            pub fn and(self, other: Counters) -> Counters {
-                Counters { $($name: combine::$combine(self.$name, other.$name),)* }
-            }
-        }
+/// The settings that follow from the cluster alone; `name` is one of its members.
+fn config(cluster: &Cluster, name: &str) -> NodeConfig {
+    let id_of = |name: &str| {
+        let member = cluster.member(name);
+        NodeId(member.expect("checked when the cluster was loaded").id)
     };
-}
-
-mod combine {
-    pub(super) fn sum(a: u64, b: u64) -> u64 {
-        a + b
+    let me = cluster.member(name).expect("the caller looked it up");
+    NodeConfig {
+        peers: cluster
+            .members
+            .iter()
+            .map(|member| Peer {
+                id: NodeId(member.id),
+                role: role(member.role),
+                addr: member.address,
+            })
+            .collect(),
+        via: cluster
+            .routes
+            .iter()
+            .filter(|route| route.client == name)
+            .map(|route| (id_of(&route.home), id_of(&route.proxy)))
+            .collect(),
+        ..NodeConfig::new(NodeId(me.id), role(me.role), me.address)
     }
-    pub(super) fn largest(a: u64, b: u64) -> u64 {
-        a.max(b)
+}
+
+fn role(role: Role) -> node::Role {
+    match role {
+        Role::Root => node::Role::Root,
+        Role::Meta => node::Role::Meta,
+        Role::Object => node::Role::Object,
+        Role::Proxy => node::Role::Proxy,
+        Role::Client => node::Role::Client,
+        Role::Router => node::Role::Router,
     }
 }
 
-counters! {
-    /// Operations stamped by this client.
-    operations: sum,
-    /// Operations of this client that are not yet stable: a level, not a count.
-    in_flight: sum,
-    /// Operations sent again to a destination that had lost them.
-    replayed: sum,
-    /// Operations completed for a source that died.
-    completed: sum,
-    /// Operations undone.
-    undone: sum,
-    /// Undo records written.
-    undo_appended: sum,
-    /// Undo records let go because the minimum passed them.
-    undo_purged: sum,
-    /// Undo records used.
-    undo_rolled_back: sum,
-    /// Windows sent to destinations.
-    windows_sent: sum,
-    /// Windows discarded because the minimum passed them.
-    windows_discarded: sum,
-    /// Most windows held at once for one destination.
-    windows_held_max: largest,
+/// Whether a node has nothing left to recover.
+#[must_use]
+pub fn is_complete(status: &Status) -> bool {
+    status.stage.eq_ignore_ascii_case("complete")
 }
 
-/// Percentiles of the time from submission to execution, in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Latency {
-    /// Half of all operations are faster.
-    pub p50: u64,
-    /// 99 of 100.
-    pub p99: u64,
-    /// 999 of 1000.
-    pub p999: u64,
+/// Counts of two lives or two nodes taken together: sums, and the larger of two peaks.
+#[must_use]
+pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
+    NodeCounters {
+        operations: a.operations + b.operations,
+        in_flight: a.in_flight + b.in_flight,
+        replayed: a.replayed + b.replayed,
+        completed: a.completed + b.completed,
+        undone: a.undone + b.undone,
+        undo_appended: a.undo_appended + b.undo_appended,
+        undo_purged: a.undo_purged + b.undo_purged,
+        undo_rolled_back: a.undo_rolled_back + b.undo_rolled_back,
+        windows_sent: a.windows_sent + b.windows_sent,
+        windows_discarded: a.windows_discarded + b.windows_discarded,
+        windows_held_max: a.windows_held_max.max(b.windows_held_max),
+        messages_sent: a.messages_sent + b.messages_sent,
+        message_bytes_sent: a.message_bytes_sent + b.message_bytes_sent,
+        pings_sent: a.pings_sent + b.pings_sent,
+        frames_dropped: a.frames_dropped + b.frames_dropped,
+        datagrams_dropped: a.datagrams_dropped + b.datagrams_dropped,
+        evicted: a.evicted + b.evicted,
+        minimum_lag_max_ms: a.minimum_lag_max_ms.max(b.minimum_lag_max_ms),
+    }
 }
 
 /// The transport behind a choice, as reports name it.
@@ -167,24 +147,38 @@ mod tests {
 
     #[test]
     fn lives_add_up_and_peaks_do_not() {
-        let a = Counters {
+        let a = NodeCounters {
             operations: 5,
             windows_held_max: 7,
-            ..Counters::default()
+            ..NodeCounters::default()
         };
-        let b = Counters {
+        let b = NodeCounters {
             operations: 6,
             windows_held_max: 3,
-            ..Counters::default()
+            ..NodeCounters::default()
         };
-        let both = a.and(b);
+        let both = together(a, b);
         assert_eq!((both.operations, both.windows_held_max), (11, 7));
     }
 
     #[test]
     fn an_older_nodes_status_is_understood() {
-        let status: NodeStatus = serde_json::from_str(r#"{"id":3,"later":1}"#).unwrap();
+        let status: Status = serde_json::from_str(r#"{"id":3,"later":1}"#).unwrap();
         assert_eq!(status.id, 3);
-        assert!(!status.is_complete());
+        assert!(!is_complete(&status));
+    }
+
+    #[test]
+    fn a_client_goes_through_its_own_proxies_only() {
+        let text = include_str!("../tests/data/cluster.toml");
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("cluster.toml");
+        std::fs::write(&file, text).unwrap();
+        let cluster = Cluster::load(&file).unwrap();
+        let client = config(&cluster, "client1");
+        assert_eq!(client.id, NodeId(6));
+        assert_eq!(client.peers.len(), cluster.members.len());
+        assert_eq!(client.via, [(NodeId(2), NodeId(4))]);
+        assert_eq!(config(&cluster, "meta0").via, []);
     }
 }

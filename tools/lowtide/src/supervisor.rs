@@ -260,7 +260,7 @@ impl<'a> Run<'a> {
                 let (_, worst) = self
                     .nodes
                     .iter()
-                    .find(|(_, n)| !n.is_answering() || !n.last().status.is_complete())
+                    .find(|(_, n)| !n.is_answering() || !engine::is_complete(&n.last().status))
                     .or(self.nodes.of_role(Role::Root).next())
                     .expect("every cluster has a root");
                 return Err(RunError::NotStarted {
@@ -404,7 +404,8 @@ impl<'a> Run<'a> {
                 0 => 0,
                 _ => self.nodes.epoch().saturating_sub(self.nodes.root().minimum),
             },
-            max_lag_ms: self.minimum.longest.as_millis() as u64,
+            // The root's own measure is finer but ends with its life.
+            max_lag_ms: (self.minimum.longest.as_millis() as u64).max(totals.minimum_lag_max_ms),
         };
         report.windows = WindowReport {
             sent: totals.windows_sent,

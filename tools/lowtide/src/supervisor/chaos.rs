@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::nodes::{NodeIndex, Nodes, NodesError};
 use crate::control::Order;
-use crate::engine::{Counters, NodeStatus};
+use crate::engine::{NodeCounters, Status};
 use crate::fault::{Fault, Percent};
 use crate::report::FaultReport;
 
@@ -34,7 +34,7 @@ struct Injected {
     effect: Effect,
     /// When its cause was over; recovery is judged by reports that arrive later.
     over: Option<Instant>,
-    before: Counters,
+    before: NodeCounters,
 }
 
 /// A node that a fault strikes, and its life in the root's view when that happened.
@@ -94,7 +94,7 @@ impl Chaos {
                 victims: Vec::new(),
                 effect: Effect::Death { tell_root: false },
                 over: Some(now),
-                before: Counters::default(),
+                before: NodeCounters::default(),
             });
         }
         self
@@ -231,7 +231,7 @@ fn life_in_view(nodes: &Nodes, victim: NodeIndex) -> u64 {
     member(root, id).map_or(0, |(incarnation, _)| incarnation)
 }
 
-fn member(root: &NodeStatus, id: u32) -> Option<(u64, bool)> {
+fn member(root: &Status, id: u32) -> Option<(u64, bool)> {
     root.members
         .iter()
         .find(|m| m.id == id)

@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::nodes::Nodes;
 use crate::control::Progress;
+use crate::engine;
 use crate::report::Size;
 
 /// Time between two plain lines.
@@ -58,7 +59,7 @@ impl Moment {
                     Some(format!("{name} down"))
                 } else if !node.is_answering() {
                     Some(format!("{name} silent"))
-                } else if status.is_complete() {
+                } else if engine::is_complete(status) {
                     None
                 } else {
                     Some(format!("{name} {}", status.stage))

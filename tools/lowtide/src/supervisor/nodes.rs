@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::child::{Child, Program, describe_exit, log_tail};
 use crate::config::{Cluster, Member, Role};
 use crate::control::{Answer, Control, ControlError, NodeReport, Order};
-use crate::engine::{Counters, NodeStatus};
+use crate::engine::{self, NodeCounters, Status};
 use crate::report::MemoryReport;
 use crate::state;
 
@@ -76,7 +76,7 @@ pub struct Node {
     restart_at: Option<Instant>,
     deaths: VecDeque<Instant>,
     /// Counts of lives that are over.
-    past: Counters,
+    past: NodeCounters,
     /// The last report of the current life, or of the last one.
     last: NodeReport,
     /// When that report arrived.
@@ -116,6 +116,7 @@ impl Nodes {
                             "--config".into(),
                             dir.join("node.toml").into(),
                             "--supervised".into(),
+                            std::process::id().to_string().into(),
                         ],
                         log: dir.join("log"),
                         control: state::control_socket(state, &member.name),
@@ -123,7 +124,7 @@ impl Nodes {
                     child: None,
                     restart_at: None,
                     deaths: VecDeque::new(),
-                    past: Counters::default(),
+                    past: NodeCounters::default(),
                     last: NodeReport::default(),
                     arrived: None,
                     memory: MemoryReport::default(),
@@ -243,7 +244,7 @@ impl Nodes {
 
     /// The root's last status.
     #[must_use]
-    pub fn root(&self) -> &NodeStatus {
+    pub fn root(&self) -> &Status {
         let (_, root) = self
             .of_role(Role::Root)
             .next()
@@ -253,10 +254,12 @@ impl Nodes {
 
     /// Counts of all nodes and lives.
     #[must_use]
-    pub fn totals(&self) -> Counters {
+    pub fn totals(&self) -> NodeCounters {
         self.nodes
             .iter()
-            .fold(Counters::default(), |sum, node| sum.and(node.counters()))
+            .fold(NodeCounters::default(), |sum, node| {
+                engine::together(sum, node.counters())
+            })
     }
 
     /// The largest epoch any node reported.
@@ -284,7 +287,7 @@ impl Nodes {
             };
             let known = node.member.role == Role::Root
                 || seen.is_some_and(|m| m.live && m.incarnation == report.status.incarnation);
-            arrived > since && report.status.is_complete() && known
+            arrived > since && engine::is_complete(&report.status) && known
         })
     }
 
@@ -350,8 +353,8 @@ impl Node {
 
     /// Counts of all its lives.
     #[must_use]
-    pub fn counters(&self) -> Counters {
-        self.past.and(self.last.status.counters)
+    pub fn counters(&self) -> NodeCounters {
+        engine::together(self.past, self.last.status.counters)
     }
 
     /// Its memory at its largest over all lives.
@@ -367,11 +370,11 @@ impl Node {
     }
 
     fn start(&mut self) -> Result<(), NodesError> {
-        let ended = Counters {
+        let ended = NodeCounters {
             in_flight: 0,
             ..self.last.status.counters
         };
-        self.past = self.past.and(ended);
+        self.past = engine::together(self.past, ended);
         self.last = NodeReport::default();
         self.restart_at = None;
         self.life += 1;
