@@ -95,9 +95,15 @@ impl LogConfig {
     }
 
     fn check(&self) {
-        assert!(self.segment_bytes.is_multiple_of(crate::medium::PAGE), "segments are whole pages");
+        assert!(
+            self.segment_bytes.is_multiple_of(crate::medium::PAGE),
+            "segments are whole pages"
+        );
         assert!(self.record_bytes_max >= 2 * ALIGN && self.record_bytes_max.is_multiple_of(ALIGN));
-        assert!(self.record_bytes_max <= self.segment_bytes / 4, "record too long for a segment");
+        assert!(
+            self.record_bytes_max <= self.segment_bytes / 4,
+            "record too long for a segment"
+        );
         assert!(self.segments_min >= 2 && self.segments_max >= self.segments_min);
     }
 
@@ -161,7 +167,9 @@ pub enum AppendError {
 #[non_exhaustive]
 pub enum ReserveError {
     /// The log is above its high-water mark until segments are recycled.
-    #[error("log above high water: {available} bytes available, {reserved} reserved, {wanted} wanted")]
+    #[error(
+        "log above high water: {available} bytes available, {reserved} reserved, {wanted} wanted"
+    )]
     HighWater {
         /// Bytes available to reservations, those made included.
         available: u64,
@@ -257,10 +265,7 @@ impl Log {
     ///
     /// # Panics
     /// If the configuration contradicts itself.
-    pub fn open(
-        volume: Arc<dyn Volume>,
-        config: LogConfig,
-    ) -> Result<(Log, Recovered), OpenError> {
+    pub fn open(volume: Arc<dyn Volume>, config: LogConfig) -> Result<(Log, Recovered), OpenError> {
         let scanned = Scanned::scan(volume, config, Arc::new(Poison::default()))?;
         let groups = OpenBody {
             durable_group: scanned.report().group_max,
@@ -278,7 +283,10 @@ impl Log {
     /// # Panics
     /// If the kind is one of the log's own.
     pub fn append(&mut self, a: Append<'_>) -> Result<Lsn, AppendError> {
-        assert!(a.kind < KIND_RESERVED, "kinds from 0xf0 on belong to the log");
+        assert!(
+            a.kind < KIND_RESERVED,
+            "kinds from 0xf0 on belong to the log"
+        );
         self.append_any(a)
     }
 
@@ -307,11 +315,16 @@ impl Log {
         if self.offset + len + ALIGN > self.shared.config.segment_bytes {
             self.next_segment(len)?;
         }
-        let body_crc = a.parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part));
+        let body_crc = a
+            .parts
+            .iter()
+            .fold(0, |crc, part| crc32c::crc32c_append(crc, part));
         let header = self.header(&a, body_len as u32, body_crc);
         let medium = &self.active().medium;
         let mut at = self.offset;
-        medium.store(at, &header.encode()).map_err(|e| self.shared.lost(e))?;
+        medium
+            .store(at, &header.encode())
+            .map_err(|e| self.shared.lost(e))?;
         at += ALIGN;
         for part in a.parts {
             medium.store(at, part).map_err(|e| self.shared.lost(e))?;
@@ -349,16 +362,28 @@ impl Log {
                 self.stalls += 1;
                 self.shared.prepare(1)?;
                 let free = self.shared.config.segment_bytes - self.offset - ALIGN;
-                self.shared.take_ready().ok_or(AppendError::Full { free, wanted })?
+                self.shared
+                    .take_ready()
+                    .ok_or(AppendError::Full { free, wanted })?
             }
         };
-        let seal = Append { kind: KIND_SEAL, flags: 0, epoch: 0, group: 0, parts: &[] };
+        let seal = Append {
+            kind: KIND_SEAL,
+            flags: 0,
+            epoch: 0,
+            group: 0,
+            parts: &[],
+        };
         let header = self.header(&seal, 0, 0);
         self.active()
             .medium
             .store(self.offset, &header.encode())
             .map_err(|e| self.shared.lost(e))?;
-        assert_eq!(next.seq, self.active().seq + 1, "segments are prepared in order");
+        assert_eq!(
+            next.seq,
+            self.active().seq + 1,
+            "segments are prepared in order"
+        );
         self.live.push(next.clone());
         self.shared.activate(next);
         self.offset = SEGMENT_START;
@@ -402,7 +427,10 @@ impl Log {
     pub fn recycle(&mut self, keep_from: Lsn) -> usize {
         let segment_bytes = self.shared.config.segment_bytes;
         let bound = keep_from.min(self.durable()).0 / segment_bytes;
-        let count = self.live[..self.live.len() - 1].iter().take_while(|s| s.seq < bound).count();
+        let count = self.live[..self.live.len() - 1]
+            .iter()
+            .take_while(|s| s.seq < bound)
+            .count();
         self.live.drain(..count);
         self.shared.release(count);
         count
@@ -411,7 +439,8 @@ impl Log {
     /// Bytes that can be appended without recycling or growth, however records fall.
     pub fn free_bytes(&self) -> u64 {
         let config = &self.shared.config;
-        let here = (config.segment_bytes - ALIGN - config.record_bytes_max).saturating_sub(self.offset);
+        let here =
+            (config.segment_bytes - ALIGN - config.record_bytes_max).saturating_sub(self.offset);
         here + self.shared.spare() as u64 * config.usable()
     }
 
@@ -428,17 +457,26 @@ impl Log {
         self.shared.check()?;
         let wanted = record_len(body_len);
         let reserved = self.reserved_bytes();
-        let available = self.free_bytes().saturating_sub(self.shared.config.reserve_bytes);
+        let available = self
+            .free_bytes()
+            .saturating_sub(self.shared.config.reserve_bytes);
         if reserved + wanted > available {
             self.shared.want_growth();
             return Err(if self.shared.is_disk_full() {
                 ReserveError::DiskFull { available, wanted }
             } else {
-                ReserveError::HighWater { available, reserved, wanted }
+                ReserveError::HighWater {
+                    available,
+                    reserved,
+                    wanted,
+                }
             });
         }
         self.reserved.fetch_add(wanted, Ordering::Relaxed);
-        Ok(Reservation { bytes: wanted, ledger: self.reserved.clone() })
+        Ok(Reservation {
+            bytes: wanted,
+            ledger: self.reserved.clone(),
+        })
     }
 
     /// Reads the record at `lsn` and verifies it.
@@ -446,21 +484,33 @@ impl Log {
     /// # Errors
     /// See [`ReadError`].
     pub fn read(&self, lsn: Lsn) -> Result<Record, ReadError> {
-        let outside = ReadError::Outside { lsn, first: self.first(), end: self.end() };
+        let outside = ReadError::Outside {
+            lsn,
+            first: self.first(),
+            end: self.end(),
+        };
         if lsn < self.first() || lsn >= self.end() {
             return Err(outside);
         }
         let segment_bytes = self.shared.config.segment_bytes;
         let index = (lsn.0 / segment_bytes - self.live[0].seq) as usize;
         let segment = self.live.get(index).ok_or(outside)?;
-        recover::read_record(segment, lsn.0 % segment_bytes, &self.shared.config, self.tag)
-            .map_err(|e| e.at(lsn))
+        recover::read_record(
+            segment,
+            lsn.0 % segment_bytes,
+            &self.shared.config,
+            self.tag,
+        )
+        .map_err(|e| e.at(lsn))
     }
 
     /// The caller's records from `from` on (a record's position, or zero for the first), in order,
     /// without those of void groups.
     pub fn iter(&self, from: Lsn) -> Records<'_> {
-        Records { log: self, next: from.max(self.first()) }
+        Records {
+            log: self,
+            next: from.max(self.first()),
+        }
     }
 
     /// Whether a group was dropped by a restart.
@@ -471,7 +521,13 @@ impl Log {
     fn append_open(&mut self, groups: OpenBody) -> Result<Lsn, OpenError> {
         let body = groups.encode();
         let group = groups.durable_group;
-        let open = Append { kind: KIND_OPEN, flags: 0, epoch: 0, group, parts: &[&body] };
+        let open = Append {
+            kind: KIND_OPEN,
+            flags: 0,
+            epoch: 0,
+            group,
+            parts: &[&body],
+        };
         self.append_any(open).map_err(OpenError::from)
     }
 }

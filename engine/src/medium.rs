@@ -164,10 +164,19 @@ impl MediumError {
         match source.kind() {
             // A sync that reports lost space has lost data: that is no refusal.
             StorageFull | QuotaExceeded | FileTooLarge if call != Call::Sync => {
-                MediumError::NoSpace { file, wanted: offset.saturating_add(len) }
+                MediumError::NoSpace {
+                    file,
+                    wanted: offset.saturating_add(len),
+                }
             }
             io::ErrorKind::NotFound if call == Call::Open => MediumError::NotFound { file },
-            _ => MediumError::Io { file, call, offset, len, source: Arc::new(source) },
+            _ => MediumError::Io {
+                file,
+                call,
+                offset,
+                len,
+                source: Arc::new(source),
+            },
         }
     }
 
@@ -229,12 +238,7 @@ pub trait Volume: Send + Sync + Debug {
 
     /// Creates a file of `len` zero bytes (replacing one of that name), with its space allocated
     /// and itself and its name durable. Atomic: see the module's trust section.
-    fn create(
-        &self,
-        name: &str,
-        len: u64,
-        access: Access,
-    ) -> Result<Arc<dyn Medium>, MediumError>;
+    fn create(&self, name: &str, len: u64, access: Access) -> Result<Arc<dyn Medium>, MediumError>;
 
     /// Removes a file, durably. Its name must not be open.
     fn remove(&self, name: &str) -> Result<(), MediumError>;
@@ -260,9 +264,10 @@ impl Poison {
     fn check(&self, file: &str) -> Result<(), MediumError> {
         match self.cause() {
             None => Ok(()),
-            Some(first) => {
-                Err(MediumError::Poisoned { file: file.to_owned(), first: first.to_owned() })
-            }
+            Some(first) => Err(MediumError::Poisoned {
+                file: file.to_owned(),
+                first: first.to_owned(),
+            }),
         }
     }
 }
@@ -279,7 +284,11 @@ pub struct Gated {
 impl Gated {
     /// Puts the gate before `inner`; `name` is used in errors.
     pub fn new(name: &str, inner: Arc<dyn Medium>, poison: Arc<Poison>) -> Gated {
-        Gated { name: name.to_owned(), inner, poison }
+        Gated {
+            name: name.to_owned(),
+            inner,
+            poison,
+        }
     }
 
     fn guard<T>(&self, result: Result<T, MediumError>) -> Result<T, MediumError> {

@@ -442,6 +442,12 @@ impl Client {
         self.counters
     }
 
+    /// The newest membership view known.
+    #[must_use]
+    pub fn view(&self) -> &crate::message::View {
+        self.member.view()
+    }
+
     /// Pings sent.
     #[must_use]
     pub fn pings(&self) -> u64 {

@@ -376,6 +376,12 @@ impl Destination {
         self.minimum_durable
     }
 
+    /// The newest membership view known.
+    #[must_use]
+    pub fn view(&self) -> &crate::message::View {
+        self.member.view()
+    }
+
     /// Pings sent.
     #[must_use]
     pub fn pings(&self) -> u64 {

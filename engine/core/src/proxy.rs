@@ -319,6 +319,12 @@ impl Proxy {
         &self.locks
     }
 
+    /// The newest membership view known.
+    #[must_use]
+    pub fn view(&self) -> &crate::message::View {
+        self.member.view()
+    }
+
     /// Pings sent.
     #[must_use]
     pub fn pings(&self) -> u64 {

@@ -81,7 +81,10 @@ impl GroupClock {
             // thread sees the new group and tries again.
             let group = self.current.load(Ordering::SeqCst);
             self.pins[group as usize & 1].fetch_add(1, Ordering::SeqCst);
-            let pin = GroupPin { clock: self.clone(), group };
+            let pin = GroupPin {
+                clock: self.clone(),
+                group,
+            };
             if self.current.load(Ordering::SeqCst) == group {
                 return pin;
             }
@@ -125,7 +128,10 @@ impl Clone for GroupPin {
     fn clone(&self) -> GroupPin {
         // The group is held open by `self`, so no check is needed.
         self.clock.pins[self.group as usize & 1].fetch_add(1, Ordering::SeqCst);
-        GroupPin { clock: self.clock.clone(), group: self.group }
+        GroupPin {
+            clock: self.clock.clone(),
+            group: self.group,
+        }
     }
 }
 
@@ -240,13 +246,14 @@ impl LogSet {
             scans.push(Scanned::scan(volume.clone(), shard, poison.clone())?);
         }
         let mut claims = Vec::new();
-        let commits = Scanned::scan_with(volume, commit_config(config), poison.clone(), &mut |r| {
-            if r.header.kind == KIND_CLAIM
-                && let Some(body) = ClaimBody::decode(&r.body)
-            {
-                claims.push((r.header.group, body));
-            }
-        })?;
+        let commits =
+            Scanned::scan_with(volume, commit_config(config), poison.clone(), &mut |r| {
+                if r.header.kind == KIND_CLAIM
+                    && let Some(body) = ClaimBody::decode(&r.body)
+                {
+                    claims.push((r.header.group, body));
+                }
+            })?;
         let groups = decide(&scans, &commits, &claims)?;
         let mut logs = Vec::new();
         let mut shards = Vec::new();
@@ -257,9 +264,26 @@ impl LogSet {
         }
         // Last, so that claims of this life follow a decision that every log knows.
         let (commits, commits_report) = commits.open(groups)?;
-        let OpenBody { durable_group, next_group } = groups;
-        let report = SetRecovered { durable_group, next_group, shards, commits: commits_report };
-        Ok((LogSet { logs, commits, poison, durable_group, next_group }, report))
+        let OpenBody {
+            durable_group,
+            next_group,
+        } = groups;
+        let report = SetRecovered {
+            durable_group,
+            next_group,
+            shards,
+            commits: commits_report,
+        };
+        Ok((
+            LogSet {
+                logs,
+                commits,
+                poison,
+                durable_group,
+                next_group,
+            },
+            report,
+        ))
     }
 
     /// The logs, by number; before the committer starts, for redo and undo at recovery.
@@ -279,8 +303,11 @@ impl LogSet {
         let clock = Arc::new(GroupClock::new(self.next_group));
         let durable_group = Arc::new(AtomicU64::new(self.durable_group));
         let stop = Arc::new(AtomicBool::new(false));
-        let ends: Vec<_> =
-            self.logs.iter().map(|log| Arc::new(AtomicU64::new(log.end().0))).collect();
+        let ends: Vec<_> = self
+            .logs
+            .iter()
+            .map(|log| Arc::new(AtomicU64::new(log.end().0)))
+            .collect();
         let work = Work {
             clock: clock.clone(),
             last: self.logs.iter().map(Log::end).collect(),
@@ -297,31 +324,50 @@ impl LogSet {
         let thread = std::thread::Builder::new()
             .name("lowtide-commit".to_owned())
             .spawn(move || work.run())
-            .map_err(|e| {
-                MediumError::from_io(COMMIT_PREFIX, crate::medium::Call::Open, 0, 0, e)
-            })?;
+            .map_err(|e| MediumError::from_io(COMMIT_PREFIX, crate::medium::Call::Open, 0, 0, e))?;
         let _ = clock.committer.set(thread.thread().clone());
         // A shard cannot publish before it has its log, so no wake-up was lost.
         let shards = self.logs.into_iter().zip(ends).map(|(log, end)| {
-            let publisher = Publisher { end, clock: clock.clone() };
+            let publisher = Publisher {
+                end,
+                clock: clock.clone(),
+            };
             ShardLog { log, publisher }
         });
         let shards = shards.collect();
-        Ok((shards, Committer { clock, durable_group, stop, thread: Some(thread) }))
+        Ok((
+            shards,
+            Committer {
+                clock,
+                durable_group,
+                stop,
+                thread: Some(thread),
+            },
+        ))
     }
 }
 
 fn shard_config(config: &SetConfig, number: u32) -> LogConfig {
     LogConfig {
         prefix: shard_prefix(number),
-        identity: LogIdentity { storage: config.storage, number },
-        must_reach: config.must_reach.get(number as usize).copied().unwrap_or_default(),
+        identity: LogIdentity {
+            storage: config.storage,
+            number,
+        },
+        must_reach: config
+            .must_reach
+            .get(number as usize)
+            .copied()
+            .unwrap_or_default(),
         ..config.shard.clone()
     }
 }
 
 fn commit_config(config: &SetConfig) -> LogConfig {
-    let identity = LogIdentity { storage: config.storage, number: COMMIT_NUMBER };
+    let identity = LogIdentity {
+        storage: config.storage,
+        number: COMMIT_NUMBER,
+    };
     LogConfig {
         segment_bytes: COMMIT_SEGMENT,
         record_bytes_max: 4096,
@@ -340,7 +386,9 @@ const _: () = assert!(
 fn count_logs(volume: &dyn Volume, wanted: u32) -> Result<u32, OpenError> {
     let mut count = wanted;
     for name in volume.list()? {
-        let number = name.strip_prefix("shard-").and_then(|rest| rest.get(..3)?.parse::<u32>().ok());
+        let number = name
+            .strip_prefix("shard-")
+            .and_then(|rest| rest.get(..3)?.parse::<u32>().ok());
         if let Some(number) = number.filter(|n| *n < LOGS_MAX) {
             count = count.max(number + 1);
         }
@@ -368,8 +416,18 @@ fn decide(
         let end = |i: usize| scans.get(i).map_or(Lsn(0), |s| s.report().end);
         (0..claim.ends.len()).find(|i| claim.ends[*i] > end(*i))
     };
-    let base = commits.opens().iter().map(|o| o.durable_group).max().unwrap_or(0);
-    let proved = claims.iter().map(|(_, c)| c.durable_group).max().unwrap_or(0).max(base);
+    let base = commits
+        .opens()
+        .iter()
+        .map(|o| o.durable_group)
+        .max()
+        .unwrap_or(0);
+    let proved = claims
+        .iter()
+        .map(|(_, c)| c.durable_group)
+        .max()
+        .unwrap_or(0)
+        .max(base);
     let mut durable = base;
     for (group, claim) in claims.iter().filter(|(group, _)| !is_void(*group)) {
         match lacking(claim) {
@@ -384,7 +442,10 @@ fn decide(
     if durable < proved {
         return Err(commits.missing(Proof::Group(proved)));
     }
-    Ok(OpenBody { durable_group: durable, next_group: group_max + 1 })
+    Ok(OpenBody {
+        durable_group: durable,
+        next_group: group_max + 1,
+    })
 }
 
 /// The committer, from outside.
@@ -485,10 +546,16 @@ impl Work {
     fn commit(&mut self) -> Result<(), LogError> {
         let group = self.clock.close();
         if self.clock.broken.load(Ordering::SeqCst) {
-            return Err(LogError { cause: "a thread panicked while appending".to_owned() });
+            return Err(LogError {
+                cause: "a thread panicked while appending".to_owned(),
+            });
         }
         // Acquire pairs with the Release in `publish`.
-        let ends: Vec<Lsn> = self.ends.iter().map(|e| Lsn(e.load(Ordering::Acquire))).collect();
+        let ends: Vec<Lsn> = self
+            .ends
+            .iter()
+            .map(|e| Lsn(e.load(Ordering::Acquire)))
+            .collect();
         if ends == self.last {
             return Ok(());
         }
@@ -498,7 +565,9 @@ impl Work {
         }
         self.commits_sync.sync(self.commits.end())?;
         if let Some(cause) = self.poison.cause() {
-            return Err(LogError { cause: cause.to_owned() });
+            return Err(LogError {
+                cause: cause.to_owned(),
+            });
         }
         // Release pairs with the Acquire in `DurableGroup::get`.
         self.durable_group.store(group, Ordering::Release);
@@ -514,12 +583,20 @@ impl Work {
         let durable = self.durable_group.load(Ordering::Relaxed);
         ClaimBody::encode_into(durable, ends, &mut self.body);
         let parts = [&self.body[..]];
-        let claim = Append { kind: KIND_CLAIM, flags: 0, epoch: 0, group, parts: &parts };
+        let claim = Append {
+            kind: KIND_CLAIM,
+            flags: 0,
+            epoch: 0,
+            group,
+            parts: &parts,
+        };
         self.commits.append_any(claim).map_err(|error| match error {
             super::AppendError::Poisoned(e) => e,
             // Each durable claim frees the segments before it, so this needs a disk that was full
             // when the log was created.
-            other => LogError { cause: other.to_string() },
+            other => LogError {
+                cause: other.to_string(),
+            },
         })
     }
 

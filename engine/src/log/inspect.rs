@@ -102,15 +102,27 @@ pub fn inspect_volume(volume: &dyn Volume, only: Option<&str>) -> Result<Entries
             Some(bytes) => SegmentHeader::decode(&bytes).ok(),
             None => None,
         };
-        let prefix = name.rsplit_once('-').map_or("", |(prefix, _)| prefix).to_owned();
-        files.push(File { name, prefix, medium, len, header });
+        let prefix = name
+            .rsplit_once('-')
+            .map_or("", |(prefix, _)| prefix)
+            .to_owned();
+        files.push(File {
+            name,
+            prefix,
+            medium,
+            len,
+            header,
+        });
     }
     files.sort_by(|a, b| {
         let key = |f: &File| (f.prefix.clone(), f.header.map_or(u64::MAX, |h| h.seq));
         key(a).cmp(&key(b))
     });
     files.reverse();
-    Ok(Entries { files, current: None })
+    Ok(Entries {
+        files,
+        current: None,
+    })
 }
 
 #[derive(Debug)]
@@ -139,8 +151,11 @@ impl Iterator for Entries {
             return Some(self.step(file, segment, offset));
         }
         let file = self.files.pop()?;
-        let entry =
-            Entry::Segment { file: file.name.clone(), len: file.len, header: file.header };
+        let entry = Entry::Segment {
+            file: file.name.clone(),
+            len: file.len,
+            header: file.header,
+        };
         if let Some(header) = file.header {
             self.current = Some((file, header, SEGMENT_START));
         }
@@ -155,7 +170,11 @@ impl Entries {
         segment: SegmentHeader,
         offset: u64,
     ) -> Result<Entry, MediumError> {
-        let end = |verdict| Entry::End { file: file.name.clone(), offset, verdict };
+        let end = |verdict| Entry::End {
+            file: file.name.clone(),
+            offset,
+            verdict,
+        };
         let Some(bytes) = read_slot(&*file.medium, offset, file.len)? else {
             return Ok(end(Verdict::Sealed));
         };
@@ -165,7 +184,10 @@ impl Entries {
             Err(BadHeader::Damaged) => return Ok(end(Verdict::Damaged)),
             Err(BadHeader::Version(v)) => return Ok(end(Verdict::Version(u32::from(v)))),
         };
-        let expected = Lsn(segment.seq.wrapping_mul(segment.segment_bytes).wrapping_add(offset));
+        let expected = Lsn(segment
+            .seq
+            .wrapping_mul(segment.segment_bytes)
+            .wrapping_add(offset));
         if header.lsn != expected || header.tag != segment.identity.tag() {
             return Ok(end(Verdict::Unwritten));
         }
@@ -176,9 +198,18 @@ impl Entries {
         let mut body = vec![0u8; header.body_len as usize];
         file.medium.read(body_at, &mut body)?;
         let body = (crc32c::crc32c(&body) == header.body_crc).then_some(body);
-        let record = Entry::Record { file: file.name.clone(), offset, header, body };
+        let record = Entry::Record {
+            file: file.name.clone(),
+            offset,
+            header,
+            body,
+        };
         // A seal is followed by nothing: the walk ends behind the file.
-        let next = if header.kind == KIND_SEAL { file.len } else { offset + header.total_len() };
+        let next = if header.kind == KIND_SEAL {
+            file.len
+        } else {
+            offset + header.total_len()
+        };
         self.current = Some((file, segment, next));
         Ok(record)
     }

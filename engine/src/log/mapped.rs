@@ -54,7 +54,12 @@ impl MappedFile {
         }
         install_sigbus_handler();
         let map = MmapOptions::new().populate().map_raw(&file).map_err(io)?;
-        Ok(MappedFile { name: name.to_owned(), map, file, mode })
+        Ok(MappedFile {
+            name: name.to_owned(),
+            map,
+            file,
+            mode,
+        })
     }
 
     fn words(&self) -> &[AtomicU64] {
@@ -75,7 +80,13 @@ impl MappedFile {
         if offset.checked_add(len).is_some_and(|end| end <= size) {
             return Ok(());
         }
-        Err(MediumError::OutOfRange { file: self.name.clone(), call, offset, len, size })
+        Err(MediumError::OutOfRange {
+            file: self.name.clone(),
+            call,
+            offset,
+            len,
+            size,
+        })
     }
 }
 

@@ -146,7 +146,10 @@ pub const fn record_len(body_len: u64) -> u64 {
 }
 
 const _: () = assert!(record_len(0) == ALIGN && record_len(1) == 2 * ALIGN);
-const _: () = assert!(8 + 8 + 8 + 8 + 8 + 4 + 4 + 4 + 4 + 8 == ALIGN, "header fields fill it");
+const _: () = assert!(
+    8 + 8 + 8 + 8 + 8 + 4 + 4 + 4 + 4 + 8 == ALIGN,
+    "header fields fill it"
+);
 
 /// Body of a [`KIND_OPEN`] record: what the restart decided about commit groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,7 +178,10 @@ impl OpenBody {
         if body.len() != Self::LEN {
             return None;
         }
-        let open = OpenBody { durable_group: u64_at(body, 0), next_group: u64_at(body, 8) };
+        let open = OpenBody {
+            durable_group: u64_at(body, 0),
+            next_group: u64_at(body, 8),
+        };
         (open.durable_group < open.next_group).then_some(open)
     }
 }
@@ -201,7 +207,9 @@ impl ClaimBody {
 
     /// Decodes the body; `None` if it makes no sense.
     pub fn decode(body: &[u8]) -> Option<ClaimBody> {
-        let (words, []) = body.as_chunks::<8>() else { return None };
+        let (words, []) = body.as_chunks::<8>() else {
+            return None;
+        };
         let (first, ends) = words.split_first()?;
         Some(ClaimBody {
             durable_group: u64::from_le_bytes(*first),
@@ -278,7 +286,10 @@ impl SegmentHeader {
         }
         let storage = u128::from(u64_at(bytes, 16)) | u128::from(u64_at(bytes, 24)) << 64;
         Ok(SegmentHeader {
-            identity: LogIdentity { storage, number: u32_at(bytes, 12) },
+            identity: LogIdentity {
+                storage,
+                number: u32_at(bytes, 12),
+            },
             seq: u64_at(bytes, 32),
             segment_bytes: u64_at(bytes, 40),
         })

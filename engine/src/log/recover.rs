@@ -142,7 +142,9 @@ pub enum OpenError {
         seq: u64,
     },
     /// Records are missing that are proved to have been durable.
-    #[error("log {log}: committed records are missing from position {gap} on ({reason}); proof: {proof}")]
+    #[error(
+        "log {log}: committed records are missing from position {gap} on ({reason}); proof: {proof}"
+    )]
     CommittedMissing {
         /// The log's file prefix.
         log: String,
@@ -178,7 +180,10 @@ impl From<AppendError> for OpenError {
         match error {
             AppendError::Poisoned(e) => OpenError::Poisoned(e),
             AppendError::Full { wanted, .. } | AppendError::TooLong { len: wanted, .. } => {
-                OpenError::Medium(MediumError::NoSpace { file: "log".to_owned(), wanted })
+                OpenError::Medium(MediumError::NoSpace {
+                    file: "log".to_owned(),
+                    wanted,
+                })
             }
         }
     }
@@ -235,7 +240,11 @@ pub(super) fn read_record(
     }
     // A seal fills up to the very end; anything else leaves room for one.
     let is_seal = header.kind == KIND_SEAL;
-    let fits = if is_seal { header.body_len == 0 } else { header.total_len() + ALIGN <= room };
+    let fits = if is_seal {
+        header.body_len == 0
+    } else {
+        header.total_len() + ALIGN <= room
+    };
     if !fits || header.total_len() > config.record_bytes_max {
         return bad(StopReason::WrongLength(header.body_len));
     }
@@ -338,11 +347,15 @@ impl Scanned {
         visit: &mut dyn FnMut(&Record),
     ) -> Result<(), OpenError> {
         let tag = self.config.identity.tag();
-        let Some(newest) = chain.last() else { return Ok(()) };
+        let Some(newest) = chain.last() else {
+            return Ok(());
+        };
         let (mut index, mut offset) = (0, SEGMENT_START);
         let end_of_chain = Lsn((newest.seq + 1) * self.config.segment_bytes + SEGMENT_START);
         let reason = loop {
-            let Some(segment) = chain.get(index) else { break StopReason::NoSegment };
+            let Some(segment) = chain.get(index) else {
+                break StopReason::NoSegment;
+            };
             let record = match read_record(segment, offset, &self.config, tag) {
                 Ok(record) => record,
                 Err(RecordError::Bad(reason)) => break reason,
@@ -364,11 +377,20 @@ impl Scanned {
         self.report.end = lsn;
         self.report.generation = self.next_generation - 1;
         self.end_offset = offset;
-        let mut stop = Stop { lsn, file, offset, reason, intact_beyond: 0 };
+        let mut stop = Stop {
+            lsn,
+            file,
+            offset,
+            reason,
+            intact_beyond: 0,
+        };
         let proof = self.probe(&chain[index.min(chain.len())..], offset, &mut stop)?;
         self.report.stop = Some(stop);
         self.after = chain;
-        self.live = self.after.drain(..(index + 1).min(self.after.len())).collect();
+        self.live = self
+            .after
+            .drain(..(index + 1).min(self.after.len()))
+            .collect();
         match proof {
             Some(proof) => Err(self.missing(proof)),
             None => Ok(()),
@@ -386,7 +408,10 @@ impl Scanned {
             || header.generation == u32::MAX
             || !(is_first || opens || header.generation == current)
         {
-            return Err(StopReason::WrongGeneration { found: header.generation, current });
+            return Err(StopReason::WrongGeneration {
+                found: header.generation,
+                current,
+            });
         }
         if header.kind == KIND_OPEN {
             let body = OpenBody::decode(&record.body).ok_or(StopReason::Malformed)?;
@@ -419,7 +444,9 @@ impl Scanned {
                 segment.medium.read(at, &mut buffer[..len])?;
                 let (slots, _) = buffer[..len].as_chunks::<{ ALIGN as usize }>();
                 for (slot, lsn) in slots.iter().zip((base + at..).step_by(ALIGN as usize)) {
-                    let Ok(header) = RecordHeader::decode(slot) else { continue };
+                    let Ok(header) = RecordHeader::decode(slot) else {
+                        continue;
+                    };
                     if header.tag != tag || header.lsn.0 != lsn || header.generation == u32::MAX {
                         continue;
                     }
@@ -436,8 +463,16 @@ impl Scanned {
     }
 
     fn judge(&self) -> Result<(), OpenError> {
-        if let Some(Stop { reason: StopReason::Version(found), file, .. }) = &self.report.stop {
-            return Err(OpenError::Version { file: file.clone(), found: u32::from(*found) });
+        if let Some(Stop {
+            reason: StopReason::Version(found),
+            file,
+            ..
+        }) = &self.report.stop
+        {
+            return Err(OpenError::Version {
+                file: file.clone(),
+                found: u32::from(*found),
+            });
         }
         if self.report.end < self.config.must_reach {
             return Err(self.missing(Proof::Caller(self.config.must_reach)));
@@ -450,7 +485,11 @@ impl Scanned {
         OpenError::CommittedMissing {
             log: self.config.prefix.clone(),
             gap: self.report.end,
-            reason: self.report.stop.as_ref().map_or(StopReason::NoSegment, |s| s.reason),
+            reason: self
+                .report
+                .stop
+                .as_ref()
+                .map_or(StopReason::NoSegment, |s| s.reason),
             proof,
         }
     }
@@ -469,10 +508,17 @@ impl Scanned {
         for segment in &self.after {
             segment.medium.sync(0..PAGE)?;
         }
-        let ended_sealed =
-            self.report.stop.as_ref().is_none_or(|s| s.reason == StopReason::NoSegment);
-        let mut void: Vec<Range<u64>> =
-            self.opens.iter().chain([&groups]).map(|o| o.durable_group + 1..o.next_group).collect();
+        let ended_sealed = self
+            .report
+            .stop
+            .as_ref()
+            .is_none_or(|s| s.reason == StopReason::NoSegment);
+        let mut void: Vec<Range<u64>> = self
+            .opens
+            .iter()
+            .chain([&groups])
+            .map(|o| o.durable_group + 1..o.next_group)
+            .collect();
         void.retain(|range| !range.is_empty());
         let newest = self.after.last().or(self.live.last());
         let table = Table {
@@ -559,9 +605,14 @@ impl Chain {
         }
         found.sort_by_key(|(seq, ..)| *seq);
         for pair in found.windows(2) {
-            let [(seq, ..), (next, file, _)] = pair else { continue };
+            let [(seq, ..), (next, file, _)] = pair else {
+                continue;
+            };
             if next == seq {
-                return Err(OpenError::Duplicate { file: file.clone(), seq: *seq });
+                return Err(OpenError::Duplicate {
+                    file: file.clone(),
+                    seq: *seq,
+                });
             }
             if *next != seq + 1 {
                 return Err(OpenError::CommittedMissing {
@@ -587,10 +638,16 @@ pub(super) fn segment_files(
 ) -> Result<Vec<(u32, String)>, MediumError> {
     let names = volume.list()?;
     let number = |name: &str| {
-        let digits = name.strip_prefix(prefix)?.strip_prefix('-')?.strip_suffix(".seg")?;
+        let digits = name
+            .strip_prefix(prefix)?
+            .strip_prefix('-')?
+            .strip_suffix(".seg")?;
         digits.parse::<u32>().ok()
     };
-    Ok(names.into_iter().filter_map(|name| Some((number(&name)?, name))).collect())
+    Ok(names
+        .into_iter()
+        .filter_map(|name| Some((number(&name)?, name)))
+        .collect())
 }
 
 fn open_segment(
@@ -599,7 +656,11 @@ fn open_segment(
     config: &LogConfig,
 ) -> Result<Arc<dyn Medium>, OpenError> {
     let expected = config.segment_bytes;
-    let wrong = |found| OpenError::Length { file: file.to_owned(), found, expected };
+    let wrong = |found| OpenError::Length {
+        file: file.to_owned(),
+        found,
+        expected,
+    };
     let medium = volume.open(file, Access::Mapped).map_err(|e| match e {
         MediumError::OutOfRange { size, .. } => wrong(size),
         e => e.into(),
@@ -630,7 +691,10 @@ fn segment_header(
     medium.read(0, &mut page)?;
     let mut bytes = [0u8; ALIGN as usize];
     bytes.copy_from_slice(&page[..ALIGN as usize]);
-    let foreign = |found| OpenError::Foreign { file: file.to_owned(), found };
+    let foreign = |found| OpenError::Foreign {
+        file: file.to_owned(),
+        found,
+    };
     match SegmentHeader::decode(&bytes) {
         Ok(header) if header.identity != config.identity => Err(foreign(Some(header.identity))),
         Ok(header) if header.segment_bytes != config.segment_bytes => Err(OpenError::Length {
@@ -639,9 +703,10 @@ fn segment_header(
             expected: config.segment_bytes,
         }),
         Ok(header) => Ok(HeaderVerdict::Segment(header.seq)),
-        Err(BadSegment::Version(found)) => {
-            Err(OpenError::Version { file: file.to_owned(), found })
-        }
+        Err(BadSegment::Version(found)) => Err(OpenError::Version {
+            file: file.to_owned(),
+            found,
+        }),
         // Our header page is zero after the header; a header cut off by a crash leaves that so.
         Err(_) if page[ALIGN as usize..].iter().any(|b| *b != 0) => Err(foreign(None)),
         Err(BadSegment::Unwritten) if bytes.iter().all(|b| *b == 0) => Ok(HeaderVerdict::Free),

@@ -98,14 +98,18 @@ impl Shared {
     pub fn check(&self) -> Result<(), LogError> {
         match self.poison.cause() {
             None => Ok(()),
-            Some(cause) => Err(LogError { cause: cause.to_owned() }),
+            Some(cause) => Err(LogError {
+                cause: cause.to_owned(),
+            }),
         }
     }
 
     /// A store or sync failed: poisons the log.
     pub fn lost(&self, error: MediumError) -> LogError {
         self.poison.set(&error);
-        LogError { cause: self.poison.cause().unwrap_or_default().to_owned() }
+        LogError {
+            cause: self.poison.cause().unwrap_or_default().to_owned(),
+        }
     }
 
     pub fn durable(&self) -> Lsn {
@@ -192,7 +196,9 @@ impl Shared {
             seq,
             segment_bytes: self.config.segment_bytes,
         };
-        medium.store(0, &header.encode()).map_err(|e| self.lost(e))?;
+        medium
+            .store(0, &header.encode())
+            .map_err(|e| self.lost(e))?;
         medium.sync(0..PAGE).map_err(|e| self.lost(e))?;
         let mut table = lock(&self.table);
         table.next_seq = seq + 1;
@@ -219,13 +225,20 @@ impl Shared {
             }
             Shared::file_name(&self.config.prefix, table.next_name)
         };
-        match self.volume.create(&name, self.config.segment_bytes, Access::Mapped) {
+        match self
+            .volume
+            .create(&name, self.config.segment_bytes, Access::Mapped)
+        {
             Ok(medium) => {
                 self.disk_full.store(false, Ordering::Relaxed);
                 let mut table = lock(&self.table);
                 table.files += 1;
                 table.next_name += 1;
-                Ok(Some(Arc::new(Gated::new(&name, medium, self.poison.clone()))))
+                Ok(Some(Arc::new(Gated::new(
+                    &name,
+                    medium,
+                    self.poison.clone(),
+                ))))
             }
             Err(error) if error.is_no_space() => {
                 self.disk_full.store(true, Ordering::Relaxed);
@@ -279,7 +292,10 @@ impl SyncHandle {
             let start = from.0.saturating_sub(base).max(SEGMENT_START);
             let end = (up_to.0 - base).min(segment_bytes);
             if start < end {
-                segment.medium.sync(start..end).map_err(|e| shared.lost(e))?;
+                segment
+                    .medium
+                    .sync(start..end)
+                    .map_err(|e| shared.lost(e))?;
             }
         }
         // A failure on another log of the group came first: nothing is promised any more.

@@ -98,7 +98,11 @@ impl Superblock {
         }
         let medium = volume.create(SUPERBLOCK_FILE, 2 * PAGE, Access::Positioned)?;
         let medium = Gated::new(SUPERBLOCK_FILE, medium, Arc::new(Poison::default()));
-        let mut block = Superblock { medium, sequence: 0, state };
+        let mut block = Superblock {
+            medium,
+            sequence: 0,
+            state,
+        };
         block.write()?;
         Ok(block)
     }
@@ -107,14 +111,13 @@ impl Superblock {
     ///
     /// # Errors
     /// See [`SuperblockError`].
-    pub fn open(
-        volume: &dyn Volume,
-        storage: Option<u128>,
-    ) -> Result<Superblock, SuperblockError> {
-        let medium = volume.open(SUPERBLOCK_FILE, Access::Positioned).map_err(|e| match e {
-            MediumError::NotFound { .. } => SuperblockError::Absent,
-            e => e.into(),
-        })?;
+    pub fn open(volume: &dyn Volume, storage: Option<u128>) -> Result<Superblock, SuperblockError> {
+        let medium = volume
+            .open(SUPERBLOCK_FILE, Access::Positioned)
+            .map_err(|e| match e {
+                MediumError::NotFound { .. } => SuperblockError::Absent,
+                e => e.into(),
+            })?;
         let medium = Gated::new(SUPERBLOCK_FILE, medium, Arc::new(Poison::default()));
         let mut newest: Option<(u64, NodeState)> = None;
         let mut version = None;
@@ -141,9 +144,16 @@ impl Superblock {
         }
         let (sequence, state) = newest.ok_or(SuperblockError::Damaged)?;
         if let Some(expected) = storage.filter(|s| *s != state.storage) {
-            return Err(SuperblockError::WrongStorage { found: state.storage, expected });
+            return Err(SuperblockError::WrongStorage {
+                found: state.storage,
+                expected,
+            });
         }
-        Ok(Superblock { medium, sequence, state })
+        Ok(Superblock {
+            medium,
+            sequence,
+            state,
+        })
     }
 
     /// The state, as it is on disk.
@@ -166,10 +176,18 @@ impl Superblock {
         assert_eq!(next.storage, now.storage, "a storage keeps its uuid");
         assert!(next.boots >= now.boots && next.epoch_ceiling >= now.epoch_ceiling);
         assert!(next.minimum >= now.minimum && next.purge_point >= now.purge_point);
-        assert!(next.purge_point <= next.minimum, "nothing is purged above the durable minimum");
+        assert!(
+            next.purge_point <= next.minimum,
+            "nothing is purged above the durable minimum"
+        );
         assert!(next.checkpoints.len() <= CHECKPOINTS_MAX);
         assert!(next.checkpoints.len() >= now.checkpoints.len());
-        assert!(now.checkpoints.iter().zip(&next.checkpoints).all(|(a, b)| a <= b));
+        assert!(
+            now.checkpoints
+                .iter()
+                .zip(&next.checkpoints)
+                .all(|(a, b)| a <= b)
+        );
         let before = std::mem::replace(&mut self.state, next);
         self.write().inspect_err(|_| self.state = before)
     }
@@ -244,7 +262,10 @@ fn decode(page: &[u8]) -> Copy {
         epoch_ceiling: u64_at(page, 48),
         minimum: u64_at(page, 56),
         purge_point: u64_at(page, 64),
-        checkpoints: checkpoints.iter().map(|c| Lsn(u64::from_le_bytes(*c))).collect(),
+        checkpoints: checkpoints
+            .iter()
+            .map(|c| Lsn(u64::from_le_bytes(*c)))
+            .collect(),
     };
     Copy::Intact(u64_at(page, 16), state)
 }

@@ -63,7 +63,11 @@ impl DirVolume {
         let fail = |e| MediumError::from_io(&dir.display().to_string(), Call::Create, 0, 0, e);
         fs::create_dir_all(&dir).map_err(fail)?;
         let lock = take_lock(&dir)?;
-        let volume = DirVolume { dir: dir.clone(), options, lock: Some(lock) };
+        let volume = DirVolume {
+            dir: dir.clone(),
+            options,
+            lock: Some(lock),
+        };
         for name in volume.list()? {
             if name.ends_with(NEW) {
                 volume.remove(&name)?;
@@ -97,7 +101,10 @@ impl DirVolume {
             Access::Mapped if self.lock.is_some() => {
                 Arc::new(MappedFile::map(name, file, self.options.sync)?)
             }
-            _ => Arc::new(PositionedFile { name: name.to_owned(), file }),
+            _ => Arc::new(PositionedFile {
+                name: name.to_owned(),
+                file,
+            }),
         };
         if self.options.power_fail && self.lock.is_some() {
             return Ok(Arc::new(PowerFailMedium::new(&self.dir, name, inner)?));
@@ -129,12 +136,7 @@ impl Volume for DirVolume {
         self.wrap(name, file, access)
     }
 
-    fn create(
-        &self,
-        name: &str,
-        len: u64,
-        access: Access,
-    ) -> Result<Arc<dyn Medium>, MediumError> {
+    fn create(&self, name: &str, len: u64, access: Access) -> Result<Arc<dyn Medium>, MediumError> {
         let fail = |e| MediumError::from_io(name, Call::Create, 0, len, e);
         let path = self.dir.join(name);
         let new = self.dir.join(format!("{name}{NEW}"));
@@ -185,7 +187,10 @@ fn take_lock(dir: &Path) -> Result<File, MediumError> {
         Err(TryLockError::WouldBlock) => {
             let mut text = String::new();
             let _ = file.read_to_string(&mut text);
-            return Err(MediumError::InUse { dir: shown, pid: text.trim().parse().ok() });
+            return Err(MediumError::InUse {
+                dir: shown,
+                pid: text.trim().parse().ok(),
+            });
         }
         Err(TryLockError::Error(e)) => return Err(fail(e)),
     }
@@ -232,21 +237,26 @@ impl PositionedFile {
 
 impl Medium for PositionedFile {
     fn len(&self) -> Result<u64, MediumError> {
-        let meta = self.file.metadata().map_err(|e| self.error(Call::Read, 0, 0, e))?;
+        let meta = self
+            .file
+            .metadata()
+            .map_err(|e| self.error(Call::Read, 0, 0, e))?;
         Ok(meta.len())
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), MediumError> {
-        self.file.read_exact_at(out, offset).map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => MediumError::OutOfRange {
-                file: self.name.clone(),
-                call: Call::Read,
-                offset,
-                len: out.len() as u64,
-                size: self.len().unwrap_or(0),
-            },
-            _ => self.error(Call::Read, offset, out.len() as u64, e),
-        })
+        self.file
+            .read_exact_at(out, offset)
+            .map_err(|e| match e.kind() {
+                std::io::ErrorKind::UnexpectedEof => MediumError::OutOfRange {
+                    file: self.name.clone(),
+                    call: Call::Read,
+                    offset,
+                    len: out.len() as u64,
+                    size: self.len().unwrap_or(0),
+                },
+                _ => self.error(Call::Read, offset, out.len() as u64, e),
+            })
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
@@ -269,6 +279,8 @@ impl Medium for PositionedFile {
             allocate(&self.file, now / PAGE * PAGE, len).map_err(fail)?;
         }
         self.file.set_len(len).map_err(fail)?;
-        self.file.sync_all().map_err(|e| self.error(Call::Sync, 0, len, e))
+        self.file
+            .sync_all()
+            .map_err(|e| self.error(Call::Sync, 0, len, e))
     }
 }

@@ -74,7 +74,10 @@ impl PowerFailMedium {
         inner: Arc<dyn Medium>,
     ) -> Result<PowerFailMedium, MediumError> {
         let journal = Journal::open(dir, name)?;
-        Ok(PowerFailMedium { inner, journal: Mutex::new(journal) })
+        Ok(PowerFailMedium {
+            inner,
+            journal: Mutex::new(journal),
+        })
     }
 
     fn journal(&self) -> MutexGuard<'_, Journal> {
@@ -144,7 +147,13 @@ impl Journal {
     }
 
     fn fail(&self, call: Call, e: std::io::Error) -> MediumError {
-        MediumError::from_io(&format!("{}{UNSYNCED}", self.name), call, self.end, ENTRY, e)
+        MediumError::from_io(
+            &format!("{}{UNSYNCED}", self.name),
+            call,
+            self.end,
+            ENTRY,
+            e,
+        )
     }
 
     /// Rebuilds the table from the file; stops at the first entry that was cut off.
@@ -152,16 +161,25 @@ impl Journal {
         let mut header = [0u8; HEADER];
         let mut image = vec![0u8; PAGE as usize];
         while self.file.read_exact_at(&mut header, self.end).is_ok() {
-            let Some((tag, crc, a, b, seq)) = decode(&header) else { break };
+            let Some((tag, crc, a, b, seq)) = decode(&header) else {
+                break;
+            };
             match tag {
                 SAVE => {
                     let at = self.end;
-                    if self.file.read_exact_at(&mut image, at + HEADER as u64).is_err()
+                    if self
+                        .file
+                        .read_exact_at(&mut image, at + HEADER as u64)
+                        .is_err()
                         || crc != checksum(&header, &image)
                     {
                         break;
                     }
-                    self.saved.entry(a).or_default().push(Saved { seq, at, existed: b });
+                    self.saved.entry(a).or_default().push(Saved {
+                        seq,
+                        at,
+                        existed: b,
+                    });
                     self.end += ENTRY;
                 }
                 _ if crc == checksum(&header, &[]) => {
@@ -177,14 +195,23 @@ impl Journal {
     }
 
     fn save(&mut self, page: u64, medium: &dyn Medium) -> Result<(), MediumError> {
-        if self.saved.get(&page).and_then(|s| s.last()).is_some_and(|s| s.seq > self.begun) {
+        if self
+            .saved
+            .get(&page)
+            .and_then(|s| s.last())
+            .is_some_and(|s| s.seq > self.begun)
+        {
             return Ok(());
         }
         let mut image = vec![0u8; PAGE as usize];
         let existed = medium.len()?.saturating_sub(page * PAGE).min(PAGE);
         medium.read(page * PAGE, &mut image[..existed as usize])?;
         self.seq += 1;
-        let saved = Saved { seq: self.seq, at: self.end, existed };
+        let saved = Saved {
+            seq: self.seq,
+            at: self.end,
+            existed,
+        };
         self.append(SAVE, page, existed, self.seq, &image)?;
         self.saved.entry(page).or_default().push(saved);
         Ok(())
@@ -195,12 +222,18 @@ impl Journal {
             return Ok(());
         }
         if self.saved.is_empty() {
-            self.file.set_len(0).map_err(|e| self.fail(Call::Resize, e))?;
+            self.file
+                .set_len(0)
+                .map_err(|e| self.fail(Call::Resize, e))?;
             self.end = 0;
             return Ok(());
         }
         self.append(DONE, range.start, range.end, begun, &[])?;
-        if self.end > COMPACT_AT { self.compact() } else { Ok(()) }
+        if self.end > COMPACT_AT {
+            self.compact()
+        } else {
+            Ok(())
+        }
     }
 
     /// Drops saves of `range` up to number `begun`; says whether there were any.
@@ -221,9 +254,18 @@ impl Journal {
         any
     }
 
-    fn append(&mut self, tag: u32, a: u64, b: u64, seq: u64, image: &[u8]) -> Result<(), MediumError> {
+    fn append(
+        &mut self,
+        tag: u32,
+        a: u64,
+        b: u64,
+        seq: u64,
+        image: &[u8],
+    ) -> Result<(), MediumError> {
         let entry = encode(tag, a, b, seq, image);
-        self.file.write_all_at(&entry, self.end).map_err(|e| self.fail(Call::Store, e))?;
+        self.file
+            .write_all_at(&entry, self.end)
+            .map_err(|e| self.fail(Call::Store, e))?;
         self.end += entry.len() as u64;
         Ok(())
     }
@@ -232,7 +274,12 @@ impl Journal {
     fn compact(&mut self) -> Result<(), MediumError> {
         let new = self.path.with_extension("compacting");
         let made = (|| {
-            let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&new)?;
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(&new)?;
             let mut end = 0;
             let mut saved = self.saved.clone();
             for (page, saves) in &mut saved {
@@ -253,7 +300,8 @@ impl Journal {
 
     fn image(&self, save: &Saved) -> std::io::Result<Vec<u8>> {
         let mut image = vec![0u8; PAGE as usize];
-        self.file.read_exact_at(&mut image, save.at + HEADER as u64)?;
+        self.file
+            .read_exact_at(&mut image, save.at + HEADER as u64)?;
         Ok(image)
     }
 }
@@ -275,7 +323,9 @@ fn encode(tag: u32, a: u64, b: u64, seq: u64, image: &[u8]) -> Vec<u8> {
 
 fn decode(header: &[u8; HEADER]) -> Option<(u32, u32, u64, u64, u64)> {
     let (words, _) = header.as_chunks::<8>();
-    let [first, a, b, seq] = words else { return None };
+    let [first, a, b, seq] = words else {
+        return None;
+    };
     let first = u64::from_le_bytes(*first);
     let tag = first as u32;
     let [a, b, seq] = [a, b, seq].map(|w| u64::from_le_bytes(*w));
@@ -304,10 +354,16 @@ pub fn apply_power_loss(dir: impl AsRef<Path>, seed: u64) -> Result<PowerLoss, M
     let mut rng = SplitMix(seed);
     let mut loss = PowerLoss::default();
     for side in volume.list()? {
-        let Some(name) = side.strip_suffix(UNSYNCED) else { continue };
+        let Some(name) = side.strip_suffix(UNSYNCED) else {
+            continue;
+        };
         let io = |call, e| MediumError::from_io(name, call, 0, 0, e);
         let journal = Journal::open(dir, name)?;
-        let target = match OpenOptions::new().read(true).write(true).open(dir.join(name)) {
+        let target = match OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(dir.join(name))
+        {
             Ok(target) => Some(target),
             // The file was removed after its last store.
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
@@ -354,7 +410,11 @@ fn lose_page(
         choice => {
             loss.torn += 1;
             // A prefix of the sectors, or any subset.
-            if choice == 2 { (1 << (rng.next_u64() % u64::from(sectors))) - 1 } else { rng.next_u64() }
+            if choice == 2 {
+                (1 << (rng.next_u64() % u64::from(sectors))) - 1
+            } else {
+                rng.next_u64()
+            }
         }
     };
     for sector in 0..sectors as usize {

@@ -143,7 +143,11 @@ impl RecordingVolume {
 
     /// How many calls of this kind came after the injected failure.
     pub fn calls_after_failure(&self, call: Call) -> u64 {
-        self.state().calls_after_failure.get(&call).copied().unwrap_or(0)
+        self.state()
+            .calls_after_failure
+            .get(&call)
+            .copied()
+            .unwrap_or(0)
     }
 
     /// All pending pages, sorted.
@@ -167,18 +171,27 @@ impl RecordingVolume {
         for (name, file) in &state.files {
             let mut bytes = file.durable.clone();
             for (page, stores) in &file.pending {
-                let pending =
-                    PendingPage { file: name.clone(), page: *page, stores: stores.len() };
+                let pending = PendingPage {
+                    file: name.clone(),
+                    page: *page,
+                    stores: stores.len(),
+                };
                 let start = (*page * PAGE) as usize;
                 let end = (start + PAGE as usize).min(bytes.len());
                 if start < end {
                     apply_fate(&mut bytes[start..end], stores, fate(&pending));
                 }
             }
-            let file = FileState { current: bytes.clone(), durable: bytes, ..Default::default() };
+            let file = FileState {
+                current: bytes.clone(),
+                durable: bytes,
+                ..Default::default()
+            };
             image.files.insert(name.clone(), file);
         }
-        RecordingVolume { state: Arc::new(Mutex::new(image)) }
+        RecordingVolume {
+            state: Arc::new(Mutex::new(image)),
+        }
     }
 
     /// Lets the kernel write pages back on its own: those that `choose` picks become durable.
@@ -189,7 +202,11 @@ impl RecordingVolume {
                 .pending
                 .iter()
                 .filter(|(page, stores)| {
-                    choose(&PendingPage { file: name.clone(), page: **page, stores: stores.len() })
+                    choose(&PendingPage {
+                        file: name.clone(),
+                        page: **page,
+                        stores: stores.len(),
+                    })
                 })
                 .map(|(page, _)| *page)
                 .collect();
@@ -267,14 +284,19 @@ impl State {
         if self.failed {
             *self.calls_after_failure.entry(call).or_default() += 1;
         }
-        if matches!(call, Call::Sync | Call::Create | Call::Remove | Call::Resize) {
+        if matches!(
+            call,
+            Call::Sync | Call::Create | Call::Remove | Call::Resize
+        ) {
             self.durable_ops += 1;
             if self.power_fails_at == Some(self.durable_ops) {
                 self.powerless = true;
                 return Err(MediumError::PowerLost);
             }
         }
-        let Some((kind, nth, how)) = self.fail else { return Ok(()) };
+        let Some((kind, nth, how)) = self.fail else {
+            return Ok(());
+        };
         if kind != call || nth != self.calls[call as usize] {
             return Ok(());
         }
@@ -284,11 +306,21 @@ impl State {
             Injected::NoSpace => nix::libc::ENOSPC,
         };
         let error = std::io::Error::from_raw_os_error(code);
-        Err(MediumError::from_io(name, call, range.start, range.end - range.start, error))
+        Err(MediumError::from_io(
+            name,
+            call,
+            range.start,
+            range.end - range.start,
+            error,
+        ))
     }
 
     fn file(&mut self, name: &str) -> Result<&mut FileState, MediumError> {
-        self.files.get_mut(name).ok_or_else(|| MediumError::NotFound { file: name.to_owned() })
+        self.files
+            .get_mut(name)
+            .ok_or_else(|| MediumError::NotFound {
+                file: name.to_owned(),
+            })
     }
 }
 
@@ -306,23 +338,36 @@ impl Volume for RecordingVolume {
         if access == Access::Mapped && (size == 0 || !size.is_multiple_of(PAGE)) {
             let len = size.next_multiple_of(PAGE).max(PAGE);
             let file = name.to_owned();
-            return Err(MediumError::OutOfRange { file, call: Call::Open, offset: 0, len, size });
+            return Err(MediumError::OutOfRange {
+                file,
+                call: Call::Open,
+                offset: 0,
+                len,
+                size,
+            });
         }
-        Ok(Arc::new(RecordingFile { name: name.to_owned(), access, state: self.state.clone() }))
+        Ok(Arc::new(RecordingFile {
+            name: name.to_owned(),
+            access,
+            state: self.state.clone(),
+        }))
     }
 
-    fn create(
-        &self,
-        name: &str,
-        len: u64,
-        access: Access,
-    ) -> Result<Arc<dyn Medium>, MediumError> {
+    fn create(&self, name: &str, len: u64, access: Access) -> Result<Arc<dyn Medium>, MediumError> {
         let mut state = self.state();
         state.enter(Call::Create, name, 0..len)?;
         let bytes = vec![0u8; len as usize];
-        let file = FileState { current: bytes.clone(), durable: bytes, ..Default::default() };
+        let file = FileState {
+            current: bytes.clone(),
+            durable: bytes,
+            ..Default::default()
+        };
         state.files.insert(name.to_owned(), file);
-        Ok(Arc::new(RecordingFile { name: name.to_owned(), access, state: self.state.clone() }))
+        Ok(Arc::new(RecordingFile {
+            name: name.to_owned(),
+            access,
+            state: self.state.clone(),
+        }))
     }
 
     fn remove(&self, name: &str) -> Result<(), MediumError> {
@@ -366,7 +411,13 @@ impl RecordingFile {
         if range.end > size && !matches!(call, Call::Sync | Call::Resize | Call::Close) {
             let (offset, len) = (range.start, range.end - range.start);
             let file = self.name.clone();
-            return Err(MediumError::OutOfRange { file, call, offset, len, size });
+            return Err(MediumError::OutOfRange {
+                file,
+                call,
+                offset,
+                len,
+                size,
+            });
         }
         Ok(act(file))
     }
@@ -411,7 +462,13 @@ impl Medium for RecordingFile {
     fn resize(&self, len: u64) -> Result<(), MediumError> {
         if self.access == Access::Mapped {
             let (file, size) = (self.name.clone(), self.len()?);
-            return Err(MediumError::OutOfRange { file, call: Call::Resize, offset: 0, len, size });
+            return Err(MediumError::OutOfRange {
+                file,
+                call: Call::Resize,
+                offset: 0,
+                len,
+                size,
+            });
         }
         self.with(Call::Resize, 0..len, |file| {
             file.durable.resize(len as usize, 0);

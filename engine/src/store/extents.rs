@@ -149,7 +149,10 @@ impl ExtentFile {
         };
         let medium = Gated::new(EXTENTS_FILE, medium, Arc::new(Poison::default()));
         let file_len = medium.len()? / EXTENT_ALIGN * EXTENT_ALIGN;
-        let mut map = Map { file_len, ..Map::default() };
+        let mut map = Map {
+            file_len,
+            ..Map::default()
+        };
         let mut live: Vec<ExtentRef> = live.into_iter().collect();
         live.sort_unstable();
         // Several versions of an object may refer to one extent.
@@ -157,7 +160,9 @@ impl ExtentFile {
         let mut end = 0;
         for extent in live {
             let bad = ExtentError::BadReference(extent);
-            let Some(range) = extent.range() else { return Err(bad) };
+            let Some(range) = extent.range() else {
+                return Err(bad);
+            };
             if range.start < end
                 || range.end > file_len
                 || !range.start.is_multiple_of(EXTENT_ALIGN)
@@ -174,7 +179,12 @@ impl ExtentFile {
         if file_len > end {
             map.free.insert(end, file_len - end);
         }
-        Ok(ExtentFile { medium, map: Mutex::new(map), growing: Mutex::new(()), bytes_max })
+        Ok(ExtentFile {
+            medium,
+            map: Mutex::new(map),
+            growing: Mutex::new(()),
+            bytes_max,
+        })
     }
 
     fn map(&self) -> MutexGuard<'_, Map> {
@@ -191,10 +201,18 @@ impl ExtentFile {
             return Err(ExtentError::Length { len });
         }
         let offset = self.allocate(len)?;
-        let extent = ExtentRef { offset, len: len as u32, crc32c: crc32c::crc32c(data) };
+        let extent = ExtentRef {
+            offset,
+            len: len as u32,
+            crc32c: crc32c::crc32c(data),
+        };
         if let Err(error) = self.medium.store(offset, data) {
             self.free(extent)?;
-            return Err(if error.is_no_space() { ExtentError::NoSpace { len } } else { error.into() });
+            return Err(if error.is_no_space() {
+                ExtentError::NoSpace { len }
+            } else {
+                error.into()
+            });
         }
         Ok(extent)
     }
@@ -259,8 +277,17 @@ impl ExtentFile {
         self.medium.read(extent.offset, &mut data)?;
         let found = crc32c::crc32c(&data);
         if found != extent.crc32c {
-            let ExtentRef { offset, len, crc32c: expected } = extent;
-            return Err(ExtentError::Damaged { offset, len, found, expected });
+            let ExtentRef {
+                offset,
+                len,
+                crc32c: expected,
+            } = extent;
+            return Err(ExtentError::Damaged {
+                offset,
+                len,
+                found,
+                expected,
+            });
         }
         Ok(data)
     }

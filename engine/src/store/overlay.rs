@@ -101,7 +101,10 @@ impl Frozen {
             "WAL rule: checkpoint of {:?} while durable is {durable:?}",
             self.point
         );
-        let mut changes = self.map.iter().map(|(key, value)| (&**key, value.as_deref()));
+        let mut changes = self
+            .map
+            .iter()
+            .map(|(key, value)| (&**key, value.as_deref()));
         store.apply_batch(&mut changes, shard, position)?;
         self.written.store(true, Ordering::Release);
         Ok(())
@@ -129,7 +132,12 @@ pub struct Overlay {
 impl Overlay {
     /// An empty overlay over `store`.
     pub fn new(store: Arc<dyn Store>) -> Overlay {
-        Overlay { store, active: Map::new(), active_bytes: 0, frozen: None }
+        Overlay {
+            store,
+            active: Map::new(),
+            active_bytes: 0,
+            frozen: None,
+        }
     }
 
     /// Memory in use, bytes, approximately.
@@ -160,7 +168,10 @@ impl Overlay {
 
     /// Looks in memory only; `None` means that the store decides.
     pub fn cached(&self, key: &[u8]) -> Option<Cached<'_>> {
-        let found = self.active.get(key).or_else(|| self.frozen.as_ref()?.map.get(key))?;
+        let found = self
+            .active
+            .get(key)
+            .or_else(|| self.frozen.as_ref()?.map.get(key))?;
         Some(found.as_deref().map_or(Cached::Deleted, Cached::Value))
     }
 
@@ -233,7 +244,12 @@ impl Overlay {
         }
         let map = std::mem::take(&mut self.active);
         let bytes = std::mem::take(&mut self.active_bytes);
-        let frozen = Arc::new(Frozen { map, bytes, point, written: AtomicBool::new(false) });
+        let frozen = Arc::new(Frozen {
+            map,
+            bytes,
+            point,
+            written: AtomicBool::new(false),
+        });
         self.frozen = Some(frozen.clone());
         Some(frozen)
     }

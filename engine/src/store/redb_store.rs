@@ -34,17 +34,25 @@ impl RedbStore {
     pub fn open(volume: &dyn Volume, cache_bytes: usize) -> Result<RedbStore, StoreError> {
         let medium = match volume.open(STORE_FILE, Access::Positioned) {
             Ok(medium) => medium,
-            Err(MediumError::NotFound { .. }) => volume.create(STORE_FILE, 0, Access::Positioned)?,
+            Err(MediumError::NotFound { .. }) => {
+                volume.create(STORE_FILE, 0, Access::Positioned)?
+            }
             Err(e) => return Err(e.into()),
         };
         let last_error = Arc::new(Mutex::new(None));
         let medium = Gated::new(STORE_FILE, medium, Arc::new(Poison::default()));
-        let backend = Backend { medium, last_error: last_error.clone() };
+        let backend = Backend {
+            medium,
+            last_error: last_error.clone(),
+        };
         let database = Database::builder()
             .set_cache_size(cache_bytes)
             .create_with_backend(backend)
             .map_err(|e| error(&last_error, e.into()))?;
-        let store = RedbStore { database, last_error };
+        let store = RedbStore {
+            database,
+            last_error,
+        };
         store.create_tables()?;
         Ok(store)
     }
@@ -52,21 +60,31 @@ impl RedbStore {
     fn create_tables(&self) -> Result<(), StoreError> {
         // Readers may then rely on both; nothing is written if they exist.
         let ready = self.read(|read| {
-            let tables = read.open_table(STATE).and_then(|_| read.open_table(POSITIONS));
+            let tables = read
+                .open_table(STATE)
+                .and_then(|_| read.open_table(POSITIONS));
             match tables {
                 Ok(_) => Ok(true),
                 Err(redb::TableError::TableDoesNotExist(_)) => Ok(false),
                 Err(e) => Err(e.into()),
             }
         })?;
-        if ready { Ok(()) } else { self.apply(&mut std::iter::empty(), None) }
+        if ready {
+            Ok(())
+        } else {
+            self.apply(&mut std::iter::empty(), None)
+        }
     }
 
     fn read<T>(
         &self,
         act: impl FnOnce(&redb::ReadTransaction) -> Result<T, redb::Error>,
     ) -> Result<T, StoreError> {
-        let result = self.database.begin_read().map_err(redb::Error::from).and_then(|r| act(&r));
+        let result = self
+            .database
+            .begin_read()
+            .map_err(redb::Error::from)
+            .and_then(|r| act(&r));
         result.map_err(|e| error(&self.last_error, e))
     }
 
@@ -164,7 +182,10 @@ struct Backend {
 impl Backend {
     fn note<T>(&self, result: Result<T, MediumError>) -> io::Result<T> {
         result.map_err(|e| {
-            let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut last = self
+                .last_error
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             last.get_or_insert_with(|| e.clone());
             e.into()
         })
