@@ -228,7 +228,8 @@ impl Proxy {
                         self.port.ask(Effect::Evicted);
                         return;
                     }
-                    _ => {}
+                    Joined::ViewChanged => self.connect_tiers(),
+                    Joined::Nothing => {}
                 }
             }
             Message::Open { known, reclaim } => self.open(from, known, &reclaim),
@@ -336,20 +337,20 @@ impl Proxy {
     }
 
     fn entered(&mut self) {
+        self.connect_tiers();
+        for life in core::mem::take(&mut self.early).into_values() {
+            self.open(life, None, &[]);
+        }
+    }
+
+    /// Connects to every home, and to the proxies that own operations go through.
+    fn connect_tiers(&mut self) {
         let mut hops: Vec<NodeId> = self.config.via.values().copied().collect();
-        let homes = self
-            .member
-            .view()
-            .seats
-            .iter()
-            .filter(|s| s.role == Role::Destination);
+        let homes = self.member.view().seats.iter().filter(|s| s.role == Role::Destination);
         hops.extend(homes.map(|s| s.life.node));
         for hop in hops {
             self.port.ask(Effect::Connect(hop));
             self.open_hop(hop);
-        }
-        for life in core::mem::take(&mut self.early).into_values() {
-            self.open(life, None, &[]);
         }
     }
 
