@@ -44,9 +44,10 @@ const TICK: Duration = Duration::from_millis(25);
 /// Time for all processes to come up.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// Roles that are started together, in order.
-const START_WAVES: [&[Role]; 2] = [
+const START_WAVES: [&[Role]; 3] = [
     &[Role::Root, Role::Meta, Role::Object],
-    &[Role::Proxy, Role::Client],
+    &[Role::Proxy],
+    &[Role::Client],
 ];
 /// Time for one process to end in good order.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
