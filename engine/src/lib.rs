@@ -6,6 +6,7 @@
 //! - [`storage`]: a destination's durable state behind the mind's `Storage` trait.
 //! - [`log`], [`store`], [`medium`]: mapped log with group commit, checkpoint store, and the media
 //!   both run on.
+//! - [`offline`]: the state of a stopped or crashed cluster, recovered without its network.
 //! - [`frame`]: how an envelope travels.
 //! - [`status`]: what a node tells about itself.
 
@@ -13,6 +14,7 @@ pub mod frame;
 pub mod log;
 pub mod medium;
 pub mod node;
+pub mod offline;
 pub mod session;
 pub mod status;
 pub mod storage;

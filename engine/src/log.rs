@@ -11,7 +11,8 @@
 //!   where and why ([`Recovered`]).
 //! * Recovery syncs what it accepted, then appends an `OPEN` record of a new generation at the end
 //!   and syncs that, before anything else is appended. A generation is accepted only from its
-//!   `OPEN` on and never decreases, so a record that survived beyond a gap stays dead.
+//!   `OPEN` (or the seal that makes room for it) on and never decreases, so a record that survived
+//!   beyond a gap stays dead.
 //! * *Loss is detected* where it can be proved: each record carries the position up to which the log
 //!   was durable when it was appended. If any intact record beyond the gap, or the caller's
 //!   [`LogConfig::must_reach`] (a checkpoint's position), or a claim of the commit log says that the

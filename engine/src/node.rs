@@ -6,8 +6,10 @@
 
 mod core;
 mod link;
-mod rootfile;
+pub(crate) mod rootfile;
 mod run;
+
+pub(crate) use run::process_nonce;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

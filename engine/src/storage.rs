@@ -487,7 +487,12 @@ fn live_extents(store: &dyn Store, log: &Log) -> Result<Vec<ExtentRef>, StorageE
                 }
             }
             Record::Undone(undone) => {
-                values.extend(undone.restored.iter().filter_map(|(_, s)| Some(&s.as_ref()?.value)));
+                values.extend(
+                    undone
+                        .restored
+                        .iter()
+                        .filter_map(|(_, s)| Some(&s.as_ref()?.value)),
+                );
             }
             _ => {}
         }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, Role};
+use lowtide_engine::offline::{self, OfflineConfig};
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::op::{Change, Check, Expect, Key, Mode, Range, Request, Update, Want};
 use lowtide_engine_core::session::Session;
@@ -33,8 +34,17 @@ fn peers() -> Vec<Peer> {
         (CLIENT, Role::Client),
     ];
     let peer = |(id, role): (NodeId, Role)| {
-        let ip = Ipv4Addr::new(127, (pid >> 8) as u8 | 1, pid as u8, cluster * 64 + id.0 as u8);
-        Peer { id, role, addr: SocketAddr::new(IpAddr::V4(ip), 4791) }
+        let ip = Ipv4Addr::new(
+            127,
+            (pid >> 8) as u8 | 1,
+            pid as u8,
+            cluster * 64 + id.0 as u8,
+        );
+        Peer {
+            id,
+            role,
+            addr: SocketAddr::new(IpAddr::V4(ip), 4791),
+        }
     };
     roles.into_iter().map(peer).collect()
 }
@@ -45,22 +55,44 @@ fn begin(peers: &[Peer], id: NodeId, dir: &Path, through_proxy: bool) -> NodeHan
     config.peers = peers.to_vec();
     config.dir = Some(dir.join(id.to_string()));
     if through_proxy && id == CLIENT {
-        config.via = [META[0], META[1], OBJECT].map(|home| (home, PROXY)).to_vec();
+        config.via = [META[0], META[1], OBJECT]
+            .map(|home| (home, PROXY))
+            .to_vec();
     }
     node::start(config).expect("the node starts")
 }
 
 /// An operation that creates `name` at one metadata server and its inode at the other.
 fn create(slot: u64, value: &[u8]) -> Request {
-    let key = Key { space: 7, slot, name: b"name".to_vec() };
+    let key = Key {
+        space: 7,
+        slot,
+        name: b"name".to_vec(),
+    };
     let inode = Key::at(8, slot);
-    let lock = |home, space| Want { home, range: Range::whole(space), mode: Mode::Exclusive };
+    let lock = |home, space| Want {
+        home,
+        range: Range::whole(space),
+        mode: Mode::Exclusive,
+    };
     Request {
         locks: vec![lock(META[0], 7), lock(META[1], 8), lock(OBJECT, 9)],
-        checks: vec![Check { home: META[0], key: key.clone(), expect: Expect::Absent }],
+        checks: vec![Check {
+            home: META[0],
+            key: key.clone(),
+            expect: Expect::Absent,
+        }],
         updates: vec![
-            Update { home: META[0], key, change: Change::Put(Arc::from(value)) },
-            Update { home: META[1], key: inode, change: Change::Put(Arc::from(value)) },
+            Update {
+                home: META[0],
+                key,
+                change: Change::Put(Arc::from(value)),
+            },
+            Update {
+                home: META[1],
+                key: inode,
+                change: Change::Put(Arc::from(value)),
+            },
             Update {
                 home: OBJECT,
                 key: Key::at(9, slot),
@@ -77,7 +109,10 @@ fn run(through_proxy: bool) {
     let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(begin);
     let client = begin(CLIENT);
     let session = client.session();
-    assert!(session.wait_joined(Duration::from_secs(20)), "the client joins");
+    assert!(
+        session.wait_joined(Duration::from_secs(20)),
+        "the client joins"
+    );
     let tickets: Vec<_> = (0..200)
         .map(|slot| session.submit(create(slot, b"value")).expect("submitted"))
         .collect();
@@ -95,19 +130,43 @@ fn run(through_proxy: bool) {
     let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(begin);
     let client = begin(CLIENT);
     let session = client.session();
-    assert!(session.wait_joined(Duration::from_secs(20)), "the client joins again");
+    assert!(
+        session.wait_joined(Duration::from_secs(20)),
+        "the client joins again"
+    );
     for slot in [0, 5, 150, 199] {
         let read = session.read(META[1], &Key::at(8, slot)).expect("read");
         assert_eq!(read.as_deref(), Some(&b"value"[..]));
-        let data = session.read(OBJECT, &Key::at(9, slot)).expect("read").expect("exists");
+        let data = session
+            .read(OBJECT, &Key::at(9, slot))
+            .expect("read")
+            .expect("exists");
         assert_eq!(data.len(), 5 * (1 + slot as usize * 700));
     }
-    let page = session.scan(META[0], Range::whole(7), None, 1 << 20).expect("scan");
+    let page = session
+        .scan(META[0], Range::whole(7), None, 1 << 20)
+        .expect("scan");
     assert_eq!((page.entries.len(), page.more), (200, false));
     client.stop().expect("a clean end");
     for server in servers {
         server.stop().expect("a clean end");
     }
+
+    let dir_of = |id: NodeId| (id, dir.path().join(id.to_string()));
+    let config = OfflineConfig {
+        root: dir_of(ROOT),
+        servers: [META[0], META[1], OBJECT].map(dir_of).to_vec(),
+    };
+    let mut state = offline::open(&config).expect("recovers offline");
+    let page = state
+        .scan(META[0], &Range::whole(7), None, 1 << 20)
+        .expect("scan");
+    assert_eq!((page.entries.len(), page.more), (200, false));
+    let data = state
+        .get(OBJECT, &Key::at(9, 199))
+        .expect("get")
+        .expect("exists");
+    assert_eq!(data.len(), 5 * (1 + 199 * 700));
 }
 
 #[test]

@@ -20,6 +20,7 @@
 //! Source: Linux `rxe_recv.c` for the order of checks.
 
 mod budget;
+mod identity;
 mod timers;
 
 use std::collections::{HashMap, VecDeque};
@@ -39,9 +40,11 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Class, Extension, Packet, Qpn, pad_len};
 
 use self::budget::Budget;
+use self::identity::Identities;
+pub(crate) use self::identity::Peers;
 use self::timers::Timers;
 use crate::faults::{Fate, FaultInjector, Faults};
-use crate::memory::{Access, Key, Memory, Span};
+use crate::memory::{self, Access, Key, Memory};
 use crate::udp::{
     Frame, HEADER_MAX, Payload, ReceiveBatch, Socket, SocketOptions, TRAILER_MAX, TransmitBatch,
 };
@@ -123,8 +126,10 @@ struct Slot {
     qp: Option<QueuePair>,
     domain: u32,
     peer: Option<u32>,
-    /// Whether the slot is in `ready` or in its peer's `waiting`.
-    is_queued: bool,
+    /// Whether the slot is in `ready`.
+    is_ready: bool,
+    /// Whether it is in its peer's `waiting`. It may be in both: acknowledgements need no budget.
+    is_waiting: bool,
     /// Its share of the peer's budget.
     in_flight: u32,
     /// Losses already answered by a cut.
@@ -149,6 +154,7 @@ pub(crate) struct Device {
     /// Everything registered.
     pub(crate) memory: Memory,
     faults: FaultInjector,
+    identities: Identities,
     slots: Vec<Slot>,
     free: Vec<u32>,
     peers: Vec<Peer>,
@@ -157,6 +163,8 @@ pub(crate) struct Device {
     timers: Timers,
     counters: Counters,
     salt: u32,
+    /// Queue pairs that failed while sending; their completions want to be polled.
+    failed: VecDeque<QpId>,
 }
 
 impl Device {
@@ -164,6 +172,7 @@ impl Device {
         address: SocketAddr,
         options: &SocketOptions,
         faults: &Faults,
+        peers: Peers,
         salt: u32,
     ) -> io::Result<Device> {
         Ok(Device {
@@ -174,6 +183,7 @@ impl Device {
             overtaken: None,
             memory: Memory::default(),
             faults: FaultInjector::new(faults),
+            identities: Identities::new(peers),
             slots: Vec::new(),
             free: Vec::new(),
             peers: Vec::new(),
@@ -182,6 +192,7 @@ impl Device {
             timers: Timers::default(),
             counters: Counters::default(),
             salt,
+            failed: VecDeque::new(),
         })
     }
 
@@ -230,7 +241,8 @@ impl Device {
                     qp: None,
                     domain,
                     peer: None,
-                    is_queued: false,
+                    is_ready: false,
+                    is_waiting: false,
                     in_flight: 0,
                     losses: 0,
                 });
@@ -273,6 +285,11 @@ impl Device {
         add_counters(&mut self.counters, qp.counters());
         if let Some(peer) = slot.peer {
             let before = std::mem::take(&mut slot.in_flight);
+            if std::mem::take(&mut slot.is_waiting) {
+                self.peers[peer as usize]
+                    .waiting
+                    .retain(|index| *index != id.0);
+            }
             self.peers[peer as usize].budget.update(before, 0);
             self.wake_waiting(peer);
         }
@@ -297,8 +314,8 @@ impl Device {
 
     fn mark_ready(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
-        if !slot.is_queued {
-            slot.is_queued = true;
+        if !slot.is_ready {
+            slot.is_ready = true;
             self.ready.push_back(index);
         }
     }
@@ -346,12 +363,10 @@ impl Device {
             self.counters.rx_malformed += 1;
             return Input::Dropped;
         };
-        match icrc::check_unknown_identification(&flow, &packet) {
-            Some(0..=icrc::GSO_IDENTIFICATION_MAX) => {}
-            _ => {
-                self.counters.rx_bad_icrc += 1;
-                return Input::Dropped;
-            }
+        let solved = icrc::check_unknown_identification(&flow, &packet);
+        if !solved.is_some_and(|solved| self.identities.believe(now, source.ip(), solved)) {
+            self.counters.rx_bad_icrc += 1;
+            return Input::Dropped;
         }
         if packet.dest() == Qpn::GSI {
             return match packet.extension() {
@@ -446,10 +461,18 @@ impl Device {
     }
 
     fn wake_waiting(&mut self, peer: u32) {
-        let peer = &mut self.peers[peer as usize];
-        if peer.budget.room() > 0 {
-            self.ready.extend(peer.waiting.drain(..));
+        while self.peers[peer as usize].budget.room() > 0 {
+            let Some(index) = self.peers[peer as usize].waiting.pop_front() else {
+                return;
+            };
+            self.slots[index as usize].is_waiting = false;
+            self.mark_ready(index);
         }
+    }
+
+    /// A queue pair that failed in the last `transmit`; the caller polls its completions.
+    pub(crate) fn poll_failed(&mut self) -> Option<QpId> {
+        self.failed.pop_front()
     }
 
     // Output.
@@ -462,7 +485,7 @@ impl Device {
     /// Sends what queue pairs have to send and budgets allow.
     pub(crate) fn transmit(&mut self, now: Nanos) {
         while let Some(index) = self.ready.pop_front() {
-            self.slots[index as usize].is_queued = false;
+            self.slots[index as usize].is_ready = false;
             self.transmit_from(index, now);
         }
         self.flush();
@@ -488,8 +511,8 @@ impl Device {
             let slot = &mut self.slots[index as usize];
             let Some(qp) = slot.qp.as_mut() else { return };
             let Some(transmit) = qp.poll_transmit(now, allow) else {
-                if room == 0 && qp.has_pending_transmit() {
-                    slot.is_queued = true;
+                if room == 0 && qp.has_pending_transmit() && !slot.is_waiting {
+                    slot.is_waiting = true;
                     self.peers[peer as usize].waiting.push_back(index);
                 }
                 break;
@@ -499,8 +522,19 @@ impl Device {
             if losses > std::mem::replace(&mut slot.losses, losses) {
                 self.peers[peer as usize].budget.cut(now);
             }
+            let domain = slot.domain;
             self.settle(index);
-            self.stage(address, &transmit);
+            match self.gather(domain, &transmit) {
+                Ok(payload) => self.push(address, transmit.header(), payload),
+                Err(_) => {
+                    // Memory that was deregistered under a posted request, or a peer's READ.
+                    if let Some(qp) = &mut self.slots[index as usize].qp {
+                        qp.handle_transmit_failure(&transmit);
+                    }
+                    self.settle(index);
+                    self.failed.push_back(QpId(index));
+                }
+            }
         }
         let slot = &self.slots[index as usize];
         if let Some(qp) = &slot.qp {
@@ -525,37 +559,38 @@ impl Device {
         }
     }
 
-    /// Puts a packet into the batch; payload by reference where nobody else can change it.
-    fn stage(&mut self, target: SocketAddr, transmit: &Transmit) {
-        let payload = match transmit.payload.as_slice() {
-            [] => Payload::EMPTY,
-            [one] if self.memory.private(key_of(one).region()).is_some() => Payload {
-                region: key_of(one).region(),
-                offset: one.addr,
-                len: one.len,
-            },
-            several => {
-                let offset = self.scratch.len();
-                for fragment in several {
-                    let start = self.scratch.len();
-                    self.scratch.resize(start + fragment.len as usize, 0);
-                    let region = key_of(fragment).region();
-                    let span = Span {
-                        region,
-                        offset: fragment.addr,
-                        len: fragment.len,
-                    };
-                    self.memory.fetch(span, &mut self.scratch[start..]);
-                }
-                let len = (self.scratch.len() - offset) as u32;
-                Payload {
-                    region: SCRATCH,
-                    offset: offset as u64,
-                    len,
-                }
+    /// Finds a packet's payload: by reference where nobody else can change it, else as a copy.
+    fn gather(&mut self, domain: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
+        let fragments = transmit.payload.as_slice();
+        let mut payload = Payload::EMPTY;
+        for fragment in fragments {
+            let right = match fragment.key {
+                qp::Key::Local(_) => Access::default(),
+                qp::Key::Remote(_) => wanted(qp::Access::READ),
+            };
+            let span =
+                self.memory
+                    .check(domain, key_of(fragment), fragment.addr, fragment.len, right)?;
+            if fragments.len() == 1 && self.memory.private(span.region).is_some() {
+                return Ok(Payload {
+                    region: span.region,
+                    offset: span.offset,
+                    len: span.len,
+                });
             }
-        };
-        self.push(target, transmit.header(), payload);
+            let start = self.scratch.len();
+            if payload.len == 0 {
+                payload = Payload {
+                    region: SCRATCH,
+                    offset: start as u64,
+                    len: 0,
+                };
+            }
+            self.scratch.resize(start + span.len as usize, 0);
+            self.memory.fetch(span, &mut self.scratch[start..]);
+            payload.len += span.len;
+        }
+        Ok(payload)
     }
 
     fn push(&mut self, target: SocketAddr, header: &[u8], payload: Payload) {

@@ -7,3 +7,4 @@ pub mod memory;
 pub mod message;
 #[allow(unsafe_code)] // the one place that makes socket system calls
 pub mod udp;
+pub mod verbs;

@@ -177,6 +177,47 @@ impl Memory {
         Some(Key(index << 8 | u32::from(entry.generation)))
     }
 
+    /// Makes a key for private memory that is elsewhere for now; none when the table is full.
+    pub fn reserve(&mut self, domain: u32) -> Option<Key> {
+        let key = self.register(domain, Region::Private(Box::default()), Access::LOCAL)?;
+        self.entries[key.index()].region = None;
+        Some(key)
+    }
+
+    /// Puts private memory behind a key made by `reserve`.
+    pub fn attach(&mut self, key: Key, bytes: Box<[u8]>) {
+        let entry = &mut self.entries[key.index()];
+        assert!(entry.generation == key.generation() && entry.region.is_none());
+        entry.region = Some(Region::Private(bytes));
+    }
+
+    /// Takes private memory from behind a key made by `reserve`; the key stays reserved.
+    pub fn detach(&mut self, key: Key) -> Option<Box<[u8]>> {
+        let entry = self.entries.get_mut(key.index())?;
+        if entry.generation != key.generation() {
+            return None;
+        }
+        match entry.region.take()? {
+            Region::Private(bytes) => Some(bytes),
+            shared => {
+                entry.region = Some(shared);
+                None
+            }
+        }
+    }
+
+    /// Gives a reserved key up; whatever is behind it goes too.
+    pub fn unreserve(&mut self, key: Key) {
+        if let Some(entry) = self.entries.get_mut(key.index())
+            && entry.generation == key.generation()
+        {
+            entry.region = None;
+            // No later reservation has this generation.
+            entry.generation = entry.generation.wrapping_add(1);
+            self.free.push(key.index() as u32);
+        }
+    }
+
     /// Takes a region out of service; its key is worthless from now on.
     pub fn deregister(&mut self, key: Key) -> Option<Region> {
         let entry = self.entries.get_mut(key.index())?;

@@ -219,6 +219,17 @@ impl AsRawFd for Socket {
     }
 }
 
+/// Keeps every signal from the calling thread, so that a device's own thread never runs a handler.
+pub fn block_signals() {
+    // SAFETY: the set is initialised by sigfillset before it is read, and the old one is not asked
+    // for.
+    unsafe {
+        let mut all: libc::sigset_t = mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
+    }
+}
+
 /// The MTU of the route from `local` to `target`, in bytes, as the kernel knows it.
 ///
 /// # Errors

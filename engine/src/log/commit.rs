@@ -54,8 +54,8 @@ pub struct GroupClock {
     pins: [AtomicU64; 2],
     /// The committer sleeps until the group being closed is unpinned.
     closing: AtomicBool,
-    /// Something was published since the committer last looked.
-    dirty: AtomicBool,
+    /// The largest group that something was published in; what the committer has to close.
+    published: AtomicU64,
     /// A thread panicked while it held a pin: its operation may be half appended.
     broken: AtomicBool,
     committer: OnceLock<Thread>,
@@ -67,7 +67,7 @@ impl GroupClock {
             current: AtomicU64::new(first),
             pins: [AtomicU64::new(0), AtomicU64::new(0)],
             closing: AtomicBool::new(false),
-            dirty: AtomicBool::new(false),
+            published: AtomicU64::new(0),
             broken: AtomicBool::new(false),
             committer: OnceLock::new(),
         }
@@ -165,8 +165,12 @@ impl Publisher {
     pub fn publish(&self, pin: GroupPin, end: Lsn) {
         // Release pairs with the committer's Acquire: it may sync what was stored before.
         self.end.store(end.0, Ordering::Release);
+        // Before the pin goes: when the group is drained, everything about it is known. The first
+        // to publish in a group wakes the committer, which then waits for the others.
+        let before = self.clock.published.fetch_max(pin.group, Ordering::SeqCst);
+        let group = pin.group;
         drop(pin);
-        if !self.clock.dirty.swap(true, Ordering::SeqCst) {
+        if before < group {
             self.clock.wake();
         }
     }
@@ -238,23 +242,12 @@ impl LogSet {
         volume: Arc<dyn Volume>,
         config: &SetConfig,
     ) -> Result<(LogSet, SetRecovered), OpenError> {
-        assert!(config.shards >= 1 && config.shards <= LOGS_MAX);
-        let poison = Arc::new(Poison::default());
-        let mut scans = Vec::new();
-        for number in 0..count_logs(&*volume, config.shards)? {
-            let shard = shard_config(config, number);
-            scans.push(Scanned::scan(volume.clone(), shard, poison.clone())?);
-        }
-        let mut claims = Vec::new();
-        let commits =
-            Scanned::scan_with(volume, commit_config(config), poison.clone(), &mut |r| {
-                if r.header.kind == KIND_CLAIM
-                    && let Some(body) = ClaimBody::decode(&r.body)
-                {
-                    claims.push((r.header.group, body));
-                }
-            })?;
-        let groups = decide(&scans, &commits, &claims)?;
+        let Found {
+            scans,
+            commits,
+            groups,
+            poison,
+        } = Found::scan(volume, config)?;
         let mut logs = Vec::new();
         let mut shards = Vec::new();
         for scan in scans {
@@ -286,6 +279,26 @@ impl LogSet {
         ))
     }
 
+    /// Looks at all logs of a node and changes nothing: what opening them would find and decide.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn verify(volume: Arc<dyn Volume>, config: &SetConfig) -> Result<SetRecovered, OpenError> {
+        let found = Found::scan(volume, config)?;
+        let OpenBody {
+            durable_group,
+            next_group,
+        } = found.groups;
+        let shards = found.scans.iter().map(|s| s.report().clone()).collect();
+        let commits = found.commits.report().clone();
+        Ok(SetRecovered {
+            durable_group,
+            next_group,
+            shards,
+            commits,
+        })
+    }
+
     /// The logs, by number; before the committer starts, for redo and undo at recovery.
     pub fn logs(&self) -> &[Log] {
         &self.logs
@@ -310,7 +323,7 @@ impl LogSet {
             .collect();
         let work = Work {
             clock: clock.clone(),
-            last: self.logs.iter().map(Log::end).collect(),
+            closed: self.next_group - 1,
             handles: self.logs.iter().map(Log::sync_handle).collect(),
             ends: ends.clone(),
             commits_sync: self.commits.sync_handle(),
@@ -344,6 +357,42 @@ impl LogSet {
                 thread: Some(thread),
             },
         ))
+    }
+}
+
+/// All logs of a node, scanned, and the decision about groups.
+struct Found {
+    scans: Vec<Scanned>,
+    commits: Scanned,
+    groups: OpenBody,
+    poison: Arc<Poison>,
+}
+
+impl Found {
+    fn scan(volume: Arc<dyn Volume>, config: &SetConfig) -> Result<Found, OpenError> {
+        assert!(config.shards >= 1 && config.shards <= LOGS_MAX);
+        let poison = Arc::new(Poison::default());
+        let mut scans = Vec::new();
+        for number in 0..count_logs(&*volume, config.shards)? {
+            let shard = shard_config(config, number);
+            scans.push(Scanned::scan(volume.clone(), shard, poison.clone())?);
+        }
+        let mut claims = Vec::new();
+        let commits =
+            Scanned::scan_with(volume, commit_config(config), poison.clone(), &mut |r| {
+                if r.header.kind == KIND_CLAIM
+                    && let Some(body) = ClaimBody::decode(&r.body)
+                {
+                    claims.push((r.header.group, body));
+                }
+            })?;
+        let groups = decide(&scans, &commits, &claims)?;
+        Ok(Found {
+            scans,
+            commits,
+            groups,
+            poison,
+        })
     }
 }
 
@@ -512,8 +561,8 @@ struct Work {
     clock: Arc<GroupClock>,
     /// Published ends, by log.
     ends: Vec<Arc<AtomicU64>>,
-    /// Ends of the last durable group.
-    last: Vec<Lsn>,
+    /// The last group that was closed.
+    closed: u64,
     handles: Vec<SyncHandle>,
     commits: Log,
     commits_sync: SyncHandle,
@@ -527,9 +576,9 @@ struct Work {
 impl Work {
     fn run(mut self) {
         loop {
-            // Looked at before `dirty`, so that what was published before the stop is committed.
+            // Looked at first, so that what was published before the stop is committed.
             let stop = self.stop.load(Ordering::SeqCst);
-            if self.clock.dirty.swap(false, Ordering::SeqCst) {
+            if self.clock.published.load(Ordering::SeqCst) > self.closed {
                 if let Err(error) = self.commit().and_then(|()| self.prepare()) {
                     (self.notify)(Err(&error));
                     return;
@@ -545,6 +594,7 @@ impl Work {
     /// Makes one group durable and reports it.
     fn commit(&mut self) -> Result<(), LogError> {
         let group = self.clock.close();
+        self.closed = group;
         if self.clock.broken.load(Ordering::SeqCst) {
             return Err(LogError {
                 cause: "a thread panicked while appending".to_owned(),
@@ -556,9 +606,7 @@ impl Work {
             .iter()
             .map(|e| Lsn(e.load(Ordering::Acquire)))
             .collect();
-        if ends == self.last {
-            return Ok(());
-        }
+        // They may include records of the next group: those are void until it is durable as well.
         let claim = self.claim(group, &ends)?;
         for (handle, end) in self.handles.iter().zip(&ends) {
             handle.sync(*end)?;
@@ -572,7 +620,6 @@ impl Work {
         // Release pairs with the Acquire in `DurableGroup::get`.
         self.durable_group.store(group, Ordering::Release);
         (self.notify)(Ok(Committed { group, ends: &ends }));
-        self.last = ends;
         // The claim of the newest durable group stays: later claims refer to it.
         self.commits.recycle(claim);
         Ok(())

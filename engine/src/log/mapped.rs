@@ -13,15 +13,15 @@
 //! an RDMA memory region (the kernel refuses long-term pins of file pages).
 #![allow(unsafe_code)]
 
-use crate::medium::dir::SyncMode;
+use crate::medium::dir::{DirLock, SyncMode};
 use crate::medium::{Call, Medium, MediumError, PAGE};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::fs::File;
 use std::ops::Range;
-use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 
 /// Bytes per word of the mapping.
 const WORD: u64 = 8;
@@ -33,6 +33,8 @@ pub struct MappedFile {
     map: MmapRaw,
     file: File,
     mode: SyncMode,
+    /// Keeps other processes away while the file is mapped.
+    _lock: Arc<DirLock>,
 }
 
 impl MappedFile {
@@ -40,7 +42,12 @@ impl MappedFile {
     ///
     /// # Errors
     /// [`MediumError::OutOfRange`] if the file is empty or no multiple of a page; I/O errors.
-    pub fn map(name: &str, file: File, mode: SyncMode) -> Result<MappedFile, MediumError> {
+    pub(crate) fn map(
+        name: &str,
+        file: File,
+        mode: SyncMode,
+        lock: Arc<DirLock>,
+    ) -> Result<MappedFile, MediumError> {
         let io = |e| MediumError::from_io(name, Call::Open, 0, 0, e);
         let size = file.metadata().map_err(io)?.len();
         if size == 0 || !size.is_multiple_of(PAGE) {
@@ -59,6 +66,7 @@ impl MappedFile {
             map,
             file,
             mode,
+            _lock: lock,
         })
     }
 
@@ -66,7 +74,7 @@ impl MappedFile {
         // SAFETY: `map` is a live, page-aligned, read-write mapping of `len()` bytes that this
         // value owns until it is dropped, so the pointer is valid and aligned for the slice's
         // lifetime. Nobody in this process forms any other kind of reference into it. Other
-        // processes are kept away by the directory's lock (`DirVolume`).
+        // processes are kept away by the directory's lock, which this value holds.
         unsafe {
             std::slice::from_raw_parts(
                 self.map.as_ptr().cast::<AtomicU64>(),
@@ -202,22 +210,15 @@ fn install_sigbus_handler() {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::medium::SplitMix;
+    use crate::medium::dir::{DirOptions, DirVolume};
+    use crate::medium::{Access, SplitMix, Volume};
 
     #[test]
     fn stores_at_any_alignment_equal_a_plain_copy() {
         let dir = std::env::temp_dir().join(format!("lowtide-mapped-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let volume = DirVolume::open(&dir, DirOptions::default()).unwrap();
+        let map = volume.create("m", 2 * PAGE, Access::Mapped).unwrap();
         let path = dir.join("m");
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
-            .unwrap();
-        file.set_len(2 * PAGE).unwrap();
-        let map = MappedFile::map("m", file, SyncMode::Range).unwrap();
         let mut model = vec![0u8; 2 * PAGE as usize];
         let mut rng = SplitMix(7);
         for _ in 0..4000 {

@@ -401,7 +401,9 @@ impl Scanned {
     fn accept(&mut self, record: &Record) -> Result<(), StopReason> {
         let header = &record.header;
         let current = self.next_generation - 1;
-        let opens = header.kind == KIND_OPEN && header.generation > current;
+        // An OPEN that does not fit is preceded by a seal of its generation. Everything else of a
+        // generation follows its durable OPEN, so nothing else can raise it.
+        let opens = matches!(header.kind, KIND_OPEN | KIND_SEAL) && header.generation > current;
         // The oldest segment may begin in the middle of a generation.
         let is_first = self.report.records == 0;
         if header.generation == 0

@@ -49,8 +49,19 @@ pub struct DirOptions {
 pub struct DirVolume {
     dir: PathBuf,
     options: DirOptions,
-    /// Held for its lock; `None` when opened for inspection only.
-    lock: Option<File>,
+    /// `None` when opened for inspection only.
+    lock: Option<Arc<DirLock>>,
+}
+
+/// The directory's lock, held as long as the volume or any file of it is open.
+#[derive(Debug)]
+pub(crate) struct DirLock(File);
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        // Explicitly: a process being forked at this moment shares the descriptor until it execs.
+        let _ = self.0.unlock();
+    }
 }
 
 impl DirVolume {
@@ -62,11 +73,11 @@ impl DirVolume {
         let dir = dir.as_ref().to_path_buf();
         let fail = |e| MediumError::from_io(&dir.display().to_string(), Call::Create, 0, 0, e);
         fs::create_dir_all(&dir).map_err(fail)?;
-        let lock = take_lock(&dir)?;
+        let lock = Some(Arc::new(DirLock(take_lock(&dir)?)));
         let volume = DirVolume {
             dir: dir.clone(),
             options,
-            lock: Some(lock),
+            lock,
         };
         for name in volume.list()? {
             if name.ends_with(NEW) {
@@ -97,13 +108,15 @@ impl DirVolume {
     }
 
     fn wrap(&self, name: &str, file: File, access: Access) -> Result<Arc<dyn Medium>, MediumError> {
-        let inner: Arc<dyn Medium> = match access {
-            Access::Mapped if self.lock.is_some() => {
-                Arc::new(MappedFile::map(name, file, self.options.sync)?)
+        let lock = self.lock.clone();
+        let inner: Arc<dyn Medium> = match (access, lock) {
+            (Access::Mapped, Some(lock)) => {
+                Arc::new(MappedFile::map(name, file, self.options.sync, lock)?)
             }
-            _ => Arc::new(PositionedFile {
+            (_, lock) => Arc::new(PositionedFile {
                 name: name.to_owned(),
                 file,
+                _lock: lock,
             }),
         };
         if self.options.power_fail && self.lock.is_some() {
@@ -227,6 +240,8 @@ fn zero_fill(file: &File, len: u64) -> std::io::Result<()> {
 struct PositionedFile {
     name: String,
     file: File,
+    /// Keeps the directory ours while the file is open.
+    _lock: Option<Arc<DirLock>>,
 }
 
 impl PositionedFile {

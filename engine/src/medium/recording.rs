@@ -216,14 +216,21 @@ impl RecordingVolume {
         }
     }
 
-    /// Changes durable bytes behind everybody's back (bit rot); for tests of detection.
-    pub fn corrupt(&self, name: &str, offset: u64, bytes: &[u8]) {
+    /// Changes durable bytes behind everybody's back (bit rot), for tests of detection; says whether
+    /// the file has them.
+    pub fn corrupt(&self, name: &str, offset: u64, bytes: &[u8]) -> bool {
         let mut state = self.state();
-        if let Some(file) = state.files.get_mut(name) {
-            let at = offset as usize..offset as usize + bytes.len();
-            file.durable[at.clone()].copy_from_slice(bytes);
-            file.current[at].copy_from_slice(bytes);
-        }
+        let at = offset as usize..offset as usize + bytes.len();
+        let Some(file) = state
+            .files
+            .get_mut(name)
+            .filter(|f| f.durable.len() >= at.end)
+        else {
+            return false;
+        };
+        file.durable[at.clone()].copy_from_slice(bytes);
+        file.current[at].copy_from_slice(bytes);
+        true
     }
 }
 

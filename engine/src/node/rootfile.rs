@@ -27,7 +27,7 @@ const HEADER: usize = 16;
 
 /// Writes states and says which version is durable.
 #[derive(Debug)]
-pub(super) struct RootFile {
+pub(crate) struct RootFile {
     /// Keeps the directory locked.
     _volume: DirVolume,
     work: Option<Sender<(u64, Vec<u8>)>>,
@@ -84,7 +84,7 @@ fn write(dir: &Path, state: &[u8]) -> io::Result<()> {
 }
 
 impl RootFile {
-    pub(super) fn open(
+    pub(crate) fn open(
         dir: PathBuf,
         wake: impl Fn() + Send + 'static,
     ) -> Result<(RootFile, RootState), StartError> {
@@ -129,18 +129,18 @@ impl RootFile {
         Ok((file, state))
     }
 
-    pub(super) fn persist(&self, version: u64, state: Vec<u8>) {
+    pub(crate) fn persist(&self, version: u64, state: Vec<u8>) {
         if let Some(work) = &self.work {
             // After a failure nobody reads; the node is about to leave.
             let _ = work.send((version, state));
         }
     }
 
-    pub(super) fn persisted(&self) -> u64 {
+    pub(crate) fn persisted(&self) -> u64 {
         self.persisted.load(Ordering::Acquire)
     }
 
-    pub(super) fn failure(&self) -> Option<String> {
+    pub(crate) fn failure(&self) -> Option<String> {
         self.failed
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)

@@ -418,7 +418,7 @@ impl Inner {
 
 /// Different for every start of a process, and larger than in any earlier one on this machine:
 /// nanoseconds since 1970.
-fn process_nonce() -> u64 {
+pub(crate) fn process_nonce() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |d| d.as_nanos() as u64)
 }

@@ -16,6 +16,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Name of the file.
 pub const STORE_FILE: &str = "store.redb";
+/// Length of redb's magic number, at the beginning of the file.
+const MAGIC_LEN: usize = 9;
 const STATE: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("state");
 const POSITIONS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("positions");
 
@@ -33,6 +35,11 @@ impl RedbStore {
     /// See [`StoreError`].
     pub fn open(volume: &dyn Volume, cache_bytes: usize) -> Result<RedbStore, StoreError> {
         let medium = match volume.open(STORE_FILE, Access::Positioned) {
+            // Cut off while being created: the magic number is written last. Whoever knows of a
+            // checkpoint must compare it with `last_checkpoint`, as after any other loss.
+            Ok(medium) if is_blank(&*medium)? => {
+                volume.create(STORE_FILE, 0, Access::Positioned)?
+            }
             Ok(medium) => medium,
             Err(MediumError::NotFound { .. }) => {
                 volume.create(STORE_FILE, 0, Access::Positioned)?
@@ -156,6 +163,16 @@ impl Store for RedbStore {
             Ok(position.map(|p| p.value().to_vec()))
         })
     }
+}
+
+/// Whether a store's creation was never finished.
+fn is_blank(medium: &dyn Medium) -> Result<bool, MediumError> {
+    let mut magic = [0u8; MAGIC_LEN];
+    if medium.len()? < MAGIC_LEN as u64 {
+        return Ok(true);
+    }
+    medium.read(0, &mut magic)?;
+    Ok(magic == [0; MAGIC_LEN])
 }
 
 /// The medium's own error if there was one; redb wraps it, and repeats it as `PreviousIo`.

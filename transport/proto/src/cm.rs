@@ -617,6 +617,8 @@ impl Cm {
 
     fn handle_rep(&mut self, from: SocketAddr, tid: u64, rep: &Rep<'_>) -> CmOutcome {
         let Some(connection) = self.of_peer(rep.remote, from) else {
+            // We have forgotten that we asked; the server need not wait.
+            self.reject_unknown(from, tid, rep.remote, rep.local, 1, reason::INVALID_COMM_ID);
             return CmOutcome::Stale;
         };
         match connection.state {

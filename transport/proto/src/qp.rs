@@ -439,6 +439,3 @@ fn transmit(mut header: crate::wire::Header, payload: Fragments) -> Transmit {
         is_retransmission: false,
     }
 }
-
-#[cfg(test)]
-mod tests;

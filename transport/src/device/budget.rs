@@ -6,7 +6,7 @@
 //!
 //! Rules: the window starts at what the peer says its buffer holds, or [`UNKNOWN_PEER`]; a sequence
 //! NAK or a timeout halves it, at most once per round trip; each round trip (a window's worth of
-//! acknowledgements) adds one, up to where it started.
+//! acknowledgements) adds one, up to what the peer said, or [`WINDOW_MAX`].
 //!
 //! Deliberately absent: rates and explicit congestion notification.
 
@@ -14,6 +14,8 @@ use lowtide_transport_proto::time::Nanos;
 
 /// Datagrams granted to a peer that has told nothing: less than what the default SO_RCVBUF holds.
 pub(crate) const UNKNOWN_PEER: u32 = 16;
+/// The window to a peer that has told nothing never grows beyond this.
+const WINDOW_MAX: u32 = 1024;
 /// The window never falls below this; queue pairs probe with single packets anyway.
 const WINDOW_MIN: u32 = 4;
 /// Two losses within this time are one event.
@@ -34,7 +36,7 @@ impl Default for Budget {
     fn default() -> Self {
         Budget {
             window: UNKNOWN_PEER,
-            window_max: UNKNOWN_PEER,
+            window_max: WINDOW_MAX,
             in_flight: 0,
             acknowledged: 0,
             last_cut: None,

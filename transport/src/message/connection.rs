@@ -22,6 +22,8 @@ use crate::device::{Device, IN_PLACE, QpId};
 
 /// Receives and sends beyond the credits, for credit parcels.
 pub(crate) const RESERVE: u16 = 4;
+/// Data parcels under way at most, however many the peer grants: it bounds the send queue.
+pub(crate) const SENDS_MAX: u16 = 128;
 
 /// A connection's data path.
 pub(crate) struct Stream {
@@ -103,7 +105,8 @@ impl Stream {
     }
 
     fn post(&mut self, device: &mut Device, pool: &mut SlotPool, is_credit: bool) -> bool {
-        if self.outbox.posted() >= usize::from(self.credits_max + RESERVE) {
+        let reserve = if is_credit { RESERVE } else { 0 };
+        if self.outbox.posted() >= usize::from(SENDS_MAX + reserve) {
             return false;
         }
         let memory = &mut device.memory;

@@ -25,14 +25,14 @@ use lowtide_transport_proto::qp::{
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
 
-use super::connection::{Arrived, RESERVE, Stream};
+use super::connection::{Arrived, RESERVE, SENDS_MAX, Stream};
 use super::handshake::{EndQp, Greeting, Handshakes, News, RETRY_FOREVER};
 use super::outbox::{Outbox, SlotPool};
 use super::parcel::{FRAGMENT_MAX, next_record};
 use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
-use crate::device::{Device, Input, QpId};
+use crate::device::{Device, Input, Peers, QpId};
 use crate::udp::{Arrival, ReceiveBatch, path_mtu};
 
 /// The one protection domain: nothing here gives a peer a key.
@@ -126,7 +126,7 @@ impl Endpoint {
         let addr = config.addr;
         let random = RandomState::new();
         let salt = random.build_hasher().finish() as u32;
-        let device = Device::bind(addr, &config.socket, &config.faults, salt);
+        let device = Device::bind(addr, &config.socket, &config.faults, Peers::Own, salt);
         let device = device.map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => BindError::AddrInUse(addr),
             _ => BindError::Io(addr, error),
@@ -390,7 +390,7 @@ impl EndpointCtx {
         }
         let depth = u32::from(self.config.limits.credits + RESERVE);
         let caps = QpCaps {
-            send_wr_max: 1024 + u32::from(RESERVE),
+            send_wr_max: u32::from(SENDS_MAX + RESERVE),
             recv_wr_max: depth,
         };
         let (qp, qpn) = self.device.create_qp(DOMAIN, caps)?;

@@ -21,12 +21,12 @@
 //!
 //! Source: IBTA volume 1, chapter 12; Linux `cma.c`.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 
 use lowtide_transport_proto::cm::{
-    Cm, CmConfig, CmEvent, CommId, ConnectParams, GSI_QKEY, Message, QpOffer, Rej, ServiceId,
-    reason,
+    Cm, CmConfig, CmEvent, CmTransmit, CommId, ConnectParams, GSI_QKEY, Message, QpOffer, Rej,
+    ServiceId, reason,
 };
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Deth, Extension, Header, Mtu, Opcode, Psn, Qpn};
@@ -44,6 +44,9 @@ const SERVICE: ServiceId = ServiceId(0x0200_6C6F_7774_6964);
 const COMPLAINT_PAUSE: Nanos = Nanos::from_millis(20);
 /// Peers whose last complaint is remembered.
 const COMPLAINTS_MAX: usize = 1024;
+/// A request that found nobody is repeated so often, whatever the connection manager does: its own
+/// pauses double up to seconds, and a peer that is just starting should not wait for them.
+const REQUEST_PAUSE: Nanos = Nanos::from_millis(200);
 /// Retries without limit: whether a peer is dead is decided above.
 pub(super) const RETRY_FOREVER: u8 = 7;
 
@@ -137,11 +140,19 @@ pub(super) enum News {
     },
 }
 
+/// A request to be repeated.
+struct Asking {
+    request: CmTransmit,
+    due: Nanos,
+}
+
 /// The connection manager of an endpoint.
 pub(super) struct Handshakes {
     cm: Cm,
     by_comm: HashMap<CommId, u32>,
     by_index: HashMap<u32, CommId>,
+    /// Requests that nobody has answered.
+    asking: BTreeMap<u32, Asking>,
     /// Complaints heard, and other news that is not the state machine's.
     heard: VecDeque<News>,
     /// When each peer was last complained to.
@@ -151,6 +162,8 @@ pub(super) struct Handshakes {
     mads_sent: u32,
     /// Complaints waiting to be sent.
     complaints: Vec<(SocketAddr, Qpn)>,
+    /// Datagrams of the connection manager waiting to be sent.
+    outgoing: Vec<CmTransmit>,
 }
 
 impl Handshakes {
@@ -164,12 +177,14 @@ impl Handshakes {
             cm,
             by_comm: HashMap::new(),
             by_index: HashMap::new(),
+            asking: BTreeMap::new(),
             heard: VecDeque::new(),
             complained: HashMap::new(),
             node: config.node,
             incarnation: config.incarnation,
             mads_sent: 0,
             complaints: Vec::new(),
+            outgoing: Vec::new(),
         }
     }
 
@@ -196,6 +211,18 @@ impl Handshakes {
             Ok(id) => {
                 self.by_comm.insert(id, index);
                 self.by_index.insert(index, id);
+                while let Some(transmit) = self.cm.poll_transmit() {
+                    // The last one is the request.
+                    let due = now + REQUEST_PAUSE;
+                    self.asking.insert(
+                        index,
+                        Asking {
+                            request: transmit.clone(),
+                            due,
+                        },
+                    );
+                    self.outgoing.push(transmit);
+                }
                 true
             }
             Err(_) => false,
@@ -251,6 +278,7 @@ impl Handshakes {
 
     /// Forgets which connection `index` was.
     pub(super) fn forget(&mut self, index: u32) -> Option<CommId> {
+        self.asking.remove(&index);
         let id = self.by_index.remove(&index)?;
         self.by_comm.remove(&id);
         Some(id)
@@ -296,10 +324,17 @@ impl Handshakes {
         if self.cm.poll_timeout().is_some_and(|due| due <= now) {
             self.cm.handle_timeout(now);
         }
+        for asking in self.asking.values_mut() {
+            if asking.due <= now {
+                asking.due = now + REQUEST_PAUSE;
+                self.outgoing.push(asking.request.clone());
+            }
+        }
     }
 
     pub(super) fn next_timeout(&self) -> Option<Nanos> {
-        self.cm.poll_timeout()
+        let asking = self.asking.values().map(|asking| asking.due).min();
+        [self.cm.poll_timeout(), asking].into_iter().flatten().min()
     }
 
     /// The next thing the endpoint must know.
@@ -340,6 +375,7 @@ impl Handshakes {
                 private_data,
             } => {
                 let index = *self.by_comm.get(&id)?;
+                self.asking.remove(&index);
                 match Greeting::decode(&private_data) {
                     Some(greeting) => Some(News::Accepted {
                         index,
@@ -358,18 +394,18 @@ impl Handshakes {
                 index: *self.by_comm.get(&id)?,
             }),
             CmEvent::Rejected { id, .. } => {
-                let index = self.by_comm.remove(&id)?;
-                self.by_index.remove(&index);
+                let index = *self.by_comm.get(&id)?;
+                self.forget(index);
                 Some(News::Refused { index })
             }
             CmEvent::Disconnected { id } => {
-                let index = self.by_comm.remove(&id)?;
-                self.by_index.remove(&index);
+                let index = *self.by_comm.get(&id)?;
+                self.forget(index);
                 Some(News::Disconnected { index })
             }
             CmEvent::TimedOut { id, .. } => {
-                let index = self.by_comm.remove(&id)?;
-                self.by_index.remove(&index);
+                let index = *self.by_comm.get(&id)?;
+                self.forget(index);
                 Some(News::Unanswered { index })
             }
         }
@@ -387,6 +423,9 @@ impl Handshakes {
             };
             let mad = Message::Rej(rej).encode(0);
             self.send(device, to, &mad);
+        }
+        for transmit in std::mem::take(&mut self.outgoing) {
+            self.send(device, transmit.to, &transmit.mad);
         }
         while let Some(transmit) = self.cm.poll_transmit() {
             self.send(device, transmit.to, &transmit.mad);

@@ -20,11 +20,13 @@ pub fn address() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::new(127, 128 | high, 1 + low, last), 4791))
 }
 
+#[allow(dead_code, reason = "each test program uses what it needs")]
 /// A configuration with a node number of its own.
 pub fn config(node: u64) -> EndpointConfig {
     EndpointConfig::new(address(), node, 1)
 }
 
+#[allow(dead_code, reason = "each test program uses what it needs")]
 /// Polls all `endpoints` in turn, for at most [`PATIENCE`], until `done`.
 pub fn run_until<S>(
     endpoints: &mut [&mut Endpoint],
@@ -34,7 +36,10 @@ pub fn run_until<S>(
 ) {
     let start = Instant::now();
     while !done(state, endpoints) {
-        assert!(start.elapsed() < PATIENCE, "nothing more happens");
+        if start.elapsed() > PATIENCE {
+            let counters: Vec<_> = endpoints.iter().map(|e| e.counters()).collect();
+            panic!("nothing more happens: {counters:#?}");
+        }
         for (index, endpoint) in endpoints.iter_mut().enumerate() {
             endpoint
                 .poll(Some(Duration::ZERO), &mut |ctx, event| {

@@ -1,6 +1,8 @@
 //! What the integration tests share: memory in vectors, a network in virtual time, a PRNG, pcaps.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod pcap;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::net::Ipv4Addr;
