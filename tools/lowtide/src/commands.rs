@@ -8,6 +8,7 @@ use crate::control::{FileJob, RawPath};
 mod files;
 mod log;
 mod node;
+mod offline;
 mod run;
 mod status;
 
@@ -63,9 +64,8 @@ pub fn execute(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         None => run::run(RunArgs::default()),
         Some(Command::Run(args)) => run::run(args),
-        Some(Command::Export(_) | Command::Verify(_)) => {
-            Err(Failure::usage("this build cannot open the state of a stopped cluster"))
-        }
+        Some(Command::Export(args)) => offline::export(&args),
+        Some(Command::Verify(args)) => offline::verify(&args),
         Some(Command::Status(args)) => status::status(&args),
         Some(Command::Log(args)) => log::log(&args),
         Some(Command::Node(args)) => node::node(&args),

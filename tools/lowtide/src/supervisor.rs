@@ -43,8 +43,16 @@ use tasks::Task;
 const TICK: Duration = Duration::from_millis(25);
 /// Time for all processes to come up.
 const START_PATIENCE: Duration = Duration::from_secs(60);
+/// Roles that are started together, in order.
+const START_WAVES: [&[Role]; 3] = [
+    &[Role::Root, Role::Meta, Role::Object],
+    &[Role::Proxy],
+    &[Role::Client],
+];
 /// Time for one process to end in good order.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
+/// A minimum that stands still for this long gets an explanation on the screen.
+const HELD_AFTER: Duration = Duration::from_secs(1);
 /// Most problems and notes kept in a report.
 const NOTES_MAX: usize = 100;
 
@@ -253,20 +261,14 @@ impl<'a> Run<'a> {
     /// Starts all processes and waits until they are a cluster.
     fn start(&mut self) -> Result<(), RunError> {
         let began = Instant::now();
-        self.nodes.start_all()?;
-        while !self.nodes.is_well_since(began) {
-            self.step("starting", 0.0, Progress::default())?;
-            if began.elapsed() > START_PATIENCE {
-                let (_, worst) = self
-                    .nodes
-                    .iter()
-                    .find(|(_, n)| !n.is_answering() || !engine::is_complete(&n.last().status))
-                    .or(self.nodes.of_role(Role::Root).next())
-                    .expect("every cluster has a root");
-                return Err(RunError::NotStarted {
-                    name: worst.member.name.clone(),
-                    tail: worst.log_tail(),
-                });
+        // Who depends on others comes after them, so that nobody waits for a retry.
+        for wave in START_WAVES {
+            self.nodes.start(wave)?;
+            while !self.nodes.is_well_since(began) {
+                self.step("starting", 0.0, Progress::default())?;
+                if began.elapsed() > START_PATIENCE {
+                    return Err(self.not_started());
+                }
             }
         }
         self.display.event(&format!(
@@ -274,6 +276,23 @@ impl<'a> Run<'a> {
             began.elapsed().as_millis()
         ));
         Ok(())
+    }
+
+    /// Names a node that is to blame, with the end of its log.
+    fn not_started(&self) -> RunError {
+        let is_down = |node: &nodes::Node| {
+            node.life > 0 && !(node.is_answering() && engine::is_complete(&node.last().status))
+        };
+        let (_, node) = self
+            .nodes
+            .iter()
+            .find(|(_, node)| is_down(node))
+            .or(self.nodes.of_role(Role::Root).next())
+            .expect("every cluster has a root");
+        RunError::NotStarted {
+            name: node.member.name.clone(),
+            tail: node.log_tail(),
+        }
     }
 
     /// Has the clients store the input, one share each.
@@ -530,10 +549,15 @@ impl<'a> Run<'a> {
         let totals = self.nodes.totals();
         self.minimum
             .observe(self.nodes.root().minimum, totals.in_flight, now);
-        self.display
-            .show(&Moment::of(phase, percent, progress, &self.nodes), now);
+        let moment = self.moment(phase, percent, progress);
+        self.display.show(&moment, now);
         std::thread::sleep(TICK);
         Ok(())
+    }
+
+    fn moment(&self, phase: &'static str, percent: f64, progress: Progress) -> Moment {
+        let is_held = self.minimum.is_longer_than(HELD_AFTER);
+        Moment::of(phase, percent, progress, &self.nodes, is_held)
     }
 
     fn give_up_if_stalled(
@@ -553,17 +577,16 @@ impl<'a> Run<'a> {
         }
         Err(RunError::Stalled {
             patience: self.options.patience,
-            moment: Box::new(Moment::of(
-                phase,
-                self.percent(progress),
-                progress,
-                &self.nodes,
-            )),
+            moment: Box::new(self.moment(phase, self.percent(progress), progress)),
         })
     }
 }
 
 impl Standstill {
+    fn is_longer_than(&self, time: Duration) -> bool {
+        self.since.is_some_and(|since| since.elapsed() > time)
+    }
+
     fn observe(&mut self, minimum: u64, in_flight: u64, now: Instant) {
         if minimum != self.value || in_flight == 0 {
             self.value = minimum;

@@ -45,9 +45,16 @@ pub struct Moment {
 }
 
 impl Moment {
-    /// Reads the state of a cluster.
+    /// Reads the state of a cluster; `is_held` tells whether the minimum has stood still for
+    /// long enough to say why.
     #[must_use]
-    pub fn of(phase: &'static str, percent: f64, progress: Progress, nodes: &Nodes) -> Moment {
+    pub fn of(
+        phase: &'static str,
+        percent: f64,
+        progress: Progress,
+        nodes: &Nodes,
+        is_held: bool,
+    ) -> Moment {
         let totals = nodes.totals();
         let mut trouble: Vec<String> = nodes
             .iter()
@@ -66,8 +73,8 @@ impl Moment {
                 }
             })
             .collect();
-        if let Some(blocker) = &nodes.root().blocked_by {
-            trouble.push(format!("minimum held by {blocker}"));
+        if let Some(reason) = nodes.root().blocked_by.as_ref().filter(|_| is_held) {
+            trouble.push(reason.clone());
         }
         Moment {
             phase,

@@ -137,13 +137,13 @@ impl Nodes {
         }
     }
 
-    /// Starts every node that is not running and not gone.
+    /// Starts every node of these roles for the first time.
     ///
     /// # Errors
     /// A process cannot be started.
-    pub fn start_all(&mut self) -> Result<(), NodesError> {
+    pub fn start(&mut self, roles: &[Role]) -> Result<(), NodesError> {
         for node in &mut self.nodes {
-            if node.child.is_none() && !node.gone {
+            if roles.contains(&node.member.role) && node.life == 0 {
                 node.start()?;
             }
         }
@@ -272,12 +272,13 @@ impl Nodes {
             .unwrap_or(0)
     }
 
-    /// Whether every node that should live does, says that nothing is left to recover in a report
-    /// that arrived after `since`, and is known to the root in its present life.
+    /// Whether every node that was started and should live does, says that nothing is left to
+    /// recover in a report that arrived after `since`, and is known to the root in its present
+    /// life.
     #[must_use]
     pub fn is_well_since(&self, since: Instant) -> bool {
         let members = &self.root().members;
-        self.nodes.iter().all(|node| {
+        self.nodes.iter().filter(|node| node.life > 0).all(|node| {
             let seen = members.iter().find(|m| m.id == node.member.id);
             if node.gone {
                 return seen.is_none_or(|m| !m.live);
