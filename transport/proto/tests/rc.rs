@@ -470,6 +470,70 @@ fn one_sequence_nak_per_gap() {
 }
 
 #[test]
+fn the_next_gap_is_told_too() {
+    let mut net = net(Setup::default());
+    let mut middles = 0;
+    let log = tap(&mut net, move |_, packet| {
+        let hit = packet.opcode() == Opcode::RcWriteMiddle;
+        middles += usize::from(hit);
+        hit && matches!(middles, 2 | 60)
+    });
+    send(&mut net, 1, write_to(0), 40 * 1024);
+    net.run(1_000);
+    let naks = log.borrow().iter().filter(|e| e.3 == Some(0x60)).count();
+    assert_eq!((naks, net.ends[0].qp.counters().probes), (2, 0));
+    assert_eq!(statuses(&net.completions(0)), [(1, Status::Success)]);
+}
+
+#[test]
+fn a_finished_read_makes_room_for_the_next() {
+    let mut net = net(Setup {
+        rd_atomic: 2,
+        ..Setup::default()
+    });
+    for id in 0..4 {
+        send(&mut net, id, read_from(0), 100);
+    }
+    let end = &mut net.ends[0];
+    let asked =
+        |qp: &mut QueuePair| std::iter::from_fn(|| qp.poll_transmit(Nanos(1), Allow::All)).count();
+    assert_eq!(asked(&mut end.qp), 2);
+    for (answered, more) in [(0, 1), (1, 1), (2, 0)] {
+        let aeth = Extension::Aeth(Aeth {
+            syndrome: Syndrome::ACK,
+            msn: 1,
+        });
+        let psn = Psn::new(FIRST_PSN + answered);
+        let header = Header::new(Opcode::RcReadResponseOnly, QPNS[0], psn, aeth);
+        let bytes = raw(header, &[9; 100]);
+        let packet = Packet::new_checked(&bytes).unwrap();
+        end.qp.handle_packet(Nanos(2), &packet, &mut end.memory);
+        assert_eq!(asked(&mut end.qp), more, "after answer {answered}");
+    }
+}
+
+#[test]
+fn waiting_for_a_receive_spends_no_retry() {
+    // The peer asks for 655 ms, the ACK timeout is one.
+    let setup = Setup {
+        rnr_timer: 0,
+        timeout: 8,
+        retry_cnt: 0,
+        ..Setup::default()
+    };
+    let mut net = net(setup);
+    send(&mut net, 1, SendOp::Send, 100);
+    net.pump();
+    while net.ends[0].qp.counters().rcvd_rnr_err == 0 {
+        assert!(net.step());
+    }
+    recv(&mut net, 10, 100);
+    net.run(1_000);
+    assert_eq!(statuses(&net.completions(0)), [(1, Status::Success)]);
+    assert_eq!(net.ends[0].qp.counters().ack_timeout, 0);
+}
+
+#[test]
 fn silence_exhausts_the_retries() {
     for (retry_cnt, timeouts) in [(0, 1), (1, 2), (3, 4), (6, 7)] {
         let mut net = net(Setup {
@@ -934,9 +998,10 @@ fn requests_out_of_order_within_a_message_are_invalid() {
     use Opcode::*;
     let full = vec![0xaa; 1024];
     let big = Extension::Reth(reth(0, 4096));
-    let open_send: (Opcode, Extension) = (RcSendFirst, Extension::Bare);
+    let open_send = (RcSendFirst, Extension::Bare);
     let open_write = (RcWriteFirst, big);
-    let cases: [(Option<(Opcode, Extension)>, Opcode, Extension, usize); 14] = [
+    type Start = (Opcode, Extension);
+    let cases: [(Option<Start>, Opcode, Extension, usize); 14] = [
         (None, RcSendMiddle, Extension::Bare, 1024),
         (None, RcSendLast, Extension::Bare, 10),
         (None, RcWriteMiddle, Extension::Bare, 1024),
@@ -1231,6 +1296,20 @@ fn a_repeated_read_still_being_answered_is_not_answered_twice() {
         packets += 1;
     }
     assert_eq!(packets, 3);
+}
+
+#[test]
+fn a_repeated_atomic_still_waiting_is_not_answered_twice() {
+    let mut net = net(Setup::default());
+    let end = &mut net.ends[1];
+    for i in [0, 1, 0, 1, 1] {
+        let atomic = Extension::Atomic(fetch_add(0, 5));
+        let bytes = request(Opcode::RcFetchAdd, FIRST_PSN + i, atomic, &[]);
+        let packet = Packet::new_checked(&bytes).unwrap();
+        end.qp.handle_packet(Nanos(1), &packet, &mut end.memory);
+    }
+    let answers = std::iter::from_fn(|| end.qp.poll_transmit(Nanos(1), Allow::All)).count();
+    assert_eq!((answers, end.memory.atomics), (2, 2));
 }
 
 #[test]

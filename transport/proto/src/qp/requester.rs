@@ -478,7 +478,6 @@ impl Requester {
             self.reads_out = self.reads_out.saturating_sub(1);
         }
         self.una += 1;
-        self.rnr_left = self.attr.rnr_retry;
         if self.una == wqe.end() {
             self.finish_front(link, out);
         }
