@@ -473,8 +473,7 @@ impl Requester {
             rest = tail;
         }
         // The last packet of a request that was sent frees its place among max_rd_atomic.
-        if seq < self.next && (atomic || wqe.read_packets(index, self.attr.read_chunk_packets) == 1)
-        {
+        if atomic || wqe.read_packets(index, self.attr.read_chunk_packets) == 1 {
             self.reads_out = self.reads_out.saturating_sub(1);
         }
         self.una += 1;
