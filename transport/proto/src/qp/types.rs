@@ -123,7 +123,7 @@ pub struct RtsAttr {
     /// `max_dest_rd_atomic`.
     pub max_rd_atomic: u8,
     /// A READ longer than this many packets goes out as several READ requests, so that at most
-    /// `max_rd_atomic` times this many response packets are under way. 0 means one request per READ.
+    /// `max_rd_atomic` times this many response packets are under way. 0: one request per READ.
     pub read_chunk_packets: u16,
 }
 
