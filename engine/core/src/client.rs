@@ -20,6 +20,7 @@
 mod locks;
 
 use alloc::collections::{BTreeMap, VecDeque};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::effect::{Effect, Port};
@@ -28,7 +29,8 @@ use crate::lock::Holdings;
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Message, Role};
 use crate::op::{
-    Bytes, Change, Check, Expect, Key, Mode, Range, Refusal, Request, Stamp, UPDATES_MAX, Want,
+    Bytes, Change, Check, Expect, Key, Mode, Operation, Range, Refusal, Request, Stamp,
+    UPDATES_MAX, Want,
 };
 use crate::session::{Page, SessionError, Ticket};
 use crate::source::{Outbox, Redo, WindowCounters};
@@ -452,6 +454,11 @@ impl Client {
     #[must_use]
     pub fn holdings(&self) -> &Holdings {
         &self.holdings
+    }
+
+    /// Operations stamped after `seq` that the redo keeps, for invariant checks.
+    pub fn stamped_after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        self.redo.after(seq)
     }
 
     fn enqueue(&mut self, now: Time, queued: Queued) {

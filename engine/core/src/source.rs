@@ -566,6 +566,12 @@ impl Redo {
         self.get(*seq)
     }
 
+    /// Kept operations after `seq`, in order.
+    pub fn after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        let skip = (seq.0 + 1).saturating_sub(self.first) as usize;
+        self.ops.iter().skip(skip)
+    }
+
     fn get(&self, seq: Seq) -> Option<&Arc<Operation>> {
         self.ops.get(seq.0.checked_sub(self.first)? as usize)
     }

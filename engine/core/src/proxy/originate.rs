@@ -8,13 +8,14 @@
 //! coordinator that dies are dropped when it is fenced.
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use super::{Proxy, WaitingLock};
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, GrantId, Life, NodeId, Seq, StreamSeq};
 use crate::message::Message;
-use crate::op::{Range, Stamp, Update, Want};
+use crate::op::{Operation, Range, Stamp, Update, Want};
 use crate::session::Ticket;
 use crate::source::Redo;
 
@@ -236,6 +237,11 @@ impl Proxy {
     pub(super) fn own_purge(&mut self) {
         let minimum = self.port.minimum();
         self.own.redo.purge(minimum, false);
+    }
+
+    /// Operations that this proxy stamped after `seq` and still keeps, for invariant checks.
+    pub fn stamped_after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        self.own.redo.after(seq)
     }
 
     /// Seq of the newest operation that this proxy stamped.
