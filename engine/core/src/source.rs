@@ -172,10 +172,11 @@ impl Outbox {
         true
     }
 
-    /// The connection to a tier broke: whatever was sent may be lost.
-    pub fn closed(&mut self, to: impl Fn(NodeId) -> bool) {
-        for ((_, home), s) in &mut self.streams {
-            if to(*home) {
+    /// The connection behind the streams that `through` selects broke, or they take another path
+    /// now: whatever was sent may be lost.
+    pub fn closed(&mut self, through: impl Fn(Life, NodeId) -> bool) {
+        for ((source, home), s) in &mut self.streams {
+            if through(*source, *home) {
                 s.ready = false;
                 s.announced = false;
                 s.flying = 0;

@@ -48,6 +48,9 @@ enum Command {
         /// Do not minimise.
         #[arg(long)]
         whole: bool,
+        /// How many of the last events to print.
+        #[arg(long, default_value_t = 120)]
+        lines: usize,
     },
     /// Run fresh seeds for a while.
     Soak {
@@ -71,7 +74,12 @@ fn main() -> ExitCode {
             jobs,
             json,
         } => gate(first, seeds, jobs, json),
-        Command::Seed { seed, trace, whole } => one(seed, trace, whole),
+        Command::Seed {
+            seed,
+            trace,
+            whole,
+            lines,
+        } => one(seed, trace, whole, lines),
         Command::Soak {
             minutes,
             jobs,
@@ -147,7 +155,7 @@ fn report(summary: &Summary, elapsed: Duration, json: bool) {
     );
 }
 
-fn one(seed: u64, trace: bool, whole: bool) -> bool {
+fn one(seed: u64, trace: bool, whole: bool, lines: usize) -> bool {
     let mut plan = Plan::of(seed);
     let mut failed = run(&plan, false).failure.is_some();
     if failed && !whole {
@@ -156,7 +164,8 @@ fn one(seed: u64, trace: bool, whole: bool) -> bool {
     let result = run(&plan, true);
     failed |= result.failure.is_some();
     if failed || trace {
-        for line in &result.trace {
+        let skip = result.trace.len().saturating_sub(lines);
+        for line in &result.trace[skip..] {
             println!("{line}");
         }
         println!("{plan:#?}");

@@ -296,7 +296,7 @@ impl Plan {
         self.delay_max = *rng.pick(&[2, 4, 8, 20]);
         self.sync_max = *rng.pick(&[2, 6, 20, 60]);
         self.ping_interval = *rng.pick(&[10, 20, 40]);
-        self.evict_after = self.ping_interval * rng.range(4, 8) + 2 * self.delay_max;
+        self.evict_after = self.ping_interval * rng.range(6, 10) + 4 * self.delay_max;
         self.bypass_after = rng.range(5, 120);
         self.merge_interval = *rng.pick(&[2, 15, 50, 200]);
         self.think_max = *rng.pick(&[1, 10, 40]);

@@ -190,7 +190,23 @@ impl World {
                 .fold(h, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
         });
         let own = self.nodes[node].id;
-        self.note(digest, || format!("{own} gets {envelope:?}"));
+        let health = matches!(
+            envelope.body,
+            Message::Ping { .. } | Message::Pong { view: None } | Message::Report { .. }
+        );
+        self.note(digest, || {
+            if health {
+                return String::new();
+            }
+            let Envelope {
+                from,
+                epoch,
+                minimum,
+                body,
+                ..
+            } = &envelope;
+            format!("{own} <- {from} {epoch} m {} {body:?}", minimum.0)
+        });
         self.watch_delivery(node, peer, &envelope);
         let (epoch, from) = (envelope.epoch, envelope.from);
         let completing = matches!(envelope.body, Message::Complete { .. });

@@ -25,7 +25,7 @@ use crate::probe::{Probe, Probes};
 use crate::rng::Rng;
 
 /// Events kept for the report of a failure.
-const TRACE_KEPT: usize = 400;
+const TRACE_KEPT: usize = 20_000;
 /// More events than this in one run mean that something spins.
 const EVENTS_MAX: u64 = 3_000_000;
 
@@ -283,7 +283,10 @@ impl World {
             if trace.len() == TRACE_KEPT {
                 trace.pop_front();
             }
-            trace.push_back(format!("{now:>6} {}", text()));
+            let text = text();
+            if !text.is_empty() {
+                trace.push_back(format!("{now:>6} {text}"));
+            }
         }
     }
 
