@@ -133,6 +133,8 @@ pub struct Proxy {
     /// Which of the settings' proxies are used: those that live.
     via: BTreeMap<NodeId, NodeId>,
     sessions: BTreeMap<NodeId, Life>,
+    /// Sessions asked for before this proxy joined.
+    early: BTreeMap<NodeId, Life>,
     waiting: Vec<WaitingLock>,
     asked: BTreeMap<u64, Asked>,
     next_request: u64,
@@ -176,6 +178,7 @@ impl Proxy {
             dialed: BTreeSet::new(),
             via: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            early: BTreeMap::new(),
             waiting: Vec::new(),
             asked: BTreeMap::new(),
             next_request: 1,
@@ -212,6 +215,7 @@ impl Proxy {
             hop.opening = false;
             hop.open = false;
         }
+        self.early.remove(&peer);
         if let Some(life) = self.sessions.remove(&peer) {
             self.waiting.retain(|w| w.holder != life);
         }
@@ -355,6 +359,9 @@ impl Proxy {
         for hop in connected {
             self.open_hop(hop);
         }
+        for (_, from) in core::mem::take(&mut self.early) {
+            self.open(from, None, &[]);
+        }
     }
 
     /// New homes are connected; parts of own operations do not wait for a dead proxy.
@@ -451,7 +458,13 @@ impl Proxy {
 
     /// A client, or a coordinating proxy, opens its session.
     fn open(&mut self, from: Life, known: Option<Life>, reclaim: &[Reclaim]) {
-        if self.is_fenced(from) || !self.member.is_joined() {
+        if !self.member.is_joined() {
+            // Said once per connection, so it is kept until there is a life to answer with. Its
+            // claims are on an earlier life of this proxy.
+            self.early.insert(from.node, from);
+            return;
+        }
+        if self.is_fenced(from) {
             return;
         }
         self.sessions.insert(from.node, from);

@@ -74,8 +74,9 @@ impl World {
         match state {
             Ok(state) => {
                 self.oracle.root_restarted(state.minimum());
-                self.evicting = state.unresolved().into_iter().collect();
                 let root = Root::new(self.nodes[0].id, config, state, self.time());
+                let open = root.evictions().filter(|(_, stage)| *stage != "RELEASING");
+                self.evicting = open.map(|(life, _)| life).collect();
                 self.nodes[0].core = Core::Root(Box::new(root));
             }
             Err(e) => self

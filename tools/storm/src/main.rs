@@ -168,7 +168,7 @@ fn one(seed: u64, trace: bool, whole: bool, lines: usize) -> bool {
         for line in &result.trace[skip..] {
             println!("{line}");
         }
-        println!("{plan:#?}");
+        println!("{plan:?}");
     }
     if let Some(what) = &result.failure {
         println!("seed {seed} failed: {what}");

@@ -430,7 +430,9 @@ impl World {
                 }
             }
             Core::Root(c) => {
-                let now: std::collections::BTreeSet<Life> = c.evictions().map(|(l, _)| l).collect();
+                // From RELEASING on a life counts as GONE: homes release its locks one by one.
+                let open = c.evictions().filter(|(_, stage)| *stage != "RELEASING");
+                let now: std::collections::BTreeSet<Life> = open.map(|(l, _)| l).collect();
                 if now != self.evicting {
                     let done: Vec<Life> = self.evicting.difference(&now).copied().collect();
                     self.evicting = now;
