@@ -355,7 +355,7 @@ impl Client {
         match envelope.body {
             Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
                 match self.member.handle(&mut self.port, &envelope.body) {
-                    Joined::Entered { .. } => self.entered(),
+                    Joined::Entered { .. } => self.entered(now),
                     Joined::ViewChanged => self.view_changed(now),
                     Joined::Nothing => {}
                 }
@@ -529,8 +529,9 @@ impl Client {
         });
     }
 
-    fn entered(&mut self) {
+    fn entered(&mut self, now: Time) {
         self.connect();
+        self.watch_proxies(now);
         let connected: Vec<NodeId> = self.hops.keys().copied().collect();
         for hop in connected {
             self.open_hop(hop);
@@ -565,6 +566,10 @@ impl Client {
             return;
         }
         self.connect();
+        self.watch_proxies(now);
+    }
+
+    fn watch_proxies(&mut self, now: Time) {
         for proxy in self.config.via.values() {
             let live = self.member.view().seat(*proxy).is_some_and(|s| s.live);
             if live {
@@ -829,7 +834,14 @@ impl Client {
 
     fn head_left(&mut self, ticket: Ticket) {
         self.unpin(ticket.0);
+        self.forget_checks();
+    }
+
+    /// Answers that are still on their way belong to another head or to lost locks.
+    fn forget_checks(&mut self) {
         self.checking = Checking::default();
+        self.asked
+            .retain(|_, a| !matches!(a, Asked::CheckRead { .. }));
     }
 
     /// Answers a read from what is known, or asks the tier above. `false` when it must wait.

@@ -440,6 +440,18 @@ impl World {
                         self.oracle.resolved(life);
                     }
                 }
+                // An eviction that needs nobody's answer is over within one step.
+                let view = c.view();
+                let over = |life: &Life| {
+                    let seat = view.seat(life.node);
+                    seat.is_some_and(|s| s.life > *life || (s.life == *life && !s.live))
+                        && !self.evicting.contains(life)
+                };
+                let frozen = self.oracle.frozen_locks().keys();
+                let done: Vec<Life> = frozen.filter(|l| over(l)).copied().collect();
+                for life in done {
+                    self.oracle.resolved(life);
+                }
             }
             _ => {}
         }

@@ -141,9 +141,7 @@ impl Client {
         }
         self.outbox.closed(|_, home| homes.contains(&home));
         // A check that was read under a void grant must be read again under the next one.
-        self.checking = super::Checking::default();
-        self.asked
-            .retain(|_, a| !matches!(a, Asked::CheckRead { .. }));
+        self.forget_checks();
         self.requeue_reads(&homes);
     }
 
