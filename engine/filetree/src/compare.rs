@@ -561,9 +561,7 @@ enum Unequal {
 }
 
 /// Files that are one chunk and together fit in memory.
-pub(crate) fn small_files(
-    stats: &HashMap<Ino, Result<Stat, TreeError>>,
-) -> Vec<(Ino, &Inode)> {
+pub(crate) fn small_files(stats: &HashMap<Ino, Result<Stat, TreeError>>) -> Vec<(Ino, &Inode)> {
     let mut room = TOGETHER_BYTES_MAX;
     let mut small = Vec::new();
     for (ino, stat) in stats {

@@ -356,11 +356,8 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         inode: &Inode,
         chunk: Option<Chunk>,
     ) -> Result<(), Failure> {
-        let flags = OFlags::WRONLY
-            | OFlags::CREATE
-            | OFlags::EXCL
-            | OFlags::NOFOLLOW
-            | OFlags::CLOEXEC;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let name = input::c_name(name)?;
         let made = rustix::fs::openat(fd, &name, flags, Mode::RUSR | Mode::WUSR)?;
         let mut file = File::from(made);
@@ -510,9 +507,7 @@ fn make_directory(parent: &OwnedFd, name: &[u8]) -> Result<OwnedFd, Errno> {
 fn write_chunk(file: &mut File, chunk: &Chunk) -> io::Result<()> {
     match chunk.contents() {
         Some(contents) => file.write_all(contents),
-        None => file
-            .seek(SeekFrom::Current(chunk.len() as i64))
-            .map(|_| ()),
+        None => file.seek(SeekFrom::Current(chunk.len() as i64)).map(|_| ()),
     }
 }
 

@@ -43,8 +43,8 @@ use crate::error::TreeError;
 mod value;
 
 pub use value::{
-    Attributes, Chunk, Entry, Freeing, Inode, Kind, Malformed, Parent, Pending, TARGET_MAX, count_value,
-    read_count,
+    Attributes, Chunk, Entry, Freeing, Inode, Kind, Malformed, Parent, Pending, TARGET_MAX,
+    count_value, read_count,
 };
 
 /// Longest file name, in bytes (Linux's `NAME_MAX`).
@@ -386,7 +386,10 @@ mod tests {
             object[(layout.chunk_home(ino, 0).0 - 20) as usize] += 1;
         }
         assert!(meta.iter().all(|&n| (1800..2200).contains(&n)), "{meta:?}");
-        assert!(object.iter().all(|&n| (1350..1650).contains(&n)), "{object:?}");
+        assert!(
+            object.iter().all(|&n| (1350..1650).contains(&n)),
+            "{object:?}"
+        );
         let ino = Ino::new(99).unwrap();
         let round: std::collections::BTreeSet<_> =
             (0..4).map(|c| layout.chunk_home(ino, c)).collect();

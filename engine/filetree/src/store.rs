@@ -418,10 +418,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         for here in missing.into_iter().rev() {
             let mut made = lock(&here.data.ino);
             if made.is_none() {
-                *made = Some(
-                    self.make(here)
-                        .map_err(|why| failed(&here.path(), why))?,
-                );
+                *made = Some(self.make(here).map_err(|why| failed(&here.path(), why))?);
             }
         }
         // Set above, or found set.

@@ -288,10 +288,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     }
 
     fn is_used(&self, lo: u64, hi: u64) -> Result<bool, TreeError> {
-        let spaces = [
-            (INODES, self.layout.meta()),
-            (DATA, self.layout.object()),
-        ];
+        let spaces = [(INODES, self.layout.meta()), (DATA, self.layout.object())];
         for (space, homes) in spaces {
             for &home in homes {
                 let range = Range { space, lo, hi };
@@ -361,11 +358,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     }
 
     /// Entry of a name with the bytes that were read.
-    fn read_entry(
-        &self,
-        directory: Ino,
-        name: &[u8],
-    ) -> Result<Option<(Entry, Bytes)>, TreeError> {
+    fn read_entry(&self, directory: Ino, name: &[u8]) -> Result<Option<(Entry, Bytes)>, TreeError> {
         demand_name(name)?;
         let home = self.layout.home(directory);
         let key = layout::entry_key(directory, name);
@@ -381,10 +374,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     fn read_parent(&self, directory: Ino) -> Result<(Ino, Bytes), TreeError> {
         let home = self.layout.home(directory);
         let key = layout::parent_key(directory);
-        let bytes = self
-            .session
-            .read(home, &key)?
-            .ok_or(TreeError::NotFound)?;
+        let bytes = self.session.read(home, &key)?.ok_or(TreeError::NotFound)?;
         let Parent(ino) = Parent::decode(&bytes).map_err(|why| corrupt(home, &key, why))?;
         Ok((ino, bytes))
     }

@@ -190,7 +190,11 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             at = parent;
         }
         let home = self.layout.home(to);
-        Err(corrupt(home, &layout::parent_key(to), Malformed::Contradiction))
+        Err(corrupt(
+            home,
+            &layout::parent_key(to),
+            Malformed::Contradiction,
+        ))
     }
 
     /// Removes the inode of an empty directory.
