@@ -6,10 +6,9 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use lowtide_transport::udp::SocketOptions;
 use lowtide_transport::verbs::{
-    Access, Buffer, CompletionQueue, Device, Faults, MemoryRegion, ProtectionDomain, QueuePair,
-    SendOp, Status, WorkCompletion,
+    Access, Buffer, CompletionQueue, Device, DeviceOptions, Faults, MemoryRegion, ProtectionDomain,
+    QueuePair, SendOp, Status, WorkCompletion,
 };
 
 struct Side {
@@ -28,17 +27,14 @@ fn option(name: &str, default: f64) -> f64 {
 fn side(last: u8) -> Side {
     let pid = std::process::id();
     let ip = Ipv4Addr::new(127, 64 + (pid >> 8 & 31) as u8, pid as u8, last);
-    let faults = Faults {
-        seed: option("--seed", 1.0) as u64,
-        loss_percent: option("--drop", 0.0),
+    let mut options = DeviceOptions::default();
+    let (seed, loss_percent) = (option("--seed", 1.0) as u64, option("--drop", 0.0));
+    options.faults = Faults {
+        seed,
+        loss_percent,
         ..Faults::default()
     };
-    let device = Device::open(
-        SocketAddr::from((ip, 4791)),
-        &SocketOptions::default(),
-        &faults,
-    )
-    .expect("a free port");
+    let device = Device::open(SocketAddr::from((ip, 4791)), &options).expect("a free port");
     let domain = device.protection_domain();
     let queue = device.completion_queue(16);
     let qp = domain.queue_pair(&queue, &queue, 8, 8).expect("room");
@@ -66,8 +62,10 @@ fn main() {
     a.qp.connect(&b.qp.address()).expect("in Init");
     b.qp.connect(&a.qp.address()).expect("in Init");
     let rounds = option("--rounds", 1000.0) as u64;
-    let mut ball = a.domain.slot(64).expect("room");
-    let mut glove = b.domain.slot(64).expect("room");
+    let (mut ball, mut glove) = (
+        a.domain.slot(64).expect("room"),
+        b.domain.slot(64).expect("room"),
+    );
     let start = Instant::now();
     for round in 0..rounds {
         let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
@@ -78,25 +76,32 @@ fn main() {
         from.qp
             .post_send(round, SendOp::Send, Buffer::Slot(ball, 64))
             .expect("room");
-        // Each side owns the slot it received into, and the one it sent from, again.
+        // The completions return what was posted: the slot received into, and the one sent from.
         let (caught, thrown) = (
             next(to).slot.expect("posted"),
             next(from).slot.expect("posted"),
         );
         assert_eq!(caught[..8], round.to_le_bytes());
+        // Each slot stays with its side: the catcher throws next.
         (ball, glove) = (caught, thrown);
     }
     println!(
-        "{rounds} messages, {:.1} us each",
-        start.elapsed().as_micros() as f64 / rounds as f64
+        "{rounds} messages, {:?} each",
+        start.elapsed() / rounds.max(1) as u32
     );
     a.shared.write(0, b"written from afar");
-    let range = a.shared.range(0, 1 << 20);
-    a.qp.post_send(1, SendOp::Write(b.shared.remote(0)), range)
-        .expect("room");
+    a.qp.post_send(
+        1,
+        SendOp::Write(b.shared.remote(0)),
+        a.shared.range(0, 1 << 20),
+    )
+    .expect("room");
     next(&a);
-    let range = b.shared.range(0, 1 << 20);
-    b.qp.post_send(2, SendOp::Read(a.shared.remote(0)), range)
-        .expect("room");
+    b.qp.post_send(
+        2,
+        SendOp::Read(a.shared.remote(0)),
+        b.shared.range(0, 1 << 20),
+    )
+    .expect("room");
     println!("read {} bytes back", next(&b).byte_len);
 }

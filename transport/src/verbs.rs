@@ -47,7 +47,8 @@ use crate::device::QpId;
 pub use crate::faults::Faults;
 pub use crate::memory::Access;
 use crate::memory::{Key, SharedMemory};
-use crate::udp::{SocketOptions, path_mtu};
+pub use crate::udp::SocketOptions;
+use crate::udp::path_mtu;
 
 /// READs and atomics a queue pair serves, and has under way, at once.
 const RD_ATOMIC: u8 = 16;
@@ -56,6 +57,15 @@ const READ_CHUNK: u16 = 16;
 /// Local ACK timeout: 4.096 us times 2^14, 67 ms.
 const ACK_TIMEOUT: u8 = 14;
 const RETRY_COUNT: u8 = 7;
+
+/// How a device is opened.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DeviceOptions {
+    /// Socket buffers and offloads.
+    pub socket: SocketOptions,
+    /// Injected faults.
+    pub faults: Faults,
+}
 
 /// A soft-RoCE device on one address and UDP port. Cloning shares it.
 #[derive(Clone)]
@@ -70,12 +80,8 @@ impl Device {
     /// # Errors
     /// `AddrInUse` when the port is taken, `InvalidInput` for the wildcard address, or whatever the
     /// operating system says.
-    pub fn open(
-        address: SocketAddr,
-        options: &SocketOptions,
-        faults: &Faults,
-    ) -> io::Result<Device> {
-        let (shared, thread) = progress::start(address, options, faults)?;
+    pub fn open(address: SocketAddr, options: &DeviceOptions) -> io::Result<Device> {
+        let (shared, thread) = progress::start(address, &options.socket, &options.faults)?;
         Ok(Device {
             shared,
             _progress: Arc::new(thread),

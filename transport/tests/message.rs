@@ -503,7 +503,7 @@ fn garbage(round: u64, sample: &[u8]) -> Vec<u8> {
     };
     if let Some(at) = (next() as usize).checked_rem(bytes.len()) {
         bytes[at] ^= 1 << (next() % 8);
-        if round % 2 == 0 {
+        if round.is_multiple_of(2) {
             // The BTH's opcode and flags, where the parsers branch.
             bytes[0] = next() as u8;
         }
