@@ -229,3 +229,27 @@ fn queues_refuse_instead_of_overflowing() {
         a.domain.queue_pair(&shallow, &shallow, 5, 5).unwrap();
     }
 }
+
+#[test]
+fn a_stranger_who_knows_the_numbers_is_not_heard() {
+    let (a, b) = pair(&Faults::default());
+    let stranger = side(&Faults::default());
+    // It claims a's place: same queue pair, same first PSN, right ICRC; only its address is wrong.
+    stranger.qp.connect(&b.qp.address()).unwrap();
+    b.qp.post_recv(1, Buffer::Slot(b.domain.slot(8).unwrap(), 8))
+        .unwrap();
+    stranger
+        .qp
+        .post_send(2, SendOp::Send, Buffer::Empty)
+        .unwrap();
+    let start = std::time::Instant::now();
+    while b.device.counters().rx_wrong_peer == 0 {
+        assert!(start.elapsed() < PATIENCE);
+        assert!(b.queue.poll().is_none());
+    }
+    let mut slot = a.domain.slot(8).unwrap();
+    slot.copy_from_slice(b"from a..");
+    a.qp.post_send(3, SendOp::Send, Buffer::Slot(slot, 8))
+        .unwrap();
+    assert_eq!(&b.succeed().slot.unwrap()[..], b"from a..");
+}
