@@ -18,6 +18,8 @@ use crate::udp::{Frame, HEADER_MAX, Payload, TRAILER_MAX};
 
 /// Frames one queue pair sends before the next has its turn: one UDP_SEGMENT send.
 const BURST: usize = 15;
+/// Byte and bit of the BTH that ask for an acknowledgement.
+const ACK_REQ: (usize, u8) = (8, 0x80);
 /// Region number of payload that was copied for sending.
 const SCRATCH: u32 = u32::MAX - 1;
 
@@ -69,8 +71,9 @@ impl Device {
             }
             let domain = slot.domain;
             self.settle(index);
+            let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
             match self.gather(domain, &transmit) {
-                Ok(payload) => self.push(address, transmit.header(), payload),
+                Ok(payload) => self.push(address, transmit.header(), payload, is_last),
                 Err(_) => {
                     // Memory that was deregistered under a posted request, or a peer's READ.
                     if let Some(qp) = &mut self.slots[index as usize].qp {
@@ -90,7 +93,7 @@ impl Device {
     /// Sends one management datagram of queue pair 1: headers and payload.
     pub(crate) fn send_management(&mut self, target: SocketAddr, header: &[u8], payload: &[u8]) {
         let payload = self.copy_to_scratch(|scratch| scratch.extend_from_slice(payload));
-        self.push(target, header, payload);
+        self.push(target, header, payload, false);
     }
 
     fn copy_to_scratch(&mut self, copy: impl FnOnce(&mut Vec<u8>)) -> Payload {
@@ -138,7 +141,9 @@ impl Device {
         Ok(payload)
     }
 
-    fn push(&mut self, target: SocketAddr, header: &[u8], payload: Payload) {
+    /// Adds a packet to the batch. `is_last`: nothing more may follow until the peer acknowledges,
+    /// so the packet asks for that, whatever the state machine thought.
+    fn push(&mut self, target: SocketAddr, header: &[u8], payload: Payload, is_last: bool) {
         let mut frame = Frame {
             target,
             header: [0; HEADER_MAX],
@@ -149,6 +154,9 @@ impl Device {
             is_spoilt: false,
         };
         frame.header[..header.len()].copy_from_slice(header);
+        if is_last {
+            frame.header[ACK_REQ.0] |= ACK_REQ.1;
+        }
         let fate = self.faults.fate(&target);
         match fate {
             Fate::Lose => {
