@@ -191,10 +191,12 @@ impl Endpoint {
         Ok(events)
     }
 
-    /// Sends what is queued without handing anything up: for a caller that will not poll soon.
+    /// Sends what is queued, also a `close`, without handing anything up: for a caller that will not
+    /// poll soon.
     pub fn flush(&mut self) {
         let now = self.ctx.device.now();
         self.ctx.pump();
+        self.ctx.handshakes.transmit(&mut self.ctx.device);
         self.ctx.device.transmit(now);
     }
 
@@ -348,6 +350,18 @@ impl EndpointCtx {
             self.handshakes.disconnect(now, index);
             self.remove(index);
         }
+    }
+
+    /// Whether something sent on the connection has not been acknowledged: closing it now would lose
+    /// that. What is acknowledged has reached the peer's endpoint, in the `poll` of which it is
+    /// handed up.
+    pub fn is_sending(&self, conn: ConnId) -> bool {
+        let connection = self
+            .index(conn)
+            .and_then(|index| self.connections[index as usize].as_ref());
+        connection
+            .and_then(|connection| connection.stream.as_ref())
+            .is_some_and(|stream| stream.outbox.is_waiting() || stream.outbox.posted() > 0)
     }
 
     /// Cuts a peer off, both ways, or lets it through again: an injected partition.
