@@ -30,6 +30,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use lowtide_transport_proto::cm::GSI_QKEY;
@@ -45,6 +46,7 @@ use self::timers::Timers;
 use self::view::View;
 use crate::faults::{FaultInjector, Faults};
 use crate::memory::Memory;
+use crate::pcap::Capture;
 use crate::udp::{Frame, ReceiveBatch, Socket, SocketOptions, TransmitBatch};
 
 /// Queue pairs a device may have.
@@ -53,6 +55,17 @@ pub(crate) const QUEUE_PAIRS_MAX: usize = 32_768;
 const QPN_FIRST: u32 = 16;
 /// Local key of receives whose bytes are not stored but handed up where they arrived.
 pub(crate) const IN_PLACE: Lkey = Lkey(u32::MAX);
+
+/// How a device is opened.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceOptions {
+    /// Socket buffers and offloads.
+    pub socket: SocketOptions,
+    /// Injected faults.
+    pub faults: Faults,
+    /// A pcap file to be written, of everything sent and everything with a right ICRC received.
+    pub capture: Option<PathBuf>,
+}
 
 /// Which queue pair; valid until it is destroyed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -148,6 +161,7 @@ pub(crate) struct Device {
     /// Everything registered.
     pub(crate) memory: Memory,
     faults: FaultInjector,
+    capture: Option<Capture>,
     identities: Identities,
     slots: Vec<Slot>,
     free: Vec<u32>,
@@ -164,19 +178,23 @@ pub(crate) struct Device {
 impl Device {
     pub(crate) fn bind(
         address: SocketAddr,
-        options: &SocketOptions,
-        faults: &Faults,
+        options: &DeviceOptions,
         peers: Peers,
         salt: u32,
     ) -> io::Result<Device> {
         Ok(Device {
             origin: Instant::now(),
-            socket: Socket::bind(address, options)?,
+            socket: Socket::bind(address, &options.socket)?,
             staged: TransmitBatch::default(),
             scratch: Vec::new(),
             overtaken: None,
             memory: Memory::default(),
-            faults: FaultInjector::new(faults),
+            faults: FaultInjector::new(&options.faults),
+            capture: options
+                .capture
+                .as_deref()
+                .map(Capture::create)
+                .transpose()?,
             identities: Identities::new(peers),
             slots: Vec::new(),
             free: Vec::new(),
@@ -358,6 +376,10 @@ impl Device {
             return Input::Dropped;
         };
         let solved = icrc::check_unknown_identification(&flow, &packet);
+        if let (Some(capture), Some(identification)) = (&mut self.capture, solved) {
+            let target = SocketAddr::new(target.unwrap_or(local.ip()), local.port());
+            capture.record(source, target, identification, &[datagram]);
+        }
         if !solved.is_some_and(|solved| self.identities.believe(now, source.ip(), solved)) {
             self.counters.rx_bad_icrc += 1;
             return Input::Dropped;

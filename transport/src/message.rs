@@ -36,12 +36,14 @@ mod parcel;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::endpoint::{Endpoint, EndpointCtx};
 pub use crate::device::Counters;
 pub use crate::faults::Faults;
+pub use crate::udp::SocketOptions;
 
 /// Bytes of a caller's own in a hello.
 pub const HELLO_MAX: usize = 32;
@@ -69,7 +71,9 @@ pub struct EndpointConfig {
     /// none: never.
     pub silence_max: Option<Duration>,
     /// Requested socket buffers and offloads.
-    pub socket: crate::udp::SocketOptions,
+    pub socket: SocketOptions,
+    /// A pcap file to be written, of everything sent and everything with a right ICRC received.
+    pub capture: Option<PathBuf>,
 }
 
 impl EndpointConfig {
@@ -84,7 +88,8 @@ impl EndpointConfig {
             faults: Faults::default(),
             spin: Duration::from_micros(20),
             silence_max: None,
-            socket: crate::udp::SocketOptions::default(),
+            socket: SocketOptions::default(),
+            capture: None,
         }
     }
 }

@@ -42,8 +42,8 @@ pub use lowtide_transport_proto::qp::{
 pub use lowtide_transport_proto::wire::Qpn;
 
 use self::progress::{CqId, Posted, QpEntry, Shared};
-pub use crate::device::Counters;
 use crate::device::QpId;
+pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;
 pub use crate::memory::Access;
 use crate::memory::{Key, SharedMemory};
@@ -57,15 +57,6 @@ const READ_CHUNK: u16 = 16;
 /// Local ACK timeout: 4.096 us times 2^14, 67 ms.
 const ACK_TIMEOUT: u8 = 14;
 const RETRY_COUNT: u8 = 7;
-
-/// How a device is opened.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct DeviceOptions {
-    /// Socket buffers and offloads.
-    pub socket: SocketOptions,
-    /// Injected faults.
-    pub faults: Faults,
-}
 
 /// A soft-RoCE device on one address and UDP port. Cloning shares it.
 #[derive(Clone)]
@@ -81,7 +72,7 @@ impl Device {
     /// `AddrInUse` when the port is taken, `InvalidInput` for the wildcard address, or whatever the
     /// operating system says.
     pub fn open(address: SocketAddr, options: &DeviceOptions) -> io::Result<Device> {
-        let (shared, thread) = progress::start(address, &options.socket, &options.faults)?;
+        let (shared, thread) = progress::start(address, options)?;
         Ok(Device {
             shared,
             _progress: Arc::new(thread),

@@ -99,9 +99,10 @@ fn a_bad_network_loses_nothing() {
         reorder_percent: 5.0,
         corrupt_percent: 1.0,
     };
-    let config = |node| EndpointConfig {
-        faults: faults(node),
-        ..config(node)
+    let config = |node| {
+        let mut config = config(node);
+        config.faults = faults(node);
+        config
     };
     let (a, b) = stream_both_ways(config(1), config(2), 8 << 20);
     for endpoint in [&a, &b] {

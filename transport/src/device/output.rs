@@ -199,13 +199,20 @@ impl Device {
             scratch,
             memory,
             counters,
+            capture,
             ..
         } = self;
         let local = socket.local_addr();
         let report = socket.send(
             staged,
             |payload| resolve(payload, scratch, memory),
-            |frame, payload, identification| seal(local, frame, payload, identification),
+            |frame, payload, identification| {
+                seal(local, frame, payload, identification);
+                if let Some(capture) = capture {
+                    let parts = [frame.header(), payload, frame.trailer()];
+                    capture.record(local, frame.target, identification, &parts);
+                }
+            },
         );
         counters.tx_datagrams += report.datagrams;
         counters.tx_bytes += report.bytes;

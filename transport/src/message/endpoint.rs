@@ -31,7 +31,7 @@ use super::parcel::next_record;
 use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
-use crate::device::{Device, Input, Peers, QpId};
+use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
 use crate::udp::{Arrival, ReceiveBatch};
 
 /// The one protection domain: nothing here gives a peer a key.
@@ -121,7 +121,12 @@ impl Endpoint {
         let addr = config.addr;
         let random = RandomState::new();
         let salt = random.build_hasher().finish() as u32;
-        let device = Device::bind(addr, &config.socket, &config.faults, Peers::Own, salt);
+        let options = DeviceOptions {
+            socket: config.socket,
+            faults: config.faults,
+            capture: config.capture.clone(),
+        };
+        let device = Device::bind(addr, &options, Peers::Own, salt);
         let device = device.map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => BindError::AddrInUse(addr),
             _ => BindError::Io(addr, error),

@@ -56,6 +56,11 @@ impl Frame {
         usize::from(self.header_len) + self.payload.len as usize + usize::from(self.trailer_len)
     }
 
+    /// Pad and ICRC.
+    pub fn trailer(&self) -> &[u8] {
+        &self.trailer[..usize::from(self.trailer_len)]
+    }
+
     /// The headers.
     pub fn header(&self) -> &[u8] {
         &self.header[..usize::from(self.header_len)]
@@ -179,8 +184,7 @@ impl TransmitBatch {
             assert_eq!(body.len(), frame.payload.len as usize);
             self.vectors.push(vector(frame.header()));
             self.vectors.push(vector(body));
-            self.vectors
-                .push(vector(&frame.trailer[..usize::from(frame.trailer_len)]));
+            self.vectors.push(vector(frame.trailer()));
         }
         let mut frame = 0;
         for (index, run) in self.runs.iter().enumerate() {
