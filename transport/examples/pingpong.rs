@@ -10,8 +10,6 @@ use lowtide_transport::verbs::{
     QueuePair, SendOp, Status, WorkCompletion,
 };
 
-const ROUNDS: u32 = 1000;
-
 struct Side {
     domain: ProtectionDomain,
     queue: CompletionQueue,
@@ -23,6 +21,7 @@ fn option(name: &str) -> Option<String> {
     std::env::args().skip_while(|arg| arg != name).nth(1)
 }
 
+#[rustfmt::skip]
 fn side(last: u8) -> Side {
     let number = |name| option(name).map_or(0.0, |value| value.parse().expect("a number"));
     let mut options = DeviceOptions::default();
@@ -37,8 +36,7 @@ fn side(last: u8) -> Side {
     let qp = domain.queue_pair(&queue, &queue, 8, 8).expect("room");
     let shared = domain.memory_region(1 << 20, Access::ALL).expect("room");
     qp.to_init(Access::ALL).expect("a new queue pair");
-    #[rustfmt::skip]
-    return Side { domain, queue, qp, shared };
+    Side { domain, queue, qp, shared }
 }
 
 fn next(side: &Side) -> WorkCompletion {
@@ -52,8 +50,8 @@ fn main() {
     a.qp.connect(&b.qp.address()).expect("in Init");
     b.qp.connect(&a.qp.address()).expect("in Init");
     let [mut ball, mut glove] = [&a, &b].map(|side| side.domain.slot(64).expect("room"));
-    let start = Instant::now();
-    for round in 0..ROUNDS {
+    let (start, rounds) = (Instant::now(), 1000u32);
+    for round in 0..rounds {
         let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
         ball[..4].copy_from_slice(&round.to_le_bytes());
         to.qp.post_recv(1, Buffer::Slot(glove, 64)).expect("room");
@@ -67,7 +65,7 @@ fn main() {
         );
         assert_eq!(ball[..4], round.to_le_bytes());
     }
-    println!("{ROUNDS} messages, {:?} each", start.elapsed() / ROUNDS);
+    println!("{rounds} messages, {:?} each", start.elapsed() / rounds);
     a.shared.write(0, b"written from afar");
     let write = SendOp::Write(b.shared.remote(0));
     a.qp.post_send(3, write, a.shared.range(0, 1 << 20))

@@ -492,6 +492,33 @@ fn an_idle_poll_returns_when_its_time_is_up() {
     assert!(start.elapsed() >= Duration::from_millis(30));
 }
 
+/// How often this thread has gone to sleep of its own will.
+fn sleeps() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    line.unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn an_idle_connection_wakes_nobody() {
+    let (mut a, _b) = stream_both_ways(config(1), config(2), 1 << 20);
+    // Timers of the traffic before run out.
+    a.poll(Some(Duration::from_millis(100)), &mut |_, _| {})
+        .unwrap();
+    let before = sleeps();
+    a.poll(Some(Duration::from_secs(1)), &mut |_, event| {
+        panic!("{event:?}")
+    })
+    .unwrap();
+    assert!(
+        sleeps() - before <= 2,
+        "{} sleeps in a second",
+        sleeps() - before
+    );
+}
+
 /// Datagrams of all sorts of wrongness: noise, truncated packets, flipped bits; and packets with a
 /// right ICRC of every opcode, for queue pair 1, for a real queue pair, for none.
 fn garbage(round: u64, from: SocketAddr, to: SocketAddr, qpn: u32) -> Vec<u8> {

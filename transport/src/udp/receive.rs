@@ -58,7 +58,7 @@ impl ReceiveBatch {
         RECEIVE_SLOTS
     }
 
-    /// Slots filled by the last [`Socket::receive`].
+    /// Slots filled by the last [`super::Socket::receive`].
     pub fn len(&self) -> usize {
         self.filled
     }

@@ -75,7 +75,7 @@ pub(super) struct Run {
     pub(super) bytes: u32,
 }
 
-/// Frames waiting for one [`Socket::send`], and the arrays that the kernel reads.
+/// Frames waiting for one [`super::Socket::send`], and the arrays that the kernel reads.
 pub struct TransmitBatch {
     pub(super) frames: Vec<Frame>,
     pub(super) runs: Vec<Run>,
