@@ -333,6 +333,50 @@ fn a_restarted_peer_that_does_not_call_back_is_found_out_by_the_next_message() {
 }
 
 #[test]
+fn a_caller_that_dies_in_the_handshake_is_never_heard_of() {
+    let mut a = Endpoint::bind(config(1)).unwrap();
+    let lives: Vec<EndpointConfig> = {
+        let base = config(2);
+        let life = |incarnation| EndpointConfig {
+            incarnation,
+            ..base.clone()
+        };
+        (1..=3).map(life).collect()
+    };
+    // The first life dies with its REQ on the way, the second after the REP.
+    for (is_answered, life) in lives[..2].iter().enumerate() {
+        let mut b = Endpoint::bind(life.clone()).unwrap();
+        b.connect(a.local_addr(), b"");
+        b.flush();
+        let before = a.counters().tx_datagrams;
+        let start = Instant::now();
+        while is_answered == 1 && a.counters().tx_datagrams == before {
+            assert!(start.elapsed() < PATIENCE);
+            a.poll(Some(Duration::from_millis(1)), &mut |_, event| {
+                panic!("{event:?}")
+            })
+            .unwrap();
+        }
+        kill(b, &a);
+    }
+    let mut b = Endpoint::bind(lives[2].clone()).unwrap();
+    b.connect(a.local_addr(), b"");
+    let mut known = Vec::new();
+    run_until(
+        &mut [&mut a, &mut b],
+        &mut known,
+        |known, side, _, event| match event {
+            Event::Connected { incarnation, .. } if side == 0 => known.push(incarnation),
+            Event::Connected { .. } => {}
+            other => panic!("{other:?}"),
+        },
+        |known, _| !known.is_empty(),
+    );
+    assert_eq!(known, [3]);
+    assert_eq!(a.connections(), 1);
+}
+
+#[test]
 fn an_outdated_incarnation_is_refused() {
     let mut a = Endpoint::bind(config(1)).unwrap();
     let new = EndpointConfig {
