@@ -750,18 +750,20 @@ pub fn negate_words(words: &[u8]) -> Bytes {
     Arc::from(negated)
 }
 
-/// Other participants' updates for the record: all that fit the budget, light ones first come.
+/// Other participants' updates for the record, as far as they fit the budget. A participant's
+/// updates are carried all or not at all: half of a part completes nothing.
 fn carry(op: &Operation, own: NodeId, budget: usize) -> Vec<Update> {
     let mut left = budget;
-    op.updates
-        .iter()
-        .filter(|u| u.home != own)
-        .filter(|u| {
-            let weight = u.change.weight() + u.key.name.len();
-            let fits = weight <= left;
-            left -= if fits { weight } else { 0 };
-            fits
-        })
-        .cloned()
-        .collect()
+    let mut carried = Vec::new();
+    for p in op.participants.iter().filter(|p| p.node != own) {
+        let weight: usize = op
+            .updates_for(p.node)
+            .map(|u| u.change.weight() + u.key.name.len())
+            .sum();
+        if weight <= left {
+            left -= weight;
+            carried.extend(op.updates_for(p.node).cloned());
+        }
+    }
+    carried
 }

@@ -172,10 +172,11 @@ impl Outbox {
         true
     }
 
-    /// The connection to a tier broke: whatever was sent may be lost.
-    pub fn closed(&mut self, to: impl Fn(NodeId) -> bool) {
-        for ((_, home), s) in &mut self.streams {
-            if to(*home) {
+    /// The connection behind the streams that `through` selects broke, or they take another path
+    /// now: whatever was sent may be lost.
+    pub fn closed(&mut self, through: impl Fn(Life, NodeId) -> bool) {
+        for ((source, home), s) in &mut self.streams {
+            if through(*source, *home) {
                 s.ready = false;
                 s.announced = false;
                 s.flying = 0;
@@ -564,6 +565,12 @@ impl Redo {
     pub fn writer_of(&self, home: NodeId, key: &Key) -> Option<&Arc<Operation>> {
         let seq = self.touched.get(&(home, key.clone()))?;
         self.get(*seq)
+    }
+
+    /// Kept operations after `seq`, in order.
+    pub fn after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        let skip = (seq.0 + 1).saturating_sub(self.first) as usize;
+        self.ops.iter().skip(skip)
     }
 
     fn get(&self, seq: Seq) -> Option<&Arc<Operation>> {
