@@ -380,14 +380,18 @@ impl Client {
             } => {
                 if let Some(Asked::Lock { .. }) = self.asked.remove(&request) {
                     self.holdings.granted(home, grant, range, mode, empty);
+                    // What is on its way was not there when the home looked.
+                    for key in self.redo.touched_in(home, &range) {
+                        self.holdings.occupy(home, key);
+                    }
                 }
             }
             Message::Refused { request, reason } => self.lock_refused(request, reason),
             Message::Revoke { home, grant, range } => {
                 if !self.holdings.revoke(home, grant, range) {
                     // The grant is not held here any more; say so again, the word was lost.
-                    let hop = self.route(home);
-                    self.port.send(hop, Message::Unlock { home, grant, range });
+                    self.port
+                        .send(from.node, Message::Unlock { home, grant, range });
                 }
             }
             Message::ReadReply { request, value } => self.read_replied(request, value),
@@ -596,7 +600,12 @@ impl Client {
             .collect();
         for proxy in dead {
             let homes = self.routes_through(proxy);
-            if homes.is_empty() {
+            let serves = self
+                .hops
+                .get(&proxy)
+                .is_some_and(|h| h.is_open() && h.life.is_some_and(|l| !self.is_dead(l)));
+            // A life that serves and is not in the view yet has only just joined.
+            if homes.is_empty() || serves {
                 continue;
             }
             if let Some(life) = self.hops.get(&proxy).and_then(|h| h.life) {

@@ -633,6 +633,12 @@ impl Proxy {
             } => {
                 if self.asked.remove(&request).is_some() {
                     self.holdings.granted(home, grant, range, mode, empty);
+                    if empty {
+                        // What is on its way was not there when the home looked.
+                        for key in self.outbox.touched_in(home, &range) {
+                            self.holdings.occupy(home, key);
+                        }
+                    }
                     self.serve_waiting();
                 }
             }
@@ -826,7 +832,7 @@ impl Proxy {
             if self.locks.is_held(home, range) {
                 continue;
             }
-            if self.outbox.is_touching(home, &range) {
+            if self.outbox.touched_in(home, &range).next().is_some() {
                 self.hurry = true;
                 continue;
             }

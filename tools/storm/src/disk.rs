@@ -101,20 +101,20 @@ impl Disk {
         }
     }
 
-    /// Drops records that neither undo (`floor`) nor redo (the checkpoint) needs. Returns the
-    /// largest epoch of an operation record among them.
-    pub fn recycle(&mut self, floor: Option<Lsn>) -> Option<Epoch> {
+    /// Drops records that neither undo (`floor`) nor redo (the checkpoint) needs. Returns where
+    /// the operations among them were.
+    pub fn recycle(&mut self, floor: Option<Lsn>) -> Vec<Lsn> {
         let keep = floor.map_or(u64::MAX, |l| l.0).min(self.checkpoint.lsn + 1);
-        let mut top = None;
+        let mut operations = Vec::new();
         while self.log.front().is_some_and(|r| r.lsn.0 < keep) {
             if let Some(record) = self.log.pop_front() {
                 self.recycled += 1;
                 if record.kind == KIND_OP {
-                    top = top.max(Some(record.epoch));
+                    operations.push(record.lsn);
                 }
             }
         }
-        top
+        operations
     }
 }
 

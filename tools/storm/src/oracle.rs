@@ -593,8 +593,9 @@ impl Oracle {
         }
     }
 
-    /// Records up to an operation of `epoch` were recycled (I13).
-    pub fn recycled(&mut self, node: NodeId, epoch: Epoch) {
+    /// Records of operations were recycled (I13): each is below the durable m, or was durably
+    /// undone.
+    pub fn recycled(&mut self, node: NodeId, records: &[Lsn]) {
         let home = self.homes.entry(node).or_default();
         let durable = home.log.iter().take_while(|(lsn, _)| *lsn <= home.synced);
         let marks = durable.filter_map(|(_, e)| match e {
@@ -602,10 +603,32 @@ impl Oracle {
             _ => None,
         });
         let minimum = marks.max().unwrap_or_default();
-        if epoch >= minimum {
-            self.fail(format!(
-                "I13: {node} recycles {epoch} with durable m {minimum}"
-            ));
+        let mut text = None;
+        for (_, entry) in home
+            .log
+            .iter()
+            .filter(|(lsn, _)| records.binary_search(lsn).is_ok())
+        {
+            let Entry::Op(id) = entry else {
+                continue;
+            };
+            let state = &self.ops[id];
+            let undone = state
+                .places
+                .iter()
+                .zip(&state.op.participants)
+                .any(|(place, p)| {
+                    p.node == node && matches!(place, Place::Undone(lsn) if *lsn <= home.synced)
+                });
+            if state.op.epoch >= minimum && !undone {
+                let epoch = state.op.epoch;
+                text = Some(format!(
+                    "I13: {node} recycles {id} at {epoch}, durable m is {minimum}"
+                ));
+            }
+        }
+        if let Some(text) = text {
+            self.fail(text);
         }
     }
 

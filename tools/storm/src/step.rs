@@ -129,10 +129,9 @@ impl World {
         if let Core::Destination(c) = &n.core {
             let floor = c.undo_floor();
             let image = c.image();
-            if let Some(epoch) = n.disk.recycle(floor) {
-                self.oracle.recycled(id, epoch);
-                self.probes.hit(Probe::Recycled);
-            }
+            let recycled = n.disk.recycle(floor);
+            self.oracle.recycled(id, &recycled);
+            self.probes.hit_if(Probe::Recycled, !recycled.is_empty());
             let n = &mut self.nodes[node];
             n.disk.frozen = Some(crate::disk::Checkpoint {
                 lsn: n.disk.end,

@@ -221,6 +221,12 @@ impl World {
         if self.oracle.failure().is_none() {
             self.final_checks();
         }
+        if self.oracle.failure().is_some() {
+            let state: Vec<String> = self.nodes.iter().map(|n| format!("{:?}", n.core)).collect();
+            if let Some(trace) = &mut self.trace {
+                trace.extend(state);
+            }
+        }
         self.count_final_probes();
     }
 

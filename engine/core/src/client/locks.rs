@@ -38,7 +38,7 @@ impl Client {
     }
 
     /// Whether the root called this life of a proxy dead. Its process may not know yet.
-    fn is_dead(&self, life: Life) -> bool {
+    pub(super) fn is_dead(&self, life: Life) -> bool {
         self.is_proxy(life.node)
             && (self.member.is_evicted(life)
                 || self

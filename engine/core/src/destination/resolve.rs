@@ -246,7 +246,8 @@ impl Destination {
             at: entry.at,
             restored,
         };
-        self.log(&Record::Undone(undone), entry.epoch, storage);
+        let step = self.log(&Record::Undone(undone), entry.epoch, storage);
+        self.undoing.push_back((step, entry.lsn));
         if let Some(source) = self.sources.get_mut(&victim) {
             source.index.pop_back();
             source.executed = entry.at.before();

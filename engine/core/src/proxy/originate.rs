@@ -261,6 +261,9 @@ impl Proxy {
             .iter()
             .filter_map(|u| self.via.get(&u.home).copied())
             .collect();
+        for u in &head.asked.updates {
+            self.holdings.occupy(u.home, &u.key);
+        }
         let op = self.own.redo.stamp(own, epoch, head.asked.updates);
         for p in &op.participants {
             self.outbox.open(own, p.node, StreamSeq(1));
