@@ -35,7 +35,7 @@ make_work() {
 }
 
 run_job() {
-    local name=$1 status start=$SECONDS
+    local name=$1 status left start=$SECONDS
     shift
     timeout -k 10 "$RUN_SECONDS" "$LOWTIDE" run --input "$WORK/input" --state "$WORK/$name" \
         --report "$WORK/$name.json" "$@" >"$WORK/$name.out" 2>&1 </dev/null
@@ -49,7 +49,8 @@ run_job() {
         show_logs "$WORK/$name"
         status=1
     fi
-    if left=$(processes_of "$WORK/$name") && [ -n "$left" ]; then
+    left=$(processes_of "$WORK/$name")
+    if [ -n "$left" ]; then
         fail "$name: processes left behind: $left"
     else
         pass "$name: no process left behind"
@@ -79,8 +80,8 @@ show_logs() {
 silent() {
     local words=$1 output status
     shift
-    output=$("$@" 2>&1 | head -n 20)
-    status=${PIPESTATUS[0]}
+    output=$(set -o pipefail && "$@" 2>&1 | head -n 20)
+    status=$?
     if [ -z "$output" ] && [ "$status" = 0 ]; then
         pass "$words prints nothing"
     else
