@@ -26,6 +26,7 @@ pub mod dir;
 pub mod power;
 pub mod recording;
 
+use crate::log::teeth::{Tooth, bites};
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
@@ -294,6 +295,7 @@ impl Gated {
     fn guard<T>(&self, result: Result<T, MediumError>) -> Result<T, MediumError> {
         if let Err(error) = &result
             && !error.is_no_space()
+            && !bites(Tooth::RetrySync)
         {
             self.poison.set(error);
         }

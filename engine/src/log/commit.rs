@@ -27,6 +27,7 @@
 
 use super::record::{ClaimBody, KIND_CLAIM, LogIdentity, OpenBody};
 use super::recover::{OpenError, Proof, Recovered, Scanned};
+use super::teeth::{Tooth, bites};
 use super::{Append, Log, LogConfig, LogError, Lsn, SyncHandle};
 use crate::medium::{MediumError, Poison, Volume};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -609,6 +610,9 @@ impl Work {
         // They may include records of the next group: those are void until it is durable as well.
         let claim = self.claim(group, &ends)?;
         for (handle, end) in self.handles.iter().zip(&ends) {
+            if bites(Tooth::NoticeBeforeDurable) {
+                break;
+            }
             handle.sync(*end)?;
         }
         self.commits_sync.sync(self.commits.end())?;

@@ -11,6 +11,7 @@ use super::record::{
     SegmentHeader,
 };
 use super::segment::{LogError, SEGMENT_START, Segment, Shared, Table};
+use super::teeth::{Tooth, bites};
 use super::{AppendError, Log, LogConfig, ReadError, Record};
 use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
 use std::ops::Range;
@@ -235,7 +236,8 @@ pub(super) fn read_record(
     if header.tag != tag {
         return bad(StopReason::WrongLog);
     }
-    if header.lsn.0 != segment.seq * config.segment_bytes + offset {
+    let expected = segment.seq * config.segment_bytes + offset;
+    if header.lsn.0 != expected && !bites(Tooth::AnyPosition) {
         return bad(StopReason::WrongPosition(header.lsn));
     }
     // A seal fills up to the very end; anything else leaves room for one.
@@ -358,6 +360,10 @@ impl Scanned {
             };
             let record = match read_record(segment, offset, &self.config, tag) {
                 Ok(record) => record,
+                Err(RecordError::Bad(_)) if bites(Tooth::ScanAfterGap) && self.can_skip(offset) => {
+                    offset += ALIGN;
+                    continue;
+                }
                 Err(RecordError::Bad(reason)) => break reason,
                 Err(RecordError::Medium(e)) => return Err(e.into()),
             };
@@ -397,6 +403,11 @@ impl Scanned {
         }
     }
 
+    /// Whether the seeded fault may look further in this segment.
+    fn can_skip(&self, offset: u64) -> bool {
+        offset + 2 * ALIGN <= self.config.segment_bytes
+    }
+
     /// Checks generation and own bodies of an otherwise valid record, and takes note of it.
     fn accept(&mut self, record: &Record) -> Result<(), StopReason> {
         let header = &record.header;
@@ -408,7 +419,7 @@ impl Scanned {
         let is_first = self.report.records == 0;
         if header.generation == 0
             || header.generation == u32::MAX
-            || !(is_first || opens || header.generation == current)
+            || !(is_first || opens || header.generation == current || bites(Tooth::AnyGeneration))
         {
             return Err(StopReason::WrongGeneration {
                 found: header.generation,

@@ -6,6 +6,7 @@
 //! Deliberately absent: record contents.
 
 use super::record::SegmentHeader;
+use super::teeth::{Tooth, bites};
 use super::{LogConfig, Lsn};
 use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
 use std::collections::VecDeque;
@@ -199,7 +200,9 @@ impl Shared {
         medium
             .store(0, &header.encode())
             .map_err(|e| self.lost(e))?;
-        medium.sync(0..PAGE).map_err(|e| self.lost(e))?;
+        if !bites(Tooth::HeaderNotSynced) {
+            medium.sync(0..PAGE).map_err(|e| self.lost(e))?;
+        }
         let mut table = lock(&self.table);
         table.next_seq = seq + 1;
         table.ready.push_back(Segment { seq, medium });
@@ -292,10 +295,11 @@ impl SyncHandle {
             let start = from.0.saturating_sub(base).max(SEGMENT_START);
             let end = (up_to.0 - base).min(segment_bytes);
             if start < end {
-                segment
-                    .medium
-                    .sync(start..end)
-                    .map_err(|e| shared.lost(e))?;
+                let mut done = segment.medium.sync(start..end);
+                if bites(Tooth::RetrySync) && done.is_err() {
+                    done = segment.medium.sync(start..end);
+                }
+                done.map_err(|e| shared.lost(e))?;
             }
         }
         // A failure on another log of the group came first: nothing is promised any more.
