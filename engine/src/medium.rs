@@ -223,6 +223,12 @@ pub trait Medium: Send + Sync + Debug {
     /// Sets the length, durably. Growth allocates space and reads as zero; a mapped file refuses.
     fn resize(&self, len: u64) -> Result<(), MediumError>;
 
+    /// Makes stores to `range` cheap for a while, where the first store to a page costs a fault. A
+    /// hint: changes nothing that can be read, and failing is silent.
+    fn prefault(&self, range: Range<u64>) {
+        let _ = range;
+    }
+
     /// Last call. Releases what the medium holds; syncs nothing.
     fn close(&self) -> Result<(), MediumError> {
         Ok(())
@@ -328,6 +334,10 @@ impl Medium for Gated {
     fn resize(&self, len: u64) -> Result<(), MediumError> {
         self.poison.check(&self.name)?;
         self.guard(self.inner.resize(len))
+    }
+
+    fn prefault(&self, range: Range<u64>) {
+        self.inner.prefault(range);
     }
 
     fn close(&self) -> Result<(), MediumError> {
