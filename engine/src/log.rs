@@ -35,7 +35,7 @@
 //! Deliberately absent: threads, clocks, any meaning of records; retry of a failed sync (the first
 //! one poisons the log for ever); growth beyond [`LogConfig::segments_max`].
 //!
-//! Source: design D2, D3, D5; the facts on mapped logs in verification §4.
+//! Source: design D2, D3, D5; Crotty et al., "Are You Sure You Want to Use MMAP?" (CIDR 2022).
 #![deny(unsafe_code)]
 
 mod chain;
