@@ -100,7 +100,8 @@ struct Queued {
 #[derive(Debug, Default)]
 struct Checking {
     values: BTreeMap<usize, Option<Bytes>>,
-    asked: bool,
+    /// Checks whose object was asked for.
+    asked: BTreeSet<usize>,
 }
 
 /// A request that the tier above has not answered yet.
@@ -770,18 +771,15 @@ impl Client {
             };
             let Some(value) = value else {
                 missing = true;
-                if !self.checking.asked {
-                    let (home, key) = (check.home, check.key.clone());
-                    if self.redo.writer_of(home, &key).is_none() {
-                        self.ask(Asked::CheckRead {
-                            check: index,
-                            home,
-                            key,
-                        });
-                    } else {
-                        // A counter of ours is on its way; its sum is read once it is committed.
-                        return false;
-                    }
+                let (home, key) = (check.home, check.key.clone());
+                // A counter of ours that is on its way is read once it is committed.
+                let settled = self.redo.writer_of(home, &key).is_none();
+                if settled && self.checking.asked.insert(index) {
+                    self.ask(Asked::CheckRead {
+                        check: index,
+                        home,
+                        key,
+                    });
                 }
                 continue;
             };
@@ -798,7 +796,6 @@ impl Client {
                 return false;
             }
         }
-        self.checking.asked = missing;
         !missing
     }
 

@@ -256,7 +256,13 @@ impl Proxy {
             | Message::Refused { .. }
             | Message::Revoke { .. }
             | Message::ReadReply { .. }
-            | Message::ScanReply { .. }) => self.upstream(body),
+            | Message::ScanReply { .. }) => {
+                // What a tier says between a connect and its Opened belongs to a session that our
+                // Open has already replaced.
+                if self.hops.get(&from.node).is_some_and(|h| h.open) {
+                    self.upstream(body);
+                }
+            }
             Message::Pin { round } => self.pin(from, round),
             Message::Pinned { round, at } => self.pinned(from, round, at),
             Message::Unpin { round } => self.unpin(from, round),
@@ -474,6 +480,10 @@ impl Proxy {
         let claims = if known == Some(own) { reclaim } else { &[] };
         self.locks.reclaim(from, claims, &mut self.notices);
         self.port.send(from.node, Message::Opened { life: own });
+        // What the tier above wants back is asked for again; the word may have been lost.
+        for (home, _, range) in self.holdings.yielding() {
+            self.locks.recall(home, range, &mut self.notices);
+        }
     }
 
     fn announce(&mut self, from: Life, base: StreamBase) {
@@ -800,7 +810,7 @@ impl Proxy {
                     self.port
                         .send(to.node, Message::Revoke { home, grant, range });
                 }
-                Notice::Revoke { grant, .. } => self.own_revoked(grant),
+                Notice::Revoke { grant, range, .. } => self.own_revoked(grant, &range),
             }
         }
     }
@@ -823,7 +833,9 @@ impl Proxy {
 
     fn yield_locks(&mut self) {
         for (home, grant, range) in self.holdings.yielding() {
-            if self.locks.is_held(home, range) {
+            // What another grant covers as well, and is not asked back there, may stay held.
+            let covered = |part, mode| self.holdings.covers(home, part, mode);
+            if self.locks.is_held(home, range, covered) {
                 continue;
             }
             if self.outbox.touched_in(home, &range).next().is_some() {
