@@ -200,6 +200,7 @@ impl Destination {
     /// The connection to `peer` broke.
     pub fn handle_disconnected(&mut self, peer: NodeId) {
         if let Some(life) = self.sessions.remove(&peer) {
+            self.locks.forget_waiting(life, &mut self.notices);
             self.deferred.retain(|(asker, _)| *asker != life);
             self.opening.retain(|l| *l != life);
         }
@@ -563,6 +564,10 @@ impl Destination {
                     range,
                     mode,
                 } => {
+                    if self.sessions.get(&to.node) != Some(&to) {
+                        // Not told to the node's next life; the reclaim of this one drops it.
+                        continue;
+                    }
                     let empty = storage.is_empty(&range);
                     self.port.send(
                         to.node,
@@ -582,8 +587,10 @@ impl Destination {
                     grant,
                     range,
                 } => {
-                    self.port
-                        .send(to.node, Message::Revoke { home, grant, range });
+                    if self.sessions.get(&to.node) == Some(&to) {
+                        self.port
+                            .send(to.node, Message::Revoke { home, grant, range });
+                    }
                 }
             }
         }

@@ -256,6 +256,21 @@ impl LockServer {
         refused
     }
 
+    /// Forgets what a life waits for: its session ended, or it is fenced. What it holds stays.
+    pub fn forget_waiting(&mut self, holder: Life, out: &mut Vec<Notice>) {
+        let mut changed = Vec::new();
+        for (&key, space) in &mut self.spaces {
+            let before = space.waiting.len();
+            space.waiting.retain(|w| w.holder != holder);
+            if space.waiting.len() < before {
+                changed.push(key);
+            }
+        }
+        for (home, space) in changed {
+            self.serve(home, space, out);
+        }
+    }
+
     /// Releases everything of a life that is GONE or has parted.
     pub fn release_life(&mut self, holder: Life, out: &mut Vec<Notice>) {
         self.reclaim(holder, &[], out);

@@ -217,6 +217,7 @@ impl Proxy {
         }
         self.early.remove(&peer);
         if let Some(life) = self.sessions.remove(&peer) {
+            self.locks.forget_waiting(life, &mut self.notices);
             self.waiting.retain(|w| w.holder != life);
         }
         let (via, own) = (&self.via, self.port.life());
@@ -666,8 +667,10 @@ impl Proxy {
             }
             Message::ReadReply { request, value } => {
                 if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request) {
-                    self.port
-                        .send(to.node, Message::ReadReply { request, value });
+                    if self.sessions.get(&to.node) == Some(&to) {
+                        self.port
+                            .send(to.node, Message::ReadReply { request, value });
+                    }
                 }
             }
             Message::ScanReply {
@@ -676,14 +679,16 @@ impl Proxy {
                 more,
             } => {
                 if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request) {
-                    self.port.send(
-                        to.node,
-                        Message::ScanReply {
-                            request,
-                            entries,
-                            more,
-                        },
-                    );
+                    if self.sessions.get(&to.node) == Some(&to) {
+                        self.port.send(
+                            to.node,
+                            Message::ScanReply {
+                                request,
+                                entries,
+                                more,
+                            },
+                        );
+                    }
                 }
             }
             _ => {}
@@ -788,6 +793,10 @@ impl Proxy {
                         self.own_granted(request, home, grant, range);
                         continue;
                     }
+                    if self.sessions.get(&to.node) != Some(&to) {
+                        // Not told to the node's next life; the reclaim of this one drops it.
+                        continue;
+                    }
                     let empty = self.holdings.proves_empty(home, range);
                     self.port.send(
                         to.node,
@@ -807,8 +816,10 @@ impl Proxy {
                     grant,
                     range,
                 } if to != self.port.life() => {
-                    self.port
-                        .send(to.node, Message::Revoke { home, grant, range });
+                    if self.sessions.get(&to.node) == Some(&to) {
+                        self.port
+                            .send(to.node, Message::Revoke { home, grant, range });
+                    }
                 }
                 Notice::Revoke { grant, range, .. } => self.own_revoked(grant, &range),
             }
@@ -887,6 +898,7 @@ impl Proxy {
         match body {
             Message::Fence { victim } => {
                 self.fenced.insert(victim);
+                self.locks.forget_waiting(victim, &mut self.notices);
                 self.waiting.retain(|w| w.holder != victim);
                 self.own.drop_pins_of(victim);
                 let held = self.held_of(victim);

@@ -110,6 +110,7 @@ impl Destination {
             self.log(&Record::Fence(victim), Epoch(0), storage);
             self.sources.entry(victim).or_default().fenced = true;
             self.sessions.retain(|_, life| *life != victim);
+            self.locks.forget_waiting(victim, &mut self.notices);
             self.deferred.retain(|(asker, _)| *asker != victim);
         }
     }
