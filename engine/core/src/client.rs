@@ -94,6 +94,9 @@ struct Queued {
     ticket: Ticket,
     item: Item,
     wants: Vec<Want>,
+    /// Its locks were asked for ahead of its turn. Once only: what others took back since is
+    /// needed more by them, and asking again for ever could starve them.
+    prefetched: bool,
 }
 
 /// What the head of the queue has learned for its checks.
@@ -263,6 +266,7 @@ impl Client {
                 ticket,
                 item: Item::Op(request),
                 wants,
+                prefetched: false,
             },
         );
     }
@@ -280,6 +284,7 @@ impl Client {
                 ticket,
                 item: Item::Read { home, key },
                 wants,
+                prefetched: false,
             },
         );
     }
@@ -310,6 +315,7 @@ impl Client {
                 ticket,
                 item,
                 wants,
+                prefetched: false,
             },
         );
     }
@@ -364,7 +370,7 @@ impl Client {
             Message::Opened { life } => self.hop_opened(life),
             Message::Progress { streams, full } => {
                 for state in &streams {
-                    self.outbox.progress(state);
+                    self.outbox.progress(from.node, state);
                 }
                 let routed = self.routes_through(from.node);
                 self.full.retain(|home| !routed.contains(home));
@@ -684,16 +690,16 @@ impl Client {
     /// O1 for the head of the queue, again and again while it can proceed.
     fn advance_queue(&mut self) {
         while self.advance_head() {}
-        let ahead: Vec<Want> = self
-            .queue
-            .iter()
-            .skip(1)
-            .take(PREFETCH)
-            .flat_map(|q| q.wants.iter().copied())
-            .filter(|w| !self.full.contains(&w.home))
-            .collect();
+        let mut ahead: Vec<Want> = Vec::new();
+        for queued in self.queue.iter_mut().skip(1).take(PREFETCH) {
+            if !core::mem::replace(&mut queued.prefetched, true) {
+                ahead.extend(&queued.wants);
+            }
+        }
         for want in ahead {
-            self.want(&want);
+            if !self.full.contains(&want.home) {
+                self.want(&want);
+            }
         }
     }
 

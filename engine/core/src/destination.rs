@@ -136,7 +136,8 @@ pub struct Destination {
     ceiling_durable: Epoch,
     resolutions: resolve::Resolutions,
     notices: Vec<Notice>,
-    was_full: bool,
+    /// Sessions that were told that there is no room.
+    told_full: BTreeSet<NodeId>,
     counters: DestinationCounters,
 }
 
@@ -189,7 +190,7 @@ impl Destination {
             ceiling_durable: ceiling,
             resolutions: resolve::Resolutions::default(),
             notices: Vec::new(),
-            was_full: false,
+            told_full: BTreeSet::new(),
             counters: DestinationCounters::default(),
         }
     }
@@ -431,7 +432,7 @@ impl Destination {
     fn opened(&mut self, life: Life) {
         let own = self.port.life();
         self.port.send(life.node, Message::Opened { life: own });
-        self.was_full = false;
+        self.told_full.remove(&life.node);
     }
 
     fn announce<S: Storage>(&mut self, from: Life, base: StreamBase, storage: &mut S) {
@@ -651,9 +652,14 @@ impl Destination {
             }
         }
         let full = !storage.has_room();
-        if full != self.was_full {
-            self.was_full = full;
+        if full {
             for &node in self.sessions.keys() {
+                if self.told_full.insert(node) {
+                    per_hop.entry(node).or_default();
+                }
+            }
+        } else {
+            for node in core::mem::take(&mut self.told_full) {
                 per_hop.entry(node).or_default();
             }
         }

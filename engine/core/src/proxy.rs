@@ -526,7 +526,7 @@ impl Proxy {
         self.full.remove(&from.node);
         self.full.extend(full.iter().copied());
         for state in streams {
-            if self.outbox.progress(state) {
+            if self.outbox.progress(from.node, state) {
                 self.dirty.insert((state.source, state.home));
             }
         }

@@ -188,6 +188,7 @@ impl Client {
                 ticket,
                 item,
                 wants,
+                prefetched: false,
             });
         }
     }
