@@ -4,7 +4,7 @@
 //! break things meanwhile, wait until the cluster has recovered, have a client read everything
 //! back and compare, stop the cluster, report.
 //!
-//! One thread does all of it in small steps, twenty-five milliseconds apart; whatever could block
+//! One thread does all of it in small steps, ten milliseconds apart; whatever could block
 //! (a node that is stopped, say) is asked by [`child`]'s threads. Nodes tell how they are only when
 //! asked, so that the supervisor's death needs no protocol.
 //!
@@ -40,7 +40,7 @@ use nodes::{Nodes, NodesError};
 use tasks::Task;
 
 /// Time between two steps.
-const TICK: Duration = Duration::from_millis(25);
+const TICK: Duration = Duration::from_millis(10);
 /// Time for all processes to come up.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// Roles that are started together, in order.
