@@ -62,6 +62,25 @@ fn begin(peers: &[Peer], id: NodeId, dir: &Path, through_proxy: bool) -> NodeHan
     node::start(config).expect("the node starts")
 }
 
+/// Ends the process with everybody's status if the test takes far too long, because a cluster
+/// that hangs says nothing by itself.
+fn watch(handles: &[&NodeHandle], work: impl FnOnce()) {
+    let (done, finished) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let waited = finished.recv_timeout(Duration::from_secs(40));
+            if waited == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                for handle in handles {
+                    eprintln!("{:#?} {:?}", handle.status(), handle.failure());
+                }
+                std::process::exit(1);
+            }
+        });
+        work();
+        drop(done);
+    });
+}
+
 /// An operation that creates `name` at one metadata server and its inode at the other.
 fn create(slot: u64, value: &[u8]) -> Request {
     let key = Key {
@@ -108,20 +127,24 @@ fn run(through_proxy: bool) {
     let begin = |id| begin(&peers, id, dir.path(), through_proxy);
     let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(begin);
     let client = begin(CLIENT);
-    let session = client.session();
-    assert!(
-        session.wait_joined(Duration::from_secs(20)),
-        "the client joins"
-    );
-    let tickets: Vec<_> = (0..200)
-        .map(|slot| session.submit(create(slot, b"value")).expect("submitted"))
-        .collect();
-    for ticket in tickets {
-        session.wait(ticket).expect("executed");
-    }
-    let again = session.submit(create(5, b"other")).expect("submitted");
-    session.wait(again).expect_err("the name exists");
-    session.wait_stable().expect("stable");
+    let mut handles: Vec<&NodeHandle> = servers.iter().collect();
+    handles.push(&client);
+    watch(&handles, || {
+        let session = client.session();
+        assert!(
+            session.wait_joined(Duration::from_secs(20)),
+            "the client joins"
+        );
+        let tickets: Vec<_> = (0..200)
+            .map(|slot| session.submit(create(slot, b"value")).expect("submitted"))
+            .collect();
+        for ticket in tickets {
+            session.wait(ticket).expect("executed");
+        }
+        let again = session.submit(create(5, b"other")).expect("submitted");
+        session.wait(again).expect_err("the name exists");
+        session.wait_stable().expect("stable");
+    });
     client.stop().expect("a clean end");
     for server in servers {
         server.stop().expect("a clean end");
@@ -129,24 +152,28 @@ fn run(through_proxy: bool) {
 
     let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(begin);
     let client = begin(CLIENT);
-    let session = client.session();
-    assert!(
-        session.wait_joined(Duration::from_secs(20)),
-        "the client joins again"
-    );
-    for slot in [0, 5, 150, 199] {
-        let read = session.read(META[1], &Key::at(8, slot)).expect("read");
-        assert_eq!(read.as_deref(), Some(&b"value"[..]));
-        let data = session
-            .read(OBJECT, &Key::at(9, slot))
-            .expect("read")
-            .expect("exists");
-        assert_eq!(data.len(), 5 * (1 + slot as usize * 700));
-    }
-    let page = session
-        .scan(META[0], Range::whole(7), None, 1 << 20)
-        .expect("scan");
-    assert_eq!((page.entries.len(), page.more), (200, false));
+    let mut handles: Vec<&NodeHandle> = servers.iter().collect();
+    handles.push(&client);
+    watch(&handles, || {
+        let session = client.session();
+        assert!(
+            session.wait_joined(Duration::from_secs(20)),
+            "the client joins again"
+        );
+        for slot in [0, 5, 150, 199] {
+            let read = session.read(META[1], &Key::at(8, slot)).expect("read");
+            assert_eq!(read.as_deref(), Some(&b"value"[..]));
+            let data = session
+                .read(OBJECT, &Key::at(9, slot))
+                .expect("read")
+                .expect("exists");
+            assert_eq!(data.len(), 5 * (1 + slot as usize * 700));
+        }
+        let page = session
+            .scan(META[0], Range::whole(7), None, 1 << 20)
+            .expect("scan");
+        assert_eq!((page.entries.len(), page.more), (200, false));
+    });
     client.stop().expect("a clean end");
     for server in servers {
         server.stop().expect("a clean end");

@@ -320,7 +320,7 @@ impl Client {
         match envelope.body {
             Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
                 match self.member.handle(&mut self.port, &envelope.body) {
-                    Joined::Entered { .. } => self.entered(),
+                    Joined::Entered { .. } => self.connect_tiers(),
                     Joined::ViewChanged => self.view_changed(now),
                     Joined::Nothing => {}
                 }
@@ -493,7 +493,8 @@ impl Client {
         });
     }
 
-    fn entered(&mut self) {
+    /// Connects to the tier through which each home is reached.
+    fn connect_tiers(&mut self) {
         let mut hops: Vec<NodeId> = self.config.via.values().copied().collect();
         for seat in &self.member.view().seats {
             if seat.role == Role::Destination {
@@ -520,6 +521,7 @@ impl Client {
             self.port.ask(Effect::Evicted);
             return;
         }
+        self.connect_tiers();
         for proxy in self.config.via.values() {
             let live = self.member.view().seat(*proxy).is_some_and(|s| s.live);
             if live {

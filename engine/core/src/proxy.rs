@@ -126,6 +126,8 @@ pub struct Proxy {
     outbox: Outbox,
     hops: BTreeMap<NodeId, Hop>,
     sessions: BTreeMap<NodeId, Life>,
+    /// Sessions that were asked for before this proxy had a life.
+    early: BTreeMap<NodeId, Life>,
     waiting: Vec<WaitingLock>,
     asked: BTreeMap<u64, Asked>,
     next_request: u64,
@@ -167,6 +169,7 @@ impl Proxy {
             outbox: Outbox::default(),
             hops: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            early: BTreeMap::new(),
             waiting: Vec::new(),
             asked: BTreeMap::new(),
             next_request: 1,
@@ -201,6 +204,7 @@ impl Proxy {
             hop.connected = false;
             hop.open = false;
         }
+        self.early.remove(&peer);
         if let Some(life) = self.sessions.remove(&peer) {
             self.waiting.retain(|w| w.holder != life);
         }
@@ -224,7 +228,8 @@ impl Proxy {
                         self.port.ask(Effect::Evicted);
                         return;
                     }
-                    _ => {}
+                    Joined::ViewChanged => self.connect_tiers(),
+                    Joined::Nothing => {}
                 }
             }
             Message::Open { known, reclaim } => self.open(from, known, &reclaim),
@@ -332,13 +337,16 @@ impl Proxy {
     }
 
     fn entered(&mut self) {
+        self.connect_tiers();
+        for life in core::mem::take(&mut self.early).into_values() {
+            self.open(life, None, &[]);
+        }
+    }
+
+    /// Connects to every home, and to the proxies that own operations go through.
+    fn connect_tiers(&mut self) {
         let mut hops: Vec<NodeId> = self.config.via.values().copied().collect();
-        let homes = self
-            .member
-            .view()
-            .seats
-            .iter()
-            .filter(|s| s.role == Role::Destination);
+        let homes = self.member.view().seats.iter().filter(|s| s.role == Role::Destination);
         hops.extend(homes.map(|s| s.life.node));
         for hop in hops {
             self.port.ask(Effect::Connect(hop));
@@ -406,7 +414,12 @@ impl Proxy {
 
     /// A client, or a coordinating proxy, opens its session.
     fn open(&mut self, from: Life, known: Option<Life>, reclaim: &[Reclaim]) {
-        if self.is_fenced(from) || !self.member.is_joined() {
+        if self.is_fenced(from) {
+            return;
+        }
+        if !self.member.is_joined() {
+            // It cannot name its life yet; claims on an earlier one are void anyway.
+            self.early.insert(from.node, from);
             return;
         }
         self.sessions.insert(from.node, from);

@@ -3,7 +3,7 @@
 //! [`QueuePair`] is a reliable connection (RC; UC differs only in what it leaves out). It is split
 //! by concern: `requester` (send queue, segmentation, acknowledgements, go-back-N), `responder`
 //! (expected PSN, placement, answers, replay of duplicates), `timers` (one table). [`UdQueuePair`]
-//! is the datagram. `types` holds the vocabulary, that of ibverbs.
+//! is the datagram. `work`, `memory` and `types` hold the vocabulary, that of ibverbs.
 //!
 //! Contract. Application commands: `to_*`, `post_send`, `post_recv`. Inputs: `handle_packet` (its
 //! ICRC and its addresses already checked by the caller), `handle_timeout`,
@@ -24,23 +24,29 @@
 //! end-to-end credits, and congestion control (the caller limits data by [`Allow`]).
 //! Source: IBTA volume 1, chapters 9 and 10; Linux `rxe_req.c`, `rxe_comp.c`, `rxe_resp.c`.
 
+mod memory;
 mod requester;
 mod responder;
 mod timers;
 mod types;
 mod ud;
+mod work;
 
 use alloc::collections::VecDeque;
 
+pub use memory::{
+    Access, AccessError, AtomicOp, Fragment, Fragments, Key, Lkey, Memory, Remote, Rkey, SGE_MAX,
+    SgList, Sge, TooManySges,
+};
 pub use requester::WINDOW;
 pub use timers::{PROBE_MIN, RTT_INITIAL};
 pub use types::{
-    Access, AccessError, Allow, AtomicOp, Completion, CompletionKind, Counters, DropReason,
-    Fragment, Fragments, InitAttr, InvalidTransition, Key, Lkey, Memory, Outcome, PostError,
-    QpCaps, QpKind, QpState, RecvWr, Remote, Rkey, RtrAttr, RtsAttr, SGE_MAX, SendOp, SendWr,
-    SgList, Sge, Status, TooManySges, Transmit, WrId,
+    Allow, Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpKind, QpState,
+    RtrAttr, RtsAttr, Transmit,
 };
 pub use ud::{AddressHandle, GRH_LEN, UdQueuePair, UdSendWr};
+
+pub use work::{Completion, CompletionKind, PostError, RecvWr, SendOp, SendWr, Status, WrId};
 
 use crate::time::Nanos;
 use crate::wire::{Class, Mtu, PKEY_DEFAULT, Packet, Qpn};
@@ -340,10 +346,10 @@ impl QueuePair {
     /// the oldest send fails with [`Status::LocalProtection`], or the peer's READ is refused.
     pub fn handle_transmit_failure(&mut self, transmit: &Transmit) {
         if transmit.is_response {
-            self.responder.refuse_read(&mut self.out);
+            self.responder.refuse_read(transmit.psn, &mut self.out);
             self.enter_error(None);
         } else {
-            self.enter_error(Some(self.requester.local_failure()));
+            self.enter_error(Some(self.requester.local_failure(transmit.psn)));
         }
     }
 
@@ -433,6 +439,7 @@ fn transmit(mut header: crate::wire::Header, payload: Fragments) -> Transmit {
     Transmit {
         header: bytes,
         header_len,
+        psn: header.psn,
         payload,
         pad: header.pad,
         is_response,

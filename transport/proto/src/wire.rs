@@ -1,8 +1,9 @@
 //! RoCEv2 packet formats, from the BTH to the ICRC.
 //!
 //! Owns the byte layout of everything after the UDP header. Two levels: [`Packet`] is a checked
-//! view of received bytes (if [`Packet::new_checked`] returned `Ok`, no accessor panics), [`Header`]
-//! is the small space of headers that make sense, for emitting. Opcodes are rows of one table.
+//! view of received bytes (if [`Packet::new_checked`] returned `Ok`, no accessor panics), and
+//! [`Header`] is the small space of headers that make sense, for emitting. Opcodes are rows of one
+//! table.
 //! Payload, pad and ICRC are never copied here: the hands gather header, payload, pad and ICRC.
 //!
 //! All fields are big endian, except the ICRC, which is little endian.

@@ -470,6 +470,139 @@ fn one_sequence_nak_per_gap() {
 }
 
 #[test]
+fn the_next_gap_is_told_too() {
+    let mut net = net(Setup::default());
+    let mut middles = 0;
+    let log = tap(&mut net, move |_, packet| {
+        let hit = packet.opcode() == Opcode::RcWriteMiddle;
+        middles += usize::from(hit);
+        hit && matches!(middles, 2 | 60)
+    });
+    send(&mut net, 1, write_to(0), 40 * 1024);
+    net.run(1_000);
+    let naks = log.borrow().iter().filter(|e| e.3 == Some(0x60)).count();
+    assert_eq!((naks, net.ends[0].qp.counters().probes), (2, 0));
+    assert_eq!(statuses(&net.completions(0)), [(1, Status::Success)]);
+}
+
+/// Hand the client an ACK, NAK or RNR NAK.
+fn tell(net: &mut SimNet, byte: u8, psn: u32) -> Outcome {
+    let syndrome = Syndrome::from_byte(byte);
+    let aeth = Extension::Aeth(Aeth { syndrome, msn: 1 });
+    let psn = Psn::new(psn);
+    let bytes = raw(Header::new(Opcode::RcAcknowledge, QPNS[0], psn, aeth), &[]);
+    let packet = Packet::new_checked(&bytes).unwrap();
+    let end = &mut net.ends[0];
+    end.qp.handle_packet(Nanos(2), &packet, &mut end.memory)
+}
+
+/// How many packets the client now sends.
+fn burst(net: &mut SimNet, now: Nanos) -> usize {
+    std::iter::from_fn(|| net.ends[0].qp.poll_transmit(now, Allow::All)).count()
+}
+
+#[test]
+fn an_ack_that_comes_after_going_back_still_counts() {
+    let mut net = net(Setup::default());
+    send(&mut net, 1, write_to(0), 5 * 1024);
+    assert_eq!(burst(&mut net, Nanos(1)), 5);
+    assert_eq!(tell(&mut net, 0x60, FIRST_PSN + 1), Outcome::Accepted);
+    // One packet goes out again; then it turns out that all had arrived.
+    assert!(
+        net.ends[0]
+            .qp
+            .poll_transmit(Nanos(2), Allow::All)
+            .unwrap()
+            .is_retransmission
+    );
+    assert_eq!(tell(&mut net, 0x1f, FIRST_PSN + 4), Outcome::Accepted);
+    assert_eq!(burst(&mut net, Nanos(3)), 0);
+    net.pump();
+    assert_eq!(statuses(&net.completions(0)), [(1, Status::Success)]);
+    assert_eq!(net.ends[0].qp.poll_timeout(), None);
+}
+
+#[test]
+fn a_sequence_nak_after_an_rnr_wait_is_heard() {
+    let mut net = net(Setup::default());
+    send(&mut net, 1, SendOp::Send, 3000);
+    assert_eq!(burst(&mut net, Nanos(1)), 3);
+    tell(&mut net, 0x2c, FIRST_PSN);
+    // rxe complains of the packets behind it, too; that must not end the wait.
+    tell(&mut net, 0x60, FIRST_PSN);
+    assert_eq!(burst(&mut net, Nanos(3)), 0);
+    let due = net.ends[0].qp.poll_timeout().unwrap();
+    assert_eq!(due, Nanos(2) + RnrTimer::new(12).wait());
+    net.ends[0].qp.handle_timeout(due);
+    assert_eq!(burst(&mut net, due), 3);
+    // The first of them is lost again.
+    tell(&mut net, 0x60, FIRST_PSN);
+    assert_eq!(burst(&mut net, due), 3);
+}
+
+#[test]
+fn when_everything_is_lost_one_probe_finds_out() {
+    let mut net = net(Setup::default());
+    let mut left = 40;
+    tap(&mut net, move |_, _| {
+        left -= 1;
+        left >= 0
+    });
+    send(&mut net, 1, write_to(0), 40 * 1024);
+    net.run(1_000);
+    assert_eq!(statuses(&net.completions(0)), [(1, Status::Success)]);
+    assert_eq!(net.ends[0].qp.counters().probes, 1);
+}
+
+#[test]
+fn a_finished_read_makes_room_for_the_next() {
+    let mut net = net(Setup {
+        rd_atomic: 2,
+        ..Setup::default()
+    });
+    for id in 0..4 {
+        send(&mut net, id, read_from(0), 100);
+    }
+    let end = &mut net.ends[0];
+    let asked =
+        |qp: &mut QueuePair| std::iter::from_fn(|| qp.poll_transmit(Nanos(1), Allow::All)).count();
+    assert_eq!(asked(&mut end.qp), 2);
+    for (answered, more) in [(0, 1), (1, 1), (2, 0)] {
+        let aeth = Extension::Aeth(Aeth {
+            syndrome: Syndrome::ACK,
+            msn: 1,
+        });
+        let psn = Psn::new(FIRST_PSN + answered);
+        let header = Header::new(Opcode::RcReadResponseOnly, QPNS[0], psn, aeth);
+        let bytes = raw(header, &[9; 100]);
+        let packet = Packet::new_checked(&bytes).unwrap();
+        end.qp.handle_packet(Nanos(2), &packet, &mut end.memory);
+        assert_eq!(asked(&mut end.qp), more, "after answer {answered}");
+    }
+}
+
+#[test]
+fn waiting_for_a_receive_spends_no_retry() {
+    // The peer asks for 655 ms, the ACK timeout is one.
+    let setup = Setup {
+        rnr_timer: 0,
+        timeout: 8,
+        retry_cnt: 0,
+        ..Setup::default()
+    };
+    let mut net = net(setup);
+    send(&mut net, 1, SendOp::Send, 100);
+    net.pump();
+    while net.ends[0].qp.counters().rcvd_rnr_err == 0 {
+        assert!(net.step());
+    }
+    recv(&mut net, 10, 100);
+    net.run(1_000);
+    assert_eq!(statuses(&net.completions(0)), [(1, Status::Success)]);
+    assert_eq!(net.ends[0].qp.counters().ack_timeout, 0);
+}
+
+#[test]
 fn silence_exhausts_the_retries() {
     for (retry_cnt, timeouts) in [(0, 1), (1, 2), (3, 4), (6, 7)] {
         let mut net = net(Setup {
@@ -934,9 +1067,10 @@ fn requests_out_of_order_within_a_message_are_invalid() {
     use Opcode::*;
     let full = vec![0xaa; 1024];
     let big = Extension::Reth(reth(0, 4096));
-    let open_send: (Opcode, Extension) = (RcSendFirst, Extension::Bare);
+    let open_send = (RcSendFirst, Extension::Bare);
     let open_write = (RcWriteFirst, big);
-    let cases: [(Option<(Opcode, Extension)>, Opcode, Extension, usize); 14] = [
+    type Start = (Opcode, Extension);
+    let cases: [(Option<Start>, Opcode, Extension, usize); 14] = [
         (None, RcSendMiddle, Extension::Bare, 1024),
         (None, RcSendLast, Extension::Bare, 10),
         (None, RcWriteMiddle, Extension::Bare, 1024),
@@ -1191,6 +1325,13 @@ fn duplicate_reads_are_answered_from_within_the_original() {
     // Not within: other address, too long, other key, PSN beyond.
     let mut foreign = reth(100, 3000);
     foreign.rkey += 1;
+    let twin = Region {
+        base: base_of(REGION),
+        bytes: vec![0; LEN as usize],
+        access: Access::ALL,
+        local_write: true,
+    };
+    net.ends[1].memory.regions.insert(REGION + 1, twin);
     let foreign = request(
         Opcode::RcReadRequest,
         FIRST_PSN,
@@ -1213,6 +1354,27 @@ fn duplicate_reads_are_answered_from_within_the_original() {
 }
 
 #[test]
+fn nothing_beyond_the_end_of_a_read_is_a_duplicate_of_it() {
+    let mut net = net(Setup::default());
+    let read = |psn: u32, offset: u64, len: u32| {
+        request(
+            Opcode::RcReadRequest,
+            psn,
+            Extension::Reth(reth(offset, len)),
+            &[],
+        )
+    };
+    ask(&mut net, &read(FIRST_PSN, 0, 1024));
+    let write = Extension::Reth(reth(0, 4));
+    ask(
+        &mut net,
+        &request(Opcode::RcWriteOnly, FIRST_PSN + 1, write, b"abcd"),
+    );
+    let beyond = ask(&mut net, &read(FIRST_PSN + 1, 1024, 0));
+    assert_eq!(beyond.0, Outcome::Dropped(DropReason::Stale));
+}
+
+#[test]
 fn a_repeated_read_still_being_answered_is_not_answered_twice() {
     let mut net = net(Setup::default());
     let read = request(
@@ -1231,6 +1393,20 @@ fn a_repeated_read_still_being_answered_is_not_answered_twice() {
         packets += 1;
     }
     assert_eq!(packets, 3);
+}
+
+#[test]
+fn a_repeated_atomic_still_waiting_is_not_answered_twice() {
+    let mut net = net(Setup::default());
+    let end = &mut net.ends[1];
+    for i in [0, 1, 0, 1, 1] {
+        let atomic = Extension::Atomic(fetch_add(0, 5));
+        let bytes = request(Opcode::RcFetchAdd, FIRST_PSN + i, atomic, &[]);
+        let packet = Packet::new_checked(&bytes).unwrap();
+        end.qp.handle_packet(Nanos(1), &packet, &mut end.memory);
+    }
+    let answers = std::iter::from_fn(|| end.qp.poll_transmit(Nanos(1), Allow::All)).count();
+    assert_eq!((answers, end.memory.atomics), (2, 2));
 }
 
 #[test]

@@ -54,7 +54,8 @@ fn plan(rng: &mut Rng) -> Vec<Op> {
     ops
 }
 
-fn work_request(i: usize, op: &Op) -> SendWr {
+fn work_request(i: usize, ops: &[Op]) -> SendWr {
+    let op = ops[i];
     let source = || {
         // Three pieces, so that fragments cross packets.
         let (a, b) = (op.len / 3, op.len / 2);
@@ -81,12 +82,15 @@ fn work_request(i: usize, op: &Op) -> SendWr {
             back,
         ),
         _ => {
-            let word = remote(WORDS, 8);
+            // A chain: each one finds what the one before stored.
+            let compare = ops[..i].iter().filter(|op| op.kind > 6).count() as u64;
+            let swap = compare + 1;
+            let remote = remote(WORDS, 8);
             (
                 SendOp::CompareSwap {
-                    remote: word,
-                    compare: i as u64,
-                    swap: i as u64 + 1,
+                    remote,
+                    compare,
+                    swap,
                 },
                 back,
             )
@@ -149,8 +153,8 @@ impl Run {
 
     fn post(&mut self) {
         for end in 0..2 {
-            while let Some(op) = self.ops[end].get(self.posted[end]) {
-                let wr = work_request(self.posted[end], op);
+            while self.posted[end] < self.ops[end].len() {
+                let wr = work_request(self.posted[end], &self.ops[end]);
                 match self.net.ends[end].qp.post_send(wr) {
                     Ok(()) => self.posted[end] += 1,
                     Err(PostError::QueueFull) => break,
@@ -215,9 +219,10 @@ impl Run {
                 self.slice(end, RETURN, op.to, op.len),
                 self.slice(1 - end, SOURCE, op.from, op.len)
             ),
-            6 => {
+            6 | 7 => {
                 let old = self.slice(end, RETURN, op.to, 8).try_into().unwrap();
-                assert_eq!(u64::from_ne_bytes(old), 3 * before(6));
+                let step = if op.kind == 6 { 3 } else { 1 };
+                assert_eq!(u64::from_ne_bytes(old), step * before(op.kind));
             }
             _ => {}
         }

@@ -1,7 +1,9 @@
 //! The handshake in every order, over a network that loses and repeats.
 
 use super::*;
+use crate::wire::{Mtu, Psn};
 use std::vec;
+use std::vec::Vec;
 
 const CLIENT: usize = 0;
 const SERVER: usize = 1;

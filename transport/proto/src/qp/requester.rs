@@ -13,18 +13,19 @@
 //!
 //! Source: Linux `rxe_req.c`, `rxe_comp.c`; the probe is ours, modelled on RFC 8985's.
 
+mod segment;
+
 use alloc::collections::VecDeque;
 
+use segment::Wqe;
+
+use super::memory::Memory;
 use super::timers::{RoundTrip, Timer, TimerTable};
-use super::types::{
-    Allow, Completion, CompletionKind, DropReason, Fragments, Memory, Outcome, PostError, QpKind,
-    RtsAttr, SendOp, SendWr, Status, Transmit,
-};
-use super::{Link, Reports, transmit};
+use super::types::{Allow, DropReason, Outcome, QpKind, RtsAttr, Transmit};
+use super::work::{PostError, SendOp, SendWr, Status};
+use super::{Link, Reports};
 use crate::time::Nanos;
-use crate::wire::{
-    AtomicEth, Extension, Header, Kind, NakCode, Opcode, Packet, Position, Psn, Reth, Syndrome,
-};
+use crate::wire::{Extension, Kind, NakCode, Packet, Psn, Syndrome};
 
 /// Unacknowledged packets beyond which no new request starts, as in Linux rxe.
 pub const WINDOW: u32 = 128;
@@ -32,57 +33,6 @@ pub const WINDOW: u32 = 128;
 const ACK_REQ_INTERVAL: u32 = 32;
 /// Retry counts of this value are never decremented.
 const RETRY_FOREVER: u8 = 7;
-
-/// A posted send work request.
-#[derive(Clone, Copy, Debug)]
-struct Wqe {
-    wr: SendWr,
-    /// Sequence number of its first packet.
-    first: u64,
-    /// How many packets, or response packets, it takes.
-    packets: u32,
-}
-
-impl Wqe {
-    const fn end(&self) -> u64 {
-        self.first + self.packets as u64
-    }
-
-    /// Whether only a response of its own, not a plain ACK, finishes it.
-    const fn wants_response(&self) -> bool {
-        matches!(
-            self.wr.op,
-            SendOp::Read(_) | SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. }
-        )
-    }
-
-    const fn kind(&self) -> CompletionKind {
-        match self.wr.op {
-            SendOp::Send | SendOp::SendImm(_) | SendOp::SendInvalidate(_) => CompletionKind::Send,
-            SendOp::Write(_) | SendOp::WriteImm(..) => CompletionKind::Write,
-            SendOp::Read(_) => CompletionKind::Read,
-            SendOp::CompareSwap { .. } => CompletionKind::CompareSwap,
-            SendOp::FetchAdd { .. } => CompletionKind::FetchAdd,
-        }
-    }
-
-    fn completion(&self, status: Status, link: &Link) -> Completion {
-        let byte_len = match self.kind() {
-            CompletionKind::Send | CompletionKind::Write => 0,
-            _ => self.wr.local.total(),
-        };
-        Completion {
-            wr_id: self.wr.wr_id,
-            status,
-            kind: self.kind(),
-            byte_len,
-            imm: None,
-            invalidated: None,
-            solicited: false,
-            source: link.dest,
-        }
-    }
-}
 
 /// Why the send queue stops: the packet to blame and the status of its work request.
 #[derive(Clone, Copy, Debug)]
@@ -221,10 +171,11 @@ impl Requester {
         self.probe_due = false;
     }
 
-    /// The failure of the packet that was last built for sending.
-    pub fn local_failure(&self) -> Failure {
+    /// The failure of a packet whose payload cannot be found.
+    pub fn local_failure(&self, psn: Psn) -> Failure {
+        let seq = self.una + u64::from(psn.offset_from(self.psn(self.una)));
         Failure {
-            seq: self.next.saturating_sub(1).max(self.una),
+            seq,
             status: Status::LocalProtection,
         }
     }
@@ -292,72 +243,14 @@ impl Requester {
             || (wqe.wr.fence && self.next == wqe.first && self.reads_out > 0)
     }
 
-    /// The packet with sequence number `seq` of `wqe`, and how many PSNs it stands for.
     fn build(&self, wqe: &Wqe, seq: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
-        let mtu = link.mtu.bytes();
-        let index = (seq - wqe.first) as u32;
-        let offset = index * mtu;
-        let left = wqe.wr.local.total() - offset.min(wqe.wr.local.total());
-        let position = match (index == 0, index + 1 == wqe.packets) {
-            (true, true) => Position::Only,
-            (true, false) => Position::First,
-            (false, false) => Position::Middle,
-            (false, true) => Position::Last,
-        };
-        let mut payload = wqe.wr.local.slice(offset, left.min(mtu));
-        let mut psns = 1;
-        let (opcode, extension) = match wqe.wr.op {
-            SendOp::Read(remote) => {
-                payload = Fragments::EMPTY;
-                psns = self.read_packets(wqe, index);
-                let reth = Reth {
-                    va: remote.va.wrapping_add(u64::from(offset)),
-                    rkey: remote.rkey.0,
-                    len: left.min(psns.saturating_mul(mtu)),
-                };
-                (Opcode::RcReadRequest, Extension::Reth(reth))
-            }
-            SendOp::CompareSwap {
-                remote,
-                compare,
-                swap,
-            } => {
-                payload = Fragments::EMPTY;
-                let atomic = AtomicEth {
-                    va: remote.va,
-                    rkey: remote.rkey.0,
-                    swap_add: swap,
-                    compare,
-                };
-                (Opcode::RcCompareSwap, Extension::Atomic(atomic))
-            }
-            SendOp::FetchAdd { remote, add } => {
-                payload = Fragments::EMPTY;
-                let atomic = AtomicEth {
-                    va: remote.va,
-                    rkey: remote.rkey.0,
-                    swap_add: add,
-                    compare: 0,
-                };
-                (Opcode::RcFetchAdd, Extension::Atomic(atomic))
-            }
-            op => message_header(op, position, wqe.wr.local.total(), link.kind),
-        };
-        let mut header = Header::new(opcode, link.dest, self.psn(seq), extension);
-        header.pkey = link.pkey;
-        header.ack_req = ack_req && link.kind == QpKind::Rc;
-        header.solicited = wqe.wr.solicited && position.ends() && !wqe.wants_response();
-        (transmit(header, payload), psns)
-    }
-
-    /// Response packets that a READ request starting at packet `index` asks for: to the end of its
-    /// chunk. Chunks start at multiples, so a repeated request lies within the original one.
-    fn read_packets(&self, wqe: &Wqe, index: u32) -> u32 {
-        let chunk = match u32::from(self.attr.read_chunk_packets) {
-            0 => wqe.packets,
-            n => n,
-        };
-        (chunk - index % chunk).min(wqe.packets - index)
+        wqe.packet(
+            seq,
+            self.psn(seq),
+            ack_req,
+            self.attr.read_chunk_packets,
+            link,
+        )
     }
 
     fn psn(&self, seq: u64) -> Psn {
@@ -580,11 +473,10 @@ impl Requester {
             rest = tail;
         }
         // The last packet of a request that was sent frees its place among max_rd_atomic.
-        if seq < self.next && (atomic || self.read_packets(&wqe, index) == 1) {
+        if atomic || wqe.read_packets(index, self.attr.read_chunk_packets) == 1 {
             self.reads_out = self.reads_out.saturating_sub(1);
         }
         self.una += 1;
-        self.rnr_left = self.attr.rnr_retry;
         if self.una == wqe.end() {
             self.finish_front(link, out);
         }
@@ -645,50 +537,5 @@ impl Requester {
         timers.stop(Timer::AckTimeout);
         timers.stop(Timer::Probe);
         self.arm(now, timers);
-    }
-}
-
-/// Opcode and extension of a SEND or WRITE packet.
-fn message_header(op: SendOp, position: Position, total: u32, kind: QpKind) -> (Opcode, Extension) {
-    use Position::{First, Last, Middle, Only};
-    let reth = |remote: super::Remote| Reth {
-        va: remote.va,
-        rkey: remote.rkey.0,
-        len: total,
-    };
-    let (opcode, extension) = match (op, position) {
-        (SendOp::SendImm(imm), Last) => (Opcode::RcSendLastImm, Extension::Imm(imm)),
-        (SendOp::SendImm(imm), Only) => (Opcode::RcSendOnlyImm, Extension::Imm(imm)),
-        (SendOp::SendInvalidate(key), Last) => {
-            (Opcode::RcSendLastInvalidate, Extension::Ieth(key.0))
-        }
-        (SendOp::SendInvalidate(key), Only) => {
-            (Opcode::RcSendOnlyInvalidate, Extension::Ieth(key.0))
-        }
-        (SendOp::Write(remote) | SendOp::WriteImm(remote, _), First) => {
-            (Opcode::RcWriteFirst, Extension::Reth(reth(remote)))
-        }
-        (SendOp::Write(_) | SendOp::WriteImm(..), Middle) => {
-            (Opcode::RcWriteMiddle, Extension::Bare)
-        }
-        (SendOp::Write(_), Last) => (Opcode::RcWriteLast, Extension::Bare),
-        (SendOp::Write(remote), Only) => (Opcode::RcWriteOnly, Extension::Reth(reth(remote))),
-        (SendOp::WriteImm(_, imm), Last) => (Opcode::RcWriteLastImm, Extension::Imm(imm)),
-        (SendOp::WriteImm(remote, imm), Only) => (
-            Opcode::RcWriteOnlyImm,
-            Extension::RethImm(reth(remote), imm),
-        ),
-        (_, First) => (Opcode::RcSendFirst, Extension::Bare),
-        (_, Middle) => (Opcode::RcSendMiddle, Extension::Bare),
-        (_, Last) => (Opcode::RcSendLast, Extension::Bare),
-        (_, Only) => (Opcode::RcSendOnly, Extension::Bare),
-    };
-    match kind {
-        QpKind::Rc => (opcode, extension),
-        // The classes differ in one bit; `post` refused what UC does not have.
-        QpKind::Uc => (
-            Opcode::from_code(opcode.code() | 0x20).unwrap_or(opcode),
-            extension,
-        ),
     }
 }

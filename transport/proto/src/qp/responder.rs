@@ -7,31 +7,29 @@
 //! the peer will repeat it.
 //!
 //! After a gap (or an RNR NAK) one NAK is sent and then silence kept until the expected packet
-//! comes. READs and atomics are remembered, `max_dest_rd_atomic` of them, to be answered again.
+//! comes. What is owed stands in line in `answers`, which also remembers READs and atomics.
 //!
 //! Source: Linux `rxe_resp.c`. It differs from rxe in three places: no sequence NAK follows an RNR
 //! NAK, a message longer than its receive is an invalid request, and an ACK comes unasked after
 //! 64 packets.
 
+mod answers;
+
 use alloc::collections::VecDeque;
 
-use super::types::{
-    Access, AccessError, Allow, AtomicOp, Completion, CompletionKind, DropReason, Fragment,
-    Fragments, Key, Memory, Outcome, PostError, QpKind, RecvWr, Rkey, RtrAttr, Status, Transmit,
-    WrId,
-};
-use super::{Link, Reports, transmit};
+use answers::Answers;
+
+use super::memory::{Access, AccessError, AtomicOp, Fragment, Key, Memory, Rkey};
+use super::types::{Allow, DropReason, Outcome, QpKind, RtrAttr, Transmit};
+use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
+use super::{Link, Reports};
 use crate::wire::{
-    Aeth, AtomicEth, Extension, Header, Kind, MESSAGE_LEN_MAX, NakCode, Opcode, Packet, Position,
-    Psn, Reth, RnrTimer, Syndrome,
+    AtomicEth, Extension, Kind, MESSAGE_LEN_MAX, NakCode, Packet, Position, Psn, Reth, RnrTimer,
+    Syndrome,
 };
 
 /// Packets after which an ACK goes out that nobody asked for.
 const ACK_INTERVAL: u32 = 64;
-/// Deepest replay ring.
-const REPLAY_MAX: usize = 128;
-/// Answers besides those to READs and atomics that may wait.
-const OTHER_ANSWERS_MAX: usize = 8;
 
 /// A message of several packets, begun and not ended.
 #[derive(Clone, Copy, Debug)]
@@ -47,44 +45,6 @@ enum Open {
         reth: Reth,
         placed: u32,
     },
-}
-
-/// What is remembered of a READ or atomic.
-#[derive(Clone, Copy, Debug)]
-enum Replay {
-    Read { psn: Psn, packets: u32, reth: Reth },
-    Atomic { psn: Psn, original: u64 },
-}
-
-/// A READ being answered.
-#[derive(Clone, Copy, Debug)]
-struct ReadAnswer {
-    /// The next response packet's PSN.
-    psn: Psn,
-    /// What remains to be sent, in our memory.
-    rkey: Rkey,
-    va: u64,
-    left: u32,
-    /// No packet of it has been sent.
-    fresh: bool,
-    msn: u32,
-}
-
-/// An answer that waits to be sent.
-#[derive(Clone, Copy, Debug)]
-enum Answer {
-    /// ACK, RNR NAK or NAK.
-    Acknowledge {
-        psn: Psn,
-        msn: u32,
-        syndrome: Syndrome,
-    },
-    Atomic {
-        psn: Psn,
-        msn: u32,
-        original: u64,
-    },
-    Read(ReadAnswer),
 }
 
 /// Why a request at the expected PSN was not executed.
@@ -115,10 +75,8 @@ pub(super) struct Responder {
     open: Open,
     recv: VecDeque<RecvWr>,
     recv_depth: u32,
-    replay: VecDeque<Replay>,
-    replay_depth: usize,
     rnr_timer: RnrTimer,
-    answers: VecDeque<Answer>,
+    answers: Answers,
     /// Packets executed since the last ACK was put in line.
     unacknowledged: u32,
 }
@@ -132,10 +90,8 @@ impl Responder {
             open: Open::None,
             recv: VecDeque::with_capacity(recv_depth as usize),
             recv_depth,
-            replay: VecDeque::new(),
-            replay_depth: 0,
             rnr_timer: RnrTimer::new(0),
-            answers: VecDeque::new(),
+            answers: Answers::new(),
             unacknowledged: 0,
         }
     }
@@ -143,14 +99,11 @@ impl Responder {
     pub fn start(&mut self, attr: &RtrAttr) {
         self.expected = attr.rq_psn;
         self.rnr_timer = attr.min_rnr_timer;
-        self.replay_depth = usize::from(attr.max_dest_rd_atomic).min(REPLAY_MAX);
-        self.replay.reserve(self.replay_depth);
-        self.answers.reserve(self.answers_max());
+        self.answers.start(attr.max_dest_rd_atomic);
     }
 
     pub fn clear(&mut self) {
         self.recv.clear();
-        self.replay.clear();
         self.answers.clear();
         self.open = Open::None;
         (self.msn, self.nak_sent, self.unacknowledged) = (0, false, 0);
@@ -162,11 +115,6 @@ impl Responder {
 
     pub fn has_answers(&self) -> bool {
         !self.answers.is_empty()
-    }
-
-    /// READs and atomics may each wait twice (once executed, once replayed).
-    fn answers_max(&self) -> usize {
-        2 * self.replay_depth + OTHER_ANSWERS_MAX
     }
 
     pub fn post(&mut self, wr: RecvWr, out: &Reports) -> Result<(), PostError> {
@@ -205,7 +153,7 @@ impl Responder {
         if link.kind == QpKind::Uc {
             return (self.handle_unreliable(packet, memory, link, out), false);
         }
-        if self.answers.len() >= self.answers_max() {
+        if self.answers.is_full() {
             return (Outcome::Dropped(DropReason::Busy), false);
         }
         match packet.psn().ahead_of(self.expected) {
@@ -438,23 +386,15 @@ impl Responder {
         memory: &mut impl Memory,
         link: &Link,
     ) -> Result<u32, Refusal> {
-        if !link.access.remote_read || reth.len > MESSAGE_LEN_MAX || self.replay_depth == 0 {
+        if !link.access.remote_read || reth.len > MESSAGE_LEN_MAX || !self.answers.can_replay() {
             return Err(INVALID);
         }
         if reth.len > 0 {
             memory.check_remote(Rkey(reth.rkey), reth.va, reth.len, Access::READ)?;
         }
-        let (psn, packets) = (self.expected, link.mtu.packets(reth.len));
-        self.remember(Replay::Read { psn, packets, reth });
+        let packets = link.mtu.packets(reth.len);
         self.count_message();
-        self.push(Answer::Read(ReadAnswer {
-            psn,
-            rkey: Rkey(reth.rkey),
-            va: reth.va,
-            left: reth.len,
-            fresh: true,
-            msn: self.msn,
-        }));
+        self.answers.read(self.expected, packets, reth, self.msn);
         Ok(packets)
     }
 
@@ -465,18 +405,12 @@ impl Responder {
         memory: &mut impl Memory,
         link: &Link,
     ) -> Result<u32, Refusal> {
-        if !link.access.remote_atomic || !eth.va.is_multiple_of(8) || self.replay_depth == 0 {
+        if !link.access.remote_atomic || !eth.va.is_multiple_of(8) || !self.answers.can_replay() {
             return Err(INVALID);
         }
         let original = memory.atomic(Rkey(eth.rkey), eth.va, op)?;
-        let psn = self.expected;
-        self.remember(Replay::Atomic { psn, original });
         self.count_message();
-        self.push(Answer::Atomic {
-            psn,
-            msn: self.msn,
-            original,
-        });
+        self.answers.atomic(self.expected, original, self.msn);
         Ok(1)
     }
 
@@ -489,143 +423,45 @@ impl Responder {
         link: &Link,
     ) -> Outcome {
         let psn = packet.psn();
-        match packet.row().kind {
-            Kind::Send | Kind::Write => {
-                self.acknowledge(self.expected.minus(1));
-                Outcome::Accepted
+        let is_known = match (packet.row().kind, packet.extension()) {
+            (Kind::Send | Kind::Write, _) => {
+                self.acknowledge();
+                true
             }
-            Kind::ReadRequest => {
-                let answer = packet
-                    .reth()
-                    .and_then(|reth| self.replay_read(psn, reth, memory, link));
-                self.replay_answer(answer.map(Answer::Read))
+            (Kind::ReadRequest, Extension::Reth(reth)) => {
+                self.answers.repeat_read(psn, reth, self.msn, memory, link)
             }
-            Kind::CompareSwap | Kind::FetchAdd => {
-                let msn = self.msn;
-                let answer = self.replay.iter().find_map(|replay| match *replay {
-                    Replay::Atomic { psn: at, original } if at == psn => {
-                        Some(Answer::Atomic { psn, msn, original })
-                    }
-                    _ => None,
-                });
-                self.replay_answer(answer)
-            }
-            _ => Outcome::Dropped(DropReason::Stale),
-        }
-    }
-
-    /// The answer to a repeated READ request, if it lies within one that is remembered.
-    fn replay_read(
-        &self,
-        psn: Psn,
-        asked: Reth,
-        memory: &impl Memory,
-        link: &Link,
-    ) -> Option<ReadAnswer> {
-        self.replay.iter().find(|replay| match **replay {
-            Replay::Read {
-                psn: first,
-                packets,
-                reth,
-            } => {
-                let skip = psn.offset_from(first);
-                let bytes = asked.va.wrapping_sub(reth.va);
-                skip < packets
-                    && bytes == u64::from(skip) * u64::from(link.mtu.bytes())
-                    && bytes + u64::from(asked.len) <= u64::from(reth.len)
-                    && asked.rkey == reth.rkey
-            }
-            Replay::Atomic { .. } => false,
-        })?;
-        if asked.len > 0 {
-            memory
-                .check_remote(Rkey(asked.rkey), asked.va, asked.len, Access::READ)
-                .ok()?;
-        }
-        Some(ReadAnswer {
-            psn,
-            rkey: Rkey(asked.rkey),
-            va: asked.va,
-            left: asked.len,
-            fresh: true,
-            msn: self.msn,
-        })
-    }
-
-    /// Put a repeated answer in line, unless the first one still waits there.
-    fn replay_answer(&mut self, answer: Option<Answer>) -> Outcome {
-        let Some(answer) = answer else {
-            return Outcome::Dropped(DropReason::Stale);
-        };
-        let waits = self.answers.iter().any(|waiting| match (waiting, &answer) {
-            (Answer::Atomic { psn, .. }, Answer::Atomic { psn: again, .. }) => psn == again,
-            (Answer::Read(first), Answer::Read(again)) => {
-                // `first` still has to send everything that `again` asks for.
-                again.psn.ahead_of(first.psn) >= 0
-                    && again
-                        .va
-                        .wrapping_sub(first.va)
-                        .checked_add(again.left.into())
-                        == Some(u64::from(first.left))
-            }
+            (Kind::CompareSwap | Kind::FetchAdd, _) => self.answers.repeat_atomic(psn, self.msn),
             _ => false,
-        });
-        if !waits {
-            self.push(answer);
+        };
+        if is_known {
+            Outcome::Accepted
+        } else {
+            Outcome::Dropped(DropReason::Stale)
         }
-        Outcome::Accepted
-    }
-
-    fn remember(&mut self, replay: Replay) {
-        if self.replay.len() >= self.replay_depth {
-            self.replay.pop_front();
-        }
-        self.replay.push_back(replay);
     }
 
     fn count_message(&mut self) {
         self.msn = (self.msn + 1) & 0x00ff_ffff;
     }
 
-    // Answers.
-
-    fn push(&mut self, answer: Answer) {
-        // Every request may add one answer and one ACK; handle_request leaves room for one, and an
-        // ACK that finds none is not needed: an answer that acknowledges as much goes before it.
-        if self.answers.len() < self.answers_max() {
-            self.answers.push_back(answer);
-        }
-    }
-
     fn acknowledge_if_due(&mut self, packet: &Packet<'_>) {
-        if packet.reth().is_some() && packet.row().kind == Kind::ReadRequest
-            || matches!(packet.row().kind, Kind::CompareSwap | Kind::FetchAdd)
-        {
+        if matches!(
+            packet.row().kind,
+            Kind::ReadRequest | Kind::CompareSwap | Kind::FetchAdd
+        ) {
             return; // answered by its response
         }
         self.unacknowledged += 1;
         if packet.ack_req() || self.unacknowledged >= ACK_INTERVAL {
-            self.acknowledge(self.expected.minus(1));
+            self.acknowledge();
         }
     }
 
-    /// An ACK of everything to `psn`. Adjacent ACKs merge.
-    fn acknowledge(&mut self, psn: Psn) {
+    /// An ACK of everything executed.
+    fn acknowledge(&mut self) {
         self.unacknowledged = 0;
-        let ack = Answer::Acknowledge {
-            psn,
-            msn: self.msn,
-            syndrome: Syndrome::ACK,
-        };
-        match self.answers.back_mut() {
-            Some(
-                last @ Answer::Acknowledge {
-                    syndrome: Syndrome::ACK,
-                    ..
-                },
-            ) => *last = ack,
-            _ => self.push(ack),
-        }
+        self.answers.acknowledge(self.expected.minus(1), self.msn);
     }
 
     fn nak(&mut self, psn: Psn, syndrome: Syndrome, out: &mut Reports) {
@@ -633,104 +469,18 @@ impl Responder {
         if matches!(syndrome, Syndrome::Nak(_)) {
             out.counters.send_nak += 1;
         }
-        self.push(Answer::Acknowledge {
-            psn,
-            msn: self.msn,
-            syndrome,
-        });
+        self.answers.nak(psn, self.msn, syndrome);
     }
 
-    /// The READ at the head of the line cannot be answered: its memory is gone.
-    pub fn refuse_read(&mut self, out: &mut Reports) {
-        let psn = match self.answers.front() {
-            // The packet that failed was the one before.
-            Some(Answer::Read(read)) if !read.fresh => read.psn.minus(1),
-            _ => self.expected.minus(1),
-        };
+    /// The memory of the READ response with this PSN is gone: nothing after it can be answered.
+    pub fn refuse_read(&mut self, psn: Psn, out: &mut Reports) {
         self.answers.clear();
         self.nak(psn, Syndrome::Nak(NakCode::RemoteOperational), out);
     }
 
+    /// The next answer, if there is one and `allow` admits it.
     pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
-        let (opcode, psn, extension, payload) = match self.answers.front_mut()? {
-            Answer::Acknowledge { psn, msn, syndrome } => {
-                let aeth = Aeth {
-                    syndrome: *syndrome,
-                    msn: *msn,
-                };
-                (
-                    Opcode::RcAcknowledge,
-                    *psn,
-                    Extension::Aeth(aeth),
-                    Fragments::EMPTY,
-                )
-            }
-            Answer::Atomic { psn, msn, original } => {
-                let aeth = Aeth {
-                    syndrome: Syndrome::ACK,
-                    msn: *msn,
-                };
-                let extension = Extension::AtomicAck(aeth, *original);
-                (
-                    Opcode::RcAtomicAcknowledge,
-                    *psn,
-                    extension,
-                    Fragments::EMPTY,
-                )
-            }
-            Answer::Read(read) => {
-                if allow == Allow::ControlOnly && read.left > 0 {
-                    return None;
-                }
-                let (mut header, payload) = read.next_packet(link);
-                if read.left == 0 {
-                    self.answers.pop_front();
-                }
-                header.pkey = link.pkey;
-                return Some(transmit(header, payload));
-            }
-        };
-        self.answers.pop_front();
-        let mut header = Header::new(opcode, link.dest, psn, extension);
-        header.pkey = link.pkey;
-        Some(transmit(header, payload))
-    }
-}
-
-impl ReadAnswer {
-    /// The next response packet; moves on by it.
-    fn next_packet(&mut self, link: &Link) -> (Header, Fragments) {
-        let len = self.left.min(link.mtu.bytes());
-        let position = match (self.fresh, len == self.left) {
-            (true, true) => Position::Only,
-            (true, false) => Position::First,
-            (false, false) => Position::Middle,
-            (false, true) => Position::Last,
-        };
-        let aeth = Extension::Aeth(Aeth {
-            syndrome: Syndrome::ACK,
-            msn: self.msn,
-        });
-        let (opcode, extension) = match position {
-            Position::Only => (Opcode::RcReadResponseOnly, aeth),
-            Position::First => (Opcode::RcReadResponseFirst, aeth),
-            Position::Middle => (Opcode::RcReadResponseMiddle, Extension::Bare),
-            Position::Last => (Opcode::RcReadResponseLast, aeth),
-        };
-        let mut payload = Fragments::EMPTY;
-        if len > 0 {
-            payload.push(Fragment {
-                key: Key::Remote(self.rkey),
-                addr: self.va,
-                len,
-            });
-        }
-        let header = Header::new(opcode, link.dest, self.psn, extension);
-        self.fresh = false;
-        self.psn = self.psn.plus(1);
-        self.va = self.va.wrapping_add(u64::from(len));
-        self.left -= len;
-        (header, payload)
+        self.answers.poll_transmit(allow, link)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The timers of a queue pair: an enum and a table, and the round-trip estimate that sets the probe.
+//! The timers of a queue pair: an enum and a table, and the round-trip estimate behind the probe.
 
 use crate::time::Nanos;
 

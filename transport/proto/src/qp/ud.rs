@@ -5,10 +5,11 @@
 
 use alloc::collections::VecDeque;
 
+use super::memory::{AccessError, Memory, SgList};
 use super::types::{
-    Completion, CompletionKind, Counters, DropReason, InitAttr, InvalidTransition, Memory, Outcome,
-    PostError, QpCaps, QpState, RecvWr, SgList, Status, Transmit, WrId,
+    Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpState, Transmit,
 };
+use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
 use super::{Reports, pkeys_match, transmit};
 use crate::wire::{Class, Deth, Extension, Header, Mtu, Opcode, PKEY_DEFAULT, Packet, Psn, Qpn};
 
@@ -306,7 +307,7 @@ fn place(
     offset: u32,
     bytes: &[u8],
     memory: &mut impl Memory,
-) -> Result<(), super::AccessError> {
+) -> Result<(), AccessError> {
     let mut rest = bytes;
     for fragment in local.slice(offset, bytes.len() as u32).as_slice() {
         let (piece, tail) = rest.split_at(fragment.len as usize);

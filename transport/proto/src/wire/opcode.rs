@@ -167,7 +167,8 @@ pub struct Row {
 }
 
 macro_rules! opcodes {
-    ($($code:literal $name:ident $class:ident $kind:ident $position:ident $shape:ident $rule:ident)*) => {
+    ($($code:literal $name:ident $class:ident $kind:ident $position:ident $shape:ident
+       $rule:ident)*) => {
         /// Every opcode that this crate can name.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u8)]

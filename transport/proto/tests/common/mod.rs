@@ -165,6 +165,12 @@ pub struct Faults {
     pub flip: u32,
 }
 
+/// A packet under way: due time, tie breaker, receiver, bytes.
+type Flying = (u64, u64, usize, Vec<u8>);
+
+/// Whether a packet of this sender passes.
+pub type Filter = dyn FnMut(usize, &Packet<'_>) -> bool;
+
 /// One end: a queue pair and its memory.
 pub struct End {
     pub qp: QueuePair,
@@ -180,12 +186,11 @@ pub struct SimNet {
     pub rng: Rng,
     pub dropped_by_icrc: u32,
     pub packets: u64,
-    /// Packets under way: due time, tie breaker, receiver, bytes.
-    wire: BinaryHeap<Reverse<(u64, u64, usize, Vec<u8>)>>,
+    wire: BinaryHeap<Reverse<Flying>>,
     /// When each sender's link is free again.
     free_at: [u64; 2],
     /// If set, decides what happens to each packet before the faults: false drops it.
-    pub filter: Option<Box<dyn FnMut(usize, &Packet<'_>) -> bool>>,
+    pub filter: Option<Box<Filter>>,
 }
 
 /// How the ends are connected.
