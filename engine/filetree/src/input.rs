@@ -163,9 +163,8 @@ impl Listing {
             listing.push(name, Sort::of(file_type))?;
         }
         let Listing { names, items } = &mut listing;
-        items.sort_unstable_by(|a, b| {
-            (a.slot, name_of(names, a)).cmp(&(b.slot, name_of(names, b)))
-        });
+        items
+            .sort_unstable_by(|a, b| (a.slot, name_of(names, a)).cmp(&(b.slot, name_of(names, b))));
         Ok(listing)
     }
 

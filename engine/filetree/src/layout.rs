@@ -34,7 +34,7 @@
 //! Deliberately absent: locks and requests (`plan`), and anything that changes with the number
 //! of servers, which is fixed for the life of a cluster.
 
-use lowtide_engine_core::ids::{Life, NodeId};
+use lowtide_engine_core::ids::{Incarnation, Life, NodeId};
 use lowtide_engine_core::op::{Key, Range};
 use lowtide_engine_core::session::Placement;
 
@@ -43,8 +43,8 @@ use crate::error::TreeError;
 mod value;
 
 pub use value::{
-    Attributes, Chunk, Entry, Freeing, Inode, Kind, Malformed, Parent, Pending, TARGET_MAX, count_value,
-    read_count,
+    Attributes, Chunk, Entry, Freeing, Inode, Kind, Malformed, Parent, Pending, TARGET_MAX,
+    count_value, read_count,
 };
 
 /// Longest file name, in bytes (Linux's `NAME_MAX`).
@@ -95,6 +95,16 @@ impl Ino {
     #[must_use]
     pub fn get(self) -> u64 {
         self.0
+    }
+
+    /// The life that handed out the number.
+    #[must_use]
+    pub fn life(self) -> Life {
+        let life = self.0 >> COUNTER_BITS;
+        Life {
+            node: NodeId((life >> INCARNATION_BITS) as u32),
+            incarnation: Incarnation(life & ((1 << INCARNATION_BITS) - 1)),
+        }
     }
 }
 
@@ -327,8 +337,6 @@ fn named(space: u64, slot: u64, name: &[u8]) -> Key {
 
 #[cfg(test)]
 mod tests {
-    use lowtide_engine_core::ids::Incarnation;
-
     use super::*;
 
     fn life(node: u32, incarnation: u64) -> Life {
@@ -348,15 +356,20 @@ mod tests {
 
     #[test]
     fn regions_of_lives_do_not_overlap() {
-        let mut regions: Vec<Region> = [(0, 0), (0, 1), (1, 0), (7, 3), (65535, 0xf_ffff)]
-            .iter()
-            .map(|&(n, i)| Region::of(life(n, i)).unwrap())
-            .collect();
+        let lives = [(0, 0), (0, 1), (1, 0), (7, 3), (65535, 0xf_ffff)];
+        let mut regions = Vec::new();
+        for (node, incarnation) in lives {
+            let region = Region::of(life(node, incarnation)).unwrap();
+            for number in [region.first, region.last] {
+                let ino = Ino::new(number).unwrap();
+                assert_eq!(ino.life(), life(node, incarnation));
+            }
+            regions.push(region);
+        }
         regions.sort_by_key(|r| r.first);
         for pair in regions.windows(2) {
             assert!(pair[0].last < pair[1].first);
         }
-        assert!(Ino::new(regions.last().unwrap().last).is_some());
         assert!(Ino::ROOT.get() < regions[0].first);
     }
 
@@ -386,7 +399,10 @@ mod tests {
             object[(layout.chunk_home(ino, 0).0 - 20) as usize] += 1;
         }
         assert!(meta.iter().all(|&n| (1800..2200).contains(&n)), "{meta:?}");
-        assert!(object.iter().all(|&n| (1350..1650).contains(&n)), "{object:?}");
+        assert!(
+            object.iter().all(|&n| (1350..1650).contains(&n)),
+            "{object:?}"
+        );
         let ino = Ino::new(99).unwrap();
         let round: std::collections::BTreeSet<_> =
             (0..4).map(|c| layout.chunk_home(ino, c)).collect();

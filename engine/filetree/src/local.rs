@@ -223,11 +223,7 @@ fn added(value: &[u8], amounts: &[u8]) -> Bytes {
     };
     let words = value.len().max(amounts.len()) / WORD;
     (0..words)
-        .flat_map(|i| {
-            word(value, i)
-                .wrapping_add(word(amounts, i))
-                .to_le_bytes()
-        })
+        .flat_map(|i| word(value, i).wrapping_add(word(amounts, i)).to_le_bytes())
         .collect()
 }
 

@@ -4,7 +4,9 @@
 use std::cmp::Ordering;
 
 use lowtide_engine_core::ids::NodeId;
-use lowtide_engine_core::op::{Bytes, Change, Check, Expect, Key, Mode, Range, Request, Update, Want};
+use lowtide_engine_core::op::{
+    Bytes, Change, Check, Expect, Key, Mode, Range, Request, Update, Want,
+};
 
 /// An operation in the making.
 #[derive(Debug, Default)]

@@ -174,6 +174,11 @@ pub fn store<S: Session + ?Sized>(
         links: Mutex::default(),
         later: Mutex::default(),
     };
+    // What earlier lives of this very client left half-done nobody goes on with.
+    let life = tree.session().life();
+    tree.reclaim(|other| other.node == life.node && other.incarnation < life.incarnation)
+        .map_err(|why| failed(b".", why))?;
+
     let place = Place::root(Made::new(0));
     let seed = Task::Directory(Unopened::Root(root), place);
     let workers = run_workers(&run, vec![seed])?;
@@ -418,10 +423,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         for here in missing.into_iter().rev() {
             let mut made = lock(&here.data.ino);
             if made.is_none() {
-                *made = Some(
-                    self.make(here)
-                        .map_err(|why| failed(&here.path(), why))?,
-                );
+                *made = Some(self.make(here).map_err(|why| failed(&here.path(), why))?);
             }
         }
         // Set above, or found set.

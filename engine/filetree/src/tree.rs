@@ -50,6 +50,8 @@ pub use content::Reader;
 
 /// How often an operation is planned anew before [`TreeError::Contended`].
 const ATTEMPTS_MAX: u32 = 1000;
+/// How often an operation is planned anew before objects that contradict each other are corrupt.
+const LOOKS_MAX: u32 = 4;
 /// How long a full server is asked again before its refusal is reported.
 const FULL_PATIENCE: Duration = Duration::from_secs(60);
 const FULL_PAUSE_FIRST: Duration = Duration::from_millis(10);
@@ -77,6 +79,8 @@ pub struct Stat {
     pub inode: Inode,
     /// Names of a file or symbolic link; entries of a directory.
     pub count: i64,
+    /// The directory that holds a directory; the root is its own.
+    pub parent: Option<Ino>,
 }
 
 /// One entry of a directory.
@@ -93,6 +97,8 @@ pub struct DirEntry {
 pub struct DirPage {
     /// The entries.
     pub entries: Vec<DirEntry>,
+    /// Objects in the place of entries that are none.
+    pub damaged: Vec<Key>,
     /// Where the next page begins; `None` after the last.
     pub next: Option<Cursor>,
 }
@@ -184,7 +190,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     /// An entry that exists throughout is seen exactly once by a walk over all pages.
     ///
     /// # Errors
-    /// [`TreeError::NotFound`], [`TreeError::NotADirectory`], [`TreeError::Corrupt`].
+    /// [`TreeError::NotFound`], [`TreeError::NotADirectory`]. What is corrupt is in the page.
     pub fn readdir(
         &self,
         directory: Ino,
@@ -208,15 +214,23 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             Some((key, _)) if page.more => Some(Cursor(key.clone())),
             _ => None,
         };
-        let mut entries = Vec::with_capacity(page.entries.len());
+        let mut listed = DirPage {
+            entries: Vec::with_capacity(page.entries.len()),
+            damaged: Vec::new(),
+            next,
+        };
         for (key, value) in page.entries {
-            let entry = Entry::decode(&value).map_err(|why| corrupt(home, &key, why))?;
-            entries.push(DirEntry {
-                name: key.name,
-                entry,
-            });
+            let is_entry_key =
+                layout::is_file_name(&key.name) && key.slot == layout::name_slot(&key.name);
+            match Entry::decode(&value) {
+                Ok(entry) if is_entry_key => listed.entries.push(DirEntry {
+                    name: key.name,
+                    entry,
+                }),
+                _ => listed.damaged.push(key),
+            }
         }
-        Ok(DirPage { entries, next })
+        Ok(listed)
     }
 
     /// The directory that holds `directory`; the root is its own.
@@ -288,10 +302,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     }
 
     fn is_used(&self, lo: u64, hi: u64) -> Result<bool, TreeError> {
-        let spaces = [
-            (INODES, self.layout.meta()),
-            (DATA, self.layout.object()),
-        ];
+        let spaces = [(INODES, self.layout.meta()), (DATA, self.layout.object())];
         for (space, homes) in spaces {
             for &home in homes {
                 let range = Range { space, lo, hi };
@@ -349,8 +360,13 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         &self,
         mut plan: impl FnMut() -> Result<(Plan, T), TreeError>,
     ) -> Result<T, TreeError> {
-        for _ in 0..ATTEMPTS_MAX {
-            let (plan, outcome) = plan()?;
+        for attempt in 1..=ATTEMPTS_MAX {
+            let (plan, outcome) = match plan() {
+                // Two objects may contradict each other because one was read before and one
+                // after somebody else's operation.
+                Err(TreeError::Corrupt { .. }) if attempt < LOOKS_MAX => continue,
+                planned => planned?,
+            };
             match self.run(plan) {
                 Ok(()) => return Ok(outcome),
                 Err(e) if e.is_check_failed() => {}
@@ -361,11 +377,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     }
 
     /// Entry of a name with the bytes that were read.
-    fn read_entry(
-        &self,
-        directory: Ino,
-        name: &[u8],
-    ) -> Result<Option<(Entry, Bytes)>, TreeError> {
+    fn read_entry(&self, directory: Ino, name: &[u8]) -> Result<Option<(Entry, Bytes)>, TreeError> {
         demand_name(name)?;
         let home = self.layout.home(directory);
         let key = layout::entry_key(directory, name);
@@ -381,10 +393,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     fn read_parent(&self, directory: Ino) -> Result<(Ino, Bytes), TreeError> {
         let home = self.layout.home(directory);
         let key = layout::parent_key(directory);
-        let bytes = self
-            .session
-            .read(home, &key)?
-            .ok_or(TreeError::NotFound)?;
+        let bytes = self.session.read(home, &key)?.ok_or(TreeError::NotFound)?;
         let Parent(ino) = Parent::decode(&bytes).map_err(|why| corrupt(home, &key, why))?;
         Ok((ino, bytes))
     }
@@ -401,11 +410,15 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         let home = self.layout.home(ino);
         let mut inode = None;
         let mut count = None;
+        let mut parent = None;
         for (key, value) in objects {
             match layout::inode_part(&key) {
                 Some(InodePart::Inode) => inode = Some(value),
                 Some(InodePart::Count) => count = Some(value),
-                Some(InodePart::Parent) => {}
+                Some(InodePart::Parent) => {
+                    let decoded = Parent::decode(&value);
+                    parent = Some(decoded.map_err(|why| corrupt(home, &key, why))?.0);
+                }
                 None => return Err(corrupt(home, &key, Malformed::Key)),
             }
         }
@@ -417,7 +430,11 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         let count = layout::read_count(&count_bytes)
             .map_err(|why| corrupt(home, &layout::count_key(ino), why))?;
         Ok(StatRead {
-            stat: Stat { inode, count },
+            stat: Stat {
+                inode,
+                count,
+                parent,
+            },
             inode_bytes,
             count_bytes,
         })

@@ -16,7 +16,13 @@ use tempfile::TempDir;
 
 fn stored(session: &LocalTree, input: &TempDir) -> StoreReport {
     let tree = Tree::open(session).unwrap();
-    store(&tree, input.path(), &StoreOptions::default(), &Progress::default()).unwrap()
+    store(
+        &tree,
+        input.path(),
+        &StoreOptions::default(),
+        &Progress::default(),
+    )
+    .unwrap()
 }
 
 fn compared(session: &LocalTree, input: &TempDir, since: Option<SystemTime>) -> CompareReport {
@@ -48,8 +54,7 @@ fn everything_a_tree_can_hold_comes_out_as_it_went_in() {
         assert_eq!(report.entries, 324);
 
         let to = output.path().join(format!("{meta}-{object}"));
-        let report =
-            fetch(&tree, &to, &FetchOptions::default(), &Progress::default()).unwrap();
+        let report = fetch(&tree, &to, &FetchOptions::default(), &Progress::default()).unwrap();
         assert!(report.damaged.is_empty());
         assert_eq!((report.files, report.symlinks, report.links), (310, 3, 4));
         assert_same(input.path(), &to);
@@ -147,7 +152,10 @@ fn compare_names_every_kind_of_difference() {
         assert_eq!(found.get(path), Some(&what), "{path} in {found:#?}");
     }
     // The directories whose entries changed have other modification times.
-    assert_eq!(found.get(".").map(String::as_str), Some("modification time"));
+    assert_eq!(
+        found.get(".").map(String::as_str),
+        Some("modification time")
+    );
 
     // All of it happened after a storing that began at the epoch: nothing is a mismatch.
     let report = compared(&session, &input, Some(SystemTime::UNIX_EPOCH));

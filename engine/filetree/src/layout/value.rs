@@ -14,7 +14,7 @@
 //!
 //! Pending   0 version=1  1..8 zero  8..16 ino that the file will have
 //!
-//! Freeing   0 version=1  1..8 zero  8..16 chunks still to be deleted: 0 .. this
+//! Freeing   0 version=1  1..8 zero  8..16 chunks that the file had
 //! ```
 //!
 //! A count is the engine's own word of eight bytes and has no version: the engine adds to it.
@@ -332,10 +332,10 @@ impl Pending {
     }
 }
 
-/// Note that a file is gone except for its first chunks.
+/// Note that a file is gone except for chunks of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Freeing {
-    /// Chunks `0 .. chunks` are still to be deleted.
+    /// How many chunks the file had; some of `0 .. chunks` are still to be deleted.
     pub chunks: u64,
 }
 

@@ -334,8 +334,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             let after = rustix::fs::fstat(&*file)?;
             let is_still = length == size && input::is_unchanged(&stat, &after);
             if is_still || attempt == READS_MAX {
-                let chunk =
-                    (length > 0).then(|| Chunk::from_framed(&mut self.buffer[..=length]));
+                let chunk = (length > 0).then(|| Chunk::from_framed(&mut self.buffer[..=length]));
                 let inode = Inode {
                     size: length as u64,
                     ..inode
@@ -388,8 +387,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 }
                 if stat.st_nlink > 1 {
                     let kind = Kind::File;
-                    lock(&self.run.links)
-                        .insert(input::identity(&stat), Some(Entry { ino, kind }));
+                    lock(&self.run.links).insert(input::identity(&stat), Some(Entry { ino, kind }));
                 }
                 self.report.files += 1;
                 self.report.bytes += bytes;
@@ -409,7 +407,10 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
     /// The directory of the tree that receives the name, without a directory of that name.
     fn ready_directory(&mut self, here: &Here<'_>) -> Result<Ino, StoreError> {
         let (directory, _) = self.ensure(&here.entries.place)?;
-        if here.known.is_some_and(|known| known.kind == Kind::Directory) {
+        if here
+            .known
+            .is_some_and(|known| known.kind == Kind::Directory)
+        {
             self.remove_directory(directory, here.name)
                 .map_err(|why| failed(&here.path(), why))?;
         }
@@ -461,6 +462,11 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         };
         let (directory, is_fresh) = self.ensure(&later.place)?;
         if !is_fresh {
+            // An interrupted run may have begun to store the file under this name.
+            self.run
+                .tree
+                .abandon(directory, &later.name)
+                .map_err(|why| failed(&path, why))?;
             return self
                 .replace_with_link(directory, &later.name, target)
                 .map_err(|why| failed(&path, why));
@@ -470,7 +476,13 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             .tree
             .request_link(directory, &later.name, target)
             .map_err(|why| failed(&path, why))?;
-        self.submit(request, later.place, directory, &later.name, What::Link(target))
+        self.submit(
+            request,
+            later.place,
+            directory,
+            &later.name,
+            What::Link(target),
+        )
     }
 
     fn submit(
@@ -526,9 +538,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 what,
             ) => match what {
                 What::Create(new, _) => self.replace_new(open.directory, &open.name, new),
-                What::Link(target) => {
-                    self.replace_with_link(open.directory, &open.name, *target)
-                }
+                What::Link(target) => self.replace_with_link(open.directory, &open.name, *target),
             },
             (Err(e), _) => Err(e.into()),
         };

@@ -265,13 +265,13 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     pub(super) fn plan_release(&self, plan: &mut Plan, entry: Entry) -> Result<bool, TreeError> {
         let ino = entry.ino;
         let home = self.layout.home(ino);
-        let read = self.read_stat(ino)?;
+        let broken = |why| corrupt(home, &layout::inode_key(ino), why);
+        let read = match self.read_stat(ino) {
+            Err(TreeError::NotFound) => return Err(broken(Malformed::Missing)),
+            other => other?,
+        };
         if read.stat.inode.kind != entry.kind {
-            return Err(corrupt(
-                home,
-                &layout::inode_key(ino),
-                Malformed::Contradiction,
-            ));
+            return Err(broken(Malformed::Contradiction));
         }
         plan.lock(home, layout::inode_range(ino), Mode::Exclusive);
         plan.equal(home, layout::count_key(ino), read.count_bytes);

@@ -9,9 +9,7 @@ use lowtide_engine_core::session::Session;
 use super::upload::Upload;
 use super::{Tree, corrupt, demand_name};
 use crate::error::TreeError;
-use crate::layout::{
-    self, Attributes, CHUNK_LOG2_MAX, Chunk, Entry, Ino, Inode, Kind, Malformed,
-};
+use crate::layout::{self, Attributes, CHUNK_LOG2_MAX, Chunk, Entry, Ino, Inode, Kind, Malformed};
 use crate::plan::Plan;
 
 /// Bytes asked for ahead of a reader, per object server.
@@ -56,12 +54,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     /// # Errors
     /// [`TreeError::NotFound`], [`TreeError::NotAFile`], [`TreeError::BeyondEnd`] when `offset`
     /// is larger than the file, [`TreeError::Input`].
-    pub fn write(
-        &self,
-        ino: Ino,
-        offset: u64,
-        content: &mut dyn Read,
-    ) -> Result<u64, TreeError> {
+    pub fn write(&self, ino: Ino, offset: u64, content: &mut dyn Read) -> Result<u64, TreeError> {
         let mut at = offset;
         loop {
             let chunk_size = self.demand_file(ino)?.chunk_size();
@@ -435,8 +428,8 @@ impl<S: Session + ?Sized> Reader<'_, '_, S> {
             .session
             .scan(home, range, after.as_ref(), READ_AHEAD_BYTES)?;
         for (key, value) in page.entries {
-            let number = layout::chunk_number(&key)
-                .ok_or_else(|| corrupt(home, &key, Malformed::Key))?;
+            let number =
+                layout::chunk_number(&key).ok_or_else(|| corrupt(home, &key, Malformed::Key))?;
             if number >= self.inode.chunks() {
                 break; // written after this reader was opened
             }

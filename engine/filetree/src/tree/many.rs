@@ -111,9 +111,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             for home in homes {
                 let mut after = None;
                 loop {
-                    let page = self
-                        .session
-                        .scan(home, range, after.as_ref(), page_bytes)?;
+                    let page = self.session.scan(home, range, after.as_ref(), page_bytes)?;
                     after = page.entries.last().map(|(key, _)| key.clone());
                     for (key, value) in page.entries {
                         found(key, value);

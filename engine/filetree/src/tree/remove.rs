@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::op::{Mode, Range};
 use lowtide_engine_core::session::Session;
 
-use super::{Tree, corrupt, demand_name};
+use super::{DirPage, Tree, corrupt, demand_name};
 use crate::error::TreeError;
 use crate::layout::{self, Ino, Kind, Malformed, Parent};
 use crate::plan::Plan;
 
 /// Most directories between a directory and the root when a directory is moved there.
 const DEPTH_MAX: usize = 100_000;
+/// How often a directory without entries may turn out not to be empty.
+const FUTILE_MAX: u32 = 1000;
 /// Entries of a directory that are removed at a time.
 const REMOVE_PAGE: usize = 1024;
 
@@ -69,7 +71,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     /// adds to the directory meanwhile sees his entries removed too, or has this start again.
     ///
     /// # Errors
-    /// [`TreeError::NotFound`], [`TreeError::InvalidName`].
+    /// [`TreeError::NotFound`], [`TreeError::InvalidName`], [`TreeError::Corrupt`].
     pub fn remove_all(&self, directory: Ino, name: &[u8]) -> Result<(), TreeError> {
         let top = self.lookup(directory, name)?;
         if top.kind != Kind::Directory {
@@ -78,11 +80,16 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         // A stack of (directory that holds the name, name, inode), not a recursion: trees may be
         // deeper than a thread's stack.
         let mut stack = vec![(directory, name.to_vec(), top.ino)];
+        let mut futile = 0;
         while let Some((holder, name, ino)) = stack.last().cloned() {
             let page = match self.readdir(ino, None, REMOVE_PAGE) {
-                Err(TreeError::NotFound) => Default::default(),
+                Err(TreeError::NotFound) => DirPage::default(),
                 other => other?,
             };
+            if let Some(key) = page.damaged.first() {
+                return Err(corrupt(self.layout.home(ino), key, Malformed::Key));
+            }
+            let is_empty = page.entries.is_empty();
             let mut child = None;
             for e in page.entries {
                 if e.entry.kind == Kind::Directory {
@@ -92,11 +99,19 @@ impl<S: Session + ?Sized> Tree<'_, S> {
                 }
             }
             if let Some(child) = child {
+                self.demand_parent(child.2, ino)?;
                 stack.push(child);
                 continue;
             }
             match ignore_absent(self.rmdir(holder, &name)) {
-                Err(TreeError::NotEmpty) => {} // filled again meanwhile, or another page
+                Err(TreeError::NotEmpty) if is_empty => {
+                    // Somebody keeps adding entries, or the count of entries is wrong.
+                    futile += 1;
+                    if futile == FUTILE_MAX {
+                        return Err(TreeError::NotEmpty);
+                    }
+                }
+                Err(TreeError::NotEmpty) => {} // there is another page
                 other => {
                     other?;
                     stack.pop();
@@ -104,6 +119,19 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             }
         }
         Ok(())
+    }
+
+    /// Fails when a directory says that it belongs elsewhere: damaged directories could hold each
+    /// other, and walking down would never end.
+    fn demand_parent(&self, directory: Ino, parent: Ino) -> Result<(), TreeError> {
+        match self.parent(directory) {
+            Ok(found) if found != parent => {
+                let home = self.layout.home(directory);
+                let key = layout::parent_key(directory);
+                Err(corrupt(home, &key, Malformed::Contradiction))
+            }
+            other => ignore_absent(other.map(|_| ())),
+        }
     }
 
     /// Renames `from.1` in directory `from.0` to `to.1` in `to.0`, replacing what stands there
@@ -190,7 +218,11 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             at = parent;
         }
         let home = self.layout.home(to);
-        Err(corrupt(home, &layout::parent_key(to), Malformed::Contradiction))
+        Err(corrupt(
+            home,
+            &layout::parent_key(to),
+            Malformed::Contradiction,
+        ))
     }
 
     /// Removes the inode of an empty directory.
@@ -200,7 +232,12 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         if !self.session.scan(home, names, None, 1)?.entries.is_empty() {
             return Err(TreeError::NotEmpty);
         }
-        let read = self.read_stat(ino)?;
+        let read = match self.read_stat(ino) {
+            Err(TreeError::NotFound) => {
+                return Err(corrupt(home, &layout::inode_key(ino), Malformed::Missing));
+            }
+            other => other?,
+        };
         if read.stat.count != 0 {
             return Err(TreeError::NotEmpty);
         }

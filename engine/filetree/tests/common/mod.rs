@@ -89,12 +89,22 @@ pub fn assert_same(left: &Path, right: &Path) {
     let (mut left, mut right) = (left.to_path_buf(), right.to_path_buf());
     left.push("");
     right.push("");
-    silent("rsync", &["-aHnc", "--delete", "--itemize-changes"], &left, &right);
+    silent(
+        "rsync",
+        &["-aHnc", "--delete", "--itemize-changes"],
+        &left,
+        &right,
+    );
 }
 
 /// A program, where it is installed, finds no difference either.
 fn silent(program: &str, arguments: &[&str], left: &Path, right: &Path) {
-    let Ok(output) = Command::new(program).args(arguments).arg(left).arg(right).output() else {
+    let Ok(output) = Command::new(program)
+        .args(arguments)
+        .arg(left)
+        .arg(right)
+        .output()
+    else {
         return;
     };
     // diff cannot read FIFOs; those are not in the tree and are told apart by name.
@@ -150,7 +160,10 @@ pub fn sample(top: &Path) {
     holes[300_000..300_100].fill(7);
     file("a/b/mostly zeros", &holes);
     for i in 0..300 {
-        file(&format!("a/b/c/file {i}"), &noise(i, (i * 37 % 9000) as usize));
+        file(
+            &format!("a/b/c/file {i}"),
+            &noise(i, (i * 37 % 9000) as usize),
+        );
     }
     symlink("one", top.join("a/link")).unwrap();
     symlink("/nonexistent/\u{fc}", top.join("dangling")).unwrap();
