@@ -43,12 +43,6 @@ use tasks::Task;
 const TICK: Duration = Duration::from_millis(10);
 /// Time for all processes to come up.
 const START_PATIENCE: Duration = Duration::from_secs(60);
-/// Roles that are started together, in order.
-const START_WAVES: [&[Role]; 3] = [
-    &[Role::Root, Role::Meta, Role::Object],
-    &[Role::Proxy],
-    &[Role::Client],
-];
 /// Time for one process to end in good order.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
 /// A minimum that stands still for this long gets an explanation on the screen.
@@ -261,14 +255,11 @@ impl<'a> Run<'a> {
     /// Starts all processes and waits until they are a cluster.
     fn start(&mut self) -> Result<(), RunError> {
         let began = Instant::now();
-        // Who depends on others comes after them, so that nobody waits for a retry.
-        for wave in START_WAVES {
-            self.nodes.start(wave)?;
-            while !self.nodes.is_well_since(began) {
-                self.step("starting", 0.0, Progress::default())?;
-                if began.elapsed() > START_PATIENCE {
-                    return Err(self.not_started());
-                }
+        self.nodes.start_all()?;
+        while !self.nodes.is_well_since(began) {
+            self.step("starting", 0.0, Progress::default())?;
+            if began.elapsed() > START_PATIENCE {
+                return Err(self.not_started());
             }
         }
         self.display.event(&format!(
@@ -280,9 +271,8 @@ impl<'a> Run<'a> {
 
     /// Names a node that is to blame, with the end of its log.
     fn not_started(&self) -> RunError {
-        let is_down = |node: &nodes::Node| {
-            node.life > 0 && !(node.is_answering() && engine::is_complete(&node.last().status))
-        };
+        let is_down =
+            |node: &nodes::Node| !node.is_answering() || !engine::is_complete(&node.last().status);
         let (_, node) = self
             .nodes
             .iter()
