@@ -35,7 +35,7 @@ pub mod nodes;
 pub mod tasks;
 
 use chaos::Chaos;
-use display::{Display, Moment};
+use display::{Display, Moment, Phase};
 use nodes::{Nodes, NodesError};
 use tasks::Task;
 
@@ -101,7 +101,7 @@ pub enum RunError {
     #[error("{what}: {reason}")]
     Job {
         /// The work.
-        what: &'static str,
+        what: Phase,
         /// Why.
         reason: String,
     },
@@ -257,7 +257,7 @@ impl<'a> Run<'a> {
         let began = Instant::now();
         self.nodes.start_all()?;
         while !self.nodes.is_well_since(began) {
-            self.step("starting", 0.0, Progress::default())?;
+            self.step(Phase::Starting, 0.0, Progress::default())?;
             if began.elapsed() > START_PATIENCE {
                 return Err(self.not_started());
             }
@@ -298,7 +298,7 @@ impl<'a> Run<'a> {
             };
             Task::new(job, client)
         });
-        for outcome in self.finish_tasks("storing", tasks.collect())? {
+        for outcome in self.finish_tasks(Phase::Storing, tasks.collect())? {
             if let Outcome::Stored {
                 unreadable_count,
                 unreadable,
@@ -322,8 +322,8 @@ impl<'a> Run<'a> {
     fn recover(&mut self) -> Result<(), RunError> {
         self.moved.at = Instant::now();
         while !self.chaos.is_over() {
-            self.step("recovering", 100.0, Progress::default())?;
-            self.give_up_if_stalled("recovering", Progress::default())?;
+            self.step(Phase::Recovering, 100.0, Progress::default())?;
+            self.give_up_if_stalled(Phase::Recovering, Progress::default())?;
         }
         Ok(())
     }
@@ -340,7 +340,7 @@ impl<'a> Run<'a> {
             input: self.options.input.as_path().into(),
             since,
         };
-        for outcome in self.finish_tasks("verifying", vec![Task::new(job, reader)])? {
+        for outcome in self.finish_tasks(Phase::Verifying, vec![Task::new(job, reader)])? {
             if let Outcome::Verified {
                 entries,
                 bytes,
@@ -374,7 +374,7 @@ impl<'a> Run<'a> {
             self.state.display()
         ));
         while !self.interrupted.load(Ordering::Relaxed) {
-            self.step("staying", 100.0, Progress::default())
+            self.step(Phase::Staying, 100.0, Progress::default())
                 .or_else(|error| match error {
                     RunError::Interrupted => Ok(()),
                     error => Err(error),
@@ -462,7 +462,7 @@ impl<'a> Run<'a> {
     /// Steps until every task has its outcome.
     fn finish_tasks(
         &mut self,
-        phase: &'static str,
+        phase: Phase,
         mut tasks: Vec<Task>,
     ) -> Result<Vec<Outcome>, RunError> {
         self.moved.at = Instant::now();
@@ -491,25 +491,26 @@ impl<'a> Run<'a> {
                     .filter_map(|task| task.outcome().cloned())
                     .collect());
             }
-            let percent = self.percent(progress);
+            let percent = self.percent(phase, progress);
             self.step(phase, percent, progress)?;
             self.give_up_if_stalled(phase, progress)?;
         }
     }
 
-    fn percent(&self, done: Progress) -> f64 {
-        let all = Survey::work(self.survey.entries, self.survey.bytes).max(1);
-        let done = Survey::work(done.entries, done.bytes);
+    /// Share of a phase's operations that are done.
+    fn percent(&self, phase: Phase, done: Progress) -> f64 {
+        let all = Survey::operations(self.survey.entries, self.survey.bytes).max(1);
+        let mut done = Survey::operations(done.entries, done.bytes);
+        if phase == Phase::Storing {
+            // Large files make progress long before they are whole entries.
+            let totals = self.nodes.totals();
+            done = done.max(totals.operations.saturating_sub(totals.in_flight));
+        }
         (done as f64 * 100.0 / all as f64).min(100.0)
     }
 
     /// One step of everything that goes on by itself.
-    fn step(
-        &mut self,
-        phase: &'static str,
-        percent: f64,
-        progress: Progress,
-    ) -> Result<(), RunError> {
+    fn step(&mut self, phase: Phase, percent: f64, progress: Progress) -> Result<(), RunError> {
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(RunError::Interrupted);
         }
@@ -521,14 +522,10 @@ impl<'a> Run<'a> {
             self.chaos.note_death(&self.nodes, death.node, &death.exit);
         }
         // Faults belong to the storing; whatever is left strikes right after it.
-        if matches!(phase, "storing" | "recovering") {
-            for event in self.chaos.tick(&mut self.nodes, percent, now)? {
-                self.display.event(&event);
-            }
-        } else {
-            for event in self.chaos.tick(&mut self.nodes, -1.0, now)? {
-                self.display.event(&event);
-            }
+        let is_time = matches!(phase, Phase::Storing | Phase::Recovering);
+        let stored = is_time.then_some(percent);
+        for event in self.chaos.tick(&mut self.nodes, stored, now)? {
+            self.display.event(&event);
         }
         for node in self.chaos.take_powerless() {
             let dir = state::data_dir(self.state, &self.nodes.get(node).member.name);
@@ -545,16 +542,12 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn moment(&self, phase: &'static str, percent: f64, progress: Progress) -> Moment {
+    fn moment(&self, phase: Phase, percent: f64, progress: Progress) -> Moment {
         let is_held = self.minimum.is_longer_than(HELD_AFTER);
         Moment::of(phase, percent, progress, &self.nodes, is_held)
     }
 
-    fn give_up_if_stalled(
-        &mut self,
-        phase: &'static str,
-        progress: Progress,
-    ) -> Result<(), RunError> {
+    fn give_up_if_stalled(&mut self, phase: Phase, progress: Progress) -> Result<(), RunError> {
         let seen = (progress, self.nodes.totals().operations);
         if seen != self.moved.seen {
             self.moved = Movement {
@@ -567,7 +560,7 @@ impl<'a> Run<'a> {
         }
         Err(RunError::Stalled {
             patience: self.options.patience,
-            moment: Box::new(self.moment(phase, self.percent(progress), progress)),
+            moment: Box::new(self.moment(phase, self.percent(phase, progress), progress)),
         })
     }
 }

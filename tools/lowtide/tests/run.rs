@@ -322,7 +322,7 @@ fn what_cannot_be_read_is_named_and_decides_the_exit_status() {
     let _socket = std::os::unix::net::UnixListener::bind(input.join("socket")).unwrap();
     let secret = input.join("secret");
     fs::write(&secret, "x").unwrap();
-    fs::set_permissions(&secret, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o0)).unwrap();
     let is_secret = fs::File::open(&secret).is_err();
     let run = |extra: &[&str]| {
         lowtide(&["run", "--clients", "1", "--input", text(&input)])

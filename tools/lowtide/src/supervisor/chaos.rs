@@ -104,25 +104,24 @@ impl Chaos {
         self
     }
 
-    /// Injects what is due at `percent`, ends what has lasted long enough, and measures. Returns
-    /// what happened, in words.
+    /// Injects what is due when `stored` percent of the work are done (`None`: it is not the time
+    /// for faults), ends what has lasted long enough, and measures. Returns what happened, in
+    /// words.
     ///
     /// # Errors
     /// A process cannot be killed or signalled.
     pub fn tick(
         &mut self,
         nodes: &mut Nodes,
-        percent: f64,
+        stored: Option<f64>,
         now: Instant,
     ) -> Result<Vec<String>, NodesError> {
         let mut events = Vec::new();
-        while self
-            .pending
-            .last()
-            .and_then(Fault::at)
-            .is_some_and(|Percent(at)| at <= percent)
+        while let Some(percent) = stored
+            && let Some(fault) = self
+                .pending
+                .pop_if(|f| f.at().is_some_and(|at| at.0 <= percent))
         {
-            let fault = self.pending.pop().expect("just seen");
             events.push(format!("fault {fault} at {percent:.1}%"));
             self.inject(&fault, nodes)?;
         }

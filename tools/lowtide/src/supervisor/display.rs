@@ -23,11 +23,38 @@ pub struct Display {
     began: Instant,
 }
 
+/// What a run is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Processes come up and join.
+    Starting,
+    /// Clients store the input.
+    Storing,
+    /// Everything is stored; faults are not yet over.
+    Recovering,
+    /// A client reads everything back.
+    Verifying,
+    /// The cluster stays for the user.
+    Staying,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Phase::Starting => "starting",
+            Phase::Storing => "storing",
+            Phase::Recovering => "recovering",
+            Phase::Verifying => "verifying",
+            Phase::Staying => "staying",
+        })
+    }
+}
+
 /// One moment of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moment {
-    /// What is going on: `storing`, `verifying`.
-    pub phase: &'static str,
+    /// What is going on.
+    pub phase: Phase,
     /// Share of the phase's work that is done, 0 to 100.
     pub percent: f64,
     /// What the phase has done.
@@ -49,7 +76,7 @@ impl Moment {
     /// long enough to say why.
     #[must_use]
     pub fn of(
-        phase: &'static str,
+        phase: Phase,
         percent: f64,
         progress: Progress,
         nodes: &Nodes,
