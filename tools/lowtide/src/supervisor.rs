@@ -142,6 +142,9 @@ pub fn run(
     let mut run = Run::prepare(options, state, executable, interrupted)?;
     let result = run.all_phases();
     run.display.finish();
+    if result.is_err() {
+        run.leave_status();
+    }
     result
 }
 
@@ -401,6 +404,19 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Leaves every node's last status in the state directory, for whoever wants to know why.
+    fn leave_status(&self) {
+        let nodes: serde_json::Map<String, serde_json::Value> = self
+            .nodes
+            .iter()
+            .map(|(_, node)| (node.member.name.clone(), describe(node)))
+            .collect();
+        let path = self.state.join("status.json");
+        if let Err(error) = std::fs::write(&path, format!("{:#}\n", serde_json::json!(nodes))) {
+            self.display.event(&format!("{}: {error}", path.display()));
+        }
+    }
+
     /// Takes the figures of the finished work from the nodes.
     fn account(&mut self) {
         let totals = self.nodes.totals();
@@ -438,12 +454,7 @@ impl<'a> Run<'a> {
         for (_, node) in self.nodes.iter() {
             let name = node.member.name.clone();
             report.memory.insert(name.clone(), node.memory());
-            let status = serde_json::json!({
-                "lives": node.life,
-                "status": node.last().status,
-                "counters_of_all_lives": node.counters(),
-            });
-            report.nodes.insert(name, status);
+            report.nodes.insert(name, describe(node));
         }
         if report.minimum.final_lag > 0 {
             report.problems.push(format!(
@@ -563,6 +574,15 @@ impl<'a> Run<'a> {
             moment: Box::new(self.moment(phase, self.percent(phase, progress), progress)),
         })
     }
+}
+
+/// A node's last words, for reports.
+fn describe(node: &nodes::Node) -> serde_json::Value {
+    serde_json::json!({
+        "lives": node.life,
+        "status": node.last().status,
+        "counters_of_all_lives": node.counters(),
+    })
 }
 
 impl Standstill {

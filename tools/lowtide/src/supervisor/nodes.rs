@@ -346,10 +346,15 @@ impl Node {
         &self.last
     }
 
-    /// Counts of all its lives.
+    /// Counts of all its lives. A dead life has nothing in flight: its work is its successor's or
+    /// that of the resolver.
     #[must_use]
     pub fn counters(&self) -> NodeCounters {
-        engine::together(self.past, self.last.status.counters)
+        let mut counters = engine::together(self.past, self.last.status.counters);
+        if self.child.is_none() {
+            counters.in_flight = 0;
+        }
+        counters
     }
 
     /// Its memory at its largest over all lives.
