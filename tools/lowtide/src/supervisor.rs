@@ -23,10 +23,11 @@ use crate::control::{Job, Outcome, Progress};
 use crate::engine;
 use crate::fault::{Fault, Shape};
 use crate::input::{self, Survey};
-use crate::report::{LatencyReport, MinimumReport, Report, UndoReport, WindowReport};
+use crate::report::Report;
 use crate::state::State;
 use crate::{address, state};
 
+pub mod accounts;
 pub mod chaos;
 pub mod child;
 pub mod display;
@@ -34,6 +35,7 @@ pub mod layout;
 pub mod nodes;
 pub mod tasks;
 
+use accounts::Standstill;
 use chaos::Chaos;
 use display::{Display, Moment, Phase};
 use nodes::{Nodes, NodesError};
@@ -142,8 +144,10 @@ pub fn run(
     let mut run = Run::prepare(options, state, executable, interrupted)?;
     let result = run.all_phases();
     run.display.finish();
-    if result.is_err() {
-        run.leave_status();
+    if result.is_err()
+        && let Err(error) = accounts::leave_status(run.state, &run.nodes)
+    {
+        run.display.event(&error);
     }
     result
 }
@@ -159,14 +163,6 @@ struct Run<'a> {
     minimum: Standstill,
     moved: Movement,
     report: Report,
-}
-
-/// Longest time the minimum stood still while operations waited for it.
-#[derive(Debug, Default)]
-struct Standstill {
-    value: u64,
-    since: Option<Instant>,
-    longest: Duration,
 }
 
 /// When the work moved last.
@@ -215,9 +211,10 @@ impl<'a> Run<'a> {
             crate::report::Size(survey.bytes)
         ));
         display.event(&format!(
-            "cluster of {count} processes at {} and above, state in {}",
+            "cluster of {count} processes at {} and above, state in {}, seed {}",
             addresses[0],
-            state.dir().display()
+            state.dir().display(),
+            options.seed
         ));
         Ok(Run {
             options,
@@ -244,7 +241,10 @@ impl<'a> Run<'a> {
         self.store()?;
         self.recover()?;
         self.verify(since)?;
-        self.account();
+        let provider = engine::provider_name(self.options.provider);
+        provider.clone_into(&mut self.report.provider);
+        self.report.seed = self.options.seed;
+        accounts::close(&mut self.report, &self.nodes, &self.minimum);
         if self.options.stay {
             self.stay()?;
         }
@@ -404,66 +404,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Leaves every node's last status in the state directory, for whoever wants to know why.
-    fn leave_status(&self) {
-        let nodes: serde_json::Map<String, serde_json::Value> = self
-            .nodes
-            .iter()
-            .map(|(_, node)| (node.member.name.clone(), describe(node)))
-            .collect();
-        let path = self.state.join("status.json");
-        if let Err(error) = std::fs::write(&path, format!("{:#}\n", serde_json::json!(nodes))) {
-            self.display.event(&format!("{}: {error}", path.display()));
-        }
-    }
-
-    /// Takes the figures of the finished work from the nodes.
-    fn account(&mut self) {
-        let totals = self.nodes.totals();
-        let report = &mut self.report;
-        report.provider = engine::provider_name(self.options.provider).to_owned();
-        report.operations = totals.operations;
-        report.ops_per_s = totals.operations as f64 / report.elapsed_s.max(1e-9);
-        report.minimum = MinimumReport {
-            final_lag: match totals.in_flight {
-                0 => 0,
-                _ => self.nodes.epoch().saturating_sub(self.nodes.root().minimum),
-            },
-            // The root's own measure is finer but ends with its life.
-            max_lag_ms: (self.minimum.longest.as_millis() as u64).max(totals.minimum_lag_max_ms),
-        };
-        report.windows = WindowReport {
-            sent: totals.windows_sent,
-            discarded: totals.windows_discarded,
-            held_max: totals.windows_held_max,
-        };
-        report.undo = UndoReport {
-            appended: totals.undo_appended,
-            purged: totals.undo_purged,
-            rolled_back: totals.undo_rolled_back,
-        };
-        // Percentiles cannot be added up; the slowest client's are an upper bound.
-        for (_, client) in self.nodes.of_role(Role::Client) {
-            let latency = client.last().status.latency;
-            report.latency_us = LatencyReport {
-                p50: report.latency_us.p50.max(latency.p50),
-                p99: report.latency_us.p99.max(latency.p99),
-                p999: report.latency_us.p999.max(latency.p999),
-            };
-        }
-        for (_, node) in self.nodes.iter() {
-            let name = node.member.name.clone();
-            report.memory.insert(name.clone(), node.memory());
-            report.nodes.insert(name, describe(node));
-        }
-        if report.minimum.final_lag > 0 {
-            report.problems.push(format!(
-                "{} operations are not stable although all work is done",
-                totals.in_flight
-            ));
-        }
-    }
-
     fn note_input(&mut self, what: &str, notes: &[String]) {
         let list = &mut self.report.input_notes;
         list.extend(notes.iter().map(|note| format!("{what}: {note}")));
@@ -573,49 +513,5 @@ impl<'a> Run<'a> {
             patience: self.options.patience,
             moment: Box::new(self.moment(phase, self.percent(phase, progress), progress)),
         })
-    }
-}
-
-/// A node's last words, for reports.
-fn describe(node: &nodes::Node) -> serde_json::Value {
-    serde_json::json!({
-        "lives": node.life,
-        "status": node.last().status,
-        "counters_of_all_lives": node.counters(),
-    })
-}
-
-impl Standstill {
-    fn is_longer_than(&self, time: Duration) -> bool {
-        self.since.is_some_and(|since| since.elapsed() > time)
-    }
-
-    fn observe(&mut self, minimum: u64, in_flight: u64, now: Instant) {
-        if minimum != self.value || in_flight == 0 {
-            self.value = minimum;
-            self.since = None;
-            return;
-        }
-        let since = *self.since.get_or_insert(now);
-        self.longest = self.longest.max(now - since);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_minimum_stands_still_only_while_somebody_waits() {
-        let t = Instant::now();
-        let ms = |n| t + Duration::from_millis(n);
-        let mut minimum = Standstill::default();
-        minimum.observe(5, 1, ms(0));
-        minimum.observe(5, 1, ms(10));
-        minimum.observe(5, 1, ms(40));
-        minimum.observe(5, 0, ms(500));
-        minimum.observe(6, 1, ms(1000));
-        minimum.observe(6, 1, ms(1010));
-        assert_eq!(minimum.longest, Duration::from_millis(30));
     }
 }
