@@ -153,7 +153,7 @@ impl Display {
     pub fn new() -> Display {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style =
-                ProgressStyle::with_template("{bar:32.cyan/blue} {elapsed} {prefix}\n{wide_msg}")
+                ProgressStyle::with_template("{bar:32.cyan/blue} {elapsed} {prefix}\n{msg}")
                     .expect("a constant template");
             ProgressBar::new(1000).with_style(style)
         });
