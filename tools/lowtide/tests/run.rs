@@ -150,6 +150,61 @@ fn a_killed_server_is_restarted_and_everything_is_there() {
     assert!(String::from_utf8_lossy(&again.stderr).contains("not empty"));
 }
 
+/// Runs with these faults and returns the report of a run that succeeded.
+fn run_with(faults: &[&str], files: u32) -> Value {
+    let tmp = tempfile::tempdir().unwrap();
+    let input = tmp.path().join("in");
+    make_input(&input, files);
+    let report = tmp.path().join("report.json");
+    let mut run = lowtide(&["run", "--patience", "30", "--input", text(&input)]);
+    run.args(["--report", text(&report)]);
+    for fault in faults {
+        run.args(["--fault", fault]);
+    }
+    check(&run.output().unwrap(), 0);
+    let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    let specs: Vec<&str> = report["faults"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|fault| fault["spec"].as_str().unwrap())
+        .collect();
+    assert_eq!(specs.len(), faults.len());
+    assert!(
+        faults.iter().all(|fault| specs.contains(fault)),
+        "{specs:?}"
+    );
+    report
+}
+
+#[test]
+fn another_client_finishes_the_work_of_one_that_never_returns() {
+    let report = run_with(&["kill:client1@20%!"], 400);
+    assert_eq!(report["entries"], 415);
+    assert_eq!(report["nodes"]["client1"]["lives"], 1);
+    assert!(report["faults"][0]["recovered_ms"].is_u64());
+}
+
+#[test]
+fn a_pause_and_a_partition_evict_nobody() {
+    let faults = ["pause:meta0@20%:1500", "partition:proxy0,meta1@50%:1500"];
+    let report = run_with(&faults, 300);
+    for fault in report["faults"].as_array().unwrap() {
+        assert_eq!(fault["detected_ms"], Value::Null, "{fault}");
+        assert!(fault["recovered_ms"].as_u64().unwrap() >= 1500, "{fault}");
+    }
+    for (name, node) in report["nodes"].as_object().unwrap() {
+        assert_eq!(node["lives"], 1, "{name}");
+    }
+    assert_eq!(report["nodes"]["root"]["status"]["counters"]["evicted"], 0);
+}
+
+#[test]
+fn power_loss_and_lost_datagrams_are_survived_together() {
+    let report = run_with(&["loss:3", "poweroff:object0@50%"], 300);
+    assert_eq!(report["nodes"]["object0"]["lives"], 2);
+}
+
 #[test]
 fn two_runs_at_once_do_not_meet() {
     let tmp = tempfile::tempdir().unwrap();
