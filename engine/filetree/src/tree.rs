@@ -255,6 +255,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             },
             size: 0,
             chunk_log2: 0,
+            writes: 0,
             target: Vec::new(),
         };
         let mut plan = Plan::default();

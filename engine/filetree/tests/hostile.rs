@@ -45,6 +45,8 @@ fn decode_all(bytes: &[u8]) {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn random_values_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
         decode_all(&bytes);
@@ -56,8 +58,8 @@ proptest! {
         let ino = Ino::new(77).unwrap();
         let values = [
             Entry { ino, kind: Kind::File }.encode(),
-            Inode { kind: Kind::File, attributes, size: 9, chunk_log2: 18, target: vec![] }.encode(),
-            Inode { kind: Kind::Symlink, attributes, size: 3, chunk_log2: 0, target: b"abc".to_vec() }.encode(),
+            Inode { kind: Kind::File, attributes, size: 9, chunk_log2: 18, writes: 1, target: vec![] }.encode(),
+            Inode { kind: Kind::Symlink, attributes, size: 3, chunk_log2: 0, writes: 0, target: b"abc".to_vec() }.encode(),
             Parent(ino).encode(),
             Freeing { chunks: 5 }.encode(),
             Chunk::new(b"contents").encode(),
@@ -82,9 +84,9 @@ proptest! {
         chunk_log2 in 12u8..=22, target in proptest::collection::vec(1u8.., 1..100),
     ) {
         let attributes = Attributes { mode, uid, gid, mtime_sec, mtime_nsec };
-        let file = Inode { kind: Kind::File, attributes, size, chunk_log2, target: vec![] };
+        let file = Inode { kind: Kind::File, attributes, size, chunk_log2, writes: uid, target: vec![] };
         let link = Inode {
-            kind: Kind::Symlink, attributes, size: target.len() as u64, chunk_log2: 0, target,
+            kind: Kind::Symlink, attributes, size: target.len() as u64, chunk_log2: 0, writes: 0, target,
         };
         for inode in [file, link] {
             prop_assert_eq!(Inode::decode(&inode.encode()), Ok(inode));
@@ -93,7 +95,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(60) })]
 
     /// Objects of a stored tree are changed or lost at random; everything still ends, with errors
     /// or findings rather than panics, and what is fetched is what was stored.

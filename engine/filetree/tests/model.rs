@@ -412,7 +412,7 @@ impl Pair<'_> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
 
     #[test]
     fn operations_do_what_the_model_does(ops in proptest::collection::vec(op(), 1..80)) {

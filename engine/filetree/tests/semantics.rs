@@ -360,3 +360,22 @@ fn a_hundred_thousand_entries_are_listed_in_bounded_pages() {
     assert_eq!(tree.stat(first).unwrap().count, ENTRIES as i64);
     assert_whole(&tree);
 }
+
+#[test]
+fn concurrent_writers_lose_nothing() {
+    let s = session();
+    let tree = Tree::with_chunk_log2(&s, 12).unwrap();
+    let f = file(&tree, ROOT, b"f", &[0; 4096]);
+    std::thread::scope(|scope| {
+        for writer in 0..4u64 {
+            let other = s.share(life(900 + writer as u32, 1));
+            scope.spawn(move || {
+                let tree = Tree::with_chunk_log2(&other, 12).unwrap();
+                for i in 0..200 {
+                    tree.write(f, i * 4 + writer, &mut &[1][..]).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(&content(&tree, f)[..800], [1; 800]);
+}

@@ -316,6 +316,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             attributes: *attributes,
             size,
             chunk_log2: self.chunk_log2,
+            writes: 0,
             target: Vec::new(),
         })
     }
@@ -329,6 +330,7 @@ pub(crate) fn directory_inode(attributes: &Attributes) -> Result<Inode, TreeErro
         attributes: *attributes,
         size: 0,
         chunk_log2: 0,
+        writes: 0,
         target: Vec::new(),
     })
 }
@@ -344,6 +346,7 @@ pub(crate) fn symlink_inode(target: &[u8], attributes: &Attributes) -> Result<In
         attributes: *attributes,
         size: target.len() as u64,
         chunk_log2: 0,
+        writes: 0,
         target: target.to_vec(),
     })
 }

@@ -307,6 +307,8 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             contents.resize(contents.len().max(end), 0);
             contents[begin..end].copy_from_slice(bytes);
 
+            // So that a write planned on the same old contents is planned anew.
+            inode.writes = inode.writes.wrapping_add(1);
             inode.size = inode.size.max(at + bytes.len() as u64);
             let home = self.layout.home(ino);
             let data_home = self.layout.chunk_home(ino, number);

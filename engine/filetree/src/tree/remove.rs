@@ -197,7 +197,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         Ok((plan, freed))
     }
 
-    /// Makes `to` the parent of directory `moved`, provided that `moved` is not among the
+    /// Makes `to` the parent of directory `moved`, whose name the plan moves, provided that `moved` is not among the
     /// ancestors of `to`. The ancestors are checked, so no concurrent move closes a ring.
     fn plan_reparent(&self, plan: &mut Plan, moved: Ino, to: Ino) -> Result<(), TreeError> {
         let mut at = to;
@@ -207,10 +207,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             }
             if at == Ino::ROOT {
                 let home = self.layout.home(moved);
-                let key = layout::parent_key(moved);
-                let (_, before) = self.read_parent(moved)?;
-                plan.equal(home, key.clone(), before);
-                plan.put(home, key, Parent(to).encode());
+                plan.put(home, layout::parent_key(moved), Parent(to).encode());
                 return Ok(());
             }
             let (parent, bytes) = self.read_parent(at)?;
@@ -225,7 +222,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         ))
     }
 
-    /// Removes the inode of an empty directory.
+    /// Removes the inode of an empty directory, whose name the plan removes too.
     fn plan_rmdir(&self, plan: &mut Plan, ino: Ino) -> Result<(), TreeError> {
         let home = self.layout.home(ino);
         let names = Range::whole(layout::names_space(ino));
@@ -243,7 +240,6 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         }
         plan.lock(home, layout::inode_range(ino), Mode::Exclusive);
         plan.equal(home, layout::count_key(ino), read.count_bytes);
-        plan.present(home, layout::parent_key(ino));
         plan.delete(home, layout::inode_key(ino));
         plan.delete(home, layout::count_key(ino));
         plan.delete(home, layout::parent_key(ino));

@@ -18,7 +18,7 @@ use lowtide_engine_core::session::{Session, SessionError, Ticket};
 use super::change::CHUNKS_PER_OP_MAX;
 use super::{Tree, corrupt};
 use crate::error::TreeError;
-use crate::layout::{self, Chunk, Ino, Malformed, Pending};
+use crate::layout::{self, Chunk, Freeing, Ino, Malformed, Pending};
 use crate::plan::Plan;
 
 /// Contents of one operation of an upload are at most this, unless a single chunk is more.
@@ -267,7 +267,9 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         Ok(first)
     }
 
-    /// Deletes the chunks of a pending file, then its note, while the note has this value.
+    /// Undoes the creation that left this pending note, unless the note is no longer there. In one
+    /// operation the note turns into a freeing one: whoever still writes chunks or would finish
+    /// is refused from then on, so no chunk appears behind the back of the deletion.
     fn delete_pending(
         &self,
         home: NodeId,
@@ -275,33 +277,20 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         note: &Bytes,
         ino: Ino,
     ) -> Result<(), TreeError> {
-        for &server in self.layout.object() {
-            // The note does not say how many chunks there are, hence a scan.
-            loop {
-                let range = layout::data_range(ino);
-                let page = self.session.scan(server, range, None, KEY_SCAN_BYTES)?;
-                for chunks in page.entries.chunks(CHUNKS_PER_OP_MAX as usize) {
-                    let mut plan = Plan::default();
-                    plan.equal(home, key.clone(), note.clone());
-                    for (chunk, _) in chunks {
-                        plan.delete(server, chunk.clone());
-                    }
-                    match self.run(plan) {
-                        Err(e) if e.is_check_failed() => return Ok(()), // somebody else did it
-                        other => other?,
-                    }
-                }
-                if !page.more {
-                    break;
-                }
-            }
-        }
         let mut plan = Plan::default();
         plan.equal(home, key.clone(), note.clone());
         plan.delete(home, key.clone());
+        let freeing = Freeing {
+            chunks: Freeing::CHUNKS_MAX, // as many as there are
+        };
+        plan.put(
+            self.layout.home(ino),
+            layout::freeing_key(ino),
+            freeing.encode(),
+        );
         match self.run(plan) {
-            Err(e) if e.is_check_failed() => Ok(()),
-            other => other,
+            Err(e) if e.is_check_failed() => Ok(()), // somebody else was faster
+            other => other.and_then(|()| self.free(ino)),
         }
     }
 }
