@@ -14,15 +14,16 @@
 //! - T5 a file's chunks are exactly those that its size demands, each as long as that demands;
 //! - T6 chunks of no file belong to a pending or a freeing note.
 //!
-//! A live directory is one that has a parent object; whoever adds a name checks it under a
-//! shared lock, whoever removes the directory holds that lock exclusively. Counts change by
-//! commutative additions under at least that shared lock, hence a count compared under the
-//! exclusive one is exact. (The engine must not answer reads of such an object from a cache that
-//! a concurrent addition does not reach.)
+//! Whoever changes an entry holds its slot exclusively and changes the directory's count in the
+//! same operation; whoever removes the directory holds all its slots exclusively. Hence a count
+//! compared then is exact. (The engine must not answer such a comparison from a cache that a
+//! concurrent addition does not reach.) A removed directory leaves a note that whoever adds a name
+//! demands to be absent.
 //!
 //! Deliberately absent: permission checks, open files (a file without a name is gone), and
 //! implicit changes of modification times.
 
+use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -52,6 +53,8 @@ pub use content::Reader;
 const ATTEMPTS_MAX: u32 = 1000;
 /// How often an operation is planned anew before objects that contradict each other are corrupt.
 const LOOKS_MAX: u32 = 4;
+/// How many directories are remembered as such.
+const DIRECTORIES_MAX: usize = 1 << 16;
 /// How long a full server is asked again before its refusal is reported.
 const FULL_PATIENCE: Duration = Duration::from_secs(60);
 const FULL_PAUSE_FIRST: Duration = Duration::from_millis(10);
@@ -70,6 +73,8 @@ pub struct Tree<'s, S: Session + ?Sized> {
     region: Region,
     /// Next inode number to hand out; `None` until the first is needed.
     next: Mutex<Option<u64>>,
+    /// Inodes that are or were directories, as far as remembered.
+    directories: Mutex<HashSet<Ino>>,
 }
 
 /// What [`Tree::stat`] tells.
@@ -131,6 +136,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             chunk_log2,
             region: Region::of(session.life())?,
             next: Mutex::new(None),
+            directories: Mutex::default(),
         };
         tree.create_root()?;
         Ok(tree)
@@ -209,6 +215,10 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             .scan(home, range, from.map(|c| &c.0), bytes_max)?;
         if page.entries.is_empty() && from.is_none() {
             self.demand_directory(directory)?;
+        }
+        let removed = layout::removed_key(directory);
+        if page.entries.last().is_some_and(|(key, _)| *key == removed) {
+            return Err(TreeError::NotFound);
         }
         let next = match page.entries.last() {
             Some((key, _)) if page.more => Some(Cursor(key.clone())),
@@ -444,13 +454,40 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     /// Fails with the reason why nothing can be named in `directory`.
     fn demand_directory(&self, directory: Ino) -> Result<(), TreeError> {
         match self.read_parent(directory) {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                self.remember_directory(directory);
+                Ok(())
+            }
             Err(TreeError::NotFound) => {
                 self.read_stat(directory)?;
                 Err(TreeError::NotADirectory)
             }
             Err(e) => Err(e),
         }
+    }
+
+    /// Fails unless `directory` is or was one. No operation brings entries into a removed
+    /// directory, so what was one once need not be asked for again.
+    fn demand_ever_directory(&self, directory: Ino) -> Result<(), TreeError> {
+        let known = self.directories.lock();
+        if known
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&directory)
+        {
+            return Ok(());
+        }
+        self.demand_directory(directory)
+    }
+
+    fn remember_directory(&self, directory: Ino) {
+        let mut known = self
+            .directories
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if known.len() == DIRECTORIES_MAX {
+            known.clear();
+        }
+        known.insert(directory);
     }
 }
 

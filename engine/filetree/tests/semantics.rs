@@ -131,8 +131,28 @@ fn an_inode_lives_as_long_as_one_of_its_names() {
     assert_whole(&tree);
     tree.rmdir(ROOT, b"dir").unwrap();
     assert_eq!(check(&tree).unwrap().inodes, 1);
-    // Of the tree only the root's three objects are left.
-    assert_eq!(s.objects().len(), 3);
+    // Of the tree only the root's three objects are left, and the note that `dir` is removed.
+    assert_eq!(s.objects().len(), 4);
+    let late = [
+        tree.mkdir(dir, b"x", &A),
+        tree.create(dir, b"x", &A, &mut &b"x"[..]),
+        tree.create(dir, b"x", &A, &mut &noise(1, 1 << 20)[..]),
+        tree.replace(dir, b"x", &A, &mut &b"x"[..]),
+    ];
+    for outcome in late {
+        assert!(matches!(outcome, Err(TreeError::NotFound)), "{outcome:?}");
+    }
+    let f = file(&tree, ROOT, b"f", b"f");
+    let late = [
+        tree.link(f, dir, b"x"),
+        tree.rename((ROOT, b"f"), (dir, b"x")),
+    ];
+    for outcome in late {
+        assert!(matches!(outcome, Err(TreeError::NotFound)), "{outcome:?}");
+    }
+    let gone = tree.readdir(dir, None, 10);
+    assert!(matches!(gone, Err(TreeError::NotFound)));
+    assert_whole(&tree);
 }
 
 #[test]
@@ -308,7 +328,8 @@ fn remove_all_takes_everything_below() {
     }
     tree.remove_all(ROOT, b"top").unwrap();
     tree.unlink(ROOT, b"kept").unwrap();
-    assert_eq!(s.objects().len(), 3);
+    // The root, and a note for each of 3001 directories.
+    assert_eq!(s.objects().len(), 3 + 3001);
 }
 
 #[test]

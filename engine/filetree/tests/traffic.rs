@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{noise, session};
 use lowtide_engine_core::ids::{Life, NodeId};
-use lowtide_engine_core::op::{Bytes, Key, Range, Request, Stamp};
+use lowtide_engine_core::op::{Bytes, Expect, Key, Range, Request, Stamp};
 use lowtide_engine_core::session::{Page, Placement, Session, SessionError, Ticket};
 use lowtide_filetree::Progress;
 use lowtide_filetree::compare::{CompareOptions, compare};
@@ -23,6 +23,8 @@ struct Counting {
     submits: AtomicU64,
     reads: AtomicU64,
     scans: AtomicU64,
+    /// Checks that a lock on a range without objects cannot prove.
+    unproven: AtomicU64,
     in_flight: AtomicU64,
     in_flight_max: AtomicU64,
 }
@@ -45,6 +47,9 @@ impl Session for Counting {
 
     fn submit(&self, request: Request) -> Result<Ticket, SessionError> {
         self.submits.fetch_add(1, Ordering::Relaxed);
+        let unproven = request.checks.iter().filter(|c| c.expect != Expect::Absent);
+        self.unproven
+            .fetch_add(unproven.count() as u64, Ordering::Relaxed);
         let open = self.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
         self.in_flight_max.fetch_max(open, Ordering::Relaxed);
         self.inner.submit(request)
@@ -93,6 +98,7 @@ fn a_file_is_one_operation_and_reading_goes_by_pages() {
         submits: AtomicU64::new(0),
         reads: AtomicU64::new(0),
         scans: AtomicU64::new(0),
+        unproven: AtomicU64::new(0),
         in_flight: AtomicU64::new(0),
         in_flight_max: AtomicU64::new(0),
     };
@@ -104,6 +110,8 @@ fn a_file_is_one_operation_and_reading_goes_by_pages() {
     // One for each file and directory, one for the attributes of the top.
     assert_eq!(submits, FILES + DIRECTORIES + 1);
     assert!(reads + scans < 20, "{reads} reads, {scans} scans");
+    // Of these only the last depends on an object that exists.
+    assert_eq!(session.unproven.load(Ordering::Relaxed), 1);
     let deep = session.in_flight_max.load(Ordering::Relaxed);
     // The windows of all threads, and an operation that each waits for at once.
     assert!((500..=2048 + 16).contains(&deep), "{deep} in flight");

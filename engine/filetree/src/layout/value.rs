@@ -476,6 +476,12 @@ impl Chunk {
     }
 }
 
+/// The value of the note that a directory is removed.
+#[must_use]
+pub fn removed_value() -> Bytes {
+    Arc::from([VERSION])
+}
+
 /// A count, or an amount to add to one, as the engine's word.
 #[must_use]
 pub fn count_value(count: i64) -> Bytes {

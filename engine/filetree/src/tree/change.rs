@@ -122,8 +122,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     /// Creates an inode with one name. The name must be free.
     fn make(&self, directory: Ino, name: &[u8], inode: &Inode) -> Result<Ino, TreeError> {
         demand_name(name)?;
-        let ino = self.allocate()?;
-        self.create_whole(directory, name, ino, inode, None)
+        self.create_whole(directory, name, inode, None)
     }
 
     /// Creates an inode, with its contents where it is a file of one chunk, and its name, which
@@ -132,14 +131,18 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         &self,
         directory: Ino,
         name: &[u8],
-        ino: Ino,
         inode: &Inode,
         chunk: Option<&Chunk>,
     ) -> Result<Ino, TreeError> {
+        self.demand_ever_directory(directory)?;
+        let ino = self.allocate()?;
         self.attempt_optimistic(
             || self.plan_create(directory, name, ino, inode, chunk),
             || self.demand_free(directory, name),
         )?;
+        if inode.kind == Kind::Directory {
+            self.remember_directory(ino);
+        }
         Ok(ino)
     }
 
@@ -221,7 +224,8 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         plan
     }
 
-    /// Lets `name` stand for `entry`, where `before` stood, in a directory that must be alive.
+    /// Lets `name` stand for `entry`, where `before` stood, in a directory that must not have been
+    /// removed; that it has been one the caller knows.
     pub(super) fn plan_entry(
         &self,
         plan: &mut Plan,
@@ -232,7 +236,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     ) {
         let home = self.layout.home(directory);
         let key = layout::entry_key(directory, name);
-        plan.present(home, layout::parent_key(directory));
+        plan.absent(home, layout::removed_key(directory));
         if before.is_none() {
             plan.add(home, layout::count_key(directory), 1);
         }

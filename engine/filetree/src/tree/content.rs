@@ -174,8 +174,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         if may_replace {
             return self.replace_whole(directory, name, &inode, chunk.as_ref());
         }
-        let ino = self.allocate()?;
-        self.create_whole(directory, name, ino, &inode, chunk.as_ref())
+        self.create_whole(directory, name, &inode, chunk.as_ref())
     }
 
     fn place_large(

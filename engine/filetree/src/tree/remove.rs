@@ -36,7 +36,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             let key = layout::entry_key(directory, name);
             plan.equal(home, key.clone(), bytes);
             plan.delete(home, key);
-            self.plan_less_entries(&mut plan, directory);
+            self.plan_entries(&mut plan, directory, -1);
             let is_left = self.plan_release(&mut plan, entry)?;
             Ok((plan, is_left.then_some(entry.ino)))
         })?;
@@ -61,7 +61,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             let key = layout::entry_key(directory, name);
             plan.equal(home, key.clone(), bytes);
             plan.delete(home, key);
-            self.plan_less_entries(&mut plan, directory);
+            self.plan_entries(&mut plan, directory, -1);
             self.plan_rmdir(&mut plan, entry.ino)?;
             Ok((plan, ()))
         })
@@ -186,7 +186,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         }
         plan.equal(from_home, from_key.clone(), moved_bytes);
         plan.delete(from_home, from_key);
-        plan.present(to_home, layout::parent_key(to.0));
+        plan.absent(to_home, layout::removed_key(to.0));
         plan.as_read(to_home, to_key.clone(), target.map(|(_, bytes)| bytes));
         plan.put(to_home, to_key, moved.encode());
         for (directory, change) in entries {
@@ -238,22 +238,20 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         if read.stat.count != 0 {
             return Err(TreeError::NotEmpty);
         }
+        // Whoever changes the count changes an entry in the same operation: it is exact here.
+        plan.lock(home, names, Mode::Exclusive);
         plan.lock(home, layout::inode_range(ino), Mode::Exclusive);
         plan.equal(home, layout::count_key(ino), read.count_bytes);
+        plan.put(home, layout::removed_key(ino), layout::removed_value());
         plan.delete(home, layout::inode_key(ino));
         plan.delete(home, layout::count_key(ino));
         plan.delete(home, layout::parent_key(ino));
         Ok(())
     }
 
-    fn plan_less_entries(&self, plan: &mut Plan, directory: Ino) {
-        self.plan_entries(plan, directory, -1);
-    }
-
-    /// Changes a directory's count, under the shared lock that whoever removes it waits for.
+    /// Changes a directory's count, along with an entry of it.
     fn plan_entries(&self, plan: &mut Plan, directory: Ino, change: i64) {
         let home = self.layout.home(directory);
-        plan.lock(home, layout::inode_range(directory), Mode::Shared);
         plan.add(home, layout::count_key(directory), change);
     }
 }
