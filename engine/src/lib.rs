@@ -1,1 +1,21 @@
-//! The recovery engine.
+//! The recovery engine's hands: threads, logs, store and clock around the state machines of
+//! `lowtide-engine-core`, on the messages of `lowtide-transport`.
+//!
+//! - [`node`]: a running node of any role; start here.
+//! - [`session`]: what an application holds of a client node.
+//! - [`storage`]: a destination's durable state behind the mind's `Storage` trait.
+//! - [`log`], [`store`], [`medium`]: mapped log with group commit, checkpoint store, and the media
+//!   both run on.
+//! - [`offline`]: the state of a stopped or crashed cluster, recovered without its network.
+//! - [`frame`]: how an envelope travels.
+//! - [`status`]: what a node tells about itself.
+
+pub mod frame;
+pub mod log;
+pub mod medium;
+pub mod node;
+pub mod offline;
+pub mod session;
+pub mod status;
+pub mod storage;
+pub mod store;

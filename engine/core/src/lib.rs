@@ -24,6 +24,19 @@
 
 extern crate alloc;
 
+pub mod aggregator;
+pub mod client;
+pub mod destination;
+pub mod effect;
+pub mod epoch;
 pub mod ids;
+pub mod lock;
+pub mod member;
+pub mod message;
 pub mod op;
+pub mod proxy;
+pub mod record;
+pub mod root;
 pub mod session;
+pub mod source;
+pub mod wire;

@@ -1,2 +1,17 @@
-//! Entry point.
-fn main() {}
+//! The `lowtide` command.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use lowtide_cli::cli::Cli;
+use lowtide_cli::commands;
+
+fn main() -> ExitCode {
+    match commands::execute(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("lowtide: {failure}");
+            ExitCode::from(failure.kind as u8)
+        }
+    }
+}

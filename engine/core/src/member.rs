@@ -1,0 +1,209 @@
+//! How a node joins the cluster, pings its parent and learns the membership view.
+//!
+//! Pings go out at a fixed interval whether or not there is work (E4), carry the lower bound, and
+//! are answered by the parent with the newest view if the member's is old. A lost ping costs one
+//! interval; nothing is retransmitted.
+//!
+//! A member below an aggregator that gets no answers attaches anew, under the next number, and
+//! pings the root until the aggregator has confirmed it (b.3 rule 5): the aggregator may be gone,
+//! or may have restarted with an empty table, and then answers nobody it does not count.
+
+use crate::effect::Port;
+use crate::ids::{Epoch, Life, NodeId, Time, ViewId};
+use crate::message::{Message, Role, View};
+
+/// Pings to an aggregator in a row without an answer after which a member attaches anew.
+const UNANSWERED_MAX: u32 = 3;
+
+/// Membership half of a node.
+#[derive(Debug)]
+pub struct Member {
+    root: NodeId,
+    parent: NodeId,
+    role: Role,
+    nonce: u64,
+    joined: bool,
+    attach: u32,
+    attached: bool,
+    /// Pings sent since the aggregator last answered, or since it was asked to attach us.
+    unanswered: u32,
+    interval: u64,
+    next_ping: Time,
+    view: View,
+    pings: u64,
+}
+
+/// What a membership message meant for the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Joined {
+    /// The node has entered a life; this is the floor.
+    Entered {
+        /// The life.
+        life: Life,
+        /// m at the root when it was admitted.
+        floor: Epoch,
+    },
+    /// A newer view was learned.
+    ViewChanged,
+    /// Nothing changed.
+    Nothing,
+}
+
+impl Member {
+    /// A node that will join with `nonce`, different for every start of the process, and ping
+    /// every `interval` ticks. `parent` is the root or an aggregator.
+    #[must_use]
+    pub fn new(root: NodeId, parent: NodeId, role: Role, nonce: u64, interval: u64) -> Member {
+        Member {
+            root,
+            parent,
+            role,
+            nonce,
+            joined: false,
+            attach: u32::from(parent != root),
+            attached: parent == root,
+            unanswered: 0,
+            interval,
+            next_ping: Time(0),
+            view: View::default(),
+            pings: 0,
+        }
+    }
+
+    /// Whether the node has a life.
+    #[must_use]
+    pub fn is_joined(&self) -> bool {
+        self.joined
+    }
+
+    /// The newest view known.
+    #[must_use]
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// Pings sent so far.
+    #[must_use]
+    pub fn pings(&self) -> u64 {
+        self.pings
+    }
+
+    /// The root.
+    #[must_use]
+    pub fn root(&self) -> NodeId {
+        self.root
+    }
+
+    /// When [`Member::handle_timeout`] wants to run.
+    #[must_use]
+    pub fn timeout(&self) -> Time {
+        self.next_ping
+    }
+
+    /// Joins, attaches or pings, as the time has come.
+    pub fn handle_timeout(&mut self, now: Time, port: &mut Port, bound: Epoch) {
+        if now < self.next_ping {
+            return;
+        }
+        self.next_ping = now.after(self.interval);
+        if !self.joined {
+            port.send(
+                self.root,
+                Message::Join {
+                    nonce: self.nonce,
+                    role: self.role,
+                },
+            );
+            return;
+        }
+        if self.parent != self.root {
+            if self.unanswered >= UNANSWERED_MAX {
+                self.attach += 1;
+                self.attached = false;
+                self.unanswered = 0;
+            }
+            self.unanswered += 1;
+        }
+        if !self.attached {
+            let (life, attach) = (port.life(), self.attach);
+            port.send(self.parent, Message::Attach { life, attach });
+        }
+        // Until the aggregator's entry is confirmed the root is pinged, which keeps its hold fresh.
+        let to = if self.attached {
+            self.parent
+        } else {
+            self.root
+        };
+        self.pings += 1;
+        port.send(
+            to,
+            Message::Ping {
+                attach: self.attach,
+                lower_bound: bound,
+                view: self.view.id,
+            },
+        );
+    }
+
+    /// Processes Joined, Attached and Pong.
+    pub fn handle(&mut self, port: &mut Port, body: &Message) -> Joined {
+        match body {
+            Message::Joined {
+                nonce,
+                life,
+                floor,
+                view,
+            } if *nonce == self.nonce && !self.joined => {
+                self.joined = true;
+                port.join(*life, *floor);
+                self.view = view.clone();
+                Joined::Entered {
+                    life: *life,
+                    floor: *floor,
+                }
+            }
+            Message::Attached { life, attach, .. }
+                if *life == port.life() && *attach == self.attach =>
+            {
+                self.attached = true;
+                self.unanswered = 0;
+                Joined::Nothing
+            }
+            Message::Pong { view } => {
+                if self.attached {
+                    self.unanswered = 0;
+                }
+                match view {
+                    Some(view) if view.id > self.view.id => {
+                        self.view = view.clone();
+                        Joined::ViewChanged
+                    }
+                    _ => Joined::Nothing,
+                }
+            }
+            _ => Joined::Nothing,
+        }
+    }
+
+    /// Moves under another parent (b.3 rule 4): attach there before leaving the old one.
+    pub fn reparent(&mut self, parent: NodeId) {
+        self.parent = parent;
+        self.attach += 1;
+        self.attached = parent == self.root;
+    }
+
+    /// Whether the newest view known says that a life was replaced or declared dead.
+    #[must_use]
+    pub fn is_evicted(&self, life: Life) -> bool {
+        self.joined
+            && self.view.seat(life.node).is_some_and(|s| {
+                s.life.incarnation > life.incarnation || (s.life == life && !s.live)
+            })
+    }
+
+    /// Newest view known, by number.
+    #[must_use]
+    pub fn view_id(&self) -> ViewId {
+        self.view.id
+    }
+}

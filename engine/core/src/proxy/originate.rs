@@ -1,0 +1,300 @@
+//! Operations that the proxy cluster originates itself, for a front end that speaks no epochs:
+//! pin-then-max (b.4).
+//!
+//! The coordinator takes the locks as one of its own clients, one after the other in the global
+//! order and for one operation at a time, asks every proxy that will merge a
+//! part to *pin* at its current epoch, stamps with the maximum of all pins and its own epoch,
+//! inserts the operation into its redo, hands the parts over, and only then lets the pins go. A pin
+//! is never above the stamp, so each proxy's bound covers the operation without a gap. Pins of a
+//! coordinator that dies are dropped when it is fenced.
+
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use super::{Proxy, WaitingLock};
+use crate::effect::{Effect, Port};
+use crate::ids::{Epoch, GrantId, Life, NodeId, Seq, StreamSeq};
+use crate::lock::normalise;
+use crate::message::Message;
+use crate::op::{Operation, Range, Stamp, Update, Want};
+use crate::session::Ticket;
+use crate::source::Redo;
+
+/// An operation for the proxy to stamp. Every object that it puts or deletes must be covered by
+/// an exclusive lock.
+#[derive(Clone, Debug)]
+pub struct Originate {
+    /// Names the request at its asker.
+    pub ticket: Ticket,
+    /// Locks to take first.
+    pub locks: Vec<Want>,
+    /// The updates.
+    pub updates: Vec<Update>,
+}
+
+/// Requests of the lock server on the proxy's own behalf are numbered from here.
+const OWN_REQUESTS: u64 = 1 << 62;
+
+#[derive(Debug)]
+struct Pending {
+    asked: Originate,
+    /// Its locks in the global order.
+    wants: Vec<Want>,
+    /// What was granted of them, in the same order.
+    granted: Vec<(NodeId, GrantId, Range)>,
+    /// The request for the next one.
+    request: Option<u64>,
+    /// Proxies whose pin is awaited; `None` before the round began.
+    awaiting: Option<BTreeSet<NodeId>>,
+    round: u64,
+    at: Epoch,
+}
+
+/// What the proxy keeps for its own operations and for pins of others.
+#[derive(Debug)]
+pub(super) struct Own {
+    redo: Redo,
+    queue: VecDeque<Pending>,
+    /// Stamped operations whose locks are still held.
+    holding: VecDeque<(Ticket, Stamp, Vec<(NodeId, GrantId, Range)>)>,
+    /// Pins held for coordinators.
+    pins: BTreeMap<(Life, u64), Epoch>,
+    next: u64,
+}
+
+impl Own {
+    pub(super) fn new() -> Own {
+        Own {
+            redo: Redo::new(),
+            queue: VecDeque::new(),
+            holding: VecDeque::new(),
+            pins: BTreeMap::new(),
+            next: 0,
+        }
+    }
+
+    pub(super) fn bound(&self) -> Option<Epoch> {
+        self.redo
+            .bound()
+            .into_iter()
+            .chain(self.pins.values().copied())
+            .min()
+    }
+
+    /// Pins are not awaited from proxies that `dead` selects; their parts take another path.
+    pub(super) fn forget_pins_of(&mut self, dead: impl Fn(NodeId) -> bool) {
+        for awaiting in self.queue.iter_mut().filter_map(|p| p.awaiting.as_mut()) {
+            awaiting.retain(|proxy| !dead(*proxy));
+        }
+    }
+
+    pub(super) fn drop_pins_of(&mut self, victim: Life) {
+        self.pins.retain(|(life, _), _| *life != victim);
+    }
+}
+
+impl Proxy {
+    /// Queues an operation of the proxy's own.
+    pub fn originate(&mut self, now: crate::ids::Time, asked: Originate) {
+        self.own.next += 1;
+        let wants = normalise(&asked.locks);
+        self.own.queue.push_back(Pending {
+            asked,
+            wants,
+            granted: Vec::new(),
+            request: None,
+            awaiting: None,
+            round: self.own.next,
+            at: Epoch(0),
+        });
+        self.settle(now);
+    }
+
+    /// Asks for the next lock of the head; `true` when it has all.
+    fn acquire_own(&mut self) -> bool {
+        let own = self.port.life();
+        let Some(head) = self.own.queue.front_mut() else {
+            return false;
+        };
+        let Some(&Want { home, range, mode }) = head.wants.get(head.granted.len()) else {
+            return true;
+        };
+        if head.request.is_none() {
+            self.own.next += 1;
+            let request = OWN_REQUESTS + self.own.next;
+            head.request = Some(request);
+            self.waiting.push(WaitingLock {
+                holder: own,
+                request,
+                home,
+                range,
+                mode,
+            });
+            self.serve_waiting();
+        }
+        false
+    }
+
+    /// Somebody waits for a lock of the head: while the head itself waits, it gives back what a
+    /// circle could run through (see the client's), and asks again.
+    pub(super) fn own_revoked(&mut self, grant: GrantId) {
+        let own = self.port.life();
+        let Some(head) = self.own.queue.front_mut() else {
+            return;
+        };
+        let Some(awaited) = head.wants.get(head.granted.len()).copied() else {
+            return;
+        };
+        let Some(index) = head.granted.iter().position(|(_, g, _)| *g == grant) else {
+            return;
+        };
+        let (home, _, range) = head.granted[index];
+        if (home, range.space) < (awaited.home, awaited.range.space) {
+            return;
+        }
+        head.request = None;
+        for (home, grant, range) in head.granted.split_off(index) {
+            self.locks
+                .unlock(home, own, grant, range, &mut self.notices);
+        }
+    }
+
+    pub(super) fn own_granted(&mut self, request: u64, home: NodeId, grant: GrantId, range: Range) {
+        if let Some(head) = self.own.queue.front_mut() {
+            if head.request == Some(request) {
+                head.request = None;
+                head.granted.push((home, grant, range));
+                return;
+            }
+        }
+        self.locks
+            .unlock(home, self.port.life(), grant, range, &mut self.notices);
+    }
+
+    pub(super) fn pin(&mut self, from: Life, round: u64) {
+        if self.is_fenced(from) {
+            return;
+        }
+        let at = self.port.epoch();
+        let at = *self.own.pins.entry((from, round)).or_insert(at);
+        self.port.send(from.node, Message::Pinned { round, at });
+    }
+
+    pub(super) fn unpin(&mut self, from: Life, round: u64) {
+        self.own.pins.remove(&(from, round));
+    }
+
+    pub(super) fn pinned(&mut self, from: Life, round: u64, at: Epoch) {
+        for pending in self.own.queue.iter_mut().filter(|p| p.round == round) {
+            if let Some(awaiting) = &mut pending.awaiting {
+                awaiting.remove(&from.node);
+                pending.at = pending.at.max(at);
+            }
+        }
+    }
+
+    /// Moves the head of the queue on: locks, pins, stamp, hand-over; lets finished locks go.
+    pub(super) fn originate_settle(&mut self) {
+        self.own.redo.advance(&self.outbox);
+        while let Some((ticket, stamp, _)) = self.own.holding.front() {
+            if stamp.id.seq > self.own.redo.done() {
+                break;
+            }
+            let (ticket, stamp) = (*ticket, *stamp);
+            self.port.ask(Effect::Outcome {
+                ticket,
+                result: Ok(stamp),
+            });
+            let Some((_, _, grants)) = self.own.holding.pop_front() else {
+                break;
+            };
+            for (home, grant, range) in grants {
+                let own = self.port.life();
+                self.locks
+                    .unlock(home, own, grant, range, &mut self.notices);
+            }
+        }
+        if !self.acquire_own() {
+            return;
+        }
+        let own = self.port.life();
+        let Some(head) = self.own.queue.front_mut() else {
+            return;
+        };
+        if head.awaiting.is_none() {
+            let peers: BTreeSet<NodeId> = head
+                .asked
+                .updates
+                .iter()
+                .filter_map(|u| self.via.get(&u.home).copied())
+                .collect();
+            for &peer in &peers {
+                self.port.send(peer, Message::Pin { round: head.round });
+            }
+            head.awaiting = Some(peers);
+        }
+        if head.awaiting.as_ref().is_some_and(BTreeSet::is_empty) {
+            self.stamp_own(own);
+        }
+    }
+
+    /// Pins that were asked for before a connection broke are asked for again.
+    pub(super) fn repeat_pins(port: &mut Port, own: &Own, peer: NodeId) {
+        let Some(head) = own.queue.front() else {
+            return;
+        };
+        if head.awaiting.as_ref().is_some_and(|a| a.contains(&peer)) {
+            port.send(peer, Message::Pin { round: head.round });
+        }
+    }
+
+    fn stamp_own(&mut self, own: Life) {
+        let Some(head) = self.own.queue.pop_front() else {
+            return;
+        };
+        let epoch = self.port.epoch().max(head.at);
+        self.port.raise(epoch);
+        let peers: BTreeSet<NodeId> = head
+            .asked
+            .updates
+            .iter()
+            .filter_map(|u| self.via.get(&u.home).copied())
+            .collect();
+        for u in &head.asked.updates {
+            self.holdings.occupy(u.home, &u.key);
+        }
+        let op = self.own.redo.stamp(own, epoch, head.asked.updates);
+        for p in &op.participants {
+            self.outbox.open(own, p.node, StreamSeq(1));
+            self.outbox.push(p.node, op.clone());
+        }
+        let stamp = Stamp { id: op.id, epoch };
+        self.own
+            .holding
+            .push_back((head.asked.ticket, stamp, head.granted));
+        self.counters.stamped += 1;
+        // The parts leave before the pins are let go: same connection, in order. A part that has
+        // to wait for the stream to be ready is still covered by this coordinator's own redo.
+        self.merge();
+        for peer in peers {
+            self.port.send(peer, Message::Unpin { round: head.round });
+        }
+    }
+
+    pub(super) fn own_purge(&mut self) {
+        let minimum = self.port.minimum();
+        self.own.redo.purge(minimum, false);
+    }
+
+    /// Operations that this proxy stamped after `seq` and still keeps, for invariant checks.
+    pub fn stamped_after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        self.own.redo.after(seq)
+    }
+
+    /// Seq of the newest operation that this proxy stamped.
+    #[must_use]
+    pub fn last_stamped(&self) -> Seq {
+        self.own.redo.last()
+    }
+}

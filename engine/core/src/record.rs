@@ -1,0 +1,293 @@
+//! What a destination writes to its log, and the storage it runs on.
+//!
+//! ```text
+//! Op      id | epoch | previous | participants | position here | own writes | carried updates
+//! Undone  id | position | restored writes
+//! Fence, Row, Gone      a life
+//! Base    a stream and where it starts here
+//! Marks   durable copy of m | ceiling of the epoch
+//! ```
+//!
+//! An own write keeps the change (redo) and what it replaced (undo), with versions. Carried
+//! updates are the other participants' parts, so that any holder can complete the operation.
+//! Framing, checksums, positions and epochs for purging are the log's business.
+
+use alloc::vec::Vec;
+
+use crate::ids::{Epoch, Life, Lsn, OpId, Seq, StreamSeq, Version};
+use crate::message::StreamBase;
+use crate::op::{Bytes, Key, Participant, Range, Update};
+use crate::session::Page;
+use crate::wire::{Malformed, Reader, Wire};
+use crate::wire_struct;
+
+/// Where bulk data lies out of place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Extent {
+    /// Byte offset in the extent file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// CRC-32C of the bytes.
+    pub crc: u32,
+}
+wire_struct!(Extent { offset, len, crc });
+
+/// A stored value: in the object itself or out of place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// The bytes.
+    Inline(Bytes),
+    /// Where the bytes are.
+    Extent(Extent),
+}
+
+impl Wire for Value {
+    fn put(&self, out: &mut Vec<u8>) {
+        match self {
+            Value::Inline(bytes) => {
+                out.push(0);
+                bytes.put(out);
+            }
+            Value::Extent(extent) => {
+                out.push(1);
+                extent.put(out);
+            }
+        }
+    }
+    fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
+        match u8::take(input)? {
+            0 => Ok(Value::Inline(Wire::take(input)?)),
+            1 => Ok(Value::Extent(Wire::take(input)?)),
+            _ => Err(Malformed { what: "value" }),
+        }
+    }
+}
+
+/// An object as its home keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// How often it has been written.
+    pub version: Version,
+    /// Epoch of its last locked writer.
+    pub epoch: Epoch,
+    /// Its value.
+    pub value: Value,
+}
+wire_struct!(Stored {
+    version,
+    epoch,
+    value
+});
+
+/// The change of an own write, as recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Recorded {
+    /// The object got this value.
+    Put(Value),
+    /// The object went away.
+    Delete,
+    /// Words were added.
+    Add(Bytes),
+}
+
+impl Wire for Recorded {
+    fn put(&self, out: &mut Vec<u8>) {
+        match self {
+            Recorded::Put(value) => {
+                out.push(0);
+                value.put(out);
+            }
+            Recorded::Delete => out.push(1),
+            Recorded::Add(words) => {
+                out.push(2);
+                words.put(out);
+            }
+        }
+    }
+    fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
+        match u8::take(input)? {
+            0 => Ok(Recorded::Put(Wire::take(input)?)),
+            1 => Ok(Recorded::Delete),
+            2 => Ok(Recorded::Add(Wire::take(input)?)),
+            _ => Err(Malformed {
+                what: "recorded change",
+            }),
+        }
+    }
+}
+
+/// One object written by an operation here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Write {
+    /// The object.
+    pub key: Key,
+    /// What was done to it (redo).
+    pub change: Recorded,
+    /// What it was before (undo); `None` when it did not exist. Not used for `Add`, which is
+    /// undone by the negated words.
+    pub before: Option<Stored>,
+}
+wire_struct!(Write {
+    key,
+    change,
+    before
+});
+
+/// An executed operation's part: redo, undo and what is needed to complete it elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpRecord {
+    /// The operation.
+    pub id: OpId,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Epoch of its source's preceding operation.
+    pub previous: Epoch,
+    /// All participants.
+    pub participants: Vec<Participant>,
+    /// Position of this part in the stream to this home.
+    pub at: StreamSeq,
+    /// Writes here, in order.
+    pub writes: Vec<Write>,
+    /// Other participants' updates, as far as they were carried.
+    pub carried: Vec<Update>,
+}
+wire_struct!(OpRecord {
+    id,
+    epoch,
+    previous,
+    participants,
+    at,
+    writes,
+    carried
+});
+
+/// An undo step that was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UndoneRecord {
+    /// The life whose operation was undone.
+    pub source: Life,
+    /// The operation.
+    pub seq: Seq,
+    /// Its position in the stream; the stream now ends before it.
+    pub at: StreamSeq,
+    /// Every object written by it, and what the object is now.
+    pub restored: Vec<(Key, Option<Stored>)>,
+}
+wire_struct!(UndoneRecord {
+    source,
+    seq,
+    at,
+    restored
+});
+
+/// A log record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// An operation executed.
+    Op(OpRecord),
+    /// An operation was undone.
+    Undone(UndoneRecord),
+    /// A life is refused from here on.
+    Fence(Life),
+    /// A life may hold locks here.
+    Row(Life),
+    /// A life is resolved everywhere; its locks are free.
+    Gone(Life),
+    /// A stream was announced.
+    Base(StreamBase),
+    /// Durable m and ceiling.
+    Marks {
+        /// m_D: undo below it may be purged.
+        minimum: Epoch,
+        /// The epoch may rise up to here before the next such record.
+        ceiling: Epoch,
+    },
+}
+
+/// Kind byte of [`Record::Op`] in the log's record header.
+pub const KIND_OP: u8 = 1;
+
+impl Record {
+    /// Kind byte for the log's record header.
+    #[must_use]
+    pub fn kind(&self) -> u8 {
+        match self {
+            Record::Op(_) => KIND_OP,
+            Record::Undone(_) => 2,
+            Record::Fence(_) => 3,
+            Record::Row(_) => 4,
+            Record::Gone(_) => 5,
+            Record::Base(_) => 6,
+            Record::Marks { .. } => 7,
+        }
+    }
+
+    /// The body; the kind travels in the log's record header.
+    #[must_use]
+    pub fn body(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        match self {
+            Record::Op(r) => r.put(&mut out),
+            Record::Undone(r) => r.put(&mut out),
+            Record::Fence(life) | Record::Row(life) | Record::Gone(life) => life.put(&mut out),
+            Record::Base(base) => base.put(&mut out),
+            Record::Marks { minimum, ceiling } => {
+                minimum.put(&mut out);
+                ceiling.put(&mut out);
+            }
+        }
+        out
+    }
+
+    /// Decodes kind and body.
+    ///
+    /// # Errors
+    /// [`Malformed`]; the log's checksum was right, so this means another version or a bug.
+    pub fn from_parts(kind: u8, body: &[u8]) -> Result<Record, Malformed> {
+        let mut input = Reader::new(body);
+        let input_ref = &mut input;
+        let record = match kind {
+            KIND_OP => Record::Op(Wire::take(input_ref)?),
+            2 => Record::Undone(Wire::take(input_ref)?),
+            3 => Record::Fence(Wire::take(input_ref)?),
+            4 => Record::Row(Wire::take(input_ref)?),
+            5 => Record::Gone(Wire::take(input_ref)?),
+            6 => Record::Base(Wire::take(input_ref)?),
+            7 => Record::Marks {
+                minimum: Wire::take(input_ref)?,
+                ceiling: Wire::take(input_ref)?,
+            },
+            _ => {
+                return Err(Malformed {
+                    what: "record kind",
+                });
+            }
+        };
+        input.finish("record")?;
+        Ok(record)
+    }
+}
+
+/// What a destination needs of its hands while it executes. Calls do not fail: storage that
+/// breaks is poisoned, and the hands then stop the node before anything is acknowledged.
+pub trait Storage {
+    /// The object's newest executed state.
+    fn get(&mut self, key: &Key) -> Option<Stored>;
+    /// Replaces the object's executed state (volatile until its record is durable).
+    fn put(&mut self, key: &Key, value: Option<Stored>);
+    /// Whether any object lies in the range.
+    fn is_empty(&mut self, range: &Range) -> bool;
+    /// Objects of the range in key order after `after`, about `bytes_max` bytes of values.
+    fn scan(&mut self, range: &Range, after: Option<&Key>, bytes_max: usize) -> Page;
+    /// Appends a record; later calls return larger positions.
+    fn append(&mut self, kind: u8, epoch: Epoch, body: &[u8]) -> Lsn;
+    /// Body of an appended operation record that is not purged yet.
+    fn load(&mut self, lsn: Lsn) -> Option<Vec<u8>>;
+    /// Writes bulk data out of place. It becomes durable no later than any record appended after.
+    fn place(&mut self, bytes: &Bytes) -> Extent;
+    /// Bytes of a value.
+    fn fetch(&mut self, value: &Value) -> Option<Bytes>;
+    /// Whether there is room for new reservations; stamped operations have a reserve.
+    fn has_room(&self) -> bool;
+}

@@ -1,0 +1,527 @@
+//! The root: membership, the global minimum, and the resolver of dead lives (rule X).
+//!
+//! Its state is small: the members and their newest lives, m, the term, and evictions under way.
+//! Every change is made durable before anything that rests on it leaves (effects wait for the
+//! version of the state they belong to). A restart takes the next term and holds every member's
+//! bound at m until a report of the new term arrives (b.3 rule 9), so it causes no eviction and no
+//! step back of m (I42).
+//!
+//! m is the smallest of: the root's own epoch, each directly attached member's last reported bound,
+//! each aggregator's branch value, each hold, and each evicted life's frozen bound. Reports are
+//! absolute and bounds only rise, so a lost, late or repeated report only makes m smaller (claim 3).
+//!
+//! Deliberately absent: payloads. The resolver handles operation tags only.
+
+mod evict;
+mod state;
+
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::vec::Vec;
+
+pub use state::RootState;
+use state::{Eviction, Row};
+
+use crate::effect::{Effect, Port};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Term, Time, ViewId};
+use crate::message::{Covered, Envelope, Message, Role, Seat, View};
+
+/// How far ahead of the epoch the durable ceiling is kept.
+const CEILING_STEP: u64 = 10_000;
+
+/// Settings of a root.
+#[derive(Clone, Copy, Debug)]
+pub struct RootConfig {
+    /// Ticks between steps of the epoch (E3) and attempts to publish m.
+    pub interval: u64,
+    /// Ticks of silence after which a client or proxy is evicted.
+    pub evict_after: u64,
+    /// Ticks after which an unanswered step of an eviction is repeated.
+    pub retry_after: u64,
+}
+
+/// Figures of a root.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RootCounters {
+    /// Lives evicted and GONE.
+    pub evicted: u64,
+    /// Operations of dead lives that survive.
+    pub completed: u64,
+    /// Operations of dead lives that are undone.
+    pub undone: u64,
+    /// Most ticks between two steps of m.
+    pub lag_max: u64,
+}
+
+/// How a member is counted.
+#[derive(Clone, Copy, Debug)]
+struct Bound {
+    /// Bound kept by the root itself.
+    hold: Epoch,
+    /// Aggregator and attachment that cover the member, once a report said so.
+    covered: Option<NodeId>,
+    /// Newest attachment, and the aggregator it goes through.
+    attach: (u32, Option<NodeId>),
+    last_heard: Time,
+}
+
+/// A root. See the module's head.
+#[derive(Debug)]
+pub struct Root {
+    port: Port,
+    config: RootConfig,
+    state: RootState,
+    bounds: BTreeMap<Life, Bound>,
+    branches: BTreeMap<NodeId, (Life, Epoch)>,
+    evictions: BTreeMap<Life, Eviction>,
+    /// Effects with the version of the state that must be durable first.
+    waiting: VecDeque<(u64, Effect)>,
+    version: u64,
+    persisted: u64,
+    /// m per version, to be published once durable.
+    unpublished: VecDeque<(u64, Epoch)>,
+    changed: bool,
+    next_step: Time,
+    last_rise: Time,
+    counters: RootCounters,
+}
+
+impl Root {
+    /// A root with the durable state of its last life (or [`RootState::default`] for a new
+    /// cluster), in the next term.
+    #[must_use]
+    pub fn new(node: NodeId, config: RootConfig, mut state: RootState, now: Time) -> Root {
+        state.term = Term(state.term.0 + 1);
+        let life = Life {
+            node,
+            incarnation: Incarnation(state.term.0),
+        };
+        let mut port = Port::new(life, Epoch(state.ceiling.0.max(1)));
+        port.publish(state.term, state.minimum);
+        let evictions: BTreeMap<Life, Eviction> = core::mem::take(&mut state.evictions)
+            .into_iter()
+            .map(|e| (e.victim, e))
+            .collect();
+        let hold = |_: &Life| Bound {
+            hold: state.minimum,
+            covered: None,
+            attach: (0, None),
+            last_heard: now,
+        };
+        let mut bounds = BTreeMap::new();
+        for row in state
+            .rows
+            .iter()
+            .filter(|r| r.live && r.role.is_volatile_source())
+        {
+            bounds.insert(row.life, hold(&row.life));
+        }
+        for victim in evictions.keys() {
+            bounds.insert(*victim, hold(victim));
+        }
+        let mut root = Root {
+            port,
+            config,
+            state,
+            bounds,
+            branches: BTreeMap::new(),
+            evictions,
+            waiting: VecDeque::new(),
+            version: 0,
+            persisted: 0,
+            unpublished: VecDeque::new(),
+            changed: true,
+            next_step: now,
+            last_rise: now,
+            counters: RootCounters::default(),
+        };
+        root.state.view = ViewId(root.state.view.0 + 1);
+        root.settle(now);
+        root
+    }
+
+    /// A message arrived.
+    pub fn handle_message(&mut self, now: Time, envelope: Envelope) {
+        if self.port.receive(&envelope).is_err() {
+            return;
+        }
+        let from = envelope.from;
+        match envelope.body {
+            Message::Join { nonce, role } => self.join(now, from.node, nonce, role),
+            Message::Ping {
+                lower_bound,
+                view,
+                attach,
+            } => {
+                self.heard(now, from);
+                self.report_direct(from, attach, lower_bound);
+                self.pong(from.node, view);
+            }
+            Message::Attach { life, attach } => self.attach(from, life, attach),
+            Message::Report {
+                lower_bound,
+                covers,
+                view,
+            } => {
+                self.heard(now, from);
+                self.report_branch(now, from, lower_bound, &covers);
+                self.pong(from.node, view);
+            }
+            Message::Part { life } => self.start_eviction(life),
+            body => self.eviction_message(from, body),
+        }
+        self.settle(now);
+    }
+
+    /// The state of `version` is durable.
+    pub fn handle_persisted(&mut self, now: Time, version: u64) {
+        self.persisted = self.persisted.max(version);
+        while let Some(&(version, minimum)) = self.unpublished.front() {
+            if version > self.persisted {
+                break;
+            }
+            self.unpublished.pop_front();
+            self.port.publish(self.state.term, minimum);
+            self.counters.lag_max = self.counters.lag_max.max(now.since(self.last_rise));
+            self.last_rise = now;
+        }
+        self.settle(now);
+    }
+
+    /// Somebody who knows (the supervisor that saw the process exit) says that a life is over.
+    pub fn declare_dead(&mut self, now: Time, node: NodeId) {
+        let row = self.state.rows.iter().find(|r| r.life.node == node);
+        if let Some(life) = row
+            .filter(|r| r.live && r.role.is_volatile_source())
+            .map(|r| r.life)
+        {
+            self.start_eviction(life);
+        }
+        self.settle(now);
+    }
+
+    /// Time passed.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if now >= self.next_step {
+            self.next_step = now.after(self.config.interval);
+            self.port.tick();
+            let silent: Vec<Life> = self
+                .bounds
+                .iter()
+                .filter(|(_, b)| now.since(b.last_heard) > self.config.evict_after)
+                .map(|(&life, _)| life)
+                .collect();
+            for life in silent {
+                self.start_eviction(life);
+            }
+        }
+        self.settle(now);
+    }
+
+    /// When [`Root::handle_timeout`] wants to run.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Time {
+        self.next_step
+    }
+
+    /// The next effect whose foundation is durable.
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        while let Some(effect) = self.port.poll() {
+            if matches!(effect, Effect::Persist { .. }) {
+                return Some(effect);
+            }
+            self.waiting.push_back((self.version, effect));
+        }
+        let (version, _) = self.waiting.front()?;
+        if *version > self.persisted {
+            return None;
+        }
+        let (_, mut effect) = self.waiting.pop_front()?;
+        if let Effect::Send { envelope, .. } = &mut effect {
+            // m that became durable while the message waited may travel with it.
+            envelope.minimum = self.port.minimum();
+        }
+        Some(effect)
+    }
+
+    /// Identity, epoch and minimum.
+    #[must_use]
+    pub fn port(&self) -> &Port {
+        &self.port
+    }
+
+    /// The current membership.
+    #[must_use]
+    pub fn view(&self) -> View {
+        let seats = self
+            .state
+            .rows
+            .iter()
+            .map(|r| Seat {
+                life: r.life,
+                role: r.role,
+                live: r.live,
+            })
+            .collect();
+        View {
+            id: self.state.view,
+            seats,
+        }
+    }
+
+    /// The life that holds m back, with its bound.
+    #[must_use]
+    pub fn blocked_by(&self) -> Option<(Life, Epoch)> {
+        self.bounds
+            .iter()
+            .map(|(&life, b)| (life, self.effective(b)))
+            .min_by_key(|&(_, e)| e)
+    }
+
+    /// Evictions under way: victim and stage.
+    pub fn evictions(&self) -> impl Iterator<Item = (Life, &'static str)> + '_ {
+        self.evictions
+            .iter()
+            .map(|(&victim, e)| (victim, e.stage.name()))
+    }
+
+    /// Figures so far.
+    #[must_use]
+    pub fn counters(&self) -> RootCounters {
+        self.counters
+    }
+
+    /// Ticks since a member was last heard, for status.
+    #[must_use]
+    pub fn silence(&self, now: Time, life: Life) -> Option<u64> {
+        self.bounds.get(&life).map(|b| now.since(b.last_heard))
+    }
+
+    fn heard(&mut self, now: Time, life: Life) {
+        if let Some(bound) = self.bounds.get_mut(&life) {
+            bound.last_heard = now;
+        }
+    }
+
+    fn row(&mut self, node: NodeId) -> Option<&mut Row> {
+        self.state.rows.iter_mut().find(|r| r.life.node == node)
+    }
+
+    fn join(&mut self, now: Time, node: NodeId, nonce: u64, role: Role) {
+        let known = self.row(node).map(|r| (r.life, r.nonce, r.live, r.role));
+        let life = match known {
+            Some((life, seen, true, _)) if seen == nonce => life,
+            _ => {
+                let last = known.map_or(0, |(life, ..)| life.incarnation.0);
+                let life = Life {
+                    node,
+                    incarnation: Incarnation(last + 1),
+                };
+                if let Some((old, _, true, old_role)) = known {
+                    if old_role.is_volatile_source() {
+                        self.start_eviction(old);
+                    } else if old_role == Role::Aggregator {
+                        self.branch_lost(node);
+                    }
+                }
+                self.admit(now, life, nonce, role);
+                life
+            }
+        };
+        let floor = self.port.minimum();
+        let view = self.view();
+        self.port.send(
+            node,
+            Message::Joined {
+                nonce,
+                life,
+                floor,
+                view,
+            },
+        );
+    }
+
+    fn admit(&mut self, now: Time, life: Life, nonce: u64, role: Role) {
+        let row = Row {
+            life,
+            nonce,
+            role,
+            live: true,
+        };
+        match self
+            .state
+            .rows
+            .binary_search_by_key(&life.node, |r| r.life.node)
+        {
+            Ok(index) => self.state.rows[index] = row,
+            Err(index) => self.state.rows.insert(index, row),
+        }
+        if role.is_volatile_source() {
+            let hold = self.port.minimum();
+            let bound = Bound {
+                hold,
+                covered: None,
+                attach: (0, None),
+                last_heard: now,
+            };
+            self.bounds.insert(life, bound);
+        }
+        self.view_changed();
+    }
+
+    fn view_changed(&mut self) {
+        self.state.view = ViewId(self.state.view.0 + 1);
+        self.changed = true;
+    }
+
+    fn pong(&mut self, to: NodeId, known: ViewId) {
+        let view = (known < self.state.view).then(|| self.view());
+        self.port.send(to, Message::Pong { view });
+    }
+
+    /// A directly attached member's bound.
+    fn report_direct(&mut self, life: Life, attach: u32, lower_bound: Epoch) {
+        if self.evictions.contains_key(&life) {
+            return;
+        }
+        let Some(bound) = self.bounds.get(&life).copied() else {
+            return;
+        };
+        let hold = self.effective(&bound);
+        if let Some(bound) = self.bounds.get_mut(&life) {
+            if attach > bound.attach.0 {
+                // It left its aggregator; what that one last said of it still holds.
+                bound.hold = hold;
+                bound.covered = None;
+                bound.attach = (attach, None);
+            }
+            if attach == bound.attach.0 && bound.attach.1.is_none() {
+                bound.hold = bound.hold.max(lower_bound);
+            }
+        }
+    }
+
+    /// Attach before detach: the hold bridges the gap (b.3 rules 3 and 4).
+    fn attach(&mut self, via: Life, life: Life, attach: u32) {
+        let Some(bound) = self.bounds.get(&life).copied() else {
+            return;
+        };
+        if attach < bound.attach.0 || self.evictions.contains_key(&life) {
+            return;
+        }
+        let hold = self.effective(&bound);
+        if let Some(bound) = self.bounds.get_mut(&life) {
+            if bound.attach != (attach, Some(via.node)) {
+                bound.hold = hold;
+                bound.covered = None;
+                bound.attach = (attach, Some(via.node));
+            }
+        }
+        self.port.send(
+            via.node,
+            Message::Attached {
+                life,
+                attach,
+                floor: hold,
+            },
+        );
+    }
+
+    fn report_branch(&mut self, now: Time, from: Life, lower_bound: Epoch, covers: &[Covered]) {
+        if self.row(from.node).is_none_or(|r| r.life != from) {
+            return;
+        }
+        let (_, before) = self
+            .branches
+            .insert(from.node, (from, lower_bound))
+            .unwrap_or((from, Epoch(0)));
+        let listed: BTreeMap<Life, u32> = covers.iter().map(|c| (c.life, c.attach)).collect();
+        for (life, bound) in &mut self.bounds {
+            let newest = listed.get(life) == Some(&bound.attach.0);
+            if newest && bound.attach.1 == Some(from.node) {
+                bound.covered = Some(from.node);
+                bound.last_heard = now;
+            } else if bound.covered == Some(from.node) {
+                // No longer bounded by the branch: held where the branch last had it.
+                bound.hold = before;
+                bound.covered = None;
+            }
+        }
+    }
+
+    /// An aggregator restarted or died: its children are held by the root again (b.3 rule 5).
+    fn branch_lost(&mut self, aggregator: NodeId) {
+        let Some((_, value)) = self.branches.remove(&aggregator) else {
+            return;
+        };
+        for bound in self
+            .bounds
+            .values_mut()
+            .filter(|b| b.covered == Some(aggregator))
+        {
+            bound.hold = value;
+            bound.covered = None;
+        }
+    }
+
+    fn effective(&self, bound: &Bound) -> Epoch {
+        let branch = bound.covered.and_then(|a| self.branches.get(&a));
+        branch.map_or(bound.hold, |(_, value)| *value)
+    }
+
+    /// Freezes a life's bound and begins rule X for it.
+    fn start_eviction(&mut self, life: Life) {
+        if self.evictions.contains_key(&life) || !self.bounds.contains_key(&life) {
+            return;
+        }
+        let frozen = self.effective(&self.bounds[&life]);
+        let mut role = Role::Client;
+        if let Some(row) = self.row(life.node) {
+            role = row.role;
+            if row.life == life {
+                row.live = false;
+            }
+        }
+        if let Some(bound) = self.bounds.get_mut(&life) {
+            bound.hold = frozen;
+            bound.covered = None;
+        }
+        self.evictions.insert(life, Eviction::new(life, role));
+        self.view_changed();
+    }
+
+    fn settle(&mut self, now: Time) {
+        self.evictions_settle(now);
+        self.publish();
+        if self.port.epoch().0 + CEILING_STEP / 2 > self.state.ceiling.0 {
+            self.state.ceiling = Epoch(self.port.epoch().0 + CEILING_STEP);
+            self.changed = true;
+        }
+        if core::mem::take(&mut self.changed) {
+            self.version += 1;
+            let durable: Vec<Eviction> = self.evictions.values().cloned().collect();
+            let state = self.state.encode(&durable);
+            self.port.ask(Effect::Persist {
+                version: self.version,
+                state,
+            });
+        }
+    }
+
+    /// v = min over everything that counts; published once durable.
+    fn publish(&mut self) {
+        let members = self.bounds.values().map(|b| self.effective(b)).min();
+        let value = members.map_or(self.port.epoch(), |m| m.min(self.port.epoch()));
+        if value > self.state.minimum {
+            self.state.minimum = value;
+            self.changed = true;
+            self.unpublished.push_back((self.version + 1, value));
+        }
+    }
+
+    fn live_nodes(&self, role: Role) -> BTreeSet<NodeId> {
+        let rows = self.state.rows.iter().filter(|r| r.role == role);
+        rows.filter(|r| r.live || role == Role::Destination)
+            .map(|r| r.life.node)
+            .collect()
+    }
+}

@@ -1,0 +1,219 @@
+//! What the root keeps durable, and its encoding.
+
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::vec::Vec;
+
+use crate::ids::{Epoch, Life, NodeId, Seq, StreamSeq, Term, Time, ViewId};
+use crate::message::{Held, Role};
+use crate::wire::{Malformed, Reader, Wire};
+use crate::wire_struct;
+
+/// Version of the encoding.
+const VERSION: u8 = 1;
+
+/// A node and its newest life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Row {
+    pub(super) life: Life,
+    pub(super) nonce: u64,
+    pub(super) role: Role,
+    pub(super) live: bool,
+}
+wire_struct!(Row {
+    life,
+    nonce,
+    role,
+    live
+});
+
+/// Durable state of a root.
+#[derive(Clone, Debug, Default)]
+pub struct RootState {
+    pub(super) term: Term,
+    pub(super) minimum: Epoch,
+    pub(super) ceiling: Epoch,
+    pub(super) view: ViewId,
+    pub(super) rows: Vec<Row>,
+    pub(super) evictions: Vec<Eviction>,
+}
+
+impl RootState {
+    pub(super) fn encode(&self, evictions: &[Eviction]) -> Vec<u8> {
+        let mut out = alloc::vec![VERSION];
+        self.term.put(&mut out);
+        self.minimum.put(&mut out);
+        self.ceiling.put(&mut out);
+        self.view.put(&mut out);
+        self.rows.put(&mut out);
+        let list: Vec<DurableEviction> = evictions.iter().map(DurableEviction::of).collect();
+        list.put(&mut out);
+        out
+    }
+
+    /// Decodes a persisted state.
+    ///
+    /// # Errors
+    /// [`Malformed`]: another version, or not a root's state.
+    pub fn decode(bytes: &[u8]) -> Result<RootState, Malformed> {
+        let mut input = Reader::new(bytes);
+        if u8::take(&mut input)? != VERSION {
+            return Err(Malformed {
+                what: "version of the root's state",
+            });
+        }
+        let mut state = RootState {
+            term: Wire::take(&mut input)?,
+            minimum: Wire::take(&mut input)?,
+            ceiling: Wire::take(&mut input)?,
+            view: Wire::take(&mut input)?,
+            rows: Wire::take(&mut input)?,
+            evictions: Vec::new(),
+        };
+        let list = Vec::<DurableEviction>::take(&mut input)?;
+        state.evictions = list.into_iter().map(DurableEviction::revive).collect();
+        input.finish("root state")?;
+        Ok(state)
+    }
+
+    /// m as persisted.
+    #[must_use]
+    pub fn minimum(&self) -> Epoch {
+        self.minimum
+    }
+
+    /// Term as persisted.
+    #[must_use]
+    pub fn term(&self) -> Term {
+        self.term
+    }
+
+    /// Lives whose resolution is not finished.
+    #[must_use]
+    pub fn unresolved(&self) -> Vec<Life> {
+        self.evictions.iter().map(|e| e.victim).collect()
+    }
+}
+
+/// Progress of an eviction: LIVE → FENCING → RESOLVING → (DRAINING →) RELEASING → GONE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Stage {
+    /// Fences are being acknowledged.
+    Fencing,
+    /// The decision is durable and being carried out.
+    Resolving,
+    /// A proxy's clients finish what they stamped under its locks.
+    Draining,
+    /// Locks are being released.
+    Releasing,
+}
+
+impl Stage {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Stage::Fencing => "FENCING",
+            Stage::Resolving => "RESOLVING",
+            Stage::Draining => "DRAINING",
+            Stage::Releasing => "RELEASING",
+        }
+    }
+}
+
+/// The logged decision about a dead life's operations.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Decision {
+    /// Last surviving operation.
+    pub(super) through: Seq,
+    /// Where each destination's stream ends.
+    pub(super) until: Vec<(NodeId, StreamSeq)>,
+    /// Per holder: which operations to send where, ascending.
+    pub(super) supply: Vec<(Life, Vec<(Seq, NodeId)>)>,
+}
+wire_struct!(Decision {
+    through,
+    until,
+    supply
+});
+
+/// One eviction under way.
+#[derive(Clone, Debug)]
+pub(super) struct Eviction {
+    pub(super) victim: Life,
+    pub(super) role: Role,
+    pub(super) stage: Stage,
+    pub(super) decision: Decision,
+    /// The decision is a second one: a supplier died before the first was carried out. It keeps no
+    /// more than the first did.
+    pub(super) revised: bool,
+    /// Answers to the fence.
+    pub(super) fenced: BTreeMap<Life, Vec<Held>>,
+    /// Nodes that answered the current stage.
+    pub(super) answered: BTreeSet<NodeId>,
+    pub(super) next_send: Time,
+}
+
+impl Eviction {
+    pub(super) fn new(victim: Life, role: Role) -> Eviction {
+        Eviction {
+            victim,
+            role,
+            stage: Stage::Fencing,
+            decision: Decision::default(),
+            revised: false,
+            fenced: BTreeMap::new(),
+            answered: BTreeSet::new(),
+            next_send: Time(0),
+        }
+    }
+
+    pub(super) fn enter(&mut self, stage: Stage) {
+        self.stage = stage;
+        self.answered.clear();
+        self.next_send = Time(0);
+    }
+}
+
+/// What survives of an eviction: a restart repeats fencing, but never a logged decision.
+struct DurableEviction {
+    victim: Life,
+    role: Role,
+    stage: u8,
+    revised: bool,
+    decision: Decision,
+}
+wire_struct!(DurableEviction {
+    victim,
+    role,
+    stage,
+    revised,
+    decision
+});
+
+impl DurableEviction {
+    fn of(e: &Eviction) -> DurableEviction {
+        let stage = e.stage as u8;
+        DurableEviction {
+            victim: e.victim,
+            role: e.role,
+            stage,
+            revised: e.revised,
+            decision: e.decision.clone(),
+        }
+    }
+
+    fn revive(self) -> Eviction {
+        let stage = match self.stage {
+            0 => Stage::Fencing,
+            1 => Stage::Resolving,
+            2 => Stage::Draining,
+            _ => Stage::Releasing,
+        };
+        let decision = self.decision;
+        let revised = self.revised;
+        Eviction {
+            stage,
+            revised,
+            decision,
+            ..Eviction::new(self.victim, self.role)
+        }
+    }
+}

@@ -1,0 +1,596 @@
+//! The redo half of every node that issues or forwards operations: streams, windows, redo.
+//!
+//! - A *stream* is the sequence of one source life's parts for one home, numbered without gaps.
+//!   Whoever forwards it keeps the numbers, so duplicates and reordering over several paths are
+//!   harmless: a home executes position n + 1 after n, whoever brings it (trap T3).
+//! - A *window* is the parts of one epoch for one home (seed 000). An operation's parts carry one
+//!   epoch, so no operation straddles two windows of different epochs; windows are sent in
+//!   batches. A window is discarded when m exceeds its epoch (W1): commit by its own home is not
+//!   enough, because the operation's other half may still be undone.
+//! - The *redo* of a first source decides what is everywhere committed and yields its lower bound.
+//!
+//! Invariants: I3 (one epoch per operation), I11 (an unfinished operation is covered by its
+//! source's bound), I14 (a discarded window is never asked for again), W1.
+//!
+//! Payloads: a part heavier than [`BULK_WEIGHT`] is dropped once its home has committed it (its
+//! extent is durable there); the skeleton stays until the window may go.
+
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use crate::effect::Port;
+use crate::ids::{Epoch, Life, NodeId, OpId, Seq, StreamSeq};
+use crate::message::{Message, Part, StreamBase, StreamState};
+use crate::op::{Key, Operation, Participant, Range, Update};
+
+/// Parts at least this heavy release their payload at commit instead of at stability, in bytes.
+pub const BULK_WEIGHT: usize = 64 << 10;
+/// Most bytes of one batch, unless a single part is larger.
+pub const BATCH_BYTES: usize = 256 << 10;
+/// Most parts of one batch.
+pub const BATCH_PARTS: usize = 1024;
+/// Most bytes sent to one tier above and not yet executed there.
+pub const IN_FLIGHT_BYTES: usize = 4 << 20;
+
+/// One stream as its sender keeps it.
+#[derive(Debug)]
+struct Stream {
+    /// Position of the first entry of `parts`.
+    base: StreamSeq,
+    /// Parts from `base` on; kept until m passes them.
+    parts: VecDeque<Arc<Operation>>,
+    /// The next tier knows the stream on this connection and said how far it is.
+    ready: bool,
+    /// Announced on this connection.
+    announced: bool,
+    /// Last position handed to the transport on this connection.
+    sent: StreamSeq,
+    executed: StreamSeq,
+    committed: StreamSeq,
+    /// Bytes sent on this connection and not executed yet.
+    flying: usize,
+}
+
+/// Figures about windows, as the report prints them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WindowCounters {
+    /// Windows of which at least one part was sent.
+    pub sent: u64,
+    /// Windows let go because m passed them.
+    pub discarded: u64,
+    /// Most windows held at one time.
+    pub held_max: u64,
+    /// Parts sent again after a reconnect.
+    pub replayed: u64,
+}
+
+/// Streams of one node towards the tiers above it.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    streams: BTreeMap<(Life, NodeId), Stream>,
+    /// Held windows: parts kept per (home, epoch), and whether a part was sent.
+    windows: BTreeMap<(NodeId, Epoch), (usize, bool)>,
+    bytes: usize,
+    counters: WindowCounters,
+}
+
+impl Outbox {
+    /// Makes the stream known locally; a known one keeps its state.
+    pub fn open(&mut self, source: Life, home: NodeId, base: StreamSeq) {
+        let before = StreamSeq(base.0 - 1);
+        self.streams
+            .entry((source, home))
+            .or_insert_with(|| Stream {
+                base,
+                parts: VecDeque::new(),
+                ready: false,
+                announced: false,
+                sent: before,
+                executed: before,
+                committed: before,
+                flying: 0,
+            });
+    }
+
+    /// Last position accepted into a stream; `None` when the stream is not known.
+    #[must_use]
+    pub fn last(&self, source: Life, home: NodeId) -> Option<StreamSeq> {
+        self.streams.get(&(source, home)).map(Stream::last)
+    }
+
+    /// Appends the next part of a known stream. Its position must be the one after
+    /// [`Outbox::last`].
+    pub fn push(&mut self, home: NodeId, op: Arc<Operation>) {
+        let stream = self
+            .streams
+            .get_mut(&(op.id.source, home))
+            .expect("a stream is opened before its first part");
+        assert_eq!(
+            op.at(home),
+            Some(StreamSeq(stream.last().0 + 1)),
+            "streams have no gaps"
+        );
+        self.bytes += op.weight();
+        self.windows.entry((home, op.epoch)).or_default().0 += 1;
+        self.counters.held_max = self.counters.held_max.max(self.windows.len() as u64);
+        stream.parts.push_back(op);
+    }
+
+    /// State of a stream as known here.
+    #[must_use]
+    pub fn state(&self, source: Life, home: NodeId) -> Option<StreamState> {
+        let s = self.streams.get(&(source, home))?;
+        Some(StreamState {
+            source,
+            home,
+            executed: s.executed,
+            committed: s.committed,
+        })
+    }
+
+    /// Progress of a stream at the next tier. Returns whether anything became committed.
+    pub fn progress(&mut self, state: &StreamState) -> bool {
+        let Some(s) = self.streams.get_mut(&(state.source, state.home)) else {
+            return false;
+        };
+        if !s.ready && s.announced {
+            // First word on this connection: everything not executed there is sent (again).
+            s.ready = true;
+            if s.sent > state.executed {
+                self.counters.replayed += s.sent.0 - state.executed.0;
+            }
+            s.sent = state.executed.max(s.base.before()).min(s.last());
+            s.flying = 0;
+        }
+        let executed = s.executed.max(state.executed).min(s.last());
+        for at in s.executed.0 + 1..=executed.0.min(s.sent.0) {
+            s.flying = s
+                .flying
+                .saturating_sub(s.part(StreamSeq(at)).map_or(0, |op| op.weight()));
+        }
+        s.executed = executed;
+        let committed = state.committed.min(s.last());
+        if committed <= s.committed {
+            return false;
+        }
+        for at in s.committed.0 + 1..=committed.0 {
+            let Some(index) = at.checked_sub(s.base.0) else {
+                continue;
+            };
+            let part = &mut s.parts[index as usize];
+            if part.weight() >= BULK_WEIGHT {
+                self.bytes -= part.weight();
+                *part = Arc::new(Operation {
+                    updates: Vec::new(),
+                    ..Operation::clone(part)
+                });
+                self.bytes += part.weight();
+            }
+        }
+        s.committed = committed;
+        true
+    }
+
+    /// The connection behind the streams that `through` selects broke, or they take another path
+    /// now: whatever was sent may be lost.
+    pub fn closed(&mut self, through: impl Fn(Life, NodeId) -> bool) {
+        for ((source, home), s) in &mut self.streams {
+            if through(*source, *home) {
+                s.ready = false;
+                s.announced = false;
+                s.flying = 0;
+            }
+        }
+    }
+
+    /// Announces and sends what may be sent to the homes reached through `hop`.
+    pub fn flush(&mut self, port: &mut Port, hop: NodeId, through: impl Fn(Life, NodeId) -> bool) {
+        let mut in_flight = 0;
+        for ((source, home), s) in &self.streams {
+            if through(*source, *home) && s.ready {
+                in_flight += s.flying;
+            }
+        }
+        let mut batch: Vec<Part> = Vec::new();
+        let mut batch_bytes = 0;
+        for (&(source, home), s) in &mut self.streams {
+            if !through(source, home) {
+                continue;
+            }
+            if !s.announced && !s.parts.is_empty() {
+                s.announced = true;
+                let base = StreamBase {
+                    source,
+                    home,
+                    base: s.unsure(),
+                };
+                port.send(hop, Message::Stream { base });
+            }
+            while s.ready && s.sent < s.last() && in_flight < IN_FLIGHT_BYTES {
+                let at = StreamSeq(s.sent.0 + 1);
+                let op = s.parts[(at.0 - s.base.0) as usize].clone();
+                s.sent = at;
+                if at <= s.committed {
+                    continue;
+                }
+                let weight = op.weight();
+                in_flight += weight;
+                s.flying += weight;
+                if let Some(window) = self.windows.get_mut(&(home, op.epoch)) {
+                    self.counters.sent += u64::from(!window.1);
+                    window.1 = true;
+                }
+                if batch_bytes + weight > BATCH_BYTES && !batch.is_empty() {
+                    port.send(
+                        hop,
+                        Message::Reint {
+                            parts: core::mem::take(&mut batch),
+                        },
+                    );
+                    batch_bytes = 0;
+                }
+                batch_bytes += weight;
+                batch.push(Part { home, op });
+                if batch.len() == BATCH_PARTS {
+                    port.send(
+                        hop,
+                        Message::Reint {
+                            parts: core::mem::take(&mut batch),
+                        },
+                    );
+                    batch_bytes = 0;
+                }
+            }
+        }
+        if !batch.is_empty() {
+            port.send(hop, Message::Reint { parts: batch });
+        }
+    }
+
+    /// Discards every window below `minimum` (rule b.5: m > e).
+    pub fn purge(&mut self, minimum: Epoch) {
+        let Outbox {
+            streams,
+            windows,
+            counters,
+            bytes,
+            ..
+        } = self;
+        for ((_, home), s) in streams.iter_mut() {
+            while s.parts.front().is_some_and(|op| op.epoch < minimum) && s.base <= s.committed {
+                discard_front(*home, s, windows, counters, bytes);
+            }
+        }
+    }
+
+    /// Under memory pressure: discards committed parts of `source` up to `through`, an operation
+    /// whose whole dependency closure is everywhere committed (rule b.5, second form).
+    pub fn discard_early(&mut self, source: Life, through: Seq) {
+        let Outbox {
+            streams,
+            windows,
+            counters,
+            bytes,
+            ..
+        } = self;
+        for ((life, home), s) in streams.iter_mut() {
+            while *life == source
+                && s.base <= s.committed
+                && s.parts.front().is_some_and(|op| op.id.seq <= through)
+            {
+                discard_front(*home, s, windows, counters, bytes);
+            }
+        }
+    }
+
+    /// Forgets every stream of a life that is GONE.
+    pub fn forget(&mut self, source: Life) {
+        let gone: Vec<_> = self
+            .streams
+            .keys()
+            .filter(|k| k.0 == source)
+            .copied()
+            .collect();
+        for key in gone {
+            let Some(mut s) = self.streams.remove(&key) else {
+                continue;
+            };
+            while !s.parts.is_empty() {
+                discard_front(
+                    key.1,
+                    &mut s,
+                    &mut self.windows,
+                    &mut self.counters,
+                    &mut self.bytes,
+                );
+            }
+        }
+    }
+
+    /// Operations of `source` that are held in full, ascending by seq, with the homes whose
+    /// parts are held.
+    #[must_use]
+    pub fn held_of(&self, source: Life) -> Vec<Arc<Operation>> {
+        let mut held: BTreeMap<OpId, Arc<Operation>> = BTreeMap::new();
+        for (_, s) in self.streams.iter().filter(|((life, _), _)| *life == source) {
+            for op in &s.parts {
+                let best = held.entry(op.id).or_insert_with(|| op.clone());
+                if best.updates.is_empty() {
+                    *best = op.clone();
+                }
+            }
+        }
+        held.into_values().collect()
+    }
+
+    /// Lower bound over the held, uncommitted operations that `source` stamped.
+    #[must_use]
+    pub fn bound_of(&self, source: Life) -> Option<Epoch> {
+        self.streams
+            .iter()
+            .filter(|((life, _), _)| *life == source)
+            .filter_map(|(_, s)| {
+                let index = (s.committed.0 + 1).checked_sub(s.base.0)? as usize;
+                s.parts.get(index).map(|op| op.epoch)
+            })
+            .min()
+    }
+
+    /// Objects in `range` at `home` that held, uncommitted parts write.
+    pub fn touched_in<'a>(
+        &'a self,
+        home: NodeId,
+        range: &'a Range,
+    ) -> impl Iterator<Item = &'a Key> {
+        let streams = self.streams.iter().filter(move |((_, h), _)| *h == home);
+        let parts = streams.flat_map(|(_, s)| {
+            let skip = (s.committed.0 + 1).saturating_sub(s.base.0) as usize;
+            s.parts.iter().skip(skip)
+        });
+        parts
+            .flat_map(move |op| op.updates_for(home))
+            .map(|u| &u.key)
+            .filter(|key| range.holds(key))
+    }
+
+    /// Whether nothing of `source` is uncommitted.
+    #[must_use]
+    pub fn is_settled(&self, source: Life) -> bool {
+        self.bound_of(source).is_none()
+    }
+
+    /// Bytes of parts held, each stream's copy counted.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Windows held now.
+    #[must_use]
+    pub fn windows_held(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// Figures so far.
+    #[must_use]
+    pub fn counters(&self) -> WindowCounters {
+        self.counters
+    }
+}
+
+fn discard_front(
+    home: NodeId,
+    s: &mut Stream,
+    windows: &mut BTreeMap<(NodeId, Epoch), (usize, bool)>,
+    counters: &mut WindowCounters,
+    bytes: &mut usize,
+) {
+    let Some(op) = s.parts.pop_front() else {
+        return;
+    };
+    s.base = StreamSeq(s.base.0 + 1);
+    *bytes -= op.weight();
+    if let Some(window) = windows.get_mut(&(home, op.epoch)) {
+        window.0 -= 1;
+        if window.0 == 0 {
+            windows.remove(&(home, op.epoch));
+            counters.discarded += 1;
+        }
+    }
+}
+
+impl StreamSeq {
+    /// The position before this one.
+    #[must_use]
+    pub fn before(self) -> StreamSeq {
+        StreamSeq(self.0 - 1)
+    }
+}
+
+impl Stream {
+    fn last(&self) -> StreamSeq {
+        StreamSeq(self.base.0 + self.parts.len() as u64 - 1)
+    }
+
+    /// Lowest position not known to be committed.
+    fn unsure(&self) -> StreamSeq {
+        StreamSeq(self.committed.0 + 1)
+    }
+
+    fn part(&self, at: StreamSeq) -> Option<&Arc<Operation>> {
+        self.parts.get(at.0.checked_sub(self.base.0)? as usize)
+    }
+}
+
+/// Operations that this node stamped itself, from stamp to stability.
+#[derive(Debug, Default)]
+pub struct Redo {
+    /// Seq of the front of `ops`.
+    first: u64,
+    ops: VecDeque<Arc<Operation>>,
+    /// All operations up to here are everywhere committed.
+    done: Seq,
+    /// All operations up to here have executed at the next tier of every participant.
+    executed: Seq,
+    previous: Epoch,
+    next_at: BTreeMap<NodeId, StreamSeq>,
+    /// Objects written by operations that are not everywhere committed, with the last writer.
+    touched: BTreeMap<(NodeId, Key), Seq>,
+}
+
+impl Redo {
+    /// An empty redo; the first operation gets seq 1.
+    #[must_use]
+    pub fn new() -> Redo {
+        Redo {
+            first: 1,
+            ..Redo::default()
+        }
+    }
+
+    /// O1: stamps an operation at `epoch` and enters it, before anything is sent.
+    pub fn stamp(&mut self, source: Life, epoch: Epoch, updates: Vec<Update>) -> Arc<Operation> {
+        assert!(epoch >= self.previous, "a source's epochs do not decrease");
+        let mut homes: Vec<NodeId> = updates.iter().map(|u| u.home).collect();
+        homes.sort_unstable();
+        homes.dedup();
+        let participants = homes
+            .into_iter()
+            .map(|node| {
+                let at = self.next_at.entry(node).or_insert(StreamSeq(1));
+                let participant = Participant { node, at: *at };
+                at.0 += 1;
+                participant
+            })
+            .collect();
+        let seq = self.last().0 + 1;
+        for u in &updates {
+            self.touched.insert((u.home, u.key.clone()), Seq(seq));
+        }
+        let op = Arc::new(Operation {
+            id: OpId {
+                source,
+                seq: Seq(seq),
+            },
+            epoch,
+            previous: self.previous,
+            participants,
+            updates,
+        });
+        self.previous = epoch;
+        self.ops.push_back(op.clone());
+        op
+    }
+
+    /// Seq of the newest operation.
+    #[must_use]
+    pub fn last(&self) -> Seq {
+        Seq(self.first + self.ops.len() as u64 - 1)
+    }
+
+    /// All operations up to and including this one are everywhere committed.
+    #[must_use]
+    pub fn done(&self) -> Seq {
+        self.done
+    }
+
+    /// All operations up to and including this one have executed.
+    #[must_use]
+    pub fn executed(&self) -> Seq {
+        self.executed
+    }
+
+    /// Recomputes the prefixes after progress.
+    pub fn advance(&mut self, outbox: &Outbox) {
+        let reached = |op: &Operation, committed: bool| {
+            op.participants.iter().all(|p| {
+                outbox.state(op.id.source, p.node).is_some_and(|s| {
+                    p.at <= if committed {
+                        s.committed
+                    } else {
+                        s.executed.max(s.committed)
+                    }
+                })
+            })
+        };
+        while let Some(op) = self.get(Seq(self.executed.0 + 1)) {
+            if !reached(op, false) {
+                break;
+            }
+            self.executed.0 += 1;
+        }
+        while let Some(op) = self.get(Seq(self.done.0 + 1)).cloned() {
+            if !reached(&op, true) {
+                break;
+            }
+            self.done.0 += 1;
+            for u in &op.updates {
+                let key = (u.home, u.key.clone());
+                if self.touched.get(&key) == Some(&op.id.seq) {
+                    self.touched.remove(&key);
+                }
+            }
+        }
+    }
+
+    /// Forgets operations below `minimum` (b.5) and, when told so, everywhere committed ones.
+    pub fn purge(&mut self, minimum: Epoch, early: bool) {
+        while let Some(op) = self.ops.front() {
+            if op.id.seq > self.done || (op.epoch >= minimum && !early) {
+                break;
+            }
+            self.ops.pop_front();
+            self.first += 1;
+        }
+    }
+
+    /// lb: epoch of the first operation that is not everywhere committed.
+    #[must_use]
+    pub fn bound(&self) -> Option<Epoch> {
+        self.get(Seq(self.done.0 + 1)).map(|op| op.epoch)
+    }
+
+    /// The last unfinished operation of this source that wrote in `range`.
+    #[must_use]
+    pub fn last_touching(&self, home: NodeId, range: &Range) -> Option<Seq> {
+        self.touched_between(home, range).map(|(_, &seq)| seq).max()
+    }
+
+    /// Objects in `range` that unfinished operations of this source write.
+    pub fn touched_in<'a>(
+        &'a self,
+        home: NodeId,
+        range: &'a Range,
+    ) -> impl Iterator<Item = &'a Key> {
+        self.touched_between(home, range).map(|((_, key), _)| key)
+    }
+
+    fn touched_between<'a>(
+        &'a self,
+        home: NodeId,
+        range: &'a Range,
+    ) -> impl Iterator<Item = (&'a (NodeId, Key), &'a Seq)> {
+        let from = (home, Key::at(range.space, range.lo));
+        self.touched
+            .range(from..)
+            .take_while(move |((h, key), _)| *h == home && range.holds(key))
+    }
+
+    /// The last unfinished operation of this source that wrote `key`.
+    #[must_use]
+    pub fn writer_of(&self, home: NodeId, key: &Key) -> Option<&Arc<Operation>> {
+        let seq = self.touched.get(&(home, key.clone()))?;
+        self.get(*seq)
+    }
+
+    /// Kept operations after `seq`, in order.
+    pub fn after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        let skip = (seq.0 + 1).saturating_sub(self.first) as usize;
+        self.ops.iter().skip(skip)
+    }
+
+    fn get(&self, seq: Seq) -> Option<&Arc<Operation>> {
+        self.ops.get(seq.0.checked_sub(self.first)? as usize)
+    }
+}

@@ -1,0 +1,229 @@
+//! Looking at logs without opening them: what `lowtide log` prints and verifies.
+//!
+//! Owns: a read-only walk over segment files, of one log or a whole directory.
+//! Invariants: changes nothing, takes no lock (a running node may be looked at; its newest records
+//! may then show as damaged); work linear in the files' length.
+//! Deliberately absent: formatting; the meaning of bodies; which groups are void (`OPEN` entries
+//! tell).
+
+use super::record::{
+    ALIGN, BadHeader, KIND_CLAIM, KIND_OPEN, KIND_SEAL, Lsn, RecordHeader, SegmentHeader,
+};
+use super::segment::SEGMENT_START;
+use crate::medium::{Access, Medium, MediumError, Volume, dir::DirVolume};
+use std::path::Path;
+use std::sync::Arc;
+
+/// One thing found in a segment file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Entry {
+    /// The file's header.
+    Segment {
+        /// File name.
+        file: String,
+        /// File length, bytes.
+        len: u64,
+        /// The header; `None` if there is no intact one, and then nothing else is shown.
+        header: Option<SegmentHeader>,
+    },
+    /// A record.
+    Record {
+        /// File name.
+        file: String,
+        /// Byte offset.
+        offset: u64,
+        /// Its header.
+        header: RecordHeader,
+        /// Its body, if its CRC is right.
+        body: Option<Vec<u8>>,
+    },
+    /// Where the records of a file stop, and why.
+    End {
+        /// File name.
+        file: String,
+        /// Byte offset.
+        offset: u64,
+        /// Why.
+        verdict: Verdict,
+    },
+}
+
+/// Why the records of a file stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// Sealed: the log goes on in the next segment.
+    Sealed,
+    /// The newest record, or nothing was ever written: no magic, or a record of an earlier use.
+    Unwritten,
+    /// A damaged header or body: torn by a crash if it is the end of the log.
+    Damaged,
+    /// Another format version.
+    Version(u32),
+}
+
+/// The name of a record kind that belongs to the log itself.
+pub fn own_kind(kind: u8) -> Option<&'static str> {
+    match kind {
+        KIND_SEAL => Some("seal"),
+        KIND_OPEN => Some("open"),
+        KIND_CLAIM => Some("claim"),
+        _ => None,
+    }
+}
+
+/// Walks all segment files of a directory, or one file: by log, then by sequence number.
+///
+/// # Errors
+/// The directory cannot be listed or a header cannot be read.
+pub fn inspect(path: impl AsRef<Path>) -> Result<Entries, MediumError> {
+    let path = path.as_ref();
+    let (dir, only) = match path.file_name().and_then(|n| n.to_str()) {
+        Some(name) if path.is_file() => (path.parent().unwrap_or(Path::new(".")), Some(name)),
+        _ => (path, None),
+    };
+    inspect_volume(&DirVolume::inspect(dir), only)
+}
+
+/// As [`inspect`], on any volume.
+///
+/// # Errors
+/// The volume cannot be listed or a header cannot be read.
+pub fn inspect_volume(volume: &dyn Volume, only: Option<&str>) -> Result<Entries, MediumError> {
+    let mut files = Vec::new();
+    for name in volume.list()? {
+        if !name.ends_with(".seg") || only.is_some_and(|o| o != name) {
+            continue;
+        }
+        let medium = volume.open(&name, Access::Positioned)?;
+        let len = medium.len()?;
+        let header = match read_slot(&*medium, 0, len)? {
+            Some(bytes) => SegmentHeader::decode(&bytes).ok(),
+            None => None,
+        };
+        let prefix = name
+            .rsplit_once('-')
+            .map_or("", |(prefix, _)| prefix)
+            .to_owned();
+        files.push(File {
+            name,
+            prefix,
+            medium,
+            len,
+            header,
+        });
+    }
+    files.sort_by(|a, b| {
+        let key = |f: &File| (f.prefix.clone(), f.header.map_or(u64::MAX, |h| h.seq));
+        key(a).cmp(&key(b))
+    });
+    files.reverse();
+    Ok(Entries {
+        files,
+        current: None,
+    })
+}
+
+#[derive(Debug)]
+struct File {
+    name: String,
+    prefix: String,
+    medium: Arc<dyn Medium>,
+    len: u64,
+    header: Option<SegmentHeader>,
+}
+
+/// Iterator over what is found; see [`inspect`].
+#[derive(Debug)]
+pub struct Entries {
+    /// Files still to come, the next one last.
+    files: Vec<File>,
+    /// The file being walked, its header, and the offset.
+    current: Option<(File, SegmentHeader, u64)>,
+}
+
+impl Iterator for Entries {
+    type Item = Result<Entry, MediumError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some((file, segment, offset)) = self.current.take() {
+            return Some(self.step(file, segment, offset));
+        }
+        let file = self.files.pop()?;
+        let entry = Entry::Segment {
+            file: file.name.clone(),
+            len: file.len,
+            header: file.header,
+        };
+        if let Some(header) = file.header {
+            self.current = Some((file, header, SEGMENT_START));
+        }
+        Some(Ok(entry))
+    }
+}
+
+impl Entries {
+    fn step(
+        &mut self,
+        file: File,
+        segment: SegmentHeader,
+        offset: u64,
+    ) -> Result<Entry, MediumError> {
+        let end = |verdict| Entry::End {
+            file: file.name.clone(),
+            offset,
+            verdict,
+        };
+        let Some(bytes) = read_slot(&*file.medium, offset, file.len)? else {
+            return Ok(end(Verdict::Sealed));
+        };
+        let header = match RecordHeader::decode(&bytes) {
+            Ok(header) => header,
+            Err(BadHeader::Unwritten) => return Ok(end(Verdict::Unwritten)),
+            Err(BadHeader::Damaged) => return Ok(end(Verdict::Damaged)),
+            Err(BadHeader::Version(v)) => return Ok(end(Verdict::Version(u32::from(v)))),
+        };
+        let expected = Lsn(segment
+            .seq
+            .wrapping_mul(segment.segment_bytes)
+            .wrapping_add(offset));
+        if header.lsn != expected || header.tag != segment.identity.tag() {
+            return Ok(end(Verdict::Unwritten));
+        }
+        let body_at = offset + ALIGN;
+        if u64::from(header.body_len) > file.len.saturating_sub(body_at) {
+            return Ok(end(Verdict::Damaged));
+        }
+        let mut body = vec![0u8; header.body_len as usize];
+        file.medium.read(body_at, &mut body)?;
+        let body = (crc32c::crc32c(&body) == header.body_crc).then_some(body);
+        let record = Entry::Record {
+            file: file.name.clone(),
+            offset,
+            header,
+            body,
+        };
+        // A seal is followed by nothing: the walk ends behind the file.
+        let next = if header.kind == KIND_SEAL {
+            file.len
+        } else {
+            offset + header.total_len()
+        };
+        self.current = Some((file, segment, next));
+        Ok(record)
+    }
+}
+
+fn read_slot(
+    medium: &dyn Medium,
+    offset: u64,
+    len: u64,
+) -> Result<Option<[u8; ALIGN as usize]>, MediumError> {
+    if offset + ALIGN > len {
+        return Ok(None);
+    }
+    let mut bytes = [0u8; ALIGN as usize];
+    medium.read(offset, &mut bytes)?;
+    Ok(Some(bytes))
+}

@@ -1,0 +1,301 @@
+//! A volume of real files in one directory.
+//!
+//! Owns: the directory's lock file, creation of files that are whole or absent, positioned files.
+//! Invariants: space is allocated (`posix_fallocate`), zero-filled and synced before a file is
+//! mapped, because a store to a hole on a full file system is a SIGBUS, not an error; a new file
+//! gets its name last and the directory is synced; nobody truncates a mapped file.
+//! Deliberately absent: the mapping itself (`log::mapped`), subdirectories.
+
+use super::power::PowerFailMedium;
+use super::{Access, Call, Medium, MediumError, PAGE, Volume};
+use crate::log::mapped::MappedFile;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{Read, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Name of the advisory lock file.
+pub const LOCK_FILE: &str = "LOCK";
+/// Suffix of a file that does not have its name yet.
+const NEW: &str = ".new";
+/// Zero-fill granule, bytes.
+const CHUNK: usize = 1 << 20;
+
+/// How a mapped range is made durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SyncMode {
+    /// `msync(MS_SYNC)` of the page-rounded range.
+    #[default]
+    Range,
+    /// `fdatasync` of the whole file.
+    File,
+}
+
+/// Options of a [`DirVolume`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DirOptions {
+    /// How mapped files are synced.
+    pub sync: SyncMode,
+    /// Journal the last durable image of each unsynced page, so that
+    /// [`apply_power_loss`](super::power::apply_power_loss) can take the pages back. For fault
+    /// injection; costs a write per page first dirtied.
+    pub power_fail: bool,
+}
+
+/// A directory of real files, held by one process.
+#[derive(Debug)]
+pub struct DirVolume {
+    dir: PathBuf,
+    options: DirOptions,
+    /// `None` when opened for inspection only.
+    lock: Option<Arc<DirLock>>,
+}
+
+/// The directory's lock, held as long as the volume or any file of it is open.
+#[derive(Debug)]
+pub(crate) struct DirLock(File);
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        // Explicitly: a process being forked at this moment shares the descriptor until it execs.
+        let _ = self.0.unlock();
+    }
+}
+
+impl DirVolume {
+    /// Creates the directory if needed, takes its lock and removes files whose creation was cut off.
+    ///
+    /// # Errors
+    /// [`MediumError::InUse`] with the holder's process id; I/O errors (read-only directory).
+    pub fn open(dir: impl AsRef<Path>, options: DirOptions) -> Result<DirVolume, MediumError> {
+        let dir = dir.as_ref().to_path_buf();
+        let fail = |e| MediumError::from_io(&dir.display().to_string(), Call::Create, 0, 0, e);
+        fs::create_dir_all(&dir).map_err(fail)?;
+        let lock = Some(Arc::new(DirLock(take_lock(&dir)?)));
+        let volume = DirVolume {
+            dir: dir.clone(),
+            options,
+            lock,
+        };
+        for name in volume.list()? {
+            if name.ends_with(NEW) {
+                volume.remove(&name)?;
+            }
+        }
+        Ok(volume)
+    }
+
+    /// Opens a directory to look at it: no lock, every store is refused.
+    pub fn inspect(dir: impl AsRef<Path>) -> DirVolume {
+        DirVolume {
+            dir: dir.as_ref().to_path_buf(),
+            options: DirOptions::default(),
+            lock: None,
+        }
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    fn sync_dir(&self, call: Call) -> Result<(), MediumError> {
+        File::open(&self.dir)
+            .and_then(|d| d.sync_all())
+            .map_err(|e| MediumError::from_io(&self.dir.display().to_string(), call, 0, 0, e))
+    }
+
+    fn wrap(&self, name: &str, file: File, access: Access) -> Result<Arc<dyn Medium>, MediumError> {
+        let lock = self.lock.clone();
+        let inner: Arc<dyn Medium> = match (access, lock) {
+            (Access::Mapped, Some(lock)) => {
+                Arc::new(MappedFile::map(name, file, self.options.sync, lock)?)
+            }
+            (_, lock) => Arc::new(PositionedFile {
+                name: name.to_owned(),
+                file,
+                _lock: lock,
+            }),
+        };
+        if self.options.power_fail && self.lock.is_some() {
+            return Ok(Arc::new(PowerFailMedium::new(&self.dir, name, inner)?));
+        }
+        Ok(inner)
+    }
+}
+
+impl Volume for DirVolume {
+    fn list(&self) -> Result<Vec<String>, MediumError> {
+        let fail = |e| MediumError::from_io(&self.dir.display().to_string(), Call::List, 0, 0, e);
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(fail)? {
+            let entry = entry.map_err(fail)?;
+            if let Ok(name) = entry.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn open(&self, name: &str, access: Access) -> Result<Arc<dyn Medium>, MediumError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(self.lock.is_some())
+            .open(self.dir.join(name))
+            .map_err(|e| MediumError::from_io(name, Call::Open, 0, 0, e))?;
+        self.wrap(name, file, access)
+    }
+
+    fn create(&self, name: &str, len: u64, access: Access) -> Result<Arc<dyn Medium>, MediumError> {
+        let fail = |e| MediumError::from_io(name, Call::Create, 0, len, e);
+        let path = self.dir.join(name);
+        let new = self.dir.join(format!("{name}{NEW}"));
+        let made = (|| {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(&new)?;
+            allocate(&file, 0, len)?;
+            if access == Access::Mapped {
+                zero_fill(&file, len)?;
+            }
+            file.sync_all()?;
+            fs::rename(&new, &path)?;
+            Ok(file)
+        })();
+        let file = made.map_err(|e| {
+            // Give the space back; the name was never taken.
+            let _ = fs::remove_file(&new);
+            fail(e)
+        })?;
+        self.sync_dir(Call::Create)?;
+        self.wrap(name, file, access)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), MediumError> {
+        fs::remove_file(self.dir.join(name))
+            .map_err(|e| MediumError::from_io(name, Call::Remove, 0, 0, e))?;
+        self.sync_dir(Call::Remove)
+    }
+}
+
+/// Takes `LOCK` and writes the process id into it.
+fn take_lock(dir: &Path) -> Result<File, MediumError> {
+    let shown = dir.display().to_string();
+    let fail = |e| MediumError::from_io(&shown, Call::Create, 0, 0, e);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(dir.join(LOCK_FILE))
+        .map_err(fail)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut text = String::new();
+            let _ = file.read_to_string(&mut text);
+            return Err(MediumError::InUse {
+                dir: shown,
+                pid: text.trim().parse().ok(),
+            });
+        }
+        Err(TryLockError::Error(e)) => return Err(fail(e)),
+    }
+    file.set_len(0).map_err(fail)?;
+    writeln!(file, "{}", std::process::id()).map_err(fail)?;
+    Ok(file)
+}
+
+/// Promises space up front: `ENOSPC` here instead of SIGBUS or a failed write later.
+fn allocate(file: &File, from: u64, to: u64) -> std::io::Result<()> {
+    if to <= from {
+        return Ok(());
+    }
+    let len = |n: u64| i64::try_from(n).map_err(|_| std::io::ErrorKind::FileTooLarge);
+    nix::fcntl::posix_fallocate(file, len(from)?, len(to - from)?)?;
+    Ok(())
+}
+
+/// Turns allocated but unwritten extents into written ones, so that a later sync of a mapped page
+/// changes no metadata.
+fn zero_fill(file: &File, len: u64) -> std::io::Result<()> {
+    let zeros = vec![0u8; CHUNK];
+    let mut at = 0;
+    while at < len {
+        let n = (len - at).min(CHUNK as u64);
+        file.write_all_at(&zeros[..n as usize], at)?;
+        at += n;
+    }
+    Ok(())
+}
+
+/// A file accessed by `pread` and `pwrite`.
+#[derive(Debug)]
+struct PositionedFile {
+    name: String,
+    file: File,
+    /// Keeps the directory ours while the file is open.
+    _lock: Option<Arc<DirLock>>,
+}
+
+impl PositionedFile {
+    fn error(&self, call: Call, offset: u64, len: u64, e: std::io::Error) -> MediumError {
+        MediumError::from_io(&self.name, call, offset, len, e)
+    }
+}
+
+impl Medium for PositionedFile {
+    fn len(&self) -> Result<u64, MediumError> {
+        let meta = self
+            .file
+            .metadata()
+            .map_err(|e| self.error(Call::Read, 0, 0, e))?;
+        Ok(meta.len())
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), MediumError> {
+        self.file
+            .read_exact_at(out, offset)
+            .map_err(|e| match e.kind() {
+                std::io::ErrorKind::UnexpectedEof => MediumError::OutOfRange {
+                    file: self.name.clone(),
+                    call: Call::Read,
+                    offset,
+                    len: out.len() as u64,
+                    size: self.len().unwrap_or(0),
+                },
+                _ => self.error(Call::Read, offset, out.len() as u64, e),
+            })
+    }
+
+    fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(|e| self.error(Call::Store, offset, bytes.len() as u64, e))
+    }
+
+    fn sync(&self, range: Range<u64>) -> Result<(), MediumError> {
+        self.file
+            .sync_data()
+            .map_err(|e| self.error(Call::Sync, range.start, range.end - range.start, e))
+    }
+
+    fn resize(&self, len: u64) -> Result<(), MediumError> {
+        let now = self.len()?;
+        let fail = |e| self.error(Call::Resize, 0, len, e);
+        if len > now {
+            // The last page may hold stale bytes beyond the end only if somebody else wrote there.
+            allocate(&self.file, now / PAGE * PAGE, len).map_err(fail)?;
+        }
+        self.file.set_len(len).map_err(fail)?;
+        self.file
+            .sync_all()
+            .map_err(|e| self.error(Call::Sync, 0, len, e))
+    }
+}

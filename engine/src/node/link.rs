@@ -1,0 +1,204 @@
+//! Connections of a node: which peer is reached over which, what waits for room, what was heard.
+//!
+//! Per peer at most one connection that this node made and one that the peer made; messages leave
+//! on the own one if there is one. When either breaks, both are closed and the mind is told once,
+//! so that both sides open their sessions anew from state.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::IoSlice;
+use std::net::SocketAddr;
+
+use lowtide_engine_core::ids::{Incarnation, Life, NodeId};
+use lowtide_engine_core::message::Envelope;
+use lowtide_transport::message::{ConnId, EndpointCtx, SendError};
+
+use crate::frame;
+
+#[derive(Debug)]
+struct Link {
+    addr: SocketAddr,
+    wanted: bool,
+    made: Option<ConnId>,
+    made_up: bool,
+    taken: Option<ConnId>,
+    /// Life last heard on this link; frames for it carry it.
+    life: Life,
+    waiting: VecDeque<Vec<u8>>,
+    sequence: u32,
+}
+
+/// All links of a node.
+#[derive(Debug)]
+pub(super) struct Links {
+    own: NodeId,
+    links: HashMap<NodeId, Link>,
+    by_conn: HashMap<ConnId, NodeId>,
+    scratch: Vec<u8>,
+    pub(super) messages: u64,
+    pub(super) bytes: u64,
+}
+
+impl Links {
+    pub(super) fn new(own: NodeId, peers: impl Iterator<Item = (NodeId, SocketAddr)>) -> Links {
+        let links = peers.filter(|(id, _)| *id != own).map(|(id, addr)| {
+            let life = Life {
+                node: id,
+                incarnation: Incarnation(0),
+            };
+            let link = Link {
+                addr,
+                wanted: false,
+                made: None,
+                made_up: false,
+                taken: None,
+                life,
+                waiting: VecDeque::new(),
+                sequence: 0,
+            };
+            (id, link)
+        });
+        Links {
+            own,
+            links: links.collect(),
+            by_conn: HashMap::new(),
+            scratch: Vec::new(),
+            messages: 0,
+            bytes: 0,
+        }
+    }
+
+    pub(super) fn addr(&self, peer: NodeId) -> Option<SocketAddr> {
+        self.links.get(&peer).map(|l| l.addr)
+    }
+
+    pub(super) fn peer(&self, conn: ConnId) -> Option<NodeId> {
+        self.by_conn.get(&conn).copied()
+    }
+
+    /// Keeps a connection to `peer` from now on.
+    pub(super) fn want(&mut self, ctx: &mut EndpointCtx, peer: NodeId) {
+        let own = self.own;
+        let Some(link) = self.links.get_mut(&peer) else {
+            return;
+        };
+        link.wanted = true;
+        if link.made.is_none() {
+            let conn = ctx.connect(link.addr, &own.0.to_le_bytes());
+            link.made = Some(conn);
+            link.made_up = false;
+            self.by_conn.insert(conn, peer);
+        }
+    }
+
+    /// A connection came up. Returns the peer, and whether the mind must first hear that an
+    /// earlier connection broke.
+    pub(super) fn connected(
+        &mut self,
+        ctx: &mut EndpointCtx,
+        conn: ConnId,
+        node: NodeId,
+        is_incoming: bool,
+    ) -> Option<(NodeId, bool)> {
+        let link = self.links.get_mut(&node)?;
+        let mut broke = false;
+        if is_incoming {
+            if let Some(old) = link.taken.replace(conn) {
+                self.by_conn.remove(&old);
+                ctx.close(old);
+                broke = true;
+            }
+        } else {
+            link.made_up = true;
+        }
+        link.life.incarnation = Incarnation(0);
+        self.by_conn.insert(conn, node);
+        Some((node, broke))
+    }
+
+    /// A connection is over. Returns the peer whose links were reset.
+    pub(super) fn closed(&mut self, ctx: &mut EndpointCtx, conn: ConnId) -> Option<NodeId> {
+        let node = self.by_conn.remove(&conn)?;
+        self.reset(ctx, node);
+        Some(node)
+    }
+
+    /// Closes whatever leads to `node` and starts over if a connection is wanted.
+    pub(super) fn reset(&mut self, ctx: &mut EndpointCtx, node: NodeId) {
+        let Some(link) = self.links.get_mut(&node) else {
+            return;
+        };
+        for conn in [link.made.take(), link.taken.take()].into_iter().flatten() {
+            if self.by_conn.remove(&conn).is_some() {
+                ctx.close(conn);
+            }
+        }
+        link.made_up = false;
+        link.waiting.clear();
+        link.life.incarnation = Incarnation(0);
+        if link.wanted {
+            self.want(ctx, node);
+        }
+    }
+
+    /// What a peer's message says about its life. Returns `false` for a message of an older life.
+    pub(super) fn heard(&mut self, from: Life) -> bool {
+        let Some(link) = self.links.get_mut(&from.node) else {
+            return false;
+        };
+        if from.incarnation < link.life.incarnation {
+            return false;
+        }
+        link.life = from;
+        true
+    }
+
+    /// Life last heard from a peer on its current connection; incarnation 0 when none was.
+    pub(super) fn life(&self, peer: NodeId) -> Option<Life> {
+        self.links.get(&peer).map(|l| l.life)
+    }
+
+    /// Sends a message, or keeps it until there is room; drops it without a connection.
+    pub(super) fn send(&mut self, ctx: &mut EndpointCtx, to: NodeId, envelope: &Envelope) {
+        let Some(link) = self.links.get_mut(&to) else {
+            return;
+        };
+        let Some(conn) = link.made.filter(|_| link.made_up).or(link.taken) else {
+            return;
+        };
+        link.sequence = link.sequence.wrapping_add(1);
+        frame::encode(envelope, link.life, link.sequence, &mut self.scratch);
+        self.messages += 1;
+        self.bytes += self.scratch.len() as u64;
+        let sent = if link.waiting.is_empty() {
+            ctx.send(conn, &[IoSlice::new(&self.scratch)])
+        } else {
+            Err(SendError::WouldBlock)
+        };
+        match sent {
+            Ok(()) | Err(SendError::Closed) => {}
+            Err(SendError::WouldBlock) => link.waiting.push_back(std::mem::take(&mut self.scratch)),
+            Err(error) => {
+                tracing::error!(%to, %error, message = envelope.body.name(), "message not sent");
+            }
+        }
+    }
+
+    /// There is room again.
+    pub(super) fn writable(&mut self, ctx: &mut EndpointCtx, conn: ConnId) {
+        let Some(link) = self
+            .by_conn
+            .get(&conn)
+            .and_then(|node| self.links.get_mut(node))
+        else {
+            return;
+        };
+        while let Some(frame) = link.waiting.front() {
+            match ctx.send(conn, &[IoSlice::new(frame)]) {
+                Err(SendError::WouldBlock) => return,
+                _ => {
+                    link.waiting.pop_front();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! The state of a stopped or crashed cluster, recovered without its network.
+//!
+//! The root and all persistent servers are run in this process on their own directories, with
+//! messages handed over directly; every client and proxy is declared dead, so that rule X completes
+//! or undoes whatever they left. It is the same code and the same log records as in a running
+//! cluster, and may be interrupted and repeated like there. Afterwards the objects can be read.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use lowtide_engine_core::destination::{Destination, DestinationConfig, DestinationCounters};
+use lowtide_engine_core::effect::Effect;
+use lowtide_engine_core::ids::{Life, NodeId, Time};
+use lowtide_engine_core::message::Envelope;
+use lowtide_engine_core::op::{Bytes, Key, Range};
+use lowtide_engine_core::record::Storage;
+use lowtide_engine_core::root::{Root, RootConfig};
+use lowtide_engine_core::session::Page;
+
+use crate::node::StartError;
+use crate::node::rootfile::RootFile;
+use crate::storage::{ShardStorage, StorageError};
+
+/// How long recovery may go without any progress before it is given up.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where a cluster's persistent nodes keep their state.
+#[derive(Clone, Debug)]
+pub struct OfflineConfig {
+    /// The root and its directory.
+    pub root: (NodeId, PathBuf),
+    /// Metadata and object servers and their directories; all of them.
+    pub servers: Vec<(NodeId, PathBuf)>,
+}
+
+/// Why a cluster's state cannot be recovered offline.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OfflineError {
+    /// The root's directory.
+    #[error("root: {0}")]
+    Root(#[from] StartError),
+    /// A server's directory.
+    #[error("server {node} in {dir}: {error}")]
+    Server {
+        /// The server.
+        node: NodeId,
+        /// Its directory.
+        dir: PathBuf,
+        /// What is wrong.
+        error: StorageError,
+    },
+    /// A storage failed while recovery ran.
+    #[error("storage failed: {0}")]
+    Failed(String),
+    /// Recovery stopped making progress.
+    #[error("work is unresolved: {0}")]
+    Unresolved(String),
+}
+
+struct Server {
+    destination: Destination,
+    storage: ShardStorage,
+}
+
+/// A recovered cluster at rest.
+pub struct OfflineState {
+    servers: BTreeMap<NodeId, Server>,
+    resolved: u64,
+}
+
+impl std::fmt::Debug for OfflineState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OfflineState")
+            .field("resolved", &self.resolved)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Opens and recovers a cluster's state. The nodes must not run: their directories are locked.
+///
+/// # Errors
+/// See [`OfflineError`].
+pub fn open(config: &OfflineConfig) -> Result<OfflineState, OfflineError> {
+    let mut recovery = Recovery::new(config)?;
+    recovery.run()?;
+    let resolved = recovery.root.counters().evicted;
+    Ok(OfflineState {
+        servers: recovery.servers,
+        resolved,
+    })
+}
+
+struct Recovery {
+    root_id: NodeId,
+    root: Root,
+    root_file: RootFile,
+    servers: BTreeMap<NodeId, Server>,
+    mail: VecDeque<(NodeId, Envelope)>,
+    now: u64,
+    /// Counts what other threads made durable.
+    events: Arc<AtomicU64>,
+}
+
+impl Recovery {
+    fn new(config: &OfflineConfig) -> Result<Recovery, OfflineError> {
+        let events = Arc::new(AtomicU64::new(0));
+        let wake = {
+            let events = events.clone();
+            move || {
+                events.fetch_add(1, Ordering::Release);
+            }
+        };
+        let (root_id, root_dir) = &config.root;
+        let (root_file, state) = RootFile::open(root_dir.clone(), wake.clone())?;
+        let settings = RootConfig {
+            interval: 1,
+            evict_after: u64::MAX,
+            retry_after: 50,
+        };
+        let root = Root::new(*root_id, settings, state, Time(0));
+        let mut servers = BTreeMap::new();
+        for (index, (node, dir)) in config.servers.iter().enumerate() {
+            let (storage, image) =
+                ShardStorage::open(dir, false, wake.clone()).map_err(|error| {
+                    OfflineError::Server {
+                        node: *node,
+                        dir: dir.clone(),
+                        error,
+                    }
+                })?;
+            let nonce = crate::node::process_nonce().wrapping_add(index as u64);
+            let settings = DestinationConfig {
+                root: *root_id,
+                parent: *root_id,
+                ping_interval: 1,
+                nonce,
+                carry_bytes: 0,
+            };
+            let destination = Destination::new(*node, settings, image);
+            servers.insert(
+                *node,
+                Server {
+                    destination,
+                    storage,
+                },
+            );
+        }
+        let (root_id, mail) = (*root_id, VecDeque::new());
+        Ok(Recovery {
+            root_id,
+            root,
+            root_file,
+            servers,
+            mail,
+            now: 0,
+            events,
+        })
+    }
+
+    fn run(&mut self) -> Result<(), OfflineError> {
+        let mut last_progress = Instant::now();
+        let mut last_seen = self.measure();
+        loop {
+            self.step()?;
+            let view = self.root.view();
+            let known = |node: &NodeId| view.seat(*node).is_some_and(|s| s.live);
+            if self.servers.keys().all(known) {
+                for seat in view
+                    .seats
+                    .iter()
+                    .filter(|s| s.live && s.role.is_volatile_source())
+                {
+                    self.root.declare_dead(Time(self.now), seat.life.node);
+                }
+                if self.is_finished() {
+                    return Ok(());
+                }
+            }
+            let seen = self.measure();
+            if seen != last_seen {
+                (last_seen, last_progress) = (seen, Instant::now());
+            } else if last_progress.elapsed() > PATIENCE {
+                return Err(OfflineError::Unresolved(self.describe()));
+            }
+        }
+    }
+
+    /// Whatever recovery moves: evictions, operations, durable positions.
+    fn measure(&self) -> (u64, u64, Vec<(Life, &'static str)>) {
+        let done: u64 = self
+            .servers
+            .values()
+            .map(|s| total(s.destination.counters()))
+            .sum();
+        (
+            self.root.counters().evicted,
+            done,
+            self.root.evictions().collect(),
+        )
+    }
+
+    fn is_finished(&self) -> bool {
+        let live = self
+            .root
+            .view()
+            .seats
+            .iter()
+            .any(|s| s.live && s.role.is_volatile_source());
+        !live
+            && self.root.evictions().next().is_none()
+            && self
+                .servers
+                .values()
+                .all(|s| s.destination.stage().1.is_empty())
+    }
+
+    fn describe(&self) -> String {
+        let evictions: Vec<String> = self
+            .root
+            .evictions()
+            .map(|(life, stage)| format!("{life} {stage}"))
+            .collect();
+        let waiting: Vec<String> = self
+            .servers
+            .iter()
+            .filter(|(_, s)| !s.destination.stage().1.is_empty())
+            .map(|(node, s)| format!("server {node} waits for {:?}", s.destination.stage().1))
+            .collect();
+        [evictions, waiting].concat().join("; ")
+    }
+
+    fn step(&mut self) -> Result<(), OfflineError> {
+        self.now += 1;
+        let now = Time(self.now);
+        let before = self.events.load(Ordering::Acquire);
+        while let Some((to, envelope)) = self.mail.pop_front() {
+            if to == self.root_id {
+                self.root.handle_message(now, envelope);
+            } else if let Some(server) = self.servers.get_mut(&to) {
+                server
+                    .destination
+                    .handle_message(now, envelope, &mut server.storage);
+            }
+        }
+        self.root.handle_persisted(now, self.root_file.persisted());
+        self.root.handle_timeout(now);
+        if let Some(why) = self.root_file.failure() {
+            return Err(OfflineError::Failed(why));
+        }
+        while let Some(effect) = self.root.poll_effect() {
+            match effect {
+                Effect::Send { to, envelope } => self.mail.push_back((to, envelope)),
+                Effect::Persist { version, state } => self.root_file.persist(version, state),
+                _ => {}
+            }
+        }
+        for server in self.servers.values_mut() {
+            let Server {
+                destination,
+                storage,
+            } = server;
+            destination.handle_durable(now, storage.durable(), storage);
+            destination.handle_timeout(now, storage);
+            storage.finish_batch(|| destination.image(), destination.undo_floor());
+            if let Some(why) = storage.failure() {
+                return Err(OfflineError::Failed(why));
+            }
+            while let Some(effect) = destination.poll_effect() {
+                if let Effect::Send { to, envelope } = effect {
+                    self.mail.push_back((to, envelope));
+                }
+            }
+        }
+        if self.events.load(Ordering::Acquire) == before {
+            // Nothing became durable meanwhile; a sync takes about this long.
+            std::thread::park_timeout(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+}
+
+fn total(c: DestinationCounters) -> u64 {
+    c.executed + c.purged + c.undone + c.completed + c.duplicates
+}
+
+impl OfflineState {
+    /// The servers whose objects can be read.
+    pub fn servers(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.servers.keys().copied()
+    }
+
+    /// Lives that had to be resolved.
+    #[must_use]
+    pub fn resolved(&self) -> u64 {
+        self.resolved
+    }
+
+    /// Operations undone and completed meanwhile.
+    #[must_use]
+    pub fn undone_and_completed(&self) -> (u64, u64) {
+        let counters = self.servers.values().map(|s| s.destination.counters());
+        counters.fold((0, 0), |(u, c), next| (u + next.undone, c + next.completed))
+    }
+
+    /// One object's value.
+    ///
+    /// # Errors
+    /// [`OfflineError::Failed`] when the storage cannot be read.
+    pub fn get(&mut self, home: NodeId, key: &Key) -> Result<Option<Bytes>, OfflineError> {
+        let Some(server) = self.servers.get_mut(&home) else {
+            return Ok(None);
+        };
+        let stored = server.storage.get(key);
+        let value = stored.and_then(|s| server.storage.fetch(&s.value));
+        server
+            .storage
+            .failure()
+            .map_or(Ok(value), |why| Err(OfflineError::Failed(why)))
+    }
+
+    /// Objects of a range in key order.
+    ///
+    /// # Errors
+    /// [`OfflineError::Failed`] when the storage cannot be read.
+    pub fn scan(
+        &mut self,
+        home: NodeId,
+        range: &Range,
+        after: Option<&Key>,
+        bytes_max: usize,
+    ) -> Result<Page, OfflineError> {
+        let Some(server) = self.servers.get_mut(&home) else {
+            return Ok(Page::default());
+        };
+        let page = server.storage.scan(range, after, bytes_max);
+        server
+            .storage
+            .failure()
+            .map_or(Ok(page), |why| Err(OfflineError::Failed(why)))
+    }
+}

@@ -1,0 +1,320 @@
+//! Bulk data, written once, out of place.
+//!
+//! Owns: the file `extents.dat`, its allocation map (in memory only), CRCs on read.
+//! An extent is written and synced before the record that points to it commits; what a record
+//! points to is never overwritten. The map is rebuilt at a restart from the references that log and
+//! store hold, so extents that nobody refers to are free again by themselves.
+//!
+//! Invariants: extents are aligned to [`EXTENT_ALIGN`] and never overlap; a read returns the bytes
+//! written or an error; freeing is decided by the caller (epoch below the durable minimum).
+//! Deliberately absent: deduplication, compaction, shrinking, reading parts of an extent without
+//! its CRC.
+//!
+//! Source: design D2 ("Bulk data").
+
+use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Name of the file.
+pub const EXTENTS_FILE: &str = "extents.dat";
+/// Alignment and granule of extents, bytes.
+pub const EXTENT_ALIGN: u64 = PAGE;
+/// Longest extent, bytes.
+pub const EXTENT_MAX: u64 = 8 << 20;
+/// The file grows by this much at once, bytes.
+const GROWTH: u64 = 64 << 20;
+
+/// Where an extent is and what it must contain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ExtentRef {
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// Bytes of data.
+    pub len: u32,
+    /// CRC-32C of the data.
+    pub crc32c: u32,
+}
+
+impl ExtentRef {
+    /// The part of the file that the extent occupies.
+    fn range(&self) -> Option<Range<u64>> {
+        let end = self.offset.checked_add(u64::from(self.len))?;
+        Some(self.offset..end.checked_next_multiple_of(EXTENT_ALIGN)?)
+    }
+}
+
+/// Why an extent operation failed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExtentError {
+    /// The medium failed.
+    #[error(transparent)]
+    Medium(#[from] MediumError),
+    /// The disk, or the configured size, is exhausted. Nothing was written.
+    #[error("no space for an extent of {len} bytes")]
+    NoSpace {
+        /// Bytes wanted.
+        len: u64,
+    },
+    /// Empty or longer than [`EXTENT_MAX`].
+    #[error("an extent cannot have {len} bytes")]
+    Length {
+        /// Bytes given.
+        len: u64,
+    },
+    /// The data does not match its reference.
+    #[error("extent at {offset}: {len} bytes have CRC {found:08x}, {expected:08x} expected")]
+    Damaged {
+        /// Byte offset.
+        offset: u64,
+        /// Bytes of data.
+        len: u32,
+        /// CRC computed.
+        found: u32,
+        /// CRC in the reference.
+        expected: u32,
+    },
+    /// A reference that cannot be: outside of the file, misaligned, overlapping another.
+    #[error("impossible reference {0:?}")]
+    BadReference(ExtentRef),
+}
+
+/// Free and used space; both keyed by offset.
+#[derive(Debug, Default)]
+struct Map {
+    /// Offset to length.
+    free: BTreeMap<u64, u64>,
+    /// Offset to length; guards against double frees.
+    used: BTreeMap<u64, u64>,
+    file_len: u64,
+}
+
+impl Map {
+    /// First fit.
+    fn take(&mut self, len: u64) -> Option<u64> {
+        let (&at, &room) = self.free.iter().find(|(_, room)| **room >= len)?;
+        self.free.remove(&at);
+        if room > len {
+            self.free.insert(at + len, room - len);
+        }
+        self.used.insert(at, len);
+        Some(at)
+    }
+
+    /// Gives back, merging with neighbours.
+    fn give(&mut self, mut at: u64, mut len: u64) {
+        if let Some((&before, &room)) = self.free.range(..at).next_back()
+            && before + room == at
+        {
+            self.free.remove(&before);
+            (at, len) = (before, room + len);
+        }
+        if let Some(room) = self.free.remove(&(at + len)) {
+            len += room;
+        }
+        self.free.insert(at, len);
+    }
+}
+
+/// The bulk data of a node. All methods take `&self`; reads and writes may run on several threads.
+#[derive(Debug)]
+pub struct ExtentFile {
+    medium: Gated,
+    map: Mutex<Map>,
+    /// One growth at a time.
+    growing: Mutex<()>,
+    bytes_max: u64,
+}
+
+impl ExtentFile {
+    /// Opens or creates the file and rebuilds the map: everything that no reference in `live`
+    /// covers is free. `bytes_max` bounds the file.
+    ///
+    /// # Errors
+    /// [`ExtentError::BadReference`] if two references overlap, or one lies outside of the file:
+    /// then the log or store that holds it is wrong, and nothing may be overwritten.
+    pub fn open(
+        volume: &dyn Volume,
+        bytes_max: u64,
+        live: impl IntoIterator<Item = ExtentRef>,
+    ) -> Result<ExtentFile, ExtentError> {
+        let medium = match volume.open(EXTENTS_FILE, Access::Positioned) {
+            Ok(medium) => medium,
+            Err(MediumError::NotFound { .. }) => {
+                volume.create(EXTENTS_FILE, 0, Access::Positioned)?
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let medium = Gated::new(EXTENTS_FILE, medium, Arc::new(Poison::default()));
+        let file_len = medium.len()? / EXTENT_ALIGN * EXTENT_ALIGN;
+        let mut map = Map {
+            file_len,
+            ..Map::default()
+        };
+        let mut live: Vec<ExtentRef> = live.into_iter().collect();
+        live.sort_unstable();
+        // Several versions of an object may refer to one extent.
+        live.dedup();
+        let mut end = 0;
+        for extent in live {
+            let bad = ExtentError::BadReference(extent);
+            let Some(range) = extent.range() else {
+                return Err(bad);
+            };
+            if range.start < end
+                || range.end > file_len
+                || !range.start.is_multiple_of(EXTENT_ALIGN)
+                || extent.len == 0
+            {
+                return Err(bad);
+            }
+            if range.start > end {
+                map.free.insert(end, range.start - end);
+            }
+            map.used.insert(range.start, range.end - range.start);
+            end = range.end;
+        }
+        if file_len > end {
+            map.free.insert(end, file_len - end);
+        }
+        Ok(ExtentFile {
+            medium,
+            map: Mutex::new(map),
+            growing: Mutex::new(()),
+            bytes_max,
+        })
+    }
+
+    fn map(&self) -> MutexGuard<'_, Map> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes data to free space. Not durable before [`sync`](Self::sync).
+    ///
+    /// # Errors
+    /// See [`ExtentError`].
+    pub fn write(&self, data: &[u8]) -> Result<ExtentRef, ExtentError> {
+        let len = data.len() as u64;
+        if len == 0 || len > EXTENT_MAX {
+            return Err(ExtentError::Length { len });
+        }
+        let offset = self.allocate(len)?;
+        let extent = ExtentRef {
+            offset,
+            len: len as u32,
+            crc32c: crc32c::crc32c(data),
+        };
+        if let Err(error) = self.medium.store(offset, data) {
+            self.free(extent)?;
+            return Err(if error.is_no_space() {
+                ExtentError::NoSpace { len }
+            } else {
+                error.into()
+            });
+        }
+        Ok(extent)
+    }
+
+    fn allocate(&self, len: u64) -> Result<u64, ExtentError> {
+        let room = len.next_multiple_of(EXTENT_ALIGN);
+        if let Some(at) = self.map().take(room) {
+            return Ok(at);
+        }
+        let _one = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody else may have grown the file meanwhile.
+        if let Some(at) = self.map().take(room) {
+            return Ok(at);
+        }
+        self.grow(room)?;
+        self.map().take(room).ok_or(ExtentError::NoSpace { len })
+    }
+
+    fn grow(&self, room: u64) -> Result<(), ExtentError> {
+        let now = self.map().file_len;
+        let limit = self.bytes_max / EXTENT_ALIGN * EXTENT_ALIGN;
+        // A whole step if there is room for it, else just enough.
+        for step in [GROWTH, room] {
+            let to = now.saturating_add(step.max(room)).min(limit);
+            if to < now + room {
+                continue;
+            }
+            match self.medium.resize(to) {
+                Ok(()) => {
+                    let mut map = self.map();
+                    map.file_len = to;
+                    map.give(now, to - now);
+                    return Ok(());
+                }
+                Err(error) if error.is_no_space() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(ExtentError::NoSpace { len: room })
+    }
+
+    /// Makes every extent written so far durable.
+    ///
+    /// # Errors
+    /// The first failure poisons the file.
+    pub fn sync(&self) -> Result<(), ExtentError> {
+        let len = self.map().file_len;
+        Ok(self.medium.sync(0..len)?)
+    }
+
+    /// Reads an extent and checks its CRC.
+    ///
+    /// # Errors
+    /// [`ExtentError::Damaged`], [`ExtentError::BadReference`], or the medium's.
+    pub fn read_verify(&self, extent: ExtentRef) -> Result<Vec<u8>, ExtentError> {
+        let file_len = self.map().file_len;
+        let inside = extent.range().is_some_and(|r| r.end <= file_len);
+        if !inside || u64::from(extent.len) > EXTENT_MAX {
+            return Err(ExtentError::BadReference(extent));
+        }
+        let mut data = vec![0u8; extent.len as usize];
+        self.medium.read(extent.offset, &mut data)?;
+        let found = crc32c::crc32c(&data);
+        if found != extent.crc32c {
+            let ExtentRef {
+                offset,
+                len,
+                crc32c: expected,
+            } = extent;
+            return Err(ExtentError::Damaged {
+                offset,
+                len,
+                found,
+                expected,
+            });
+        }
+        Ok(data)
+    }
+
+    /// Gives the space of an extent back. Nothing durable may refer to it any more.
+    ///
+    /// # Errors
+    /// [`ExtentError::BadReference`] if it is not allocated.
+    pub fn free(&self, extent: ExtentRef) -> Result<(), ExtentError> {
+        let mut map = self.map();
+        let room = extent.range().map(|r| r.end - r.start);
+        if room.is_none() || map.used.get(&extent.offset).copied() != room {
+            return Err(ExtentError::BadReference(extent));
+        }
+        if let Some(len) = map.used.remove(&extent.offset) {
+            map.give(extent.offset, len);
+        }
+        Ok(())
+    }
+
+    /// Bytes in use, padding included.
+    pub fn used_bytes(&self) -> u64 {
+        self.map().used.values().sum()
+    }
+
+    /// Bytes of the file.
+    pub fn file_bytes(&self) -> u64 {
+        self.map().file_len
+    }
+}

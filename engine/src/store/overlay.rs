@@ -1,0 +1,268 @@
+//! What is newer than the last checkpoint, in memory, in front of the store.
+//!
+//! Owns: an active map that a shard changes, and at most one frozen map that is being written to
+//! the store by another thread. `get` looks in active, frozen, store.
+//!
+//! ```text
+//! put/delete ─► active ──freeze(point)──► frozen ──checkpoint (other thread)──► store
+//!                                            └── retire() when the store has it ──┘
+//! ```
+//!
+//! Invariants: the frozen map never changes; it is written in one transaction, only when the log is
+//! durable up to the freeze point *and* the point's commit group is durable on every log of the
+//! node (WAL rule, I8: a restart drops records of groups that are not, so the store must not have
+//! their effects); it stays visible here until the store has it.
+//! Deliberately absent: back-pressure (the owner looks at [`Overlay::bytes`]), undo, threads.
+
+use super::{Store, StoreError};
+use crate::log::Lsn;
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Charged per entry beside key and value, bytes: tree node share, two allocations' headers.
+const ENTRY_OVERHEAD: usize = 96;
+
+type Map = BTreeMap<Box<[u8]>, Option<Box<[u8]>>>;
+
+/// How far the log went when a map was frozen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FreezePoint {
+    /// Every update in the map has its record before this position.
+    pub lsn: Lsn,
+    /// No update in the map belongs to a later commit group.
+    pub group: u64,
+}
+
+/// How far the node is durable, for the WAL rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DurablePoint {
+    /// The shard's log is durable up to here.
+    pub lsn: Lsn,
+    /// Groups up to this one are durable on every log.
+    pub group: u64,
+}
+
+/// A frozen map, on its way into the store.
+#[derive(Debug)]
+pub struct Frozen {
+    map: Map,
+    bytes: usize,
+    point: FreezePoint,
+    written: AtomicBool,
+}
+
+impl Frozen {
+    /// Where the log stood.
+    pub fn point(&self) -> FreezePoint {
+        self.point
+    }
+
+    /// Number of keys.
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether nothing was changed.
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
+    /// Whether the store has it.
+    pub fn is_written(&self) -> bool {
+        // Acquire pairs with the Release in `checkpoint`.
+        self.written.load(Ordering::Acquire)
+    }
+
+    /// Whether the WAL rule allows writing it.
+    pub fn is_durable(&self, durable: DurablePoint) -> bool {
+        durable.lsn >= self.point.lsn && durable.group >= self.point.group
+    }
+
+    /// Writes it to the store in one durable transaction that also sets the shard's position.
+    /// Blocks; to be called on a thread that may.
+    ///
+    /// # Errors
+    /// The store's; nothing of it is in the store then, unless the medium is poisoned and it cannot
+    /// be known.
+    ///
+    /// # Panics
+    /// If the WAL rule does not allow it: our own bug, and writing it would lose undo records.
+    pub fn checkpoint(
+        &self,
+        store: &dyn Store,
+        shard: u32,
+        position: &[u8],
+        durable: DurablePoint,
+    ) -> Result<(), StoreError> {
+        assert!(
+            self.is_durable(durable),
+            "WAL rule: checkpoint of {:?} while durable is {durable:?}",
+            self.point
+        );
+        let mut changes = self
+            .map
+            .iter()
+            .map(|(key, value)| (&**key, value.as_deref()));
+        store.apply_batch(&mut changes, shard, position)?;
+        self.written.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// A value found in front of the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cached<'a> {
+    /// The newest value.
+    Value(&'a [u8]),
+    /// The key was deleted.
+    Deleted,
+}
+
+/// See the module's comment.
+#[derive(Debug)]
+pub struct Overlay {
+    store: Arc<dyn Store>,
+    active: Map,
+    active_bytes: usize,
+    frozen: Option<Arc<Frozen>>,
+}
+
+impl Overlay {
+    /// An empty overlay over `store`.
+    pub fn new(store: Arc<dyn Store>) -> Overlay {
+        Overlay {
+            store,
+            active: Map::new(),
+            active_bytes: 0,
+            frozen: None,
+        }
+    }
+
+    /// Memory in use, bytes, approximately.
+    pub fn bytes(&self) -> usize {
+        self.active_bytes + self.frozen.as_ref().map_or(0, |f| f.bytes)
+    }
+
+    /// Memory of the active map alone: what a freeze would take along.
+    pub fn active_bytes(&self) -> usize {
+        self.active_bytes
+    }
+
+    /// Sets (`Some`) or deletes (`None`) a key. Its log record must have been appended.
+    pub fn put(&mut self, key: &[u8], value: Option<&[u8]>) {
+        let new = value.map_or(0, <[u8]>::len);
+        match self.active.get_mut(key) {
+            Some(slot) => {
+                let old = slot.as_ref().map_or(0, |v| v.len());
+                self.active_bytes = self.active_bytes + new - old;
+                *slot = value.map(Box::from);
+            }
+            None => {
+                self.active_bytes += key.len() + new + ENTRY_OVERHEAD;
+                self.active.insert(key.into(), value.map(Box::from));
+            }
+        }
+    }
+
+    /// Looks in memory only; `None` means that the store decides.
+    pub fn cached(&self, key: &[u8]) -> Option<Cached<'_>> {
+        let found = self
+            .active
+            .get(key)
+            .or_else(|| self.frozen.as_ref()?.map.get(key))?;
+        Some(found.as_deref().map_or(Cached::Deleted, Cached::Value))
+    }
+
+    /// The newest value of a key; may block on the store.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        match self.cached(key) {
+            Some(Cached::Value(value)) => Ok(Some(value.to_vec())),
+            Some(Cached::Deleted) => Ok(None),
+            None => self.store.get(key),
+        }
+    }
+
+    /// The newest values of up to `limit` keys from `from` (included) to `to` (excluded; `None` is
+    /// no bound), in order, until `visit` returns `false`; may block on the store.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn scan(
+        &self,
+        from: &[u8],
+        to: Option<&[u8]>,
+        limit: usize,
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        let upper = to.map_or(Bound::Unbounded, Bound::Excluded);
+        let range = (Bound::Included(from), upper);
+        if to.is_some_and(|to| to <= from) {
+            return Ok(());
+        }
+        // What memory knows of the range, newest first wins.
+        let mut newer: BTreeMap<&[u8], Option<&[u8]>> = BTreeMap::new();
+        for map in self.frozen.iter().map(|f| &f.map).chain([&self.active]) {
+            let entries = map.range::<[u8], _>(range);
+            newer.extend(entries.map(|(k, v)| (&**k, v.as_deref())));
+        }
+        let mut newer = newer.into_iter().peekable();
+        let mut left = limit;
+        let mut go_on = limit > 0;
+        let mut show = |key: &[u8], value: Option<&[u8]>, go_on: &mut bool| {
+            if let Some(value) = value.filter(|_| *go_on) {
+                left -= 1;
+                *go_on = visit(key, value) && left > 0;
+            }
+        };
+        if go_on {
+            self.store.scan(range, usize::MAX, &mut |key, value| {
+                while let Some((k, v)) = newer.next_if(|(k, _)| *k < key) {
+                    show(k, v, &mut go_on);
+                }
+                match newer.next_if(|(k, _)| *k == key) {
+                    Some((k, v)) => show(k, v, &mut go_on),
+                    None => show(key, Some(value), &mut go_on),
+                }
+                go_on
+            })?;
+        }
+        for (key, value) in newer {
+            show(key, value, &mut go_on);
+        }
+        Ok(())
+    }
+
+    /// Freezes the active map for a checkpoint, unless one is still under way.
+    pub fn freeze(&mut self, point: FreezePoint) -> Option<Arc<Frozen>> {
+        if self.frozen.is_some() {
+            return None;
+        }
+        let map = std::mem::take(&mut self.active);
+        let bytes = std::mem::take(&mut self.active_bytes);
+        let frozen = Arc::new(Frozen {
+            map,
+            bytes,
+            point,
+            written: AtomicBool::new(false),
+        });
+        self.frozen = Some(frozen.clone());
+        Some(frozen)
+    }
+
+    /// Forgets the frozen map if the store has it; says what point the store has reached then.
+    pub fn retire(&mut self) -> Option<FreezePoint> {
+        let point = self.frozen.as_ref().filter(|f| f.is_written())?.point;
+        self.frozen = None;
+        Some(point)
+    }
+
+    /// The store behind.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+}

@@ -1,0 +1,207 @@
+//! A whole cluster inside one process, on loopback addresses, with real sockets and real files:
+//! operations over two servers become stable, survive restarts of every persistent node, and are
+//! read back.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, Role};
+use lowtide_engine::offline::{self, OfflineConfig};
+use lowtide_engine_core::ids::NodeId;
+use lowtide_engine_core::op::{Change, Check, Expect, Key, Mode, Range, Request, Update, Want};
+use lowtide_engine_core::session::Session;
+
+static CLUSTERS: AtomicU8 = AtomicU8::new(1);
+
+const ROOT: NodeId = NodeId(0);
+const META: [NodeId; 2] = [NodeId(10), NodeId(11)];
+const OBJECT: NodeId = NodeId(20);
+const PROXY: NodeId = NodeId(30);
+const CLIENT: NodeId = NodeId(40);
+
+fn peers() -> Vec<Peer> {
+    let pid = std::process::id();
+    let cluster = CLUSTERS.fetch_add(1, Ordering::Relaxed);
+    let roles = [
+        (ROOT, Role::Root),
+        (META[0], Role::Meta),
+        (META[1], Role::Meta),
+        (OBJECT, Role::Object),
+        (PROXY, Role::Proxy),
+        (CLIENT, Role::Client),
+    ];
+    let peer = |(id, role): (NodeId, Role)| {
+        let ip = Ipv4Addr::new(
+            127,
+            (pid >> 8) as u8 | 1,
+            pid as u8,
+            cluster * 64 + id.0 as u8,
+        );
+        Peer {
+            id,
+            role,
+            addr: SocketAddr::new(IpAddr::V4(ip), 4791),
+        }
+    };
+    roles.into_iter().map(peer).collect()
+}
+
+fn begin(peers: &[Peer], id: NodeId, dir: &Path, through_proxy: bool) -> NodeHandle {
+    let me = peers.iter().find(|p| p.id == id).expect("a known node");
+    let mut config = NodeConfig::new(id, me.role, me.addr);
+    config.peers = peers.to_vec();
+    config.dir = Some(dir.join(id.to_string()));
+    if through_proxy && id == CLIENT {
+        config.via = [META[0], META[1], OBJECT]
+            .map(|home| (home, PROXY))
+            .to_vec();
+    }
+    node::start(config).expect("the node starts")
+}
+
+/// Ends the process with everybody's status if the test takes far too long, because a cluster
+/// that hangs says nothing by itself.
+fn watch(handles: &[&NodeHandle], work: impl FnOnce()) {
+    let (done, finished) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let waited = finished.recv_timeout(Duration::from_secs(40));
+            if waited == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                for handle in handles {
+                    eprintln!("{:#?} {:?}", handle.status(), handle.failure());
+                }
+                std::process::exit(1);
+            }
+        });
+        work();
+        drop(done);
+    });
+}
+
+/// An operation that creates `name` at one metadata server and its inode at the other.
+fn create(slot: u64, value: &[u8]) -> Request {
+    let key = Key {
+        space: 7,
+        slot,
+        name: b"name".to_vec(),
+    };
+    let inode = Key::at(8, slot);
+    let lock = |home, space| Want {
+        home,
+        range: Range::whole(space),
+        mode: Mode::Exclusive,
+    };
+    Request {
+        locks: vec![lock(META[0], 7), lock(META[1], 8), lock(OBJECT, 9)],
+        checks: vec![Check {
+            home: META[0],
+            key: key.clone(),
+            expect: Expect::Absent,
+        }],
+        updates: vec![
+            Update {
+                home: META[0],
+                key,
+                change: Change::Put(Arc::from(value)),
+            },
+            Update {
+                home: META[1],
+                key: inode,
+                change: Change::Put(Arc::from(value)),
+            },
+            Update {
+                home: OBJECT,
+                key: Key::at(9, slot),
+                change: Change::Put(Arc::from(value.repeat(1 + slot as usize * 700))),
+            },
+        ],
+    }
+}
+
+fn run(through_proxy: bool) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let peers = peers();
+    let begin = |id| begin(&peers, id, dir.path(), through_proxy);
+    let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(begin);
+    let client = begin(CLIENT);
+    let mut handles: Vec<&NodeHandle> = servers.iter().collect();
+    handles.push(&client);
+    watch(&handles, || {
+        let session = client.session();
+        assert!(
+            session.wait_joined(Duration::from_secs(20)),
+            "the client joins"
+        );
+        let tickets: Vec<_> = (0..200)
+            .map(|slot| session.submit(create(slot, b"value")).expect("submitted"))
+            .collect();
+        for ticket in tickets {
+            session.wait(ticket).expect("executed");
+        }
+        let again = session.submit(create(5, b"other")).expect("submitted");
+        session.wait(again).expect_err("the name exists");
+        session.wait_stable().expect("stable");
+    });
+    client.stop().expect("a clean end");
+    for server in servers {
+        server.stop().expect("a clean end");
+    }
+
+    let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(begin);
+    let client = begin(CLIENT);
+    let mut handles: Vec<&NodeHandle> = servers.iter().collect();
+    handles.push(&client);
+    watch(&handles, || {
+        let session = client.session();
+        assert!(
+            session.wait_joined(Duration::from_secs(20)),
+            "the client joins again"
+        );
+        for slot in [0, 5, 150, 199] {
+            let read = session.read(META[1], &Key::at(8, slot)).expect("read");
+            assert_eq!(read.as_deref(), Some(&b"value"[..]));
+            let data = session
+                .read(OBJECT, &Key::at(9, slot))
+                .expect("read")
+                .expect("exists");
+            assert_eq!(data.len(), 5 * (1 + slot as usize * 700));
+        }
+        let page = session
+            .scan(META[0], Range::whole(7), None, 1 << 20)
+            .expect("scan");
+        assert_eq!((page.entries.len(), page.more), (200, false));
+    });
+    client.stop().expect("a clean end");
+    for server in servers {
+        server.stop().expect("a clean end");
+    }
+
+    let dir_of = |id: NodeId| (id, dir.path().join(id.to_string()));
+    let config = OfflineConfig {
+        root: dir_of(ROOT),
+        servers: [META[0], META[1], OBJECT].map(dir_of).to_vec(),
+    };
+    let mut state = offline::open(&config).expect("recovers offline");
+    let page = state
+        .scan(META[0], &Range::whole(7), None, 1 << 20)
+        .expect("scan");
+    assert_eq!((page.entries.len(), page.more), (200, false));
+    let data = state
+        .get(OBJECT, &Key::at(9, 199))
+        .expect("get")
+        .expect("exists");
+    assert_eq!(data.len(), 5 * (1 + 199 * 700));
+}
+
+#[test]
+fn operations_survive_a_restart_of_the_whole_cluster() {
+    run(false);
+}
+
+#[test]
+fn operations_through_a_proxy_survive_a_restart_of_the_whole_cluster() {
+    run(true);
+}

@@ -1,0 +1,384 @@
+//! `lowtide log`: prints and verifies log segments without opening the logs.
+//!
+//! A record that cannot be read is harmless at the end of a log (a crash tore it) and an error
+//! anywhere else. Which it is follows from proofs in intact records: every record says up to where
+//! its log was durable when it was appended, and a claim of the commit log says so for every log,
+//! once a later claim shows that it held.
+
+use std::collections::BTreeMap;
+use std::io::{BufWriter, Write};
+
+use lowtide_engine::log::inspect::{self, Entry, Verdict};
+use lowtide_engine::log::record::{ClaimBody, KIND_CLAIM, SegmentHeader};
+
+use super::{Failure, Kind};
+use crate::cli::LogArgs;
+
+pub(super) fn log(args: &LogArgs) -> Result<(), Failure> {
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    let found = walk(args, &mut out);
+    out.flush().map_err(Failure::cluster)?;
+    found
+}
+
+fn walk(args: &LogArgs, out: &mut impl Write) -> Result<(), Failure> {
+    let mut audit = Audit::default();
+    for entry in inspect::inspect(&args.path).map_err(Failure::cluster)? {
+        let entry = entry.map_err(Failure::cluster)?;
+        audit.take(&entry);
+        if !args.verify {
+            writeln!(out, "{}", line(&entry)).map_err(Failure::cluster)?;
+        }
+    }
+    if audit.segments.is_empty() && audit.headless.is_empty() {
+        return Err(Failure::usage(format!(
+            "{}: no log segments here",
+            args.path.display()
+        )));
+    }
+    let problems = audit.problems();
+    for text in audit.summary() {
+        writeln!(out, "{text}").map_err(Failure::cluster)?;
+    }
+    match problems.as_slice() {
+        [] => Ok(()),
+        problems => Err(Failure::new(Kind::Verification, problems.join("\n"))),
+    }
+}
+
+fn line(entry: &Entry) -> String {
+    match entry {
+        Entry::Segment {
+            file,
+            len,
+            header: Some(header),
+        } => format!(
+            "{file}: log {} of storage {:032x}, segment {} of {len} bytes",
+            log_name(header.identity.number),
+            header.identity.storage,
+            header.seq,
+        ),
+        Entry::Segment { file, len, .. } => format!("{file}: no intact header ({len} bytes)"),
+        Entry::Record {
+            offset,
+            header,
+            body,
+            ..
+        } => {
+            let kind = match inspect::own_kind(header.kind) {
+                Some(kind) => kind.to_owned(),
+                None => format!("kind {}", header.kind),
+            };
+            format!(
+                "  {offset:>10}  lsn {} {kind}, epoch {}, group {}, generation {}, {} bytes{}",
+                header.lsn,
+                header.epoch,
+                header.group,
+                header.generation,
+                header.body_len,
+                if body.is_some() { "" } else { ", BODY DAMAGED" },
+            )
+        }
+        Entry::End {
+            file,
+            offset,
+            verdict,
+        } => format!("  {offset:>10}  {file} ends here: {}", words(*verdict)),
+        _ => String::new(),
+    }
+}
+
+fn words(verdict: Verdict) -> String {
+    match verdict {
+        Verdict::Sealed => "sealed".to_owned(),
+        Verdict::Unwritten => "nothing written beyond".to_owned(),
+        Verdict::Damaged => "damaged record".to_owned(),
+        Verdict::Version(version) => format!("record of version {version}"),
+        _ => "unknown".to_owned(),
+    }
+}
+
+fn log_name(number: u32) -> String {
+    match number {
+        u32::MAX => "commit".to_owned(),
+        number => number.to_string(),
+    }
+}
+
+/// What a walk over all segments has shown.
+#[derive(Debug, Default)]
+struct Audit {
+    /// By log and sequence number.
+    segments: BTreeMap<(u32, u64), Segment>,
+    /// Files without an intact header.
+    headless: Vec<String>,
+    /// Positions that must be there, by log.
+    proofs: BTreeMap<u32, u64>,
+    /// Claims by group, proven by a later claim.
+    claims: BTreeMap<u64, ClaimBody>,
+    current: Option<(u32, u64)>,
+}
+
+#[derive(Debug)]
+struct Segment {
+    file: String,
+    header: SegmentHeader,
+    records: u64,
+    /// Byte offset up to which everything is intact.
+    end: u64,
+    verdict: Option<Verdict>,
+}
+
+impl Audit {
+    fn take(&mut self, entry: &Entry) {
+        match entry {
+            Entry::Segment { file, header, .. } => {
+                self.current = None;
+                let Some(header) = header else {
+                    self.headless.push(file.clone());
+                    return;
+                };
+                let key = (header.identity.number, header.seq);
+                self.current = Some(key);
+                let segment = Segment {
+                    file: file.clone(),
+                    header: *header,
+                    records: 0,
+                    end: 0,
+                    verdict: None,
+                };
+                self.segments.insert(key, segment);
+            }
+            Entry::Record {
+                offset,
+                header,
+                body,
+                ..
+            } => {
+                let Some((key, segment)) = self.current() else {
+                    return;
+                };
+                let Some(body) = body else {
+                    segment.verdict.get_or_insert(Verdict::Damaged);
+                    return;
+                };
+                if segment.verdict.is_none() {
+                    segment.records += 1;
+                    segment.end = offset + header.total_len();
+                }
+                let proof = self.proofs.entry(key.0).or_default();
+                *proof = (*proof).max(header.durable.0);
+                if header.kind == KIND_CLAIM
+                    && let Some(claim) = ClaimBody::decode(body)
+                {
+                    self.claims.insert(header.group, claim);
+                }
+            }
+            Entry::End {
+                offset, verdict, ..
+            } => {
+                if let Some((_, segment)) = self.current() {
+                    if segment.verdict.is_none() {
+                        segment.end = *offset;
+                    }
+                    segment.verdict.get_or_insert(*verdict);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn current(&mut self) -> Option<((u32, u64), &mut Segment)> {
+        let key = self.current?;
+        Some((key, self.segments.get_mut(&key)?))
+    }
+
+    fn summary(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for file in &self.headless {
+            lines.push(format!("{file}: no intact header"));
+        }
+        for ((number, _), segment) in &self.segments {
+            let verdict = segment.verdict.unwrap_or(Verdict::Unwritten);
+            lines.push(format!(
+                "{}: log {}, {} records, intact up to byte {}: {}",
+                segment.file,
+                log_name(*number),
+                segment.records,
+                segment.end,
+                words(verdict),
+            ));
+        }
+        lines
+    }
+
+    /// What was durable and is missing.
+    fn problems(&self) -> Vec<String> {
+        let mut proofs = self.proofs.clone();
+        let proven = self.claims.values().map(|c| c.durable_group).max();
+        for (_, claim) in self.claims.range(..=proven.unwrap_or(0)) {
+            for (number, end) in (0..).zip(&claim.ends) {
+                let proof = proofs.entry(number).or_default();
+                *proof = (*proof).max(end.0);
+            }
+        }
+        proofs
+            .iter()
+            .filter_map(|(number, proof)| self.missing(*number, *proof))
+            .collect()
+    }
+
+    /// Whether everything of a log up to `proof` is there, as far back as its segments reach.
+    fn missing(&self, number: u32, proof: u64) -> Option<String> {
+        let (_, any) = self
+            .segments
+            .range((number, 0)..=(number, u64::MAX))
+            .next()?;
+        let segment_bytes = any.header.segment_bytes;
+        // The position is an end: it lies in, or just behind, the segment of the byte before it.
+        let last = proof.checked_sub(1)? / segment_bytes;
+        let name = log_name(number);
+        let Some(segment) = self.segments.get(&(number, last)) else {
+            return Some(format!(
+                "log {name}: segment {last} is missing, which was durable up to position {proof}"
+            ));
+        };
+        if segment.verdict != Some(Verdict::Sealed) && segment.end < proof - last * segment_bytes {
+            return Some(format!(
+                "{}: a committed record is missing at byte {}: log {name} was durable up to byte {}",
+                segment.file,
+                segment.end,
+                proof - last * segment_bytes,
+            ));
+        }
+        let mut below = last;
+        while let Some(segment) = below
+            .checked_sub(1)
+            .and_then(|seq| self.segments.get(&(number, seq)))
+        {
+            if segment.verdict != Some(Verdict::Sealed) {
+                return Some(format!(
+                    "{}: a committed record is missing at byte {}: log {name} goes on in segment {below}",
+                    segment.file, segment.end,
+                ));
+            }
+            below -= 1;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+    use std::sync::Arc;
+
+    use lowtide_engine::log::{Append, Log, LogConfig, LogIdentity};
+    use lowtide_engine::medium::dir::{DirOptions, DirVolume};
+
+    use super::*;
+
+    const SEGMENT: u64 = 64 << 10;
+
+    /// A log of three and a half segments, synced after every record, and its segment files.
+    fn write_log(dir: &Path) -> Vec<PathBuf> {
+        let identity = LogIdentity {
+            storage: 5,
+            number: 0,
+        };
+        let config = LogConfig {
+            segment_bytes: SEGMENT,
+            record_bytes_max: 4096,
+            reserve_bytes: 0,
+            ..LogConfig::new("shard-000", identity)
+        };
+        let volume = Arc::new(DirVolume::open(dir, DirOptions::default()).unwrap());
+        let (mut log, _) = Log::open(volume, config).unwrap();
+        let sync = log.sync_handle();
+        let body = [7; 1000];
+        for epoch in 0..200 {
+            log.append(Append {
+                kind: 1,
+                flags: 0,
+                epoch,
+                group: 1,
+                parts: &[&body],
+            })
+            .unwrap();
+            sync.sync(log.end()).unwrap();
+        }
+        let mut files: Vec<PathBuf> = std::fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|x| x == "seg"))
+            .collect();
+        files.sort();
+        assert!(files.len() >= 4);
+        files
+    }
+
+    fn verify(path: &Path) -> Result<(), Failure> {
+        let args = LogArgs {
+            path: path.to_owned(),
+            verify: true,
+        };
+        walk(&args, &mut std::io::sink())
+    }
+
+    fn damage(file: &Path, at: usize) {
+        let mut bytes = std::fs::read(file).unwrap();
+        bytes[at] ^= 1;
+        std::fs::write(file, bytes).unwrap();
+    }
+
+    #[test]
+    fn an_intact_log_passes_and_a_torn_end_is_no_error() {
+        let tmp = tempfile::tempdir().unwrap();
+        let files = write_log(tmp.path());
+        verify(tmp.path()).unwrap();
+        // The newest record: nothing intact proves that it was durable.
+        let mut audit = Audit::default();
+        for entry in inspect::inspect(tmp.path()).unwrap() {
+            audit.take(&entry.unwrap());
+        }
+        let newest = audit
+            .segments
+            .values()
+            .filter(|s| s.records > 0)
+            .max_by_key(|s| s.header.seq)
+            .unwrap();
+        let file = files.iter().find(|f| f.ends_with(&newest.file)).unwrap();
+        damage(file, newest.end as usize - 100);
+        verify(tmp.path()).unwrap();
+    }
+
+    #[test]
+    fn a_committed_record_that_is_missing_is_found() {
+        let tmp = tempfile::tempdir().unwrap();
+        let files = write_log(tmp.path());
+        damage(&files[1], SEGMENT as usize / 2);
+        let failure = verify(tmp.path()).unwrap_err();
+        assert_eq!(failure.kind, Kind::Verification);
+        assert!(
+            failure.message.contains("committed record is missing"),
+            "{failure}"
+        );
+    }
+
+    #[test]
+    fn a_truncated_or_missing_segment_is_found() {
+        let tmp = tempfile::tempdir().unwrap();
+        let files = write_log(tmp.path());
+        std::fs::File::options()
+            .write(true)
+            .open(&files[0])
+            .unwrap()
+            .set_len(SEGMENT / 2)
+            .unwrap();
+        let failure = verify(tmp.path()).unwrap_err();
+        assert!(failure.message.contains("is missing"), "{failure}");
+
+        let empty = tempfile::tempdir().unwrap();
+        assert_eq!(verify(empty.path()).unwrap_err().kind, Kind::Usage);
+    }
+}

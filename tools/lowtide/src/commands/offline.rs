@@ -1,0 +1,145 @@
+//! `lowtide export` and `lowtide verify`: the state of a stopped or crashed cluster, recovered in
+//! this process without its network.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use lowtide_engine::offline::{self, OfflineConfig, OfflineError, OfflineState};
+use lowtide_engine_core::ids::NodeId;
+use lowtide_engine_core::op::{Bytes, Key, Range};
+use lowtide_engine_core::session::{Page, Placement, SessionError};
+use lowtide_filetree::fetch::{self, FetchOptions};
+use lowtide_filetree::local::{Objects, Offline};
+use lowtide_filetree::tree::Tree;
+use lowtide_filetree::Progress;
+
+use super::{Failure, Kind};
+use crate::cli::{ExportArgs, VerifyArgs};
+use crate::config::{Cluster, Role};
+use crate::jobs::words;
+use crate::report::Size;
+use crate::state::{self, State};
+
+/// Most problems that are printed.
+const PROBLEMS_MAX: usize = 100;
+
+pub(super) fn export(args: &ExportArgs) -> Result<(), Failure> {
+    let state = State::open(&args.state).map_err(Failure::usage)?;
+    let session = recover(&state)?;
+    let tree = Tree::open(&session).map_err(|e| Failure::cluster(words(e)))?;
+    let options = FetchOptions::default();
+    let report = fetch::fetch(&tree, &args.to, &options, &Progress::default())
+        .map_err(|e| Failure::cluster(words(e)))?;
+    println!(
+        "exported  {} files, {} directories, {} symbolic links, {} further names, {}",
+        report.files,
+        report.directories,
+        report.symlinks,
+        report.links,
+        Size(report.bytes)
+    );
+    if !report.owners_restored {
+        println!("          owners are yours; only the superuser can restore them");
+    }
+    let damaged = report.damaged.list.iter().map(ToString::to_string);
+    judge("damaged entries", report.damaged.count, damaged)
+}
+
+pub(super) fn verify(args: &VerifyArgs) -> Result<(), Failure> {
+    let state = State::open(&args.state).map_err(Failure::usage)?;
+    let session = recover(&state)?;
+    let tree = Tree::open(&session).map_err(|e| Failure::cluster(words(e)))?;
+    drop(tree);
+    Ok(())
+}
+
+/// Prints what was found and fails if there was anything.
+fn judge(what: &str, count: u64, list: impl Iterator<Item = String>) -> Result<(), Failure> {
+    if count == 0 {
+        return Ok(());
+    }
+    let mut message = format!("{count} {what}");
+    for line in list.take(PROBLEMS_MAX) {
+        message += "\n  ";
+        message += &line;
+    }
+    Err(Failure::new(Kind::Verification, message))
+}
+
+/// Recovers the state: what clients and proxies left is completed or undone, in place.
+fn recover(state: &State) -> Result<Offline<RecoveredObjects>, Failure> {
+    let cluster = state::cluster(state.dir()).map_err(Failure::usage)?;
+    let place = |member: &crate::config::Member| {
+        (
+            NodeId(member.id),
+            state::data_dir(state.dir(), &member.name),
+        )
+    };
+    let servers = [Role::Meta, Role::Object].map(|role| cluster.of_role(role).map(place));
+    let config = OfflineConfig {
+        root: cluster
+            .of_role(Role::Root)
+            .map(place)
+            .next()
+            .expect("checked when the cluster was loaded"),
+        servers: servers.into_iter().flatten().collect(),
+    };
+    let recovered = offline::open(&config).map_err(|e| Failure::cluster(words(e)))?;
+    let (undone, completed) = recovered.undone_and_completed();
+    println!(
+        "recovered {} dead lives, {completed} operations completed, {undone} undone",
+        recovered.resolved()
+    );
+    Ok(Offline::new(RecoveredObjects {
+        placement: placement(&cluster),
+        state: Mutex::new(recovered),
+    }))
+}
+
+fn placement(cluster: &Cluster) -> Placement {
+    let of = |role| cluster.of_role(role).map(|m| NodeId(m.id)).collect();
+    Placement {
+        meta: of(Role::Meta),
+        object: of(Role::Object),
+    }
+}
+
+/// The objects of a recovered cluster. Reading moves caches, so one thread reads at a time.
+struct RecoveredObjects {
+    placement: Placement,
+    state: Mutex<OfflineState>,
+}
+
+impl RecoveredObjects {
+    fn state(&self) -> MutexGuard<'_, OfflineState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unavailable(home: NodeId) -> impl FnOnce(OfflineError) -> SessionError {
+    move |error| {
+        eprintln!("lowtide: server {home}: {error}");
+        SessionError::Unavailable { home }
+    }
+}
+
+impl Objects for RecoveredObjects {
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn get(&self, home: NodeId, key: &Key) -> Result<Option<Bytes>, SessionError> {
+        self.state().get(home, key).map_err(unavailable(home))
+    }
+
+    fn scan(
+        &self,
+        home: NodeId,
+        range: Range,
+        after: Option<&Key>,
+        bytes_max: usize,
+    ) -> Result<Page, SessionError> {
+        self.state()
+            .scan(home, &range, after, bytes_max)
+            .map_err(unavailable(home))
+    }
+}

@@ -1,0 +1,264 @@
+//! `lowtide run`.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::{Failure, Kind};
+use crate::cli::RunArgs;
+use crate::fault::Shape;
+use crate::report::Report;
+use crate::state::State;
+use crate::supervisor::{self, Options, RunError};
+use crate::{address, engine, input};
+
+pub(super) fn run(args: RunArgs) -> Result<(), Failure> {
+    let options = options(&args)?;
+    let executable = std::env::current_exe().map_err(Failure::cluster)?;
+    let interrupted = catch_signals()?;
+    let place = Place::prepare(args.state.as_deref())?;
+    let result = supervisor::run(&options, &place.state, &executable, &interrupted);
+    let outcome = result
+        .map_err(|error| match error {
+            RunError::Interrupted => Failure::new(Kind::Interrupted, "interrupted"),
+            error => Failure::cluster(error),
+        })
+        .and_then(|report| {
+            publish(&report, args.report.as_deref())?;
+            judge(&report, args.skip_unreadable)
+        });
+    place.finish(outcome)
+}
+
+/// Checks the arguments against each other and the machine.
+fn options(args: &RunArgs) -> Result<Options, Failure> {
+    let shape = Shape {
+        meta: args.meta,
+        object: args.object,
+        proxy: args.proxy,
+        client: args.clients,
+    };
+    for fault in &args.faults {
+        fault.validate(&shape).map_err(Failure::usage)?;
+    }
+    let count = 1 + (shape.meta + shape.object + shape.proxy + shape.client) as usize;
+    if count > address::NODES_MAX {
+        return Err(Failure::usage(format!(
+            "{count} nodes are too many for one machine, at most {}",
+            address::NODES_MAX
+        )));
+    }
+    engine::check_provider(args.provider).map_err(Failure::usage)?;
+    let input = match &args.input {
+        Some(dir) => dir.clone(),
+        None => input::default_input().ok_or_else(|| {
+            Failure::usage("no default input found on this machine; name one with --input DIR")
+        })?,
+    };
+    let input = std::fs::read_dir(&input)
+        .and_then(|_| input.canonicalize())
+        .map_err(|error| Failure::usage(format!("--input {}: {error}", input.display())))?;
+    if let Some(state) = &args.state {
+        check_apart(&input, state)?;
+    }
+    Ok(Options {
+        input,
+        shape,
+        faults: args.faults.clone(),
+        provider: args.provider,
+        seed: args.seed.unwrap_or_else(seed_from_clock),
+        restart_after: Duration::from_millis(args.restart_after),
+        patience: Duration::from_secs(args.patience),
+        stay: args.stay,
+    })
+}
+
+/// A state directory inside the input would be stored while it grows.
+fn check_apart(input: &Path, state: &Path) -> Result<(), Failure> {
+    let state = std::path::absolute(state).map_err(Failure::usage)?;
+    // The deepest part that exists decides where the rest will be.
+    let real = state
+        .ancestors()
+        .find_map(|dir| dir.canonicalize().ok())
+        .unwrap_or(state);
+    if real.starts_with(input) {
+        return Err(Failure::usage(format!(
+            "--state {} lies inside of the input {}",
+            real.display(),
+            input.display()
+        )));
+    }
+    Ok(())
+}
+
+fn seed_from_clock() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |d| d.as_nanos() as u64)
+        & i64::MAX as u64
+}
+
+/// The first signal asks the run to end, the second ends the process (and with it, all nodes).
+fn catch_signals() -> Result<Arc<AtomicBool>, Failure> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(
+            signal,
+            Kind::Interrupted as i32,
+            Arc::clone(&interrupted),
+        )
+        .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
+        .map_err(Failure::cluster)?;
+    }
+    Ok(interrupted)
+}
+
+/// The state directory and what becomes of it.
+struct Place {
+    state: State,
+    temporary: Option<tempfile::TempDir>,
+}
+
+impl Place {
+    fn prepare(dir: Option<&Path>) -> Result<Place, Failure> {
+        if let Some(dir) = dir {
+            return Ok(Place {
+                state: State::create(dir).map_err(Failure::usage)?,
+                temporary: None,
+            });
+        }
+        let temporary = tempfile::Builder::new()
+            .prefix("lowtide-")
+            .tempdir()
+            .map_err(Failure::cluster)?;
+        Ok(Place {
+            state: State::create(temporary.path()).map_err(Failure::cluster)?,
+            temporary: Some(temporary),
+        })
+    }
+
+    /// Removes a temporary state after a success, and says where it is after a failure.
+    fn finish(self, outcome: Result<(), Failure>) -> Result<(), Failure> {
+        let dir: PathBuf = match (self.temporary, &outcome) {
+            (Some(temporary), Err(_)) => temporary.keep(),
+            (Some(_), Ok(())) => return outcome,
+            (None, _) => self.state.dir().to_owned(),
+        };
+        eprintln!("state     {}", dir.display());
+        outcome
+    }
+}
+
+/// Prints the summary and writes the report where it was asked for.
+fn publish(report: &Report, file: Option<&Path>) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    // A reader that went away does not change how the run ended.
+    let _ = writeln!(out, "{report}");
+    let Some(path) = file else {
+        return Ok(());
+    };
+    let json = serde_json::to_string_pretty(report).expect("plain data") + "\n";
+    let written = if path.as_os_str() == "-" {
+        out.write_all(json.as_bytes())
+    } else {
+        std::fs::write(path, json)
+    };
+    written.map_err(|error| Failure::cluster(format!("--report {}: {error}", path.display())))
+}
+
+/// Decides about success.
+fn judge(report: &Report, skip_unreadable: bool) -> Result<(), Failure> {
+    if !report.verified {
+        return Err(Failure::new(Kind::Verification, "not verified"));
+    }
+    if report.unreadable > 0 && !skip_unreadable {
+        return Err(Failure::new(
+            Kind::Unreadable,
+            format!(
+                "{} entries of the input could not be read (--skip-unreadable accepts that)",
+                report.unreadable
+            ),
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contradictions_are_usage_errors() {
+        let tmp = tempfile::tempdir().unwrap();
+        let good = || RunArgs {
+            input: Some(tmp.path().to_owned()),
+            ..RunArgs::default()
+        };
+        options(&good()).unwrap();
+        let file = tmp.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let table: [(RunArgs, &str); 5] = [
+            (
+                RunArgs {
+                    faults: vec!["kill:meta7@5%".parse().unwrap()],
+                    ..good()
+                },
+                "meta0 to meta1",
+            ),
+            (
+                RunArgs {
+                    input: Some(tmp.path().join("absent")),
+                    ..good()
+                },
+                "No such file",
+            ),
+            (
+                RunArgs {
+                    input: Some(file),
+                    ..good()
+                },
+                "Not a directory",
+            ),
+            (
+                RunArgs {
+                    state: Some(tmp.path().join("new/state")),
+                    ..good()
+                },
+                "inside of the input",
+            ),
+            (
+                RunArgs {
+                    meta: 64,
+                    object: 64,
+                    proxy: 64,
+                    clients: 64,
+                    ..good()
+                },
+                "too many",
+            ),
+        ];
+        for (args, message) in table {
+            let failure = options(&args).unwrap_err();
+            assert_eq!(failure.kind, Kind::Usage);
+            assert!(failure.message.contains(message), "{failure}");
+        }
+    }
+
+    #[test]
+    fn unread_input_fails_a_run_unless_it_is_accepted() {
+        let report = |verified, unreadable| Report {
+            verified,
+            unreadable,
+            ..Report::default()
+        };
+        judge(&report(true, 0), false).unwrap();
+        judge(&report(true, 1), true).unwrap();
+        let kind = |report: &Report, skip| judge(report, skip).unwrap_err().kind;
+        assert_eq!(kind(&report(true, 1), false), Kind::Unreadable);
+        assert_eq!(kind(&report(false, 0), true), Kind::Verification);
+    }
+}

@@ -1,0 +1,184 @@
+//! The one place where the command meets the engine's node runtime.
+//!
+//! A node's [`Status`] travels unchanged over the control socket and into reports.
+
+use std::path::Path;
+
+use lowtide_engine::medium::power::apply_power_loss;
+use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, StartError};
+pub use lowtide_engine::status::{NodeCounters, Status};
+use lowtide_engine_core::ids::NodeId;
+
+use crate::config::{Cluster, NodeFile, Provider, Role};
+
+/// Starts the node that a file describes.
+///
+/// # Errors
+/// Its state cannot be opened, its address cannot be had.
+pub fn start(file: &NodeFile) -> Result<NodeHandle, StartError> {
+    node::start(NodeConfig {
+        dir: file.dir.clone(),
+        loss_percent: file.loss_percent,
+        seed: file.seed,
+        power_fail: file.record_unsynced,
+        ..config(&file.cluster, &file.member.name)
+    })
+}
+
+/// Joins a cluster as one of its clients, without any state.
+///
+/// # Errors
+/// The client's address cannot be had.
+pub fn join(cluster: &Cluster, client: &str) -> Result<NodeHandle, StartError> {
+    node::start(config(cluster, client))
+}
+
+/// The settings that follow from the cluster alone; `name` is one of its members.
+fn config(cluster: &Cluster, name: &str) -> NodeConfig {
+    let id_of = |name: &str| {
+        let member = cluster.member(name);
+        NodeId(member.expect("checked when the cluster was loaded").id)
+    };
+    let me = cluster.member(name).expect("the caller looked it up");
+    NodeConfig {
+        peers: cluster
+            .members
+            .iter()
+            .map(|member| Peer {
+                id: NodeId(member.id),
+                role: role(member.role),
+                addr: member.address,
+            })
+            .collect(),
+        via: cluster
+            .routes
+            .iter()
+            .filter(|route| route.client == name)
+            .map(|route| (id_of(&route.home), id_of(&route.proxy)))
+            .collect(),
+        ..NodeConfig::new(NodeId(me.id), role(me.role), me.address)
+    }
+}
+
+fn role(role: Role) -> node::Role {
+    match role {
+        Role::Root => node::Role::Root,
+        Role::Meta => node::Role::Meta,
+        Role::Object => node::Role::Object,
+        Role::Proxy => node::Role::Proxy,
+        Role::Client => node::Role::Client,
+        Role::Router => node::Role::Router,
+    }
+}
+
+/// Whether a node has nothing left to recover.
+#[must_use]
+pub fn is_complete(status: &Status) -> bool {
+    status.stage.eq_ignore_ascii_case("complete")
+}
+
+/// Counts of two lives or two nodes taken together: sums, and the larger of two peaks.
+#[must_use]
+pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
+    NodeCounters {
+        operations: a.operations + b.operations,
+        in_flight: a.in_flight + b.in_flight,
+        replayed: a.replayed + b.replayed,
+        completed: a.completed + b.completed,
+        undone: a.undone + b.undone,
+        undo_appended: a.undo_appended + b.undo_appended,
+        undo_purged: a.undo_purged + b.undo_purged,
+        undo_rolled_back: a.undo_rolled_back + b.undo_rolled_back,
+        windows_sent: a.windows_sent + b.windows_sent,
+        windows_discarded: a.windows_discarded + b.windows_discarded,
+        windows_held_max: a.windows_held_max.max(b.windows_held_max),
+        messages_sent: a.messages_sent + b.messages_sent,
+        message_bytes_sent: a.message_bytes_sent + b.message_bytes_sent,
+        pings_sent: a.pings_sent + b.pings_sent,
+        frames_dropped: a.frames_dropped + b.frames_dropped,
+        datagrams_dropped: a.datagrams_dropped + b.datagrams_dropped,
+        evicted: a.evicted + b.evicted,
+        minimum_lag_max_ms: a.minimum_lag_max_ms.max(b.minimum_lag_max_ms),
+    }
+}
+
+/// The transport behind a choice, as reports name it.
+#[must_use]
+pub fn provider_name(provider: Provider) -> &'static str {
+    match provider {
+        Provider::Auto | Provider::Softroce => "softroce",
+        Provider::Host => "host",
+        Provider::Verbs => "verbs",
+    }
+}
+
+/// Refuses a transport that this build does not have.
+///
+/// # Errors
+/// What is missing, and what to use.
+pub fn check_provider(provider: Provider) -> Result<(), String> {
+    match provider {
+        Provider::Auto | Provider::Softroce => Ok(()),
+        Provider::Host | Provider::Verbs => Err(format!(
+            "provider {} is not in this build; use softroce",
+            provider_name(provider)
+        )),
+    }
+}
+
+/// Plays a power failure on a dead node's directory: each page that was not yet synced becomes
+/// old, new or torn. Tells in words how many.
+///
+/// # Errors
+/// Why it could not.
+pub fn lose_unsynced(dir: &Path, seed: u64) -> Result<String, String> {
+    match apply_power_loss(dir, seed) {
+        Ok(loss) => Ok(format!(
+            "power lost: {} unsynced pages old, {} new, {} torn",
+            loss.old, loss.new, loss.torn
+        )),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lives_add_up_and_peaks_do_not() {
+        let a = NodeCounters {
+            operations: 5,
+            windows_held_max: 7,
+            ..NodeCounters::default()
+        };
+        let b = NodeCounters {
+            operations: 6,
+            windows_held_max: 3,
+            ..NodeCounters::default()
+        };
+        let both = together(a, b);
+        assert_eq!((both.operations, both.windows_held_max), (11, 7));
+    }
+
+    #[test]
+    fn an_older_nodes_status_is_understood() {
+        let status: Status = serde_json::from_str(r#"{"id":3,"later":1}"#).unwrap();
+        assert_eq!(status.id, 3);
+        assert!(!is_complete(&status));
+    }
+
+    #[test]
+    fn a_client_goes_through_its_own_proxies_only() {
+        let text = include_str!("../tests/data/cluster.toml");
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("cluster.toml");
+        std::fs::write(&file, text).unwrap();
+        let cluster = Cluster::load(&file).unwrap();
+        let client = config(&cluster, "client1");
+        assert_eq!(client.id, NodeId(6));
+        assert_eq!(client.peers.len(), cluster.members.len());
+        assert_eq!(client.via, [(NodeId(2), NodeId(4))]);
+        assert_eq!(config(&cluster, "meta0").via, []);
+    }
+}

@@ -1,0 +1,679 @@
+//! The connection manager: the handshake that rdma_cm peers speak on queue pair 1.
+//!
+//! [`Cm`] owns the connections of one device from request to disconnection. It makes 256-byte
+//! [management datagrams](Message) that the caller sends as UD SEND Only to [`Qpn::GSI`] with
+//! Q_Key [`GSI_QKEY`], and events that tell the caller what to do with its queue pairs:
+//!
+//! ```text
+//! client                                            server (listening)
+//! connect   -- REQ -->   ConnectRequest: queue pair to RTR and RTS, accept (or reject)
+//! Accepted  <-- REP --   (REJ: Rejected)
+//! queue pair to RTR and RTS, establish
+//!           -- RTU -->   Established
+//! disconnect -- DREQ -->  Disconnected
+//! Disconnected <-- DREP --
+//! ```
+//!
+//! Every message that waits for an answer is sent again, at first after [`CmConfig::resend_after`],
+//! then after twice that and so on, until [`CmConfig::give_up_after`]. Duplicates are answered as
+//! the first was, also for a while after the end ([`CmConfig::time_wait`]). Ids count up from what
+//! the caller chooses; there is no random source here.
+//!
+//! Contract: commands, `handle_mad`, `handle_timeout`; then drain `poll_transmit`, `poll_event`,
+//! and ask `poll_timeout`.
+//!
+//! Absent: queue pairs (the caller moves them), path migration, service id resolution.
+//! Source: IBTA volume 1, chapter 12; Linux `cm.c`, `cma.c`.
+
+mod mad;
+#[cfg(test)]
+mod tests;
+mod types;
+
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use core::net::{IpAddr, SocketAddr};
+
+pub use mad::{
+    BadMad, CmaHeader, CommId, MAD_LEN, Message, REJ_PRIVATE_MAX, REP_PRIVATE_MAX, REQ_PRIVATE_MAX,
+    Rej, Rep, Req, ServiceId, address, gid, reason,
+};
+pub use types::{
+    CmConfig, CmError, CmEvent, CmOutcome, CmState, CmTransmit, ConnectParams, ConnectRequest,
+    QpOffer,
+};
+
+use crate::time::Nanos;
+use crate::wire::{PKEY_DEFAULT, Qpn};
+
+/// The Q_Key of queue pair 1.
+pub const GSI_QKEY: u32 = 0x8001_0000;
+/// Datagrams and events that may wait for the caller; beyond, input is dropped as if lost.
+const WAITING_MAX: usize = 256;
+/// The longest pause between two sendings of one message.
+const RESEND_MAX: Nanos = Nanos::from_millis(4_000);
+/// "I answer within 4.3 s", as Linux says (exponent of 4.096 us).
+const RESPONSE_TIMEOUT: u8 = 20;
+/// How often a message is resent, as Linux says. Ours are bounded by time.
+const CM_RETRIES: u8 = 15;
+const HOP_LIMIT: u8 = 64;
+
+/// One connection.
+#[derive(Debug)]
+struct Connection {
+    state: CmState,
+    peer: SocketAddr,
+    /// The peer's id; 0 until it is known.
+    remote: CommId,
+    remote_qpn: Qpn,
+    /// Transaction of the handshake; the peer's replies repeat it.
+    tid: u64,
+    /// We asked for the connection.
+    is_client: bool,
+    /// The last message sent, to send again.
+    sent: [u8; MAD_LEN],
+    /// When to repeat it, or to forget the connection; `None` if nothing is awaited. Mirrored in
+    /// `Cm::timers`.
+    due: Option<Nanos>,
+    pause: Nanos,
+    give_up: Nanos,
+}
+
+/// The connection manager of one device: see the [module](self).
+#[derive(Debug)]
+pub struct Cm {
+    config: CmConfig,
+    next_id: u32,
+    services: BTreeSet<ServiceId>,
+    connections: BTreeMap<CommId, Connection>,
+    /// Server side: connections by the client's address and id, to know a repeated request.
+    requests: BTreeMap<(IpAddr, CommId), CommId>,
+    /// Every connection's `due`, in order.
+    timers: BTreeSet<(Nanos, CommId)>,
+    transmits: VecDeque<CmTransmit>,
+    events: VecDeque<CmEvent>,
+}
+
+impl Cm {
+    /// A connection manager without connections.
+    #[must_use]
+    pub fn new(config: CmConfig) -> Self {
+        Self {
+            config,
+            next_id: config.first_comm_id,
+            services: BTreeSet::new(),
+            connections: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            timers: BTreeSet::new(),
+            transmits: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    /// Report requests for `service` from now on; others are rejected.
+    pub fn listen(&mut self, service: ServiceId) {
+        self.services.insert(service);
+    }
+
+    /// Reject requests for `service` again.
+    pub fn unlisten(&mut self, service: ServiceId) {
+        self.services.remove(&service);
+    }
+
+    /// State of a connection; `None` if there is none such.
+    #[must_use]
+    pub fn state(&self, id: CommId) -> Option<CmState> {
+        self.connections.get(&id).map(|c| c.state)
+    }
+
+    /// Client: ask for a connection.
+    ///
+    /// # Errors
+    ///
+    /// [`CmError::PrivateDataTooLong`], [`CmError::TooManyConnections`].
+    pub fn connect(&mut self, now: Nanos, params: &ConnectParams<'_>) -> Result<CommId, CmError> {
+        if params.private_data.len() > REQ_PRIVATE_MAX {
+            return Err(CmError::PrivateDataTooLong);
+        }
+        let id = self.allocate()?;
+        let tid = self.tid(id);
+        let message = self.request(id, params);
+        let connection = Connection {
+            state: CmState::ReqSent,
+            peer: params.to,
+            remote: CommId(0),
+            remote_qpn: Qpn::new(0),
+            tid,
+            is_client: true,
+            sent: message.encode(tid),
+            due: None,
+            pause: Nanos::ZERO,
+            give_up: Nanos::ZERO,
+        };
+        self.connections.insert(id, connection);
+        self.send_awaiting(now, id);
+        Ok(id)
+    }
+
+    /// Server: accept a request. The queue pair must be able to receive.
+    ///
+    /// # Errors
+    ///
+    /// [`CmError`]; nothing was sent.
+    pub fn accept(
+        &mut self,
+        now: Nanos,
+        id: CommId,
+        qp: QpOffer,
+        private_data: &[u8],
+    ) -> Result<(), CmError> {
+        if private_data.len() > REP_PRIVATE_MAX {
+            return Err(CmError::PrivateDataTooLong);
+        }
+        let ca_guid = self.config.ca_guid;
+        let connection = self.in_state(id, &[CmState::ReqReceived])?;
+        let rep = Message::Rep(Rep {
+            local: id,
+            remote: connection.remote,
+            qpn: qp.qpn,
+            psn: qp.psn,
+            responder_resources: qp.responder_resources,
+            initiator_depth: qp.initiator_depth,
+            target_ack_delay: 15,
+            flow_control: false,
+            rnr_retry: qp.rnr_retry,
+            srq: false,
+            ca_guid,
+            private_data,
+        });
+        connection.sent = rep.encode(connection.tid);
+        connection.state = CmState::RepSent;
+        self.send_awaiting(now, id);
+        Ok(())
+    }
+
+    /// Either side, before the connection is established: refuse.
+    ///
+    /// # Errors
+    ///
+    /// [`CmError`]; nothing was sent.
+    pub fn reject(
+        &mut self,
+        now: Nanos,
+        id: CommId,
+        reason: u16,
+        private_data: &[u8],
+    ) -> Result<(), CmError> {
+        if private_data.len() > REJ_PRIVATE_MAX {
+            return Err(CmError::PrivateDataTooLong);
+        }
+        let connection = self.in_state(id, &[CmState::ReqReceived, CmState::RepReceived])?;
+        let rej = Message::Rej(Rej {
+            local: id,
+            remote: connection.remote,
+            message: u8::from(connection.is_client),
+            reason,
+            private_data,
+        });
+        connection.sent = rej.encode(connection.tid);
+        self.send(id);
+        self.wind_down(now, id);
+        Ok(())
+    }
+
+    /// Client: the queue pair is ready, tell the server.
+    ///
+    /// # Errors
+    ///
+    /// [`CmError`]; nothing was sent.
+    pub fn establish(&mut self, id: CommId) -> Result<(), CmError> {
+        let connection = self.in_state(id, &[CmState::RepReceived])?;
+        let rtu = Message::Rtu {
+            local: id,
+            remote: connection.remote,
+        };
+        connection.sent = rtu.encode(connection.tid);
+        connection.state = CmState::Established;
+        self.send(id);
+        Ok(())
+    }
+
+    /// Server: a packet of the connection came before the client's RTU, which so is implied.
+    pub fn handle_communication(&mut self, id: CommId) {
+        if let Some(connection) = self.connections.get_mut(&id)
+            && connection.state == CmState::RepSent
+        {
+            connection.state = CmState::Established;
+            self.set_due(id, None);
+            self.events.push_back(CmEvent::Established { id });
+        }
+    }
+
+    /// Either side: end the connection. [`CmEvent::Disconnected`] follows, or
+    /// [`CmEvent::TimedOut`] if the peer does not answer. A request not answered yet is forgotten.
+    ///
+    /// # Errors
+    ///
+    /// [`CmError`]; nothing was sent.
+    pub fn disconnect(&mut self, now: Nanos, id: CommId) -> Result<(), CmError> {
+        use CmState::{Established, RepReceived, RepSent, ReqSent};
+        let tid = self.tid(id);
+        let connection = self.in_state(id, &[ReqSent, RepSent, RepReceived, Established])?;
+        if connection.state == ReqSent {
+            // The server may have our request: tell it that nobody waits any more.
+            let to = connection.peer;
+            self.reject_unknown(to, tid, id, CommId(0), 2, reason::TIMEOUT);
+            self.forget(id);
+            self.events.push_back(CmEvent::Disconnected { id });
+            return Ok(());
+        }
+        let (remote, qpn) = (connection.remote, connection.remote_qpn);
+        connection.sent = Message::Dreq {
+            local: id,
+            remote,
+            qpn,
+        }
+        .encode(tid);
+        connection.state = CmState::DreqSent;
+        self.send_awaiting(now, id);
+        Ok(())
+    }
+
+    /// A datagram came to queue pair 1. `from` is where answers go: the sender's address, and the
+    /// UDP port it listens on (4791 but for our own peers elsewhere).
+    pub fn handle_mad(&mut self, now: Nanos, from: SocketAddr, mad: &[u8]) -> CmOutcome {
+        let (tid, message) = match Message::decode(mad) {
+            Ok(decoded) => decoded,
+            Err(bad) => return CmOutcome::Malformed(bad),
+        };
+        if self.events.len() >= WAITING_MAX || self.transmits.len() >= WAITING_MAX {
+            return CmOutcome::Busy;
+        }
+        match message {
+            Message::Req(req) => self.handle_req(now, from, tid, &req),
+            Message::Rep(rep) => self.handle_rep(from, tid, &rep),
+            Message::Mra {
+                remote, timeout, ..
+            } => self.handle_mra(now, from, remote, timeout),
+            Message::Rej(rej) => self.handle_rej(from, &rej),
+            Message::Rtu { remote, .. } => self.handle_rtu(from, remote),
+            Message::Dreq { local, remote, .. } => self.handle_dreq(now, from, tid, local, remote),
+            Message::Drep { remote, .. } => self.handle_drep(now, from, remote),
+        }
+    }
+
+    /// The time that [`Self::poll_timeout`] named has come (calling early does no harm).
+    pub fn handle_timeout(&mut self, now: Nanos) {
+        while let Some(&(due, id)) = self.timers.first()
+            && due <= now
+        {
+            let Some(connection) = self.connections.get_mut(&id) else {
+                break;
+            };
+            if connection.state == CmState::TimeWait {
+                self.forget(id);
+            } else if now < connection.give_up {
+                connection.pause = Nanos((connection.pause.0 * 2).min(RESEND_MAX.0));
+                let due = now + connection.pause;
+                self.set_due(id, Some(due));
+                self.send(id);
+            } else {
+                self.forget(id);
+                self.events.push_back(CmEvent::TimedOut { id });
+            }
+        }
+    }
+
+    /// The next datagram to send.
+    pub fn poll_transmit(&mut self) -> Option<CmTransmit> {
+        self.transmits.pop_front()
+    }
+
+    /// The next event.
+    pub fn poll_event(&mut self) -> Option<CmEvent> {
+        self.events.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called, unless something happens before.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Nanos> {
+        self.timers.first().map(|(due, _)| *due)
+    }
+
+    // Messages in.
+
+    fn handle_req(&mut self, now: Nanos, from: SocketAddr, tid: u64, req: &Req<'_>) -> CmOutcome {
+        if let Some(&id) = self.requests.get(&(from.ip(), req.local))
+            && let Some(old) = self.connections.get(&id)
+        {
+            let state = old.state;
+            if (old.tid, old.remote_qpn) == (tid, req.qpn) {
+                // Repeated: what we answered, if we did, was lost.
+                if !matches!(state, CmState::RepSent | CmState::TimeWait) {
+                    return CmOutcome::Stale;
+                }
+                self.send(id);
+                return CmOutcome::Accepted;
+            }
+            // The peer has begun a new life and reuses its ids: the old connection is dead.
+            self.forget(id);
+            if state != CmState::TimeWait {
+                self.events.push_back(CmEvent::Disconnected { id });
+            }
+        }
+        let refusal = if self.services.contains(&req.service) {
+            reason::NO_RESOURCES
+        } else {
+            reason::INVALID_SERVICE_ID
+        };
+        let id = match self.allocate() {
+            Ok(id) if refusal == reason::NO_RESOURCES => id,
+            _ => {
+                self.reject_unknown(from, tid, CommId(0), req.local, 0, refusal);
+                return CmOutcome::Accepted;
+            }
+        };
+        let connection = Connection {
+            state: CmState::ReqReceived,
+            peer: from,
+            remote: req.local,
+            remote_qpn: req.qpn,
+            tid,
+            is_client: false,
+            sent: [0; MAD_LEN],
+            due: None,
+            pause: Nanos::ZERO,
+            give_up: now + self.config.give_up_after,
+        };
+        self.connections.insert(id, connection);
+        self.requests.insert((from.ip(), req.local), id);
+        self.set_due(id, Some(now + self.config.give_up_after));
+        let request = ConnectRequest {
+            from,
+            service: req.service,
+            source_port: req.cma.map(|cma| cma.source_port),
+            qp: QpOffer {
+                qpn: req.qpn,
+                psn: req.psn,
+                responder_resources: req.responder_resources,
+                initiator_depth: req.initiator_depth,
+                rnr_retry: req.rnr_retry,
+            },
+            mtu: req.mtu,
+            retry_count: req.retry_count,
+            ack_timeout: req.ack_timeout,
+            private_data: req.private_data.to_vec(),
+        };
+        self.events
+            .push_back(CmEvent::ConnectRequest { id, request });
+        CmOutcome::Accepted
+    }
+
+    fn handle_rep(&mut self, from: SocketAddr, tid: u64, rep: &Rep<'_>) -> CmOutcome {
+        let Some(connection) = self.of_peer(rep.remote, from) else {
+            // We have forgotten that we asked; the server need not wait.
+            self.reject_unknown(from, tid, rep.remote, rep.local, 1, reason::INVALID_COMM_ID);
+            return CmOutcome::Stale;
+        };
+        match connection.state {
+            CmState::ReqSent => {
+                connection.state = CmState::RepReceived;
+                connection.remote = rep.local;
+                connection.remote_qpn = rep.qpn;
+                self.set_due(rep.remote, None);
+                self.events.push_back(CmEvent::Accepted {
+                    id: rep.remote,
+                    qp: QpOffer {
+                        qpn: rep.qpn,
+                        psn: rep.psn,
+                        responder_resources: rep.responder_resources,
+                        initiator_depth: rep.initiator_depth,
+                        rnr_retry: rep.rnr_retry,
+                    },
+                    private_data: rep.private_data.to_vec(),
+                });
+                CmOutcome::Accepted
+            }
+            CmState::Established if connection.is_client && connection.remote == rep.local => {
+                // Our RTU was lost.
+                self.send(rep.remote);
+                CmOutcome::Accepted
+            }
+            _ => CmOutcome::Stale,
+        }
+    }
+
+    /// The peer asks for time: the next repetition waits that long, and giving up too.
+    fn handle_mra(&mut self, now: Nanos, from: SocketAddr, id: CommId, timeout: u8) -> CmOutcome {
+        // An exponent of 31 would be hours; no peer of ours needs more than a minute.
+        let wait = Nanos::from_ib_exponent(timeout.min(24));
+        match self.of_peer(id, from) {
+            Some(c) if matches!(c.state, CmState::ReqSent | CmState::RepSent) => {
+                c.give_up = c.give_up.max(now + wait + RESEND_MAX);
+                self.set_due(id, Some(now + wait));
+                CmOutcome::Accepted
+            }
+            _ => CmOutcome::Stale,
+        }
+    }
+
+    fn handle_rej(&mut self, from: SocketAddr, rej: &Rej<'_>) -> CmOutcome {
+        use CmState::{RepReceived, RepSent, ReqReceived, ReqSent};
+        let id = if rej.remote == CommId(0) {
+            // A client that withdraws before it knows our id.
+            self.requests.get(&(from.ip(), rej.local)).copied()
+        } else {
+            Some(rej.remote)
+        };
+        let Some((id, connection)) = id.and_then(|id| Some((id, self.of_peer(id, from)?))) else {
+            return CmOutcome::Stale;
+        };
+        if !matches!(
+            connection.state,
+            ReqSent | ReqReceived | RepSent | RepReceived
+        ) {
+            return CmOutcome::Stale;
+        }
+        self.forget(id);
+        self.events.push_back(CmEvent::Rejected {
+            id,
+            reason: rej.reason,
+            private_data: rej.private_data.to_vec(),
+        });
+        CmOutcome::Accepted
+    }
+
+    fn handle_rtu(&mut self, from: SocketAddr, id: CommId) -> CmOutcome {
+        match self.of_peer(id, from) {
+            Some(c) if c.state == CmState::RepSent => {
+                self.handle_communication(id);
+                CmOutcome::Accepted
+            }
+            _ => CmOutcome::Stale,
+        }
+    }
+
+    fn handle_dreq(
+        &mut self,
+        now: Nanos,
+        from: SocketAddr,
+        tid: u64,
+        remote: CommId,
+        id: CommId,
+    ) -> CmOutcome {
+        let drep = Message::Drep { local: id, remote }.encode(tid);
+        let Some(connection) = self.of_peer(id, from).filter(|c| c.remote == remote) else {
+            // Unknown or forgotten: it is as disconnected as can be.
+            self.transmits.push_back(CmTransmit {
+                to: from,
+                mad: drep,
+            });
+            return CmOutcome::Stale;
+        };
+        let is_news = connection.state != CmState::TimeWait;
+        connection.sent = drep;
+        self.send(id);
+        if is_news {
+            self.wind_down(now, id);
+            self.events.push_back(CmEvent::Disconnected { id });
+        }
+        CmOutcome::Accepted
+    }
+
+    fn handle_drep(&mut self, now: Nanos, from: SocketAddr, id: CommId) -> CmOutcome {
+        match self.of_peer(id, from) {
+            Some(c) if c.state == CmState::DreqSent => {
+                self.wind_down(now, id);
+                self.events.push_back(CmEvent::Disconnected { id });
+                CmOutcome::Accepted
+            }
+            _ => CmOutcome::Stale,
+        }
+    }
+
+    // Messages out.
+
+    fn request<'a>(&self, id: CommId, params: &ConnectParams<'a>) -> Message<'a> {
+        Message::Req(Req {
+            local: id,
+            service: params.service,
+            ca_guid: self.config.ca_guid,
+            qpn: params.qp.qpn,
+            responder_resources: params.qp.responder_resources,
+            initiator_depth: params.qp.initiator_depth,
+            remote_response_timeout: RESPONSE_TIMEOUT,
+            local_response_timeout: RESPONSE_TIMEOUT,
+            psn: params.qp.psn,
+            retry_count: params.retry_count,
+            rnr_retry: params.qp.rnr_retry,
+            pkey: PKEY_DEFAULT,
+            mtu: params.mtu,
+            cm_retries: CM_RETRIES,
+            srq: false,
+            local_gid: gid(self.config.local),
+            remote_gid: gid(params.to.ip()),
+            flow_label: 0,
+            rate: 0,
+            traffic_class: 0,
+            hop_limit: HOP_LIMIT,
+            service_level: 0,
+            subnet_local: false,
+            ack_timeout: params.ack_timeout,
+            cma: Some(CmaHeader {
+                source_port: params.source_port,
+                source: self.config.local,
+                target: params.to.ip(),
+            }),
+            private_data: params.private_data,
+        })
+    }
+
+    /// Refuse a message that belongs to no connection of ours.
+    fn reject_unknown(
+        &mut self,
+        to: SocketAddr,
+        tid: u64,
+        local: CommId,
+        remote: CommId,
+        message: u8,
+        reason: u16,
+    ) {
+        let rej = Rej {
+            local,
+            remote,
+            message,
+            reason,
+            private_data: &[],
+        };
+        let mad = Message::Rej(rej).encode(tid);
+        self.transmits.push_back(CmTransmit { to, mad });
+    }
+
+    /// Send what `id` sent last, or now has to send.
+    fn send(&mut self, id: CommId) {
+        if let Some(connection) = self.connections.get(&id) {
+            let (to, mad) = (connection.peer, connection.sent);
+            self.transmits.push_back(CmTransmit { to, mad });
+        }
+    }
+
+    /// The same for a message that wants an answer.
+    fn send_awaiting(&mut self, now: Nanos, id: CommId) {
+        let (pause, patience) = (self.config.resend_after, self.config.give_up_after);
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.pause = pause;
+            connection.give_up = now + patience;
+        }
+        self.set_due(id, Some(now + pause));
+        self.send(id);
+    }
+
+    // Connections.
+
+    fn allocate(&mut self) -> Result<CommId, CmError> {
+        if self.connections.len() >= self.config.connections_max {
+            return Err(CmError::TooManyConnections);
+        }
+        // Ends: fewer connections exist than ids.
+        loop {
+            let id = CommId(self.next_id);
+            self.next_id = self.next_id.wrapping_add(1);
+            if id != CommId(0) && !self.connections.contains_key(&id) {
+                return Ok(id);
+            }
+        }
+    }
+
+    fn tid(&self, id: CommId) -> u64 {
+        u64::from(self.config.tid_high) << 32 | u64::from(id.0)
+    }
+
+    fn in_state(&mut self, id: CommId, states: &[CmState]) -> Result<&mut Connection, CmError> {
+        let connection = self
+            .connections
+            .get_mut(&id)
+            .ok_or(CmError::UnknownConnection)?;
+        if states.contains(&connection.state) {
+            Ok(connection)
+        } else {
+            Err(CmError::State(connection.state))
+        }
+    }
+
+    /// The connection `id`, if it is with the host that speaks.
+    fn of_peer(&mut self, id: CommId, from: SocketAddr) -> Option<&mut Connection> {
+        self.connections
+            .get_mut(&id)
+            .filter(|c| c.peer.ip() == from.ip())
+    }
+
+    /// The connection has ended; remember it for a while, to answer duplicates.
+    fn wind_down(&mut self, now: Nanos, id: CommId) {
+        let until = now + self.config.time_wait;
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.state = CmState::TimeWait;
+        }
+        self.set_due(id, Some(until));
+    }
+
+    fn set_due(&mut self, id: CommId, due: Option<Nanos>) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        if let Some(old) = core::mem::replace(&mut connection.due, due) {
+            self.timers.remove(&(old, id));
+        }
+        if let Some(due) = due {
+            self.timers.insert((due, id));
+        }
+    }
+
+    fn forget(&mut self, id: CommId) {
+        self.set_due(id, None);
+        if let Some(connection) = self.connections.remove(&id)
+            && !connection.is_client
+        {
+            self.requests
+                .remove(&(connection.peer.ip(), connection.remote));
+        }
+    }
+}

@@ -1,0 +1,541 @@
+//! The requester: the send queue, from posting to acknowledgement.
+//!
+//! Packets are counted by 64-bit sequence numbers that never wrap; a PSN is the first PSN plus the
+//! low bits. A READ's sequence numbers are those of its response packets. Any packet can be built
+//! from its sequence number alone, so retransmission is only a change of `next`.
+//!
+//! Invariants: `una <= next <= high <= end` but for `next`, which falls back to `una` when a loss
+//! is noticed; the work request at the queue's front contains `una`; `cursor` indexes the one that
+//! contains `next`.
+//!
+//! Loss is noticed by a sequence NAK, by an answer beyond a READ or atomic that has none (both go
+//! back once per `una`), by an ACK of just the probe, or by the ACK timeout.
+//!
+//! Source: Linux `rxe_req.c`, `rxe_comp.c`; the probe is ours, modelled on RFC 8985's.
+
+mod segment;
+
+use alloc::collections::VecDeque;
+
+use segment::Wqe;
+
+use super::memory::Memory;
+use super::timers::{RoundTrip, Timer, TimerTable};
+use super::types::{Allow, DropReason, Outcome, QpKind, RtsAttr, Transmit};
+use super::work::{PostError, SendOp, SendWr, Status};
+use super::{Link, Reports};
+use crate::time::Nanos;
+use crate::wire::{Extension, Kind, NakCode, Packet, Psn, Syndrome};
+
+/// Unacknowledged packets beyond which no new request starts, as in Linux rxe.
+pub const WINDOW: u32 = 128;
+/// Packets after which an ACK is asked for in the middle of a message.
+const ACK_REQ_INTERVAL: u32 = 32;
+/// Retry counts of this value are never decremented.
+const RETRY_FOREVER: u8 = 7;
+
+/// Why the send queue stops: the packet to blame and the status of its work request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure {
+    seq: u64,
+    status: Status,
+}
+
+#[derive(Debug)]
+pub(super) struct Requester {
+    queue: VecDeque<Wqe>,
+    depth: u32,
+    attr: RtsAttr,
+    /// Oldest packet not acknowledged.
+    una: u64,
+    /// Next packet to send.
+    next: u64,
+    /// One beyond the last packet ever sent.
+    high: u64,
+    /// One beyond the last packet posted.
+    end: u64,
+    /// Index in `queue` of the work request that contains `next`.
+    cursor: usize,
+    /// READ requests and atomics between `una` and `next`.
+    reads_out: u32,
+    /// Packets sent since the last one with AckReq.
+    since_ack_req: u32,
+    /// The `una` at which an answer last made us go back; not twice for the same.
+    went_back_at: Option<u64>,
+    retries_left: u8,
+    rnr_left: u8,
+    probe_due: bool,
+    /// The packet that the last probe repeated, until something is acknowledged.
+    probed: Option<u64>,
+    round_trip: RoundTrip,
+    /// A packet being timed, and when it went.
+    timed: Option<(u64, Nanos)>,
+}
+
+impl Requester {
+    pub fn new(depth: u32) -> Self {
+        Self {
+            queue: VecDeque::with_capacity(depth as usize),
+            depth,
+            attr: RtsAttr {
+                sq_psn: Psn::new(0),
+                timeout: 0,
+                retry_cnt: RETRY_FOREVER,
+                rnr_retry: RETRY_FOREVER,
+                max_rd_atomic: 0,
+                read_chunk_packets: 0,
+            },
+            una: 0,
+            next: 0,
+            high: 0,
+            end: 0,
+            cursor: 0,
+            reads_out: 0,
+            since_ack_req: 0,
+            went_back_at: None,
+            retries_left: 0,
+            rnr_left: 0,
+            probe_due: false,
+            probed: None,
+            round_trip: RoundTrip::new(),
+            timed: None,
+        }
+    }
+
+    pub fn start(&mut self, attr: RtsAttr) {
+        self.clear();
+        self.retries_left = attr.retry_cnt;
+        self.rnr_left = attr.rnr_retry;
+        self.attr = attr;
+    }
+
+    pub fn clear(&mut self) {
+        let mut queue = core::mem::take(&mut self.queue);
+        queue.clear();
+        *self = Self {
+            queue,
+            depth: self.depth,
+            attr: self.attr,
+            ..Self::new(0)
+        };
+    }
+
+    pub fn in_flight(&self) -> u32 {
+        // Bounded by the window and one READ of 2^23 packets.
+        self.next.saturating_sub(self.una) as u32
+    }
+
+    pub fn can_send(&self, timers: &TimerTable) -> bool {
+        self.probe_due
+            || (self.next < self.end
+                && self.in_flight() < WINDOW
+                && !timers.is_set(Timer::RnrWait)
+                && !self.is_held_back())
+    }
+
+    pub fn post(&mut self, wr: SendWr, link: &Link, out: &Reports) -> Result<(), PostError> {
+        let atomic = matches!(wr.op, SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. });
+        let reliable_only = atomic || matches!(wr.op, SendOp::Read(_) | SendOp::SendInvalidate(_));
+        if (atomic && wr.local.total() != 8) || (reliable_only && link.kind == QpKind::Uc) {
+            return Err(PostError::Invalid);
+        }
+        if self.queue.len() as u32 + out.sends >= self.depth {
+            return Err(PostError::QueueFull);
+        }
+        let packets = if atomic {
+            1
+        } else {
+            link.mtu.packets(wr.local.total())
+        };
+        self.queue.push_back(Wqe {
+            wr,
+            first: self.end,
+            packets,
+        });
+        self.end += u64::from(packets);
+        Ok(())
+    }
+
+    /// Complete everything: up to the packet to blame as flushed, that one with its status.
+    pub fn flush(&mut self, failure: Option<Failure>, link: &Link, out: &mut Reports) {
+        while let Some(wqe) = self.queue.pop_front() {
+            let status = match failure {
+                Some(f) if (wqe.first..wqe.end()).contains(&f.seq) => f.status,
+                _ => Status::Flushed,
+            };
+            out.complete(wqe.completion(status, link));
+        }
+        self.una = self.end;
+        self.next = self.end;
+        self.cursor = 0;
+        self.probe_due = false;
+    }
+
+    /// The failure of a packet whose payload cannot be found.
+    pub fn local_failure(&self, psn: Psn) -> Failure {
+        let seq = self.una + u64::from(psn.offset_from(self.psn(self.una)));
+        Failure {
+            seq,
+            status: Status::LocalProtection,
+        }
+    }
+
+    // Sending.
+
+    pub fn poll_transmit(
+        &mut self,
+        now: Nanos,
+        allow: Allow,
+        link: &Link,
+        out: &mut Reports,
+        timers: &mut TimerTable,
+    ) -> Option<Transmit> {
+        if core::mem::take(&mut self.probe_due) && self.una < self.next {
+            let wqe = self.queue.front()?;
+            let (mut transmit, _) = self.build(wqe, self.una, true, link);
+            transmit.is_retransmission = true;
+            self.probed = Some(self.una);
+            self.timed = None;
+            out.counters.probes += 1;
+            out.counters.retransmitted_pkts += 1;
+            return Some(transmit);
+        }
+        if allow == Allow::ControlOnly
+            || self.in_flight() >= WINDOW
+            || timers.is_set(Timer::RnrWait)
+            || self.is_held_back()
+        {
+            return None;
+        }
+        let wqe = *self.queue.get(self.cursor)?;
+        let ack_req = self.next + 1 == wqe.end()
+            || self.since_ack_req + 1 >= ACK_REQ_INTERVAL
+            || self.in_flight() + 1 >= WINDOW
+            || wqe.wants_response();
+        let (mut transmit, psns) = self.build(&wqe, self.next, ack_req, link);
+        self.since_ack_req = if ack_req { 0 } else { self.since_ack_req + 1 };
+        self.reads_out += u32::from(wqe.wants_response());
+        if self.next < self.high {
+            transmit.is_retransmission = true;
+            out.counters.retransmitted_pkts += 1;
+        } else if ack_req && self.timed.is_none() {
+            self.timed = Some((self.next, now));
+        }
+        self.next += u64::from(psns);
+        self.high = self.high.max(self.next);
+        if self.next == wqe.end() {
+            self.cursor += 1;
+        }
+        if link.kind == QpKind::Uc {
+            self.acknowledge(self.next, link, out);
+        } else {
+            self.arm(now, timers);
+        }
+        Some(transmit)
+    }
+
+    /// Whether the request at the cursor must wait for READs or atomics before it.
+    fn is_held_back(&self) -> bool {
+        let Some(wqe) = self.queue.get(self.cursor) else {
+            return false;
+        };
+        (wqe.wants_response() && self.reads_out >= u32::from(self.attr.max_rd_atomic.max(1)))
+            || (wqe.wr.fence && self.next == wqe.first && self.reads_out > 0)
+    }
+
+    fn build(&self, wqe: &Wqe, seq: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
+        wqe.packet(
+            seq,
+            self.psn(seq),
+            ack_req,
+            self.attr.read_chunk_packets,
+            link,
+        )
+    }
+
+    fn psn(&self, seq: u64) -> Psn {
+        self.attr.sq_psn.plus((seq & u64::from(Psn::MASK)) as u32)
+    }
+
+    /// Start the timers that are not running, if anything is unacknowledged.
+    fn arm(&mut self, now: Nanos, timers: &mut TimerTable) {
+        if self.una >= self.next {
+            return;
+        }
+        if self.attr.timeout != 0 && !timers.is_set(Timer::AckTimeout) {
+            timers.set(
+                Timer::AckTimeout,
+                now + Nanos::from_ib_exponent(self.attr.timeout),
+            );
+        }
+        if !timers.is_set(Timer::Probe) {
+            timers.set(Timer::Probe, now + self.round_trip.probe_after());
+        }
+    }
+
+    // Time.
+
+    pub fn handle_timer(
+        &mut self,
+        now: Nanos,
+        timer: Timer,
+        out: &mut Reports,
+        timers: &mut TimerTable,
+    ) -> Option<Failure> {
+        match timer {
+            Timer::RnrWait => None,
+            Timer::Probe => {
+                if self.una < self.next {
+                    self.probe_due = true;
+                    self.round_trip.back_off();
+                    timers.set(Timer::Probe, now + self.round_trip.probe_after());
+                }
+                None
+            }
+            Timer::AckTimeout => {
+                out.counters.ack_timeout += 1;
+                if self.retries_left == 0 {
+                    return Some(Failure {
+                        seq: self.una,
+                        status: Status::RetryExceeded,
+                    });
+                }
+                if self.attr.retry_cnt != RETRY_FOREVER {
+                    self.retries_left -= 1;
+                }
+                self.round_trip.reset_backoff();
+                self.go_back(timers);
+                None
+            }
+        }
+    }
+
+    /// Send again from the oldest unacknowledged packet.
+    fn go_back(&mut self, timers: &mut TimerTable) {
+        self.next = self.una;
+        self.cursor = 0;
+        self.reads_out = 0;
+        self.since_ack_req = 0;
+        self.timed = None;
+        self.probe_due = false;
+        timers.stop(Timer::AckTimeout);
+        timers.stop(Timer::Probe);
+    }
+
+    /// The same because of an answer: once per `una`, for each later answer says the same.
+    fn go_back_once(&mut self, timers: &mut TimerTable) {
+        if self.went_back_at != Some(self.una) {
+            self.went_back_at = Some(self.una);
+            self.go_back(timers);
+        }
+    }
+
+    // Answers.
+
+    pub fn handle_response(
+        &mut self,
+        now: Nanos,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+        out: &mut Reports,
+        timers: &mut TimerTable,
+    ) -> (Outcome, Option<Failure>) {
+        const STALE: Outcome = Outcome::Dropped(DropReason::Stale);
+        let offset = packet.psn().offset_from(self.psn(self.una));
+        let seq = self.una + u64::from(offset);
+        if seq >= self.high {
+            return (STALE, None);
+        }
+        let una = self.una;
+        let result = match packet.extension() {
+            Extension::AtomicAck(aeth, original)
+                if matches!(aeth.syndrome, Syndrome::Ack { .. }) =>
+            {
+                self.handle_answer(seq, &original.to_ne_bytes(), true, memory, link, out)
+            }
+            Extension::AtomicAck(..) => Ok(Outcome::Dropped(DropReason::Unsupported)),
+            Extension::Aeth(aeth) => match (packet.row().kind, aeth.syndrome) {
+                (Kind::ReadResponse, Syndrome::Ack { .. }) => {
+                    self.handle_answer(seq, packet.payload(), false, memory, link, out)
+                }
+                (Kind::Acknowledge, syndrome) => {
+                    self.handle_acknowledge(now, seq, syndrome, link, out, timers)
+                }
+                _ => Ok(Outcome::Dropped(DropReason::Unsupported)),
+            },
+            _ => self.handle_answer(seq, packet.payload(), false, memory, link, out),
+        };
+        if self.una > una {
+            self.progress(now, timers);
+        }
+        match result {
+            Ok(Outcome::Accepted) if self.una <= seq && !timers.is_set(Timer::RnrWait) => {
+                // It speaks of a packet beyond one that is not answered: that one was lost.
+                self.go_back_once(timers);
+                (Outcome::Accepted, None)
+            }
+            Ok(outcome) => (outcome, None),
+            Err(failure) => (Outcome::Accepted, Some(failure)),
+        }
+    }
+
+    /// An ACK, NAK or RNR NAK of packet `seq`.
+    fn handle_acknowledge(
+        &mut self,
+        now: Nanos,
+        seq: u64,
+        syndrome: Syndrome,
+        link: &Link,
+        out: &mut Reports,
+        timers: &mut TimerTable,
+    ) -> Result<Outcome, Failure> {
+        let status = match syndrome {
+            Syndrome::Ack { .. } => {
+                self.acknowledge(seq + 1, link, out);
+                if self.probed.is_some_and(|probed| self.una == probed + 1) {
+                    // The responder had nothing beyond the probe: the rest was lost.
+                    self.go_back_once(timers);
+                }
+                return Ok(Outcome::Accepted);
+            }
+            Syndrome::Unknown(_) => return Ok(Outcome::Dropped(DropReason::Unsupported)),
+            Syndrome::Rnr(timer) => {
+                self.acknowledge(seq, link, out);
+                out.counters.rcvd_rnr_err += 1;
+                if self.una == seq && !timers.is_set(Timer::RnrWait) {
+                    if self.rnr_left == 0 {
+                        return Err(Failure {
+                            seq,
+                            status: Status::RnrRetryExceeded,
+                        });
+                    }
+                    if self.attr.rnr_retry != RETRY_FOREVER {
+                        self.rnr_left -= 1;
+                    }
+                    self.go_back(timers);
+                    timers.set(Timer::RnrWait, now + timer.wait());
+                }
+                return Ok(Outcome::Accepted);
+            }
+            Syndrome::Nak(NakCode::SequenceError) => {
+                self.acknowledge(seq, link, out);
+                out.counters.rcvd_seq_err += 1;
+                return Ok(Outcome::Accepted);
+            }
+            Syndrome::Nak(NakCode::InvalidRequest) => Status::RemoteInvalidRequest,
+            Syndrome::Nak(NakCode::RemoteAccess) => Status::RemoteAccess,
+            Syndrome::Nak(NakCode::RemoteOperational) => Status::RemoteOperation,
+        };
+        self.acknowledge(seq, link, out);
+        Err(Failure { seq, status })
+    }
+
+    /// A READ response packet or an atomic's old value, for sequence number `seq`.
+    fn handle_answer(
+        &mut self,
+        seq: u64,
+        payload: &[u8],
+        atomic: bool,
+        memory: &mut impl Memory,
+        link: &Link,
+        out: &mut Reports,
+    ) -> Result<Outcome, Failure> {
+        self.acknowledge(seq, link, out);
+        let Some(wqe) = self.queue.front().copied().filter(|_| self.una == seq) else {
+            return Ok(Outcome::Accepted);
+        };
+        let is_read = matches!(wqe.wr.op, SendOp::Read(_));
+        if !wqe.wants_response() || is_read == atomic {
+            return Err(Failure {
+                seq,
+                status: Status::BadResponse,
+            });
+        }
+        let index = (seq - wqe.first) as u32;
+        let offset = index * link.mtu.bytes();
+        let len = (wqe.wr.local.total() - offset).min(link.mtu.bytes());
+        if payload.len() != len as usize {
+            return Err(Failure {
+                seq,
+                status: Status::BadResponse,
+            });
+        }
+        let mut rest = payload;
+        for fragment in wqe.wr.local.slice(offset, len).as_slice() {
+            let (piece, tail) = rest.split_at(fragment.len as usize);
+            if memory.place(*fragment, piece).is_err() {
+                return Err(Failure {
+                    seq,
+                    status: Status::LocalProtection,
+                });
+            }
+            rest = tail;
+        }
+        // The last packet of a request that was sent frees its place among max_rd_atomic.
+        if atomic || wqe.read_packets(index, self.attr.read_chunk_packets) == 1 {
+            self.reads_out = self.reads_out.saturating_sub(1);
+        }
+        self.una += 1;
+        if self.una == wqe.end() {
+            self.finish_front(link, out);
+        }
+        self.catch_up();
+        Ok(Outcome::Accepted)
+    }
+
+    /// Everything before `end` is acknowledged, as far as no READ or atomic stands in between.
+    fn acknowledge(&mut self, end: u64, link: &Link, out: &mut Reports) {
+        let una = self.una;
+        while self.una < end {
+            let Some(wqe) = self.queue.front() else { break };
+            if wqe.wants_response() {
+                break;
+            }
+            self.una = wqe.end().min(end);
+            if self.una == wqe.end() {
+                self.finish_front(link, out);
+            }
+        }
+        if self.una > una {
+            self.rnr_left = self.attr.rnr_retry;
+        }
+        self.catch_up();
+    }
+
+    fn finish_front(&mut self, link: &Link, out: &mut Reports) {
+        let Some(wqe) = self.queue.pop_front() else {
+            return;
+        };
+        self.cursor = self.cursor.saturating_sub(1);
+        if wqe.wr.signalled {
+            out.complete(wqe.completion(Status::Success, link));
+        }
+    }
+
+    /// A late answer may acknowledge what we were about to send again.
+    fn catch_up(&mut self) {
+        if self.next <= self.una {
+            self.next = self.una;
+            self.cursor = 0;
+            self.reads_out = 0;
+        }
+    }
+
+    /// Something was acknowledged: counters and timers start afresh.
+    fn progress(&mut self, now: Nanos, timers: &mut TimerTable) {
+        self.retries_left = self.attr.retry_cnt;
+        self.probed = None;
+        self.probe_due = false;
+        if let Some((seq, sent)) = self.timed
+            && seq < self.una
+        {
+            self.round_trip.sample(now.since(sent));
+            self.timed = None;
+        }
+        self.round_trip.reset_backoff();
+        timers.stop(Timer::AckTimeout);
+        timers.stop(Timer::Probe);
+        self.arm(now, timers);
+    }
+}

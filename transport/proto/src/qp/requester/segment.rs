@@ -1,0 +1,181 @@
+//! A posted send work request, and the packets it is cut into.
+//!
+//! Any packet is built from its sequence number alone: sending again needs no memory of sending.
+
+use super::super::memory::{Fragments, Remote};
+use super::super::types::{QpKind, Transmit};
+use super::super::work::{Completion, CompletionKind, SendOp, SendWr, Status};
+use super::super::{Link, transmit};
+use crate::wire::{AtomicEth, Extension, Header, Opcode, Position, Psn, Reth};
+
+/// A posted send work request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wqe {
+    pub wr: SendWr,
+    /// Sequence number of its first packet.
+    pub first: u64,
+    /// How many packets, or response packets, it takes.
+    pub packets: u32,
+}
+
+impl Wqe {
+    pub const fn end(&self) -> u64 {
+        self.first + self.packets as u64
+    }
+
+    /// Whether only a response of its own, not a plain ACK, finishes it.
+    pub const fn wants_response(&self) -> bool {
+        matches!(
+            self.wr.op,
+            SendOp::Read(_) | SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. }
+        )
+    }
+
+    const fn kind(&self) -> CompletionKind {
+        match self.wr.op {
+            SendOp::Send | SendOp::SendImm(_) | SendOp::SendInvalidate(_) => CompletionKind::Send,
+            SendOp::Write(_) | SendOp::WriteImm(..) => CompletionKind::Write,
+            SendOp::Read(_) => CompletionKind::Read,
+            SendOp::CompareSwap { .. } => CompletionKind::CompareSwap,
+            SendOp::FetchAdd { .. } => CompletionKind::FetchAdd,
+        }
+    }
+
+    pub fn completion(&self, status: Status, link: &Link) -> Completion {
+        let byte_len = match self.kind() {
+            CompletionKind::Send | CompletionKind::Write => 0,
+            _ => self.wr.local.total(),
+        };
+        Completion {
+            wr_id: self.wr.wr_id,
+            status,
+            kind: self.kind(),
+            byte_len,
+            imm: None,
+            invalidated: None,
+            solicited: false,
+            source: link.dest,
+        }
+    }
+
+    /// The packet that stands for sequence number `seq`, with this PSN, and how many PSNs it
+    /// takes. `chunk` is how many packets one READ request may ask for, 0 for all.
+    pub fn packet(
+        &self,
+        seq: u64,
+        psn: Psn,
+        ack_req: bool,
+        chunk: u16,
+        link: &Link,
+    ) -> (Transmit, u32) {
+        let mtu = link.mtu.bytes();
+        let index = (seq - self.first) as u32;
+        let offset = index * mtu;
+        let left = self.wr.local.total() - offset.min(self.wr.local.total());
+        let position = match (index == 0, index + 1 == self.packets) {
+            (true, true) => Position::Only,
+            (true, false) => Position::First,
+            (false, false) => Position::Middle,
+            (false, true) => Position::Last,
+        };
+        let mut payload = self.wr.local.slice(offset, left.min(mtu));
+        let mut psns = 1;
+        let (opcode, extension) = match self.wr.op {
+            SendOp::Read(remote) => {
+                payload = Fragments::EMPTY;
+                psns = self.read_packets(index, chunk);
+                let reth = Reth {
+                    va: remote.va.wrapping_add(u64::from(offset)),
+                    rkey: remote.rkey.0,
+                    len: left.min(psns.saturating_mul(mtu)),
+                };
+                (Opcode::RcReadRequest, Extension::Reth(reth))
+            }
+            SendOp::CompareSwap {
+                remote,
+                compare,
+                swap,
+            } => {
+                payload = Fragments::EMPTY;
+                let atomic = AtomicEth {
+                    va: remote.va,
+                    rkey: remote.rkey.0,
+                    swap_add: swap,
+                    compare,
+                };
+                (Opcode::RcCompareSwap, Extension::Atomic(atomic))
+            }
+            SendOp::FetchAdd { remote, add } => {
+                payload = Fragments::EMPTY;
+                let atomic = AtomicEth {
+                    va: remote.va,
+                    rkey: remote.rkey.0,
+                    swap_add: add,
+                    compare: 0,
+                };
+                (Opcode::RcFetchAdd, Extension::Atomic(atomic))
+            }
+            op => message_header(op, position, self.wr.local.total(), link.kind),
+        };
+        let mut header = Header::new(opcode, link.dest, psn, extension);
+        header.pkey = link.pkey;
+        header.ack_req = ack_req && link.kind == QpKind::Rc;
+        header.solicited = self.wr.solicited && position.ends() && !self.wants_response();
+        (transmit(header, payload), psns)
+    }
+
+    /// Response packets that a READ request starting at packet `index` asks for: to the end of its
+    /// chunk. Chunks start at multiples, so a repeated request lies within the original one.
+    pub fn read_packets(&self, index: u32, chunk: u16) -> u32 {
+        let chunk = match u32::from(chunk) {
+            0 => self.packets,
+            n => n,
+        };
+        (chunk - index % chunk).min(self.packets - index)
+    }
+}
+
+/// Opcode and extension of a SEND or WRITE packet.
+fn message_header(op: SendOp, position: Position, total: u32, kind: QpKind) -> (Opcode, Extension) {
+    use Position::{First, Last, Middle, Only};
+    let reth = |remote: Remote| Reth {
+        va: remote.va,
+        rkey: remote.rkey.0,
+        len: total,
+    };
+    let (opcode, extension) = match (op, position) {
+        (SendOp::SendImm(imm), Last) => (Opcode::RcSendLastImm, Extension::Imm(imm)),
+        (SendOp::SendImm(imm), Only) => (Opcode::RcSendOnlyImm, Extension::Imm(imm)),
+        (SendOp::SendInvalidate(key), Last) => {
+            (Opcode::RcSendLastInvalidate, Extension::Ieth(key.0))
+        }
+        (SendOp::SendInvalidate(key), Only) => {
+            (Opcode::RcSendOnlyInvalidate, Extension::Ieth(key.0))
+        }
+        (SendOp::Write(remote) | SendOp::WriteImm(remote, _), First) => {
+            (Opcode::RcWriteFirst, Extension::Reth(reth(remote)))
+        }
+        (SendOp::Write(_) | SendOp::WriteImm(..), Middle) => {
+            (Opcode::RcWriteMiddle, Extension::Bare)
+        }
+        (SendOp::Write(_), Last) => (Opcode::RcWriteLast, Extension::Bare),
+        (SendOp::Write(remote), Only) => (Opcode::RcWriteOnly, Extension::Reth(reth(remote))),
+        (SendOp::WriteImm(_, imm), Last) => (Opcode::RcWriteLastImm, Extension::Imm(imm)),
+        (SendOp::WriteImm(remote, imm), Only) => (
+            Opcode::RcWriteOnlyImm,
+            Extension::RethImm(reth(remote), imm),
+        ),
+        (_, First) => (Opcode::RcSendFirst, Extension::Bare),
+        (_, Middle) => (Opcode::RcSendMiddle, Extension::Bare),
+        (_, Last) => (Opcode::RcSendLast, Extension::Bare),
+        (_, Only) => (Opcode::RcSendOnly, Extension::Bare),
+    };
+    match kind {
+        QpKind::Rc => (opcode, extension),
+        // The classes differ in one bit; `post` refused what UC does not have.
+        QpKind::Uc => (
+            Opcode::from_code(opcode.code() | 0x20).unwrap_or(opcode),
+            extension,
+        ),
+    }
+}

@@ -1,0 +1,508 @@
+//! The responder: requests of the peer, in PSN order, and the answers owed for them.
+//!
+//! Invariants: a request is executed only at the expected PSN, and executed before the expected PSN
+//! moves; answers leave in the order of the requests they answer (an ACK must never overtake a READ
+//! response before it, which it would declare lost); READ responses are made packet by packet as
+//! the caller polls, straight from memory; whatever cannot be taken now is dropped unexecuted, for
+//! the peer will repeat it.
+//!
+//! After a gap (or an RNR NAK) one NAK is sent and then silence kept until the expected packet
+//! comes. What is owed stands in line in `answers`, which also remembers READs and atomics.
+//!
+//! Source: Linux `rxe_resp.c`. It differs from rxe in three places: no sequence NAK follows an RNR
+//! NAK, a message longer than its receive is an invalid request, and an ACK comes unasked after
+//! 64 packets.
+
+mod answers;
+
+use alloc::collections::VecDeque;
+
+use answers::Answers;
+
+use super::memory::{Access, AccessError, AtomicOp, Fragment, Key, Memory, Rkey};
+use super::types::{Allow, DropReason, Outcome, QpKind, RtrAttr, Transmit};
+use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
+use super::{Link, Reports};
+use crate::wire::{
+    AtomicEth, Extension, Kind, MESSAGE_LEN_MAX, NakCode, Packet, Position, Psn, Reth, RnrTimer,
+    Syndrome,
+};
+
+/// Packets after which an ACK goes out that nobody asked for.
+const ACK_INTERVAL: u32 = 64;
+
+/// A message of several packets, begun and not ended.
+#[derive(Clone, Copy, Debug)]
+enum Open {
+    None,
+    /// A SEND into this receive, of which so many bytes are filled.
+    Send {
+        wr: RecvWr,
+        filled: u32,
+    },
+    /// A WRITE of which so many bytes are placed.
+    Write {
+        reth: Reth,
+        placed: u32,
+    },
+}
+
+/// Why a request at the expected PSN was not executed.
+#[derive(Clone, Copy, Debug)]
+enum Refusal {
+    /// No receive is posted.
+    Rnr,
+    /// The peer broke a rule; the queue pair fails.
+    Nak(NakCode),
+    /// The same, and the receive in use fails with a status of its own.
+    NakRecv(NakCode, Status),
+}
+
+impl From<AccessError> for Refusal {
+    fn from(AccessError: AccessError) -> Self {
+        Self::Nak(NakCode::RemoteAccess)
+    }
+}
+
+const INVALID: Refusal = Refusal::Nak(NakCode::InvalidRequest);
+
+#[derive(Debug)]
+pub(super) struct Responder {
+    expected: Psn,
+    msn: u32,
+    /// A NAK says what is expected; nothing more is said until it comes.
+    nak_sent: bool,
+    open: Open,
+    recv: VecDeque<RecvWr>,
+    recv_depth: u32,
+    rnr_timer: RnrTimer,
+    answers: Answers,
+    /// Packets executed since the last ACK was put in line.
+    unacknowledged: u32,
+}
+
+impl Responder {
+    pub fn new(recv_depth: u32) -> Self {
+        Self {
+            expected: Psn::new(0),
+            msn: 0,
+            nak_sent: false,
+            open: Open::None,
+            recv: VecDeque::with_capacity(recv_depth as usize),
+            recv_depth,
+            rnr_timer: RnrTimer::new(0),
+            answers: Answers::new(),
+            unacknowledged: 0,
+        }
+    }
+
+    pub fn start(&mut self, attr: &RtrAttr) {
+        self.expected = attr.rq_psn;
+        self.rnr_timer = attr.min_rnr_timer;
+        self.answers.start(attr.max_dest_rd_atomic);
+    }
+
+    pub fn clear(&mut self) {
+        self.recv.clear();
+        self.answers.clear();
+        self.open = Open::None;
+        (self.msn, self.nak_sent, self.unacknowledged) = (0, false, 0);
+    }
+
+    pub fn receives_posted(&self) -> u32 {
+        self.recv.len() as u32
+    }
+
+    pub fn has_answers(&self) -> bool {
+        !self.answers.is_empty()
+    }
+
+    pub fn post(&mut self, wr: RecvWr, out: &Reports) -> Result<(), PostError> {
+        let in_use = u32::from(matches!(self.open, Open::Send { .. }));
+        if self.receives_posted() + in_use + out.recvs >= self.recv_depth {
+            return Err(PostError::QueueFull);
+        }
+        self.recv.push_back(wr);
+        Ok(())
+    }
+
+    /// Complete every receive as flushed; the one in use with `status`, if given.
+    pub fn flush(&mut self, status: Option<Status>, link: &Link, out: &mut Reports) {
+        if let Open::Send { wr, .. } = core::mem::replace(&mut self.open, Open::None) {
+            out.complete(recv_completion(
+                wr.wr_id,
+                status.unwrap_or(Status::Flushed),
+                link,
+            ));
+        }
+        while let Some(wr) = self.recv.pop_front() {
+            out.complete(recv_completion(wr.wr_id, Status::Flushed, link));
+        }
+    }
+
+    // Requests.
+
+    /// Returns what became of the packet, and whether the queue pair must go to ERR.
+    pub fn handle_request(
+        &mut self,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+        out: &mut Reports,
+    ) -> (Outcome, bool) {
+        if link.kind == QpKind::Uc {
+            return (self.handle_unreliable(packet, memory, link, out), false);
+        }
+        if self.answers.is_full() {
+            return (Outcome::Dropped(DropReason::Busy), false);
+        }
+        match packet.psn().ahead_of(self.expected) {
+            0 => {}
+            1.. => {
+                out.counters.out_of_seq_request += 1;
+                if !self.nak_sent {
+                    self.nak(self.expected, Syndrome::Nak(NakCode::SequenceError), out);
+                }
+                return (Outcome::Dropped(DropReason::OutOfSequence), false);
+            }
+            _ => {
+                out.counters.duplicate_request += 1;
+                return (self.handle_duplicate(packet, memory, link), false);
+            }
+        }
+        let psn = self.expected;
+        match self.execute(packet, memory, link, out) {
+            Ok(psns) => {
+                self.nak_sent = false;
+                self.expected = psn.plus(psns);
+                self.acknowledge_if_due(packet);
+                (Outcome::Accepted, false)
+            }
+            Err(Refusal::Rnr) => {
+                out.counters.send_rnr_err += 1;
+                self.nak(psn, Syndrome::Rnr(self.rnr_timer), out);
+                (Outcome::Dropped(DropReason::NoReceive), false)
+            }
+            Err(Refusal::Nak(code)) => {
+                self.nak(psn, Syndrome::Nak(code), out);
+                (Outcome::Accepted, true)
+            }
+            Err(Refusal::NakRecv(code, status)) => {
+                self.nak(psn, Syndrome::Nak(code), out);
+                self.flush(Some(status), link, out);
+                (Outcome::Accepted, true)
+            }
+        }
+    }
+
+    /// UC: no answers. A gap or an error ends the open message without a trace; its receive is used
+    /// for the next one.
+    fn handle_unreliable(
+        &mut self,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+        out: &mut Reports,
+    ) -> Outcome {
+        if packet.psn() != self.expected || packet.row().position.starts() {
+            self.abandon();
+        }
+        self.expected = packet.psn().plus(1);
+        match self.execute(packet, memory, link, out) {
+            Ok(_) => Outcome::Accepted,
+            Err(refusal) => {
+                self.abandon();
+                Outcome::Dropped(match refusal {
+                    Refusal::Rnr => DropReason::NoReceive,
+                    Refusal::Nak(_) => DropReason::OutOfSequence,
+                    Refusal::NakRecv(..) => DropReason::Length,
+                })
+            }
+        }
+    }
+
+    fn abandon(&mut self) {
+        if let Open::Send { wr, .. } = core::mem::replace(&mut self.open, Open::None) {
+            self.recv.push_front(wr);
+        }
+    }
+
+    /// Execute the request and return how many PSNs it stands for.
+    fn execute(
+        &mut self,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+        out: &mut Reports,
+    ) -> Result<u32, Refusal> {
+        let row = packet.row();
+        let in_sequence = match row.kind {
+            Kind::Send | Kind::Write if !row.position.starts() => match self.open {
+                Open::None => false,
+                Open::Send { .. } => row.kind == Kind::Send,
+                Open::Write { .. } => row.kind == Kind::Write,
+            },
+            _ => matches!(self.open, Open::None),
+        };
+        if !in_sequence {
+            return Err(INVALID);
+        }
+        match (row.kind, packet.extension()) {
+            (Kind::Send, _) => self.execute_send(packet, memory, link, out),
+            (Kind::Write, _) => self.execute_write(packet, memory, link, out),
+            (Kind::ReadRequest, Extension::Reth(reth)) => self.execute_read(reth, memory, link),
+            (Kind::CompareSwap, Extension::Atomic(eth)) => {
+                let op = AtomicOp::CompareSwap {
+                    compare: eth.compare,
+                    swap: eth.swap_add,
+                };
+                self.execute_atomic(eth, op, memory, link)
+            }
+            (Kind::FetchAdd, Extension::Atomic(eth)) => {
+                let op = AtomicOp::FetchAdd { add: eth.swap_add };
+                self.execute_atomic(eth, op, memory, link)
+            }
+            // FLUSH and ATOMIC WRITE.
+            _ => Err(INVALID),
+        }
+    }
+
+    fn execute_send(
+        &mut self,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+        out: &mut Reports,
+    ) -> Result<u32, Refusal> {
+        let (payload, position) = (packet.payload(), packet.row().position);
+        check_segment(payload.len(), position, link)?;
+        if position.starts() {
+            let wr = self.recv.pop_front().ok_or(Refusal::Rnr)?;
+            self.open = Open::Send { wr, filled: 0 };
+        }
+        let Open::Send { wr, filled } = self.open else {
+            return Err(INVALID);
+        };
+        let len = payload.len() as u32;
+        if len > wr.local.total() - filled {
+            return Err(Refusal::NakRecv(
+                NakCode::InvalidRequest,
+                Status::LocalLength,
+            ));
+        }
+        let mut rest = payload;
+        for fragment in wr.local.slice(filled, len).as_slice() {
+            let (piece, tail) = rest.split_at(fragment.len as usize);
+            memory.place(*fragment, piece).map_err(|AccessError| {
+                Refusal::NakRecv(NakCode::RemoteOperational, Status::LocalProtection)
+            })?;
+            rest = tail;
+        }
+        let filled = filled + len;
+        self.open = Open::Send { wr, filled };
+        if !position.ends() {
+            return Ok(1);
+        }
+        let invalidated = match packet.extension() {
+            Extension::Ieth(rkey) => Some(Rkey(rkey)),
+            _ => None,
+        };
+        if let Some(rkey) = invalidated {
+            memory.invalidate(rkey).map_err(|AccessError| {
+                Refusal::NakRecv(NakCode::RemoteAccess, Status::LocalProtection)
+            })?;
+        }
+        self.open = Open::None;
+        self.count_message();
+        out.complete(Completion {
+            byte_len: filled,
+            imm: packet.imm(),
+            invalidated,
+            solicited: packet.solicited(),
+            ..recv_completion(wr.wr_id, Status::Success, link)
+        });
+        Ok(1)
+    }
+
+    fn execute_write(
+        &mut self,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+        out: &mut Reports,
+    ) -> Result<u32, Refusal> {
+        let (payload, position) = (packet.payload(), packet.row().position);
+        if packet.imm().is_some() && self.recv.is_empty() {
+            return Err(Refusal::Rnr);
+        }
+        if let Some(reth) = packet.reth() {
+            if !link.access.remote_write || reth.len > MESSAGE_LEN_MAX {
+                return Err(INVALID);
+            }
+            if reth.len > 0 {
+                memory.check_remote(Rkey(reth.rkey), reth.va, reth.len, Access::WRITE)?;
+            }
+            self.open = Open::Write { reth, placed: 0 };
+        }
+        let Open::Write { reth, placed } = self.open else {
+            return Err(INVALID);
+        };
+        let left = reth.len - placed;
+        let len = left.min(link.mtu.bytes());
+        if payload.len() != len as usize || (left == len) != position.ends() {
+            return Err(INVALID);
+        }
+        if len > 0 {
+            let target = Fragment {
+                key: Key::Remote(Rkey(reth.rkey)),
+                addr: reth.va.wrapping_add(u64::from(placed)),
+                len,
+            };
+            memory.place(target, payload)?;
+        }
+        self.open = Open::Write {
+            reth,
+            placed: placed + len,
+        };
+        if position.ends() {
+            self.open = Open::None;
+            self.count_message();
+            if let Some(wr) = packet.imm().and_then(|_| self.recv.pop_front()) {
+                out.complete(Completion {
+                    kind: CompletionKind::RecvWriteImm,
+                    byte_len: reth.len,
+                    imm: packet.imm(),
+                    solicited: packet.solicited(),
+                    ..recv_completion(wr.wr_id, Status::Success, link)
+                });
+            }
+        }
+        Ok(1)
+    }
+
+    fn execute_read(
+        &mut self,
+        reth: Reth,
+        memory: &mut impl Memory,
+        link: &Link,
+    ) -> Result<u32, Refusal> {
+        if !link.access.remote_read || reth.len > MESSAGE_LEN_MAX || !self.answers.can_replay() {
+            return Err(INVALID);
+        }
+        if reth.len > 0 {
+            memory.check_remote(Rkey(reth.rkey), reth.va, reth.len, Access::READ)?;
+        }
+        let packets = link.mtu.packets(reth.len);
+        self.count_message();
+        self.answers.read(self.expected, packets, reth, self.msn);
+        Ok(packets)
+    }
+
+    fn execute_atomic(
+        &mut self,
+        eth: AtomicEth,
+        op: AtomicOp,
+        memory: &mut impl Memory,
+        link: &Link,
+    ) -> Result<u32, Refusal> {
+        if !link.access.remote_atomic || !eth.va.is_multiple_of(8) || !self.answers.can_replay() {
+            return Err(INVALID);
+        }
+        let original = memory.atomic(Rkey(eth.rkey), eth.va, op)?;
+        self.count_message();
+        self.answers.atomic(self.expected, original, self.msn);
+        Ok(1)
+    }
+
+    /// A request behind the expected PSN: answered again, never executed again (a READ is, which
+    /// harms nobody).
+    fn handle_duplicate(
+        &mut self,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+    ) -> Outcome {
+        let psn = packet.psn();
+        let is_known = match (packet.row().kind, packet.extension()) {
+            (Kind::Send | Kind::Write, _) => {
+                self.acknowledge();
+                true
+            }
+            (Kind::ReadRequest, Extension::Reth(reth)) => {
+                self.answers.repeat_read(psn, reth, self.msn, memory, link)
+            }
+            (Kind::CompareSwap | Kind::FetchAdd, _) => self.answers.repeat_atomic(psn, self.msn),
+            _ => false,
+        };
+        if is_known {
+            Outcome::Accepted
+        } else {
+            Outcome::Dropped(DropReason::Stale)
+        }
+    }
+
+    fn count_message(&mut self) {
+        self.msn = (self.msn + 1) & 0x00ff_ffff;
+    }
+
+    fn acknowledge_if_due(&mut self, packet: &Packet<'_>) {
+        if matches!(
+            packet.row().kind,
+            Kind::ReadRequest | Kind::CompareSwap | Kind::FetchAdd
+        ) {
+            return; // answered by its response
+        }
+        self.unacknowledged += 1;
+        if packet.ack_req() || self.unacknowledged >= ACK_INTERVAL {
+            self.acknowledge();
+        }
+    }
+
+    /// An ACK of everything executed.
+    fn acknowledge(&mut self) {
+        self.unacknowledged = 0;
+        self.answers.acknowledge(self.expected.minus(1), self.msn);
+    }
+
+    fn nak(&mut self, psn: Psn, syndrome: Syndrome, out: &mut Reports) {
+        self.nak_sent = true;
+        if matches!(syndrome, Syndrome::Nak(_)) {
+            out.counters.send_nak += 1;
+        }
+        self.answers.nak(psn, self.msn, syndrome);
+    }
+
+    /// The memory of the READ response with this PSN is gone: nothing after it can be answered.
+    pub fn refuse_read(&mut self, psn: Psn, out: &mut Reports) {
+        self.answers.clear();
+        self.nak(psn, Syndrome::Nak(NakCode::RemoteOperational), out);
+    }
+
+    /// The next answer, if there is one and `allow` admits it.
+    pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
+        self.answers.poll_transmit(allow, link)
+    }
+}
+
+/// A SEND's packet must be full unless it ends the message, which must not exceed the MTU.
+fn check_segment(len: usize, position: Position, link: &Link) -> Result<(), Refusal> {
+    let mtu = link.mtu.bytes() as usize;
+    let fits = match position {
+        Position::First | Position::Middle => len == mtu,
+        Position::Last | Position::Only => len <= mtu,
+    };
+    if fits { Ok(()) } else { Err(INVALID) }
+}
+
+fn recv_completion(wr_id: WrId, status: Status, link: &Link) -> Completion {
+    Completion {
+        wr_id,
+        status,
+        kind: CompletionKind::Recv,
+        byte_len: 0,
+        imm: None,
+        invalidated: None,
+        solicited: false,
+        source: link.dest,
+    }
+}

@@ -1,0 +1,153 @@
+//! The timers of a queue pair: an enum and a table, and the round-trip estimate behind the probe.
+
+use crate::time::Nanos;
+
+/// The earliest a probe goes out after the last progress.
+pub const PROBE_MIN: Nanos = Nanos::from_millis(1);
+/// Round-trip time assumed before one was measured.
+pub const RTT_INITIAL: Nanos = Nanos::from_millis(1);
+/// The longest pause between two probes.
+const PROBE_MAX: Nanos = Nanos::from_millis(1_000);
+/// Doublings of the pause after which it stays as it is.
+const BACKOFF_MAX: u8 = 10;
+
+/// What can fall due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Timer {
+    /// Local ACK timeout: a retry is spent and everything unacknowledged is sent again.
+    AckTimeout,
+    /// The oldest unacknowledged packet is sent again, asking for an ACK; no retry is spent.
+    Probe,
+    /// The peer had no receive posted; until then nothing is sent.
+    RnrWait,
+}
+
+impl Timer {
+    const ALL: [Self; 3] = [Self::AckTimeout, Self::Probe, Self::RnrWait];
+}
+
+/// When each timer falls due.
+#[derive(Clone, Debug, Default)]
+pub(super) struct TimerTable {
+    due: [Option<Nanos>; Timer::ALL.len()],
+}
+
+impl TimerTable {
+    pub fn set(&mut self, timer: Timer, due: Nanos) {
+        self.due[timer as usize] = Some(due);
+    }
+
+    pub fn stop(&mut self, timer: Timer) {
+        self.due[timer as usize] = None;
+    }
+
+    pub fn stop_all(&mut self) {
+        self.due = [None; Timer::ALL.len()];
+    }
+
+    pub fn is_set(&self, timer: Timer) -> bool {
+        self.due[timer as usize].is_some()
+    }
+
+    /// The earliest due time.
+    pub fn next(&self) -> Option<Nanos> {
+        self.due.iter().flatten().min().copied()
+    }
+
+    /// Stop and return one timer that is due.
+    pub fn expire(&mut self, now: Nanos) -> Option<Timer> {
+        let timer = Timer::ALL
+            .into_iter()
+            .find(|&timer| self.due[timer as usize].is_some_and(|due| due <= now))?;
+        self.stop(timer);
+        Some(timer)
+    }
+}
+
+/// Smoothed round-trip time as TCP computes it (RFC 6298), and the probe's back-off.
+#[derive(Clone, Debug)]
+pub(super) struct RoundTrip {
+    smoothed: Nanos,
+    variation: Nanos,
+    measured: bool,
+    backoff: u8,
+}
+
+impl RoundTrip {
+    pub const fn new() -> Self {
+        Self {
+            smoothed: RTT_INITIAL,
+            variation: Nanos(RTT_INITIAL.0 / 2),
+            measured: false,
+            backoff: 0,
+        }
+    }
+
+    pub fn sample(&mut self, rtt: Nanos) {
+        if self.measured {
+            let error = rtt.0.abs_diff(self.smoothed.0);
+            self.variation = Nanos(self.variation.0 - self.variation.0 / 4 + error / 4);
+            self.smoothed = Nanos(self.smoothed.0 - self.smoothed.0 / 8 + rtt.0 / 8);
+        } else {
+            (self.smoothed, self.variation, self.measured) = (rtt, Nanos(rtt.0 / 2), true);
+        }
+    }
+
+    /// Something was acknowledged, or a retry begins: probe early again.
+    pub fn reset_backoff(&mut self) {
+        self.backoff = 0;
+    }
+
+    pub fn back_off(&mut self) {
+        self.backoff = (self.backoff + 1).min(BACKOFF_MAX);
+    }
+
+    /// How long after the last progress the next probe goes out.
+    pub fn probe_after(&self) -> Nanos {
+        let base = (self.smoothed.0 + 4 * self.variation.0).max(PROBE_MIN.0);
+        Nanos((base << self.backoff).min(PROBE_MAX.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_earliest_timer_is_next_and_each_expires_once() {
+        let mut table = TimerTable::default();
+        assert_eq!(table.next(), None);
+        table.set(Timer::AckTimeout, Nanos(30));
+        table.set(Timer::Probe, Nanos(10));
+        table.set(Timer::RnrWait, Nanos(20));
+        assert_eq!(table.next(), Some(Nanos(10)));
+        assert_eq!(table.expire(Nanos(9)), None);
+        assert_eq!(table.expire(Nanos(10)), Some(Timer::Probe));
+        assert_eq!(table.expire(Nanos(10)), None);
+        assert_eq!(table.next(), Some(Nanos(20)));
+        table.stop_all();
+        assert_eq!(table.expire(Nanos(99)), None);
+    }
+
+    #[test]
+    fn probes_back_off_between_their_bounds() {
+        let mut rtt = RoundTrip::new();
+        for _ in 0..50 {
+            rtt.sample(Nanos::from_micros(20));
+        }
+        assert_eq!(rtt.probe_after(), PROBE_MIN);
+        rtt.back_off();
+        assert_eq!(rtt.probe_after(), Nanos(2 * PROBE_MIN.0));
+        for _ in 0..100 {
+            rtt.back_off();
+        }
+        assert_eq!(rtt.probe_after(), PROBE_MAX);
+        rtt.reset_backoff();
+        for _ in 0..50 {
+            rtt.sample(Nanos::from_millis(8));
+        }
+        assert!(rtt.probe_after() > Nanos::from_millis(8));
+        rtt.sample(Nanos(u64::MAX / 8));
+        assert_eq!(rtt.probe_after(), PROBE_MAX);
+    }
+}

@@ -1,0 +1,244 @@
+//! States and attributes of queue pairs, packets to send, outcomes and counters. Names and meanings
+//! are those of ibverbs.
+
+use core::fmt;
+
+use super::memory::{Access, Fragments};
+use crate::wire::{HEADER_LEN_MAX, Mtu, Psn, Qpn, RnrTimer};
+
+/// Type of a connected queue pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QpKind {
+    /// Reliable connection.
+    Rc,
+    /// Unreliable connection.
+    Uc,
+}
+
+/// States of a queue pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum QpState {
+    /// Created.
+    Reset,
+    /// Receives may be posted.
+    Init,
+    /// Ready to receive.
+    Rtr,
+    /// Ready to send: the working state.
+    Rts,
+    /// Send queue drained; part of ibverbs' vocabulary, never entered here.
+    Sqd,
+    /// Send queue error; part of ibverbs' vocabulary, never entered here.
+    Sqe,
+    /// Everything posted is flushed.
+    Err,
+}
+
+impl QpState {
+    /// Whether a queue pair may go from `self` to `next`:
+    ///
+    /// | from \ to | Reset | Init | Rtr | Rts | Err |
+    /// |-----------|-------|------|-----|-----|-----|
+    /// | Reset     | yes   | yes  |     |     | yes |
+    /// | Init      | yes   | yes  | yes |     | yes |
+    /// | Rtr       | yes   |      |     | yes | yes |
+    /// | Rts       | yes   |      |     |     | yes |
+    /// | Err       | yes   |      |     |     | yes |
+    #[must_use]
+    pub const fn legal(self, next: Self) -> bool {
+        use QpState::{Err, Init, Reset, Rtr, Rts};
+        matches!(
+            (self, next),
+            (_, Reset | Err) | (Reset | Init, Init) | (Init, Rtr) | (Rtr, Rts)
+        )
+    }
+}
+
+/// A transition that the table above does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InvalidTransition {
+    /// Where the queue pair is.
+    pub from: QpState,
+    /// Where it was told to go.
+    pub to: QpState,
+}
+
+impl fmt::Display for InvalidTransition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "queue pair cannot go from {:?} to {:?}",
+            self.from, self.to
+        )
+    }
+}
+
+/// What a queue pair is created with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QpCaps {
+    /// Send work requests that may be outstanding or completed but not polled.
+    pub send_wr_max: u32,
+    /// The same for receives.
+    pub recv_wr_max: u32,
+}
+
+/// RESET to INIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InitAttr {
+    /// What the peer may do to our memory.
+    pub access: Access,
+    /// Partition key, [`crate::wire::PKEY_DEFAULT`] on soft-RoCE.
+    pub pkey: u16,
+}
+
+/// INIT to RTR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RtrAttr {
+    /// The peer's queue pair.
+    pub dest: Qpn,
+    /// Payload of full packets, both ways.
+    pub path_mtu: Mtu,
+    /// The first PSN the peer will send.
+    pub rq_psn: Psn,
+    /// READs and atomics of the peer that are remembered for replay, at most 128.
+    pub max_dest_rd_atomic: u8,
+    /// How long a peer waits that found no receive posted.
+    pub min_rnr_timer: RnrTimer,
+}
+
+/// RTR to RTS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RtsAttr {
+    /// The first PSN we send.
+    pub sq_psn: Psn,
+    /// Local ACK timeout: 4.096 us times 2 to this power, 5 bits; 0 means that no timeout fails the
+    /// queue pair (probes still recover losses).
+    pub timeout: u8,
+    /// Timeouts and sequence NAKs without progress before the queue pair fails, 0 to 6; 7 is
+    /// without limit, as in Linux rxe.
+    pub retry_cnt: u8,
+    /// Tries after RNR NAKs, 0 to 6; 7 is without limit.
+    pub rnr_retry: u8,
+    /// READs and atomics of ours under way at once, at most 128 and at most the peer's
+    /// `max_dest_rd_atomic`.
+    pub max_rd_atomic: u8,
+    /// A READ longer than this many packets goes out as several READ requests, so that at most
+    /// `max_rd_atomic` times this many response packets are under way. 0: one request per READ.
+    pub read_chunk_packets: u16,
+}
+
+/// What [`poll_transmit`](super::QueuePair::poll_transmit) may return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allow {
+    /// Any packet.
+    All,
+    /// No payload and no new request: the peer's buffer is full as far as we know. ACKs, NAKs and
+    /// probes still go.
+    ControlOnly,
+}
+
+/// A packet to send: header bytes, then the fragments, then pad and ICRC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transmit {
+    pub(crate) header: [u8; HEADER_LEN_MAX],
+    pub(crate) header_len: u8,
+    pub(crate) psn: Psn,
+    /// The payload.
+    pub payload: Fragments,
+    /// Pad bytes (zeros) after the payload.
+    pub pad: u8,
+    /// It answers the peer's request (ACK, NAK, READ or atomic response).
+    pub is_response: bool,
+    /// It has been sent before.
+    pub is_retransmission: bool,
+}
+
+impl Transmit {
+    /// BTH and extension headers.
+    #[must_use]
+    pub fn header(&self) -> &[u8] {
+        &self.header[..usize::from(self.header_len)]
+    }
+
+    /// Payload bytes.
+    #[must_use]
+    pub fn payload_len(&self) -> u32 {
+        self.payload.total()
+    }
+
+    /// Length of the UDP payload: header, payload, pad, ICRC.
+    #[must_use]
+    pub fn udp_payload_len(&self) -> usize {
+        usize::from(self.header_len)
+            + self.payload_len() as usize
+            + usize::from(self.pad)
+            + crate::wire::ICRC_LEN
+    }
+}
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It changed something, or was a duplicate that is answered again.
+    Accepted,
+    /// It changed nothing.
+    Dropped(DropReason),
+}
+
+/// Why a packet changed nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DropReason {
+    /// The queue pair is in no state to take it.
+    State(QpState),
+    /// Its transport class is not the queue pair's.
+    Class,
+    /// Another partition.
+    Pkey,
+    /// Another Q_Key (UD).
+    Qkey,
+    /// A gap in the PSNs.
+    OutOfSequence,
+    /// An answer to what is already answered or was never asked, or a duplicate that cannot be
+    /// replayed.
+    Stale,
+    /// A syndrome or opcode that this crate does not serve.
+    Unsupported,
+    /// Too many answers are waiting to be sent; the peer will repeat its request.
+    Busy,
+    /// No receive is posted.
+    NoReceive,
+    /// The message does not fit the receive (UD), or its lengths contradict each other (UC).
+    Length,
+}
+
+/// Anomalies of one queue pair since it was created; the names follow Linux rxe's counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Packets sent, of all sorts.
+    pub sent_pkts: u64,
+    /// Packets accepted.
+    pub rcvd_pkts: u64,
+    /// Packets dropped for any [`DropReason`].
+    pub dropped_pkts: u64,
+    /// Packets sent again.
+    pub retransmitted_pkts: u64,
+    /// Probes sent.
+    pub probes: u64,
+    /// Duplicate requests seen.
+    pub duplicate_request: u64,
+    /// Requests beyond the expected PSN.
+    pub out_of_seq_request: u64,
+    /// Sequence NAKs received.
+    pub rcvd_seq_err: u64,
+    /// RNR NAKs received.
+    pub rcvd_rnr_err: u64,
+    /// RNR NAKs sent.
+    pub send_rnr_err: u64,
+    /// NAKs sent, RNR excepted.
+    pub send_nak: u64,
+    /// Local ACK timeouts.
+    pub ack_timeout: u64,
+    /// Congestion notifications received.
+    pub cnp_handled: u64,
+}

@@ -1,0 +1,341 @@
+//! Headers to emit, and what a decoded packet is turned into.
+//!
+//! Invariant: a [`Header`]'s extension has the shape of its opcode; [`Header::emit`] asserts it.
+//! Reserved bits are emitted as zero and ignored when read, as Linux rxe does.
+
+use super::{Opcode, Psn, Qpn, Shape};
+
+/// The longest BTH and extension chain (an atomic request), bytes.
+pub const HEADER_LEN_MAX: usize = 40;
+
+/// Field offsets from the start of the BTH.
+pub(super) mod field {
+    pub const OPCODE: usize = 0;
+    /// Solicited, MigReq, pad count, version.
+    pub const FLAGS: usize = 1;
+    pub const PKEY: usize = 2;
+    /// FECN, BECN, reserved: the byte that the ICRC does not cover.
+    pub const RESV8A: usize = 4;
+    pub const DEST_QPN: usize = 5;
+    /// AckReq, reserved.
+    pub const ACK_REQ: usize = 8;
+    pub const PSN: usize = 9;
+    pub const EXTENSION: usize = crate::wire::BTH_LEN;
+}
+
+/// RDMA extended transport header: where a WRITE or READ works in the peer's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reth {
+    /// Virtual address.
+    pub va: u64,
+    /// Remote key.
+    pub rkey: u32,
+    /// Length of the whole message, bytes; at most [`super::MESSAGE_LEN_MAX`] in a valid request.
+    pub len: u32,
+}
+
+/// Atomic extended transport header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AtomicEth {
+    /// Virtual address; must be a multiple of 8.
+    pub va: u64,
+    /// Remote key.
+    pub rkey: u32,
+    /// The value to swap in, or the addend.
+    pub swap_add: u64,
+    /// The value to compare with; 0 for fetch and add.
+    pub compare: u64,
+}
+
+/// Acknowledge extended transport header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Aeth {
+    /// ACK, RNR NAK or NAK.
+    pub syndrome: Syndrome,
+    /// Message sequence number: messages completed by the responder, 24 bits.
+    pub msn: u32,
+}
+
+/// Datagram extended transport header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deth {
+    /// Queue key; must equal the receiver's.
+    pub qkey: u32,
+    /// The sender's queue pair.
+    pub source: Qpn,
+}
+
+/// Flush extended transport header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feth {
+    /// Placement type (bits 3-0) and selectivity (bits 5-4), as on the wire.
+    pub bits: u32,
+}
+
+/// A receiver-not-ready timer code: 5 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RnrTimer(u8);
+
+impl RnrTimer {
+    /// Waiting times by code, units of 10 microseconds.
+    const TENS_OF_MICROS: [u32; 32] = [
+        65_536, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1_024,
+        1_536, 2_048, 3_072, 4_096, 6_144, 8_192, 12_288, 16_384, 24_576, 32_768, 49_152,
+    ];
+
+    /// The low five bits of `code`.
+    #[must_use]
+    pub const fn new(code: u8) -> Self {
+        Self(code & 0x1f)
+    }
+
+    /// The code, below 32.
+    #[must_use]
+    pub const fn code(self) -> u8 {
+        self.0
+    }
+
+    /// The least time the requester must wait.
+    #[must_use]
+    pub const fn wait(self) -> crate::time::Nanos {
+        crate::time::Nanos::from_micros(Self::TENS_OF_MICROS[self.0 as usize] as u64 * 10)
+    }
+}
+
+/// Why a responder refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum NakCode {
+    /// A gap in the PSNs; the NAK's PSN is the one expected.
+    SequenceError = 0,
+    /// A request that breaks the protocol.
+    InvalidRequest = 1,
+    /// Key, range or rights.
+    RemoteAccess = 2,
+    /// The responder failed for reasons of its own.
+    RemoteOperational = 3,
+}
+
+/// The syndrome byte of an AETH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Syndrome {
+    /// Positive; carries an end-to-end credit code, 0x1f where credits are not used.
+    Ack {
+        /// Credit code, 5 bits.
+        credit: u8,
+    },
+    /// No receive was posted: try again after the timer.
+    Rnr(RnrTimer),
+    /// Refusal.
+    Nak(NakCode),
+    /// A value this crate does not know; handled as if the packet had not come.
+    Unknown(u8),
+}
+
+impl Syndrome {
+    /// The plain ACK that soft-RoCE devices send.
+    pub const ACK: Self = Self::Ack { credit: 0x1f };
+
+    /// Read from the wire.
+    #[must_use]
+    pub const fn from_byte(byte: u8) -> Self {
+        match (byte >> 5, byte & 0x1f) {
+            (0, credit) => Self::Ack { credit },
+            (1, code) => Self::Rnr(RnrTimer::new(code)),
+            (3, 0) => Self::Nak(NakCode::SequenceError),
+            (3, 1) => Self::Nak(NakCode::InvalidRequest),
+            (3, 2) => Self::Nak(NakCode::RemoteAccess),
+            (3, 3) => Self::Nak(NakCode::RemoteOperational),
+            _ => Self::Unknown(byte),
+        }
+    }
+
+    /// The byte on the wire.
+    #[must_use]
+    pub const fn byte(self) -> u8 {
+        match self {
+            Self::Ack { credit } => credit & 0x1f,
+            Self::Rnr(timer) => 0x20 | timer.code(),
+            Self::Nak(code) => 0x60 | code as u8,
+            Self::Unknown(byte) => byte,
+        }
+    }
+}
+
+/// What follows the BTH. Each variant is one [`Shape`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each variant is the chain its Shape documents")]
+pub enum Extension {
+    Bare,
+    Imm(u32),
+    Ieth(u32),
+    Reth(Reth),
+    RethImm(Reth, u32),
+    Aeth(Aeth),
+    AtomicAck(Aeth, u64),
+    Atomic(AtomicEth),
+    Deth(Deth),
+    DethImm(Deth, u32),
+    FethReth(Feth, Reth),
+    Cnp,
+}
+
+impl Extension {
+    /// Which chain this is.
+    #[must_use]
+    pub const fn shape(&self) -> Shape {
+        match self {
+            Self::Bare => Shape::Bare,
+            Self::Imm(_) => Shape::Imm,
+            Self::Ieth(_) => Shape::Ieth,
+            Self::Reth(_) => Shape::Reth,
+            Self::RethImm(..) => Shape::RethImm,
+            Self::Aeth(_) => Shape::Aeth,
+            Self::AtomicAck(..) => Shape::AtomicAck,
+            Self::Atomic(_) => Shape::Atomic,
+            Self::Deth(_) => Shape::Deth,
+            Self::DethImm(..) => Shape::DethImm,
+            Self::FethReth(..) => Shape::FethReth,
+            Self::Cnp => Shape::Cnp,
+        }
+    }
+}
+
+/// A BTH and its extension headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Opcode.
+    pub opcode: Opcode,
+    /// Solicited event.
+    pub solicited: bool,
+    /// MigReq; soft-RoCE devices send false, hardware true, nobody minds.
+    pub mig_req: bool,
+    /// Pad bytes after the payload, 0 to 3: [`super::pad_len`] of its length.
+    pub pad: u8,
+    /// Partition key.
+    pub pkey: u16,
+    /// Forward congestion notification.
+    pub fecn: bool,
+    /// Backward congestion notification; set in a CNP.
+    pub becn: bool,
+    /// Destination queue pair.
+    pub dest: Qpn,
+    /// The responder shall acknowledge this packet.
+    pub ack_req: bool,
+    /// Packet sequence number.
+    pub psn: Psn,
+    /// The headers after the BTH.
+    pub extension: Extension,
+}
+
+impl Header {
+    /// A header with the default P_Key, no pad and all flags clear.
+    #[must_use]
+    pub const fn new(opcode: Opcode, dest: Qpn, psn: Psn, extension: Extension) -> Self {
+        Self {
+            opcode,
+            solicited: false,
+            mig_req: false,
+            pad: 0,
+            pkey: super::PKEY_DEFAULT,
+            fecn: false,
+            becn: false,
+            dest,
+            ack_req: false,
+            psn,
+            extension,
+        }
+    }
+
+    /// Length on the wire, bytes: a multiple of four, at most [`HEADER_LEN_MAX`].
+    #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "a header is never empty")]
+    pub const fn len(&self) -> usize {
+        self.opcode.row().shape.header_len()
+    }
+
+    /// Write the header to the start of `out` and return its length.
+    ///
+    /// # Panics
+    ///
+    /// If the extension does not have the opcode's shape, `pad` exceeds 3, or `out` is shorter than
+    /// [`Self::len`]: bugs of the caller.
+    pub fn emit(&self, out: &mut [u8]) -> usize {
+        assert_eq!(self.extension.shape(), self.opcode.row().shape);
+        assert!(self.pad <= 3);
+        let len = self.len();
+        let out = &mut out[..len];
+        out[field::OPCODE] = self.opcode.code();
+        out[field::FLAGS] =
+            u8::from(self.solicited) << 7 | u8::from(self.mig_req) << 6 | self.pad << 4;
+        out[field::PKEY..field::RESV8A].copy_from_slice(&self.pkey.to_be_bytes());
+        out[field::RESV8A] = u8::from(self.fecn) << 7 | u8::from(self.becn) << 6;
+        put24(out, field::DEST_QPN, self.dest.value());
+        out[field::ACK_REQ] = u8::from(self.ack_req) << 7;
+        put24(out, field::PSN, self.psn.value());
+        self.emit_extension(&mut out[field::EXTENSION..]);
+        len
+    }
+
+    fn emit_extension(&self, out: &mut [u8]) {
+        match self.extension {
+            Extension::Bare => {}
+            Extension::Imm(word) | Extension::Ieth(word) => put32(out, 0, word),
+            Extension::Reth(reth) => put_reth(out, reth),
+            Extension::RethImm(reth, imm) => {
+                put_reth(out, reth);
+                put32(out, 16, imm);
+            }
+            Extension::Aeth(aeth) => put_aeth(out, aeth),
+            Extension::AtomicAck(aeth, original) => {
+                put_aeth(out, aeth);
+                put64(out, 4, original);
+            }
+            Extension::Atomic(atomic) => {
+                put64(out, 0, atomic.va);
+                put32(out, 8, atomic.rkey);
+                put64(out, 12, atomic.swap_add);
+                put64(out, 20, atomic.compare);
+            }
+            Extension::Deth(deth) => put_deth(out, deth),
+            Extension::DethImm(deth, imm) => {
+                put_deth(out, deth);
+                put32(out, 8, imm);
+            }
+            Extension::FethReth(feth, reth) => {
+                put32(out, 0, feth.bits);
+                put_reth(&mut out[4..], reth);
+            }
+            Extension::Cnp => out.fill(0),
+        }
+    }
+}
+
+fn put24(out: &mut [u8], at: usize, value: u32) {
+    out[at..at + 3].copy_from_slice(&value.to_be_bytes()[1..]);
+}
+
+fn put32(out: &mut [u8], at: usize, value: u32) {
+    out[at..at + 4].copy_from_slice(&value.to_be_bytes());
+}
+
+fn put64(out: &mut [u8], at: usize, value: u64) {
+    out[at..at + 8].copy_from_slice(&value.to_be_bytes());
+}
+
+fn put_reth(out: &mut [u8], reth: Reth) {
+    put64(out, 0, reth.va);
+    put32(out, 8, reth.rkey);
+    put32(out, 12, reth.len);
+}
+
+fn put_aeth(out: &mut [u8], aeth: Aeth) {
+    out[0] = aeth.syndrome.byte();
+    put24(out, 1, aeth.msn & 0x00ff_ffff);
+}
+
+fn put_deth(out: &mut [u8], deth: Deth) {
+    put32(out, 0, deth.qkey);
+    out[4] = 0;
+    put24(out, 5, deth.source.value());
+}

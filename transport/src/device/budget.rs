@@ -1,0 +1,117 @@
+//! How many datagrams may be under way to one peer host.
+//!
+//! Owns: one window per peer. All queue pairs to a peer share its socket's receive buffer, and a
+//! descheduled peer reads nothing, so a window per queue pair would overflow it and go-back-N would
+//! send everything again.
+//!
+//! Rules: the window starts at what the peer says its buffer holds, or [`UNKNOWN_PEER`]; a sequence
+//! NAK or a timeout halves it, at most once per round trip; each round trip (a window's worth of
+//! acknowledgements) adds one, up to what the peer said, or [`WINDOW_MAX`].
+//!
+//! Deliberately absent: rates and explicit congestion notification.
+
+use lowtide_transport_proto::time::Nanos;
+
+/// Datagrams granted to a peer that has told nothing: less than what the default SO_RCVBUF holds.
+pub(crate) const UNKNOWN_PEER: u32 = 16;
+/// The window to a peer that has told nothing never grows beyond this.
+const WINDOW_MAX: u32 = 1024;
+/// The window never falls below this; queue pairs probe with single packets anyway.
+const WINDOW_MIN: u32 = 4;
+/// Two losses within this time are one event.
+const EVENT: Nanos = Nanos::from_millis(1);
+
+/// The window to one peer.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    window: u32,
+    window_max: u32,
+    in_flight: u32,
+    /// Acknowledged since the window last grew.
+    acknowledged: u32,
+    last_cut: Option<Nanos>,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Budget {
+            window: UNKNOWN_PEER,
+            window_max: WINDOW_MAX,
+            in_flight: 0,
+            acknowledged: 0,
+            last_cut: None,
+        }
+    }
+}
+
+impl Budget {
+    /// The peer has said how many full datagrams its receive buffer holds.
+    pub(crate) fn learn(&mut self, datagrams: u32) {
+        self.window_max = datagrams.clamp(WINDOW_MIN, 1 << 16);
+        self.window = self.window_max;
+    }
+
+    /// Datagrams that may still go out.
+    pub(crate) fn room(&self) -> u32 {
+        self.window.saturating_sub(self.in_flight)
+    }
+
+    /// A queue pair's count of unacknowledged packets went from `before` to `after`.
+    pub(crate) fn update(&mut self, before: u32, after: u32) {
+        self.in_flight = self.in_flight + after - before;
+        if after < before {
+            self.acknowledged += before - after;
+            if self.acknowledged >= self.window {
+                self.acknowledged = 0;
+                self.window = (self.window + 1).min(self.window_max);
+            }
+        }
+    }
+
+    /// Packets were lost.
+    pub(crate) fn cut(&mut self, now: Nanos) {
+        if self.last_cut.is_some_and(|last| now.since(last) < EVENT) {
+            return;
+        }
+        self.last_cut = Some(now);
+        self.acknowledged = 0;
+        self.window = (self.window / 2).max(WINDOW_MIN);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_halves_once_per_event_and_grows_by_one_per_round_trip() {
+        let mut budget = Budget::default();
+        budget.learn(100);
+        assert_eq!(budget.room(), 100);
+        budget.update(0, 60);
+        assert_eq!(budget.room(), 40);
+        let at = Nanos::from_millis(10);
+        budget.cut(at);
+        budget.cut(at);
+        assert_eq!(budget.room(), 0);
+        budget.update(60, 0);
+        assert_eq!(
+            budget.room(),
+            51,
+            "sixty acknowledgements are one round trip of fifty"
+        );
+        for _ in 0..10_000 {
+            budget.update(0, 10);
+            budget.update(10, 0);
+        }
+        assert_eq!(
+            budget.room(),
+            100,
+            "and no further than what the peer can hold"
+        );
+        for ms in 20..40 {
+            budget.cut(Nanos::from_millis(ms));
+        }
+        assert_eq!(budget.room(), WINDOW_MIN);
+    }
+}

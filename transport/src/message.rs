@@ -1,0 +1,247 @@
+//! Messages between processes: connections over reliable queue pairs.
+//!
+//! Owns: [`Endpoint`], the thing an engine holds: one soft-RoCE device, its connections, its
+//! receive pool and the wait for something to happen. A connection carries whole messages both
+//! ways, in order, without loss or duplication, for as long as it lives.
+//!
+//! How it works. Each connection is a pair of RC queue pairs set up by the connection manager
+//! (REQ, REP, RTU on queue pair 1, DREQ and DREP at the end). Messages travel as SENDs of at most
+//! fifteen packets ([`parcel`](self::parcel)): small messages share one packet for as long as they
+//! wait, larger ones are cut into fragments. Fragments, not one SEND per message, because a SEND
+//! needs a receive of its length posted beforehand: with 60 KiB receives a connection needs little
+//! memory on any provider, and here none at all until a fragment comes. Receives are granted as
+//! credits (`connection`), so the peer never runs into an empty receive queue.
+//!
+//! What a caller may rely on:
+//! * an endpoint belongs to one thread; only [`Waker`] crosses threads;
+//! * [`Endpoint::send`] only queues; what is queued leaves in the next [`Endpoint::poll`];
+//! * nothing is lost however long a peer pauses or is cut off, unless
+//!   [`EndpointConfig::silence_max`] says otherwise. Who is dead is decided above; then [`close`]
+//!   [`Endpoint::close`] it. Two things end a connection from below: the peer's DREQ, and the news
+//!   that the peer's process has been replaced ([`CloseReason::PeerRestarted`]). That news comes
+//!   with the new process's REQ (its incarnation is larger), or as its answer to a packet for a
+//!   queue pair that it does not have; so an idle connection to a peer that never calls back stays
+//!   open until something is sent on it;
+//! * a message that is shorter than a packet is handed up where it arrived; a longer one is copied
+//!   once. Its bytes are valid during the call of the handler.
+//!
+//! Deliberately absent: bulk transfer by READ and WRITE, reconnecting, and the meaning of a hello.
+
+mod connection;
+mod endpoint;
+mod handshake;
+mod outbox;
+mod parcel;
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use self::endpoint::{Endpoint, EndpointCtx};
+pub use crate::device::Counters;
+pub use crate::faults::Faults;
+
+/// Bytes of a caller's own in a hello.
+pub const HELLO_MAX: usize = 32;
+
+/// What an endpoint is made with.
+#[derive(Debug, Clone)]
+pub struct EndpointConfig {
+    /// One address of this host, never the wildcard, and the UDP port: 4791 for RoCE, any other
+    /// between our own ends, 0 for a free one.
+    pub addr: SocketAddr,
+    /// Who we are, for the peer's `Connected`; opaque here.
+    pub node: u64,
+    /// Larger than in any earlier life of this address.
+    pub incarnation: u64,
+    /// What peers that connect to us are told; at most [`HELLO_MAX`] bytes.
+    pub hello: Vec<u8>,
+    /// Bounds.
+    pub limits: Limits,
+    /// Injected faults.
+    pub faults: Faults,
+    /// How long `poll` spins before it sleeps, if the last one brought work. On a machine with
+    /// fewer cores than busy processes, less is more.
+    pub spin: Duration,
+    /// A connection with unacknowledged data whose peer has not been heard for so long is closed;
+    /// none: never.
+    pub silence_max: Option<Duration>,
+    /// Requested socket buffers and offloads.
+    pub socket: crate::udp::SocketOptions,
+}
+
+impl EndpointConfig {
+    /// Defaults for `addr`; the hello is empty.
+    pub fn new(addr: SocketAddr, node: u64, incarnation: u64) -> EndpointConfig {
+        EndpointConfig {
+            addr,
+            node,
+            incarnation,
+            hello: Vec::new(),
+            limits: Limits::default(),
+            faults: Faults::default(),
+            spin: Duration::from_micros(20),
+            silence_max: None,
+            socket: crate::udp::SocketOptions::default(),
+        }
+    }
+}
+
+/// Bounds of an endpoint and its connections.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// The longest message, in bytes; both ends should agree.
+    pub message_max: usize,
+    /// Parcels a peer may have under way to us per connection, 2 to 1024.
+    pub credits: u16,
+    /// Connections at once, both those we make and those we accept.
+    pub connections_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            message_max: 1 << 20,
+            credits: 64,
+            connections_max: 1024,
+        }
+    }
+}
+
+/// A connection of one endpoint; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnId(u64);
+
+/// What the handler of [`Endpoint::poll`] is told.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// The connection works, from both sides. From now on messages may be sent.
+    Connected {
+        /// Which: as returned by `connect`, or new.
+        conn: ConnId,
+        /// The peer's address and port.
+        peer: SocketAddr,
+        /// The peer's node, incarnation.
+        node: u64,
+        /// The peer's incarnation.
+        incarnation: u64,
+        /// Whether the peer called us.
+        is_incoming: bool,
+        /// What the peer said: `connect`'s hello, or its configuration's.
+        hello: &'a [u8],
+    },
+    /// A message.
+    Message {
+        /// From which connection.
+        conn: ConnId,
+        /// Its bytes, valid during this call.
+        bytes: &'a [u8],
+    },
+    /// After `WouldBlock`: there is room again.
+    Writable {
+        /// On which connection.
+        conn: ConnId,
+    },
+    /// The connection is over; nothing more will come from it. Also the answer to a `connect` that
+    /// was refused.
+    Closed {
+        /// Which.
+        conn: ConnId,
+        /// Why.
+        reason: CloseReason,
+    },
+}
+
+/// Why a connection ended. There is no such event after one's own `close`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CloseReason {
+    /// The peer closed it.
+    PeerClosed,
+    /// The peer's process was replaced by a later incarnation.
+    PeerRestarted,
+    /// The peer refused to connect: too many connections, or another version.
+    Refused,
+    /// Nothing was heard for [`EndpointConfig::silence_max`].
+    Silent,
+    /// The queue pair failed.
+    Failed,
+    /// The peer sent what this layer does not allow.
+    Violation,
+}
+
+/// Why a message was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SendError {
+    /// Not connected yet, or too much is under way; `Connected` or `Writable` will follow.
+    WouldBlock,
+    /// There is no such connection any more.
+    Closed,
+    /// Longer than [`Limits::message_max`], or empty (a message has at least one byte).
+    TooLarge,
+}
+
+impl fmt::Display for SendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SendError::WouldBlock => "the connection cannot take a message now",
+            SendError::Closed => "the connection is closed",
+            SendError::TooLarge => "the message is longer than the endpoint's limit",
+        })
+    }
+}
+
+impl std::error::Error for SendError {}
+
+/// Why there is no endpoint.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum BindError {
+    /// Another process, or the kernel's own soft-RoCE, has this address and port.
+    AddrInUse(SocketAddr),
+    /// The configuration contradicts itself.
+    Config(&'static str),
+    /// The operating system refused.
+    Io(SocketAddr, io::Error),
+}
+
+impl fmt::Display for BindError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            BindError::AddrInUse(addr) => write!(
+                f,
+                "UDP {addr} is in use: another process or the kernel's rdma_rxe has it; stop it \
+                 (see `ss -ulpn`, `rdma link`) or choose another port for all nodes"
+            ),
+            BindError::Config(what) => f.write_str(what),
+            BindError::Io(addr, error) => write!(f, "cannot bind UDP {addr}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for BindError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            BindError::Io(_, error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+/// Ends a `poll` of another thread's endpoint, or the next one if none is waiting.
+#[derive(Debug, Clone)]
+pub struct Waker(Arc<mio::Waker>);
+
+impl Waker {
+    /// Wakes the endpoint.
+    ///
+    /// # Errors
+    /// What the operating system says; none is known for a live endpoint.
+    pub fn wake(&self) -> io::Result<()> {
+        self.0.wake()
+    }
+}

@@ -1,0 +1,202 @@
+//! Parcels: what one SEND of a connection carries.
+//!
+//! Owns the byte layout of the message layer, little endian:
+//!
+//! ```text
+//!  0       1       2               4               8              12              16
+//! +-------+-------+---------------+---------------+---------------+---------------+
+//! |version| kind  | credits       | sequence      | a             | b             | body …
+//! +-------+-------+---------------+---------------+---------------+---------------+
+//! ```
+//! * kind 1, *records*: `a` whole messages, `b` = 0. Each is a u32 length, the bytes, and zeroes up
+//!   to a multiple of four. The parcel fits one packet, so its messages are handed up in place.
+//! * kind 2, *fragment*: the bytes from `b` on of a message of `a` bytes. A message longer than a
+//!   packet travels as fragments of [`FRAGMENT_MAX`] bytes, in order, nothing between them.
+//! * kind 3, *credit*: nothing but credits.
+//!
+//! `credits` returns receive slots: the sender may have that many more parcels under way.
+//! `sequence` counts the parcels of this direction; queue pairs deliver in order, so a surprise
+//! there is a broken peer.
+//!
+//! Invariant: whatever bytes come, parsing neither panics nor allocates.
+//!
+//! Deliberately absent: who may send when (`connection`), and any checksum (the ICRC has been
+//! verified, and the engine's own header has another).
+
+/// Version of the layout.
+pub(crate) const VERSION: u8 = 1;
+/// Length of the parcel header in bytes.
+pub(crate) const HEADER_LEN: usize = 16;
+/// A slot holds one parcel of fifteen full packets: as many as one UDP_SEGMENT send carries.
+pub(crate) const SLOT_LEN: usize = 15 * 4096;
+/// Message bytes in a full fragment.
+pub(crate) const FRAGMENT_MAX: usize = SLOT_LEN - HEADER_LEN;
+/// Length prefix of a record.
+pub(crate) const RECORD_PREFIX: usize = 4;
+
+/// What a parcel carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Whole messages.
+    Records {
+        /// How many.
+        count: u32,
+    },
+    /// Part of one message.
+    Fragment {
+        /// Length of the whole message.
+        message_len: u32,
+        /// Where in it the body belongs.
+        offset: u32,
+    },
+    /// Nothing.
+    Credit,
+}
+
+/// A parcel's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) kind: Kind,
+    pub(crate) credits: u16,
+    pub(crate) sequence: u32,
+}
+
+/// A peer that breaks the layout or the order; the connection cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Violation;
+
+impl Header {
+    /// Writes the header to the start of `out`.
+    pub(crate) fn emit(&self, out: &mut [u8]) {
+        let (kind, a, b) = match self.kind {
+            Kind::Records { count } => (1, count, 0),
+            Kind::Fragment {
+                message_len,
+                offset,
+            } => (2, message_len, offset),
+            Kind::Credit => (3, 0, 0),
+        };
+        out[0] = VERSION;
+        out[1] = kind;
+        out[2..4].copy_from_slice(&self.credits.to_le_bytes());
+        out[4..8].copy_from_slice(&self.sequence.to_le_bytes());
+        out[8..12].copy_from_slice(&u32::to_le_bytes(a));
+        out[12..16].copy_from_slice(&u32::to_le_bytes(b));
+    }
+
+    /// Reads a header; returns it and the body that follows in `bytes`.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<(Header, &[u8]), Violation> {
+        let (header, body) = bytes.split_at_checked(HEADER_LEN).ok_or(Violation)?;
+        let word = |at: usize| {
+            u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+        };
+        let (a, b) = (word(8), word(12));
+        let kind = match header[1] {
+            1 if b == 0 => Kind::Records { count: a },
+            2 => Kind::Fragment {
+                message_len: a,
+                offset: b,
+            },
+            3 if a == 0 && b == 0 && body.is_empty() => Kind::Credit,
+            _ => return Err(Violation),
+        };
+        if header[0] != VERSION {
+            return Err(Violation);
+        }
+        let credits = u16::from_le_bytes([header[2], header[3]]);
+        Ok((
+            Header {
+                kind,
+                credits,
+                sequence: word(4),
+            },
+            body,
+        ))
+    }
+}
+
+/// Bytes that a record of `len` message bytes takes.
+pub(crate) fn record_len(len: usize) -> usize {
+    RECORD_PREFIX + len.next_multiple_of(4)
+}
+
+/// Takes the first message off `body`, the rest of a records parcel.
+pub(crate) fn next_record<'a>(body: &mut &'a [u8]) -> Result<&'a [u8], Violation> {
+    let (prefix, rest) = body.split_first_chunk::<RECORD_PREFIX>().ok_or(Violation)?;
+    let len = u32::from_le_bytes(*prefix) as usize;
+    if len > rest.len() {
+        return Err(Violation);
+    }
+    let (record, rest) = rest
+        .split_at_checked(len.next_multiple_of(4))
+        .ok_or(Violation)?;
+    *body = rest;
+    Ok(&record[..len])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_come_back_as_they_were_written() {
+        let kinds = [
+            Kind::Records { count: 3 },
+            Kind::Fragment {
+                message_len: 1 << 20,
+                offset: 61_424,
+            },
+            Kind::Credit,
+        ];
+        for kind in kinds {
+            let header = Header {
+                kind,
+                credits: 0x1234,
+                sequence: 0x89AB_CDEF,
+            };
+            let mut bytes = [0xEE; HEADER_LEN];
+            header.emit(&mut bytes);
+            assert_eq!(Header::parse(&bytes), Ok((header, &[][..])));
+        }
+    }
+
+    #[test]
+    fn records_are_taken_off_one_by_one_and_lies_about_lengths_are_caught() {
+        let mut bytes = Vec::new();
+        for message in [&b"one"[..], b"", b"eight by"] {
+            bytes.extend_from_slice(&(message.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(message);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+        }
+        let mut body = &bytes[..];
+        assert_eq!(next_record(&mut body), Ok(&b"one"[..]));
+        assert_eq!(next_record(&mut body), Ok(&b""[..]));
+        assert_eq!(next_record(&mut body), Ok(&b"eight by"[..]));
+        assert_eq!(next_record(&mut body), Err(Violation));
+        for len in [9u32, 1 << 31, u32::MAX] {
+            let mut lie = len.to_le_bytes().to_vec();
+            lie.extend_from_slice(b"eight by");
+            assert_eq!(next_record(&mut &lie[..]), Err(Violation));
+        }
+    }
+
+    #[test]
+    fn no_bytes_make_the_parser_panic() {
+        let mut state = 1u64;
+        let mut next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 33) as u8
+        };
+        for round in 0..20_000 {
+            let mut bytes: Vec<u8> = (0..round % 64).map(|_| next()).collect();
+            if round % 2 == 0 && bytes.len() > 1 {
+                (bytes[0], bytes[1]) = (VERSION, 1 + next() % 3);
+            }
+            if let Ok((_, mut body)) = Header::parse(&bytes) {
+                while next_record(&mut body).is_ok() {}
+            }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! What the tests over real sockets share: addresses nobody else uses, and loops with an end.
+
+use std::io::IoSlice;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use lowtide_transport::message::{ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, SendError};
+
+/// Nothing here takes longer, even on a machine that does ten other things.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A loopback address of this process alone.
+pub fn address() -> SocketAddr {
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    let pid = std::process::id();
+    // Processes run at the same time only if their ids are close to each other.
+    let (high, low) = ((pid >> 7 & 0x7F) as u8, (pid & 0x7F) as u8);
+    let last = NEXT.fetch_add(1, Ordering::Relaxed);
+    SocketAddr::from((Ipv4Addr::new(127, 128 | high, 1 + low, last), 4791))
+}
+
+#[allow(dead_code, reason = "each test program uses what it needs")]
+/// A configuration with a node number of its own.
+pub fn config(node: u64) -> EndpointConfig {
+    EndpointConfig::new(address(), node, 1)
+}
+
+#[allow(dead_code, reason = "each test program uses what it needs")]
+/// Polls all `endpoints` in turn, for at most [`PATIENCE`], until `done`.
+pub fn run_until<S>(
+    endpoints: &mut [&mut Endpoint],
+    state: &mut S,
+    mut handler: impl FnMut(&mut S, usize, &mut EndpointCtx, Event<'_>),
+    mut done: impl FnMut(&mut S, &mut [&mut Endpoint]) -> bool,
+) {
+    let start = Instant::now();
+    while !done(state, endpoints) {
+        if start.elapsed() > PATIENCE {
+            let counters: Vec<_> = endpoints.iter().map(|e| e.counters()).collect();
+            panic!("nothing more happens: {counters:#?}");
+        }
+        for (index, endpoint) in endpoints.iter_mut().enumerate() {
+            endpoint
+                .poll(Some(Duration::ZERO), &mut |ctx, event| {
+                    handler(state, index, ctx, event)
+                })
+                .unwrap();
+        }
+    }
+}
+
+/// Connects `a` (node 1 or so) to `b` and returns the connection as both see it.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn connect(a: &mut Endpoint, b: &mut Endpoint) -> (ConnId, ConnId) {
+    let ours = a.connect(b.local_addr(), b"hello from a");
+    let mut seen: [Option<ConnId>; 2] = [None, None];
+    run_until(
+        &mut [a, b],
+        &mut seen,
+        |seen, side, _, event| match event {
+            Event::Connected {
+                conn,
+                hello,
+                is_incoming,
+                ..
+            } => {
+                assert_eq!(is_incoming, side == 1);
+                assert_eq!(hello, if side == 1 { &b"hello from a"[..] } else { b"" });
+                seen[side] = Some(conn);
+            }
+            other => panic!("{other:?}"),
+        },
+        |seen, _| seen.iter().all(Option::is_some),
+    );
+    assert_eq!(seen[0], Some(ours));
+    (ours, seen[1].unwrap())
+}
+
+/// A checked stream on one connection: both sides send the same sequence of messages.
+#[derive(Debug)]
+pub struct Stream {
+    conn: ConnId,
+    total: u64,
+    sent: (u64, u64),
+    received: (u64, u64),
+    buffer: Vec<u8>,
+}
+
+#[allow(dead_code, reason = "each test program uses what it needs")]
+impl Stream {
+    pub fn new(conn: ConnId, total: u64) -> Stream {
+        Stream {
+            conn,
+            total,
+            sent: (0, 0),
+            received: (0, 0),
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Sends until the connection takes no more.
+    pub fn send(&mut self, endpoint: &mut Endpoint) {
+        while self.sent.1 < self.total {
+            let len = message(self.sent.0, &mut self.buffer);
+            match endpoint.send(self.conn, &[IoSlice::new(&self.buffer)]) {
+                Ok(()) => self.sent = (self.sent.0 + 1, self.sent.1 + len),
+                Err(SendError::WouldBlock) => return,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    pub fn receive(&mut self, conn: ConnId, bytes: &[u8]) {
+        assert_eq!(conn, self.conn);
+        let len = message(self.received.0, &mut self.buffer);
+        assert!(
+            bytes == self.buffer,
+            "message {} of {len} bytes",
+            self.received.0
+        );
+        self.received = (self.received.0 + 1, self.received.1 + len);
+    }
+
+    pub fn received(&self) -> u64 {
+        self.received.1
+    }
+
+    pub fn has_received_all(&self) -> bool {
+        self.received.1 >= self.total
+    }
+
+    pub fn has_sent_all(&self) -> bool {
+        self.sent.1 >= self.total
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.has_sent_all() && self.has_received_all()
+    }
+}
+
+/// Makes message `number`; its length is one of many and its bytes depend on its number.
+fn message(number: u64, into: &mut Vec<u8>) -> u64 {
+    const LENS: [usize; 16] = [
+        1,
+        0,
+        64,
+        4_000,
+        4_076,
+        4_077,
+        65_536,
+        17,
+        300,
+        61_424,
+        61_425,
+        8_192,
+        200_000,
+        5,
+        1 << 20,
+        131_072,
+    ];
+    let len = LENS[number as usize % LENS.len()];
+    into.clear();
+    into.extend((0..len).map(|i| (i as u64).wrapping_mul(number | 1).wrapping_add(number) as u8));
+    len as u64
+}

@@ -1,0 +1,233 @@
+//! The verbs over real sockets on loopback addresses.
+
+mod common;
+
+use common::PATIENCE;
+use lowtide_transport::udp::SocketOptions;
+use lowtide_transport::verbs::{
+    Access, Buffer, CompletionQueue, CreateError, Device, Faults, ProtectionDomain, QueuePair,
+    Remote, Rkey, SendOp, Status, WorkCompletion,
+};
+
+struct Side {
+    domain: ProtectionDomain,
+    queue: CompletionQueue,
+    qp: QueuePair,
+    device: Device,
+}
+
+fn side(faults: &Faults) -> Side {
+    let device = Device::open(common::address(), &SocketOptions::default(), faults).unwrap();
+    let domain = device.protection_domain();
+    let queue = device.completion_queue(256);
+    let qp = domain.queue_pair(&queue, &queue, 64, 64).unwrap();
+    qp.to_init(Access::ALL).unwrap();
+    Side {
+        domain,
+        queue,
+        qp,
+        device,
+    }
+}
+
+fn pair(faults: &Faults) -> (Side, Side) {
+    let (a, b) = (side(faults), side(faults));
+    a.qp.connect(&b.qp.address()).unwrap();
+    b.qp.connect(&a.qp.address()).unwrap();
+    (a, b)
+}
+
+impl Side {
+    fn next(&self) -> WorkCompletion {
+        self.queue.wait(PATIENCE).expect("a completion")
+    }
+
+    fn succeed(&self) -> WorkCompletion {
+        let completion = self.next();
+        assert_eq!(completion.status, Status::Success);
+        completion
+    }
+}
+
+fn bytes(len: usize, seed: usize) -> Vec<u8> {
+    (0..len).map(|i| (i * 31 + i / 256 + seed) as u8).collect()
+}
+
+#[test]
+fn slots_go_out_with_requests_and_come_back_with_completions() {
+    let (a, b) = pair(&Faults::default());
+    for (round, len) in [0, 1, 64, 4096, 4097, 100_000].into_iter().enumerate() {
+        let mut slot = a.domain.slot(len).unwrap();
+        slot.copy_from_slice(&bytes(len, round));
+        let target = b.domain.slot(len + 10).unwrap();
+        b.qp.post_recv(7, Buffer::Slot(target, len as u32 + 10))
+            .unwrap();
+        a.qp.post_send(8, SendOp::SendImm(99), Buffer::Slot(slot, len as u32))
+            .unwrap();
+        let received = b.succeed();
+        assert_eq!(
+            (received.id, received.imm, received.byte_len),
+            (7, Some(99), len as u32)
+        );
+        assert_eq!(received.slot.unwrap()[..len], bytes(len, round));
+        let sent = a.succeed();
+        assert_eq!((sent.id, sent.qpn), (8, a.qp.address().qpn));
+        assert_eq!(&sent.slot.unwrap()[..], bytes(len, round));
+    }
+}
+
+#[test]
+fn write_read_and_atomics_work_while_the_target_does_nothing() {
+    for faults in [
+        Faults::default(),
+        Faults {
+            seed: 3,
+            loss_percent: 5.0,
+            ..Faults::default()
+        },
+    ] {
+        let (a, b) = pair(&faults);
+        let target = b.domain.memory_region(1 << 20, Access::ALL).unwrap();
+        let (source, sink) = (
+            a.domain.memory_region(1 << 20, Access::LOCAL).unwrap(),
+            a.domain.memory_region(1 << 20, Access::LOCAL).unwrap(),
+        );
+        source.write(0, &bytes(1 << 20, 5));
+        // From here on b's thread never runs verbs: its device makes the progress.
+        for (offset, len) in [(0u64, 1u32 << 20), (3, 100), (4096, 4096), (8, 0)] {
+            let range = source.range(offset, len);
+            a.qp.post_send(1, SendOp::Write(target.remote(offset)), range)
+                .unwrap();
+            a.succeed();
+            sink.write(0, &vec![0; 1 << 20]);
+            let range = sink.range(offset, len);
+            a.qp.post_send(2, SendOp::Read(target.remote(offset)), range)
+                .unwrap();
+            assert_eq!(a.succeed().byte_len, len);
+            let mut back = vec![0; len as usize];
+            sink.read(offset as usize, &mut back);
+            assert_eq!(back, bytes(1 << 20, 5)[offset as usize..][..len as usize]);
+        }
+        target.write(64, &5u64.to_ne_bytes());
+        for expected in [5u64, 12] {
+            let add = SendOp::FetchAdd {
+                remote: target.remote(64),
+                add: 7,
+            };
+            a.qp.post_send(3, add, sink.range(0, 8)).unwrap();
+            a.succeed();
+            let mut old = [0; 8];
+            sink.read(0, &mut old);
+            assert_eq!(u64::from_ne_bytes(old), expected);
+        }
+    }
+}
+
+#[test]
+fn what_a_peer_may_not_do_fails_at_its_end_and_moves_no_byte() {
+    let read_only = Access {
+        remote_read: true,
+        ..Access::LOCAL
+    };
+    let wrong: [(&str, fn(Remote) -> Remote, u32, bool); 4] = [
+        ("no right to write", |r| r, 8, true),
+        (
+            "another key",
+            |r| Remote {
+                rkey: Rkey(r.rkey.0 ^ 1),
+                ..r
+            },
+            8,
+            false,
+        ),
+        ("beyond the end", |r| Remote { va: 60, ..r }, 8, false),
+        (
+            "around the address space",
+            |r| Remote {
+                va: u64::MAX - 3,
+                ..r
+            },
+            8,
+            false,
+        ),
+    ];
+    for (name, change, len, is_write) in wrong {
+        let (a, b) = pair(&Faults::default());
+        let target = b.domain.memory_region(64, read_only).unwrap();
+        let local = a.domain.memory_region(64, Access::LOCAL).unwrap();
+        local.write(0, &[1; 64]);
+        let remote = change(target.remote(0));
+        let op = if is_write {
+            SendOp::Write(remote)
+        } else {
+            SendOp::Read(remote)
+        };
+        a.qp.post_send(1, op, local.range(0, len)).unwrap();
+        assert_eq!(a.next().status, Status::RemoteAccess, "{name}");
+        let mut untouched = [9; 64];
+        target.read(0, &mut untouched);
+        assert_eq!(untouched, [0; 64], "{name}");
+    }
+}
+
+#[test]
+fn a_region_dropped_under_a_request_fails_it() {
+    let (a, b) = pair(&Faults::default());
+    let target = b.domain.memory_region(64, Access::ALL).unwrap();
+    let remote = target.remote(0);
+    drop(target);
+    let local = a.domain.memory_region(64, Access::LOCAL).unwrap();
+    let range = local.range(0, 64);
+    drop(local);
+    a.qp.post_send(1, SendOp::Write(remote), range).unwrap();
+    assert_eq!(a.next().status, Status::LocalProtection);
+}
+
+#[test]
+fn without_a_receive_the_sender_waits_for_one() {
+    let (a, b) = pair(&Faults::default());
+    a.qp.post_send(1, SendOp::Send, Buffer::Empty).unwrap();
+    let start = std::time::Instant::now();
+    while a.device.counters().rcvd_rnr_err == 0 {
+        assert!(start.elapsed() < PATIENCE);
+        assert!(a.queue.poll().is_none());
+    }
+    b.qp.post_recv(2, Buffer::Empty).unwrap();
+    assert_eq!((a.succeed().id, b.succeed().id), (1, 2));
+}
+
+#[test]
+fn an_error_flushes_everything_and_returns_every_slot() {
+    let (a, _b) = pair(&Faults::default());
+    for id in 0..10 {
+        a.qp.post_recv(id, Buffer::Slot(a.domain.slot(8).unwrap(), 8))
+            .unwrap();
+    }
+    a.qp.to_error();
+    for id in 0..10 {
+        let flushed = a.next();
+        assert_eq!((flushed.id, flushed.status), (id, Status::Flushed));
+        assert!(flushed.slot.is_some());
+    }
+}
+
+#[test]
+fn queues_refuse_instead_of_overflowing() {
+    let (a, _b) = pair(&Faults::default());
+    for id in 0..64 {
+        a.qp.post_recv(id, Buffer::Empty).unwrap();
+    }
+    let slot = a.domain.slot(8).unwrap();
+    let refused = a.qp.post_recv(64, Buffer::Slot(slot, 8)).unwrap_err();
+    assert!(
+        matches!(refused.buffer, Buffer::Slot(..)),
+        "memory comes back"
+    );
+    let shallow = a.device.completion_queue(10);
+    let error = a.domain.queue_pair(&shallow, &shallow, 6, 6).unwrap_err();
+    assert_eq!(error, CreateError::CompletionQueueTooShallow);
+    // Room is given back with the queue pair.
+    for _ in 0..100 {
+        a.domain.queue_pair(&shallow, &shallow, 5, 5).unwrap();
+    }
+}
