@@ -26,6 +26,7 @@ pub mod dir;
 pub mod power;
 pub mod recording;
 
+use crate::log::teeth::{Tooth, bites};
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
@@ -222,6 +223,12 @@ pub trait Medium: Send + Sync + Debug {
     /// Sets the length, durably. Growth allocates space and reads as zero; a mapped file refuses.
     fn resize(&self, len: u64) -> Result<(), MediumError>;
 
+    /// Makes stores to `range` cheap for a while, where the first store to a page costs a fault. A
+    /// hint: changes nothing that can be read, and failing is silent.
+    fn prefault(&self, range: Range<u64>) {
+        let _ = range;
+    }
+
     /// Last call. Releases what the medium holds; syncs nothing.
     fn close(&self) -> Result<(), MediumError> {
         Ok(())
@@ -294,6 +301,7 @@ impl Gated {
     fn guard<T>(&self, result: Result<T, MediumError>) -> Result<T, MediumError> {
         if let Err(error) = &result
             && !error.is_no_space()
+            && !bites(Tooth::RetrySync)
         {
             self.poison.set(error);
         }
@@ -326,6 +334,10 @@ impl Medium for Gated {
     fn resize(&self, len: u64) -> Result<(), MediumError> {
         self.poison.check(&self.name)?;
         self.guard(self.inner.resize(len))
+    }
+
+    fn prefault(&self, range: Range<u64>) {
+        self.inner.prefault(range);
     }
 
     fn close(&self) -> Result<(), MediumError> {

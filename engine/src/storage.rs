@@ -25,7 +25,8 @@ use lowtide_engine_core::record::{Extent, Record, Recorded, Storage, Stored, Val
 use lowtide_engine_core::session::Page;
 use lowtide_engine_core::wire;
 
-use crate::log::commit::{Committer, GroupPin, LogSet, Publisher, SetConfig};
+use crate::log::commit::{Committer, GroupPin, Publisher};
+use crate::log::set::{LogSet, SetConfig};
 use crate::log::superblock::{NodeState, Superblock, SuperblockError};
 use crate::log::{self, Append, Log, LogConfig, LogIdentity, OpenError};
 use crate::medium::dir::{DirOptions, DirVolume};

@@ -6,7 +6,7 @@ mod set;
 
 use common::images;
 use lowtide_engine::log::OpenError;
-use lowtide_engine::log::commit::LogSet;
+use lowtide_engine::log::set::LogSet;
 use lowtide_engine::medium::SplitMix;
 use lowtide_engine::medium::recording::{PageFate, RecordingVolume};
 use set::{Known, check, config, ops, run, start};
@@ -31,10 +31,8 @@ fn live(volume: &RecordingVolume, known: &mut Known, batches: usize, rng: &mut S
     } = node;
     drop(shards);
     committer.stop();
-    for message in said.try_iter() {
-        if let Ok(group) = message {
-            known.acknowledged = group;
-        }
+    for group in said.try_iter().flatten() {
+        known.acknowledged = group;
     }
 }
 

@@ -1,15 +1,13 @@
 //! RDMA without hardware, root or kernel module: two devices on loopback addresses, SEND and RECV
-//! back and forth, then WRITE and READ of the peer's memory.
+//! back and forth, then WRITE and READ of the peer's memory. All options may be left out:
 //!
-//! `cargo run -p lowtide-transport --example pingpong -- [--rounds 1000] [--drop PERCENT] [--seed N]`
+//! `cargo run -p lowtide-transport --example pingpong -- --drop PERCENT --seed N --pcap FILE`
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use lowtide_transport::udp::SocketOptions;
 use lowtide_transport::verbs::{
-    Access, Buffer, CompletionQueue, Device, Faults, MemoryRegion, ProtectionDomain, QueuePair,
-    SendOp, Status, WorkCompletion,
+    Access, Buffer, CompletionQueue, Device, DeviceOptions, MemoryRegion, ProtectionDomain,
+    QueuePair, SendOp, Status, WorkCompletion,
 };
 
 struct Side {
@@ -19,44 +17,30 @@ struct Side {
     shared: MemoryRegion,
 }
 
-fn option(name: &str, default: f64) -> f64 {
-    let mut args = std::env::args().skip_while(|arg| arg != name);
-    args.nth(1)
-        .map_or(default, |value| value.parse().expect("a number"))
+fn option(name: &str) -> Option<String> {
+    std::env::args().skip_while(|arg| arg != name).nth(1)
 }
 
+#[rustfmt::skip]
 fn side(last: u8) -> Side {
+    let number = |name| option(name).map_or(0.0, |value| value.parse().expect("a number"));
+    let mut options = DeviceOptions::default();
+    options.faults.seed = number("--seed") as u64;
+    options.faults.loss_percent = number("--drop");
+    options.capture = option("--pcap").filter(|_| last == 1).map(Into::into);
     let pid = std::process::id();
-    let ip = Ipv4Addr::new(127, 64 + (pid >> 8 & 31) as u8, pid as u8, last);
-    let faults = Faults {
-        seed: option("--seed", 1.0) as u64,
-        loss_percent: option("--drop", 0.0),
-        ..Faults::default()
-    };
-    let device = Device::open(
-        SocketAddr::from((ip, 4791)),
-        &SocketOptions::default(),
-        &faults,
-    )
-    .expect("a free port");
+    let ip = [127, 64 + (pid >> 8 & 31) as u8, pid as u8, last];
+    let device = Device::open((ip, 4791).into(), &options).expect("a free port");
     let domain = device.protection_domain();
     let queue = device.completion_queue(16);
     let qp = domain.queue_pair(&queue, &queue, 8, 8).expect("room");
-    qp.to_init(Access::ALL).expect("a new queue pair");
     let shared = domain.memory_region(1 << 20, Access::ALL).expect("room");
-    Side {
-        domain,
-        queue,
-        qp,
-        shared,
-    }
+    qp.to_init(Access::ALL).expect("a new queue pair");
+    Side { domain, queue, qp, shared }
 }
 
 fn next(side: &Side) -> WorkCompletion {
-    let completion = side
-        .queue
-        .wait(Duration::from_secs(10))
-        .expect("a completion");
+    let completion = side.queue.wait(Duration::from_secs(10)).expect("one");
     assert_eq!(completion.status, Status::Success);
     completion
 }
@@ -65,38 +49,30 @@ fn main() {
     let (a, b) = (side(1), side(2));
     a.qp.connect(&b.qp.address()).expect("in Init");
     b.qp.connect(&a.qp.address()).expect("in Init");
-    let rounds = option("--rounds", 1000.0) as u64;
-    let mut ball = a.domain.slot(64).expect("room");
-    let mut glove = b.domain.slot(64).expect("room");
-    let start = Instant::now();
+    let [mut ball, mut glove] = [&a, &b].map(|side| side.domain.slot(64).expect("room"));
+    let (start, rounds) = (Instant::now(), 1000u32);
     for round in 0..rounds {
         let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
-        ball[..8].copy_from_slice(&round.to_le_bytes());
-        to.qp
-            .post_recv(round, Buffer::Slot(glove, 64))
-            .expect("room");
+        ball[..4].copy_from_slice(&round.to_le_bytes());
+        to.qp.post_recv(1, Buffer::Slot(glove, 64)).expect("room");
         from.qp
-            .post_send(round, SendOp::Send, Buffer::Slot(ball, 64))
+            .post_send(2, SendOp::Send, Buffer::Slot(ball, 64))
             .expect("room");
-        // Each side owns the slot it received into, and the one it sent from, again.
-        let (caught, thrown) = (
+        // Completions return what was posted. The catcher throws next, with its own slot.
+        (ball, glove) = (
             next(to).slot.expect("posted"),
             next(from).slot.expect("posted"),
         );
-        assert_eq!(caught[..8], round.to_le_bytes());
-        (ball, glove) = (caught, thrown);
+        assert_eq!(ball[..4], round.to_le_bytes());
     }
-    println!(
-        "{rounds} messages, {:.1} us each",
-        start.elapsed().as_micros() as f64 / rounds as f64
-    );
+    println!("{rounds} messages, {:?} each", start.elapsed() / rounds);
     a.shared.write(0, b"written from afar");
-    let range = a.shared.range(0, 1 << 20);
-    a.qp.post_send(1, SendOp::Write(b.shared.remote(0)), range)
+    let write = SendOp::Write(b.shared.remote(0));
+    a.qp.post_send(3, write, a.shared.range(0, 1 << 20))
         .expect("room");
     next(&a);
-    let range = b.shared.range(0, 1 << 20);
-    b.qp.post_send(2, SendOp::Read(a.shared.remote(0)), range)
+    let read = SendOp::Read(a.shared.remote(0));
+    b.qp.post_send(4, read, b.shared.range(0, 1 << 20))
         .expect("room");
-    println!("read {} bytes back", next(&b).byte_len);
+    println!("wrote and read {} bytes", next(&b).byte_len);
 }

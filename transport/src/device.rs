@@ -21,44 +21,51 @@
 
 mod budget;
 mod identity;
+mod output;
 mod timers;
+mod view;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use lowtide_transport_proto::cm::GSI_QKEY;
-use lowtide_transport_proto::icrc::{self, Flow, Icrc, Ip};
-use lowtide_transport_proto::qp::{
-    self, AccessError, Allow, AtomicOp, Completion, Fragment, Lkey, QpCaps, QueuePair, Rkey,
-    Transmit,
-};
+use lowtide_transport_proto::icrc::{self, Flow, Ip};
+use lowtide_transport_proto::qp::{self, Completion, Lkey, QpCaps, QueuePair};
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{Class, Extension, Packet, Qpn, pad_len};
+use lowtide_transport_proto::wire::{Class, Extension, Packet, Qpn};
 
 use self::budget::Budget;
 use self::identity::Identities;
 pub(crate) use self::identity::Peers;
 use self::timers::Timers;
-use crate::faults::{Fate, FaultInjector, Faults};
-use crate::memory::{self, Access, Key, Memory};
-use crate::udp::{
-    Frame, HEADER_MAX, Payload, ReceiveBatch, Socket, SocketOptions, TRAILER_MAX, TransmitBatch,
-};
+use self::view::View;
+use crate::faults::{FaultInjector, Faults};
+use crate::memory::Memory;
+use crate::pcap::Capture;
+use crate::udp::{Frame, ReceiveBatch, Socket, SocketOptions, TransmitBatch};
 
 /// Queue pairs a device may have.
 pub(crate) const QUEUE_PAIRS_MAX: usize = 32_768;
 /// The lowest queue pair number given out, as Linux rxe's; 0 and 1 are special.
 const QPN_FIRST: u32 = 16;
-/// Frames one queue pair sends before the next has its turn: one UDP_SEGMENT send.
-const BURST: usize = 15;
-/// Region number of payload that was copied for sending.
-const SCRATCH: u32 = u32::MAX - 1;
 /// Local key of receives whose bytes are not stored but handed up where they arrived.
 pub(crate) const IN_PLACE: Lkey = Lkey(u32::MAX);
+
+/// How a device is opened.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceOptions {
+    /// Socket buffers and offloads.
+    pub socket: SocketOptions,
+    /// Injected faults.
+    pub faults: Faults,
+    /// A pcap file to be written, of everything sent and everything with a right ICRC received.
+    pub capture: Option<PathBuf>,
+}
 
 /// Which queue pair; valid until it is destroyed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -154,6 +161,7 @@ pub(crate) struct Device {
     /// Everything registered.
     pub(crate) memory: Memory,
     faults: FaultInjector,
+    capture: Option<Capture>,
     identities: Identities,
     slots: Vec<Slot>,
     free: Vec<u32>,
@@ -170,19 +178,23 @@ pub(crate) struct Device {
 impl Device {
     pub(crate) fn bind(
         address: SocketAddr,
-        options: &SocketOptions,
-        faults: &Faults,
+        options: &DeviceOptions,
         peers: Peers,
         salt: u32,
     ) -> io::Result<Device> {
         Ok(Device {
             origin: Instant::now(),
-            socket: Socket::bind(address, options)?,
+            socket: Socket::bind(address, &options.socket)?,
             staged: TransmitBatch::default(),
             scratch: Vec::new(),
             overtaken: None,
             memory: Memory::default(),
-            faults: FaultInjector::new(faults),
+            faults: FaultInjector::new(&options.faults),
+            capture: options
+                .capture
+                .as_deref()
+                .map(Capture::create)
+                .transpose()?,
             identities: Identities::new(peers),
             slots: Vec::new(),
             free: Vec::new(),
@@ -364,6 +376,10 @@ impl Device {
             return Input::Dropped;
         };
         let solved = icrc::check_unknown_identification(&flow, &packet);
+        if let (Some(capture), Some(identification)) = (&mut self.capture, solved) {
+            let target = SocketAddr::new(target.unwrap_or(local.ip()), local.port());
+            capture.record(source, target, identification, &[datagram]);
+        }
         if !solved.is_some_and(|solved| self.identities.believe(now, source.ip(), solved)) {
             self.counters.rx_bad_icrc += 1;
             return Input::Dropped;
@@ -474,192 +490,6 @@ impl Device {
     pub(crate) fn poll_failed(&mut self) -> Option<QpId> {
         self.failed.pop_front()
     }
-
-    // Output.
-
-    /// Whether some queue pair has something to send.
-    pub(crate) fn has_output(&self) -> bool {
-        !self.ready.is_empty()
-    }
-
-    /// Sends what queue pairs have to send and budgets allow.
-    pub(crate) fn transmit(&mut self, now: Nanos) {
-        while let Some(index) = self.ready.pop_front() {
-            self.slots[index as usize].is_ready = false;
-            self.transmit_from(index, now);
-        }
-        self.flush();
-    }
-
-    /// One turn of one queue pair.
-    fn transmit_from(&mut self, index: u32, now: Nanos) {
-        let Some(peer) = self.slots[index as usize].peer else {
-            return;
-        };
-        let address = self.peers[peer as usize].address;
-        for sent in 0.. {
-            if sent == BURST {
-                self.mark_ready(index);
-                break;
-            }
-            let room = self.peers[peer as usize].budget.room();
-            let allow = if room > 0 {
-                Allow::All
-            } else {
-                Allow::ControlOnly
-            };
-            let slot = &mut self.slots[index as usize];
-            let Some(qp) = slot.qp.as_mut() else { return };
-            let Some(transmit) = qp.poll_transmit(now, allow) else {
-                if room == 0 && qp.has_pending_transmit() && !slot.is_waiting {
-                    slot.is_waiting = true;
-                    self.peers[peer as usize].waiting.push_back(index);
-                }
-                break;
-            };
-            let counters = qp.counters();
-            let losses = counters.retransmitted_pkts - counters.probes;
-            if losses > std::mem::replace(&mut slot.losses, losses) {
-                self.peers[peer as usize].budget.cut(now);
-            }
-            let domain = slot.domain;
-            self.settle(index);
-            match self.gather(domain, &transmit) {
-                Ok(payload) => self.push(address, transmit.header(), payload),
-                Err(_) => {
-                    // Memory that was deregistered under a posted request, or a peer's READ.
-                    if let Some(qp) = &mut self.slots[index as usize].qp {
-                        qp.handle_transmit_failure(&transmit);
-                    }
-                    self.settle(index);
-                    self.failed.push_back(QpId(index));
-                }
-            }
-        }
-        let slot = &self.slots[index as usize];
-        if let Some(qp) = &slot.qp {
-            self.timers.set(index, qp.poll_timeout());
-        }
-    }
-
-    /// Sends one management datagram of queue pair 1: headers and payload.
-    pub(crate) fn send_management(&mut self, target: SocketAddr, header: &[u8], payload: &[u8]) {
-        let payload = self.copy_to_scratch(|scratch| scratch.extend_from_slice(payload));
-        self.push(target, header, payload);
-    }
-
-    fn copy_to_scratch(&mut self, copy: impl FnOnce(&mut Vec<u8>)) -> Payload {
-        let offset = self.scratch.len();
-        copy(&mut self.scratch);
-        let len = (self.scratch.len() - offset) as u32;
-        Payload {
-            region: SCRATCH,
-            offset: offset as u64,
-            len,
-        }
-    }
-
-    /// Finds a packet's payload: by reference where nobody else can change it, else as a copy.
-    fn gather(&mut self, domain: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
-        let fragments = transmit.payload.as_slice();
-        let mut payload = Payload::EMPTY;
-        for fragment in fragments {
-            let right = match fragment.key {
-                qp::Key::Local(_) => Access::default(),
-                qp::Key::Remote(_) => wanted(qp::Access::READ),
-            };
-            let span =
-                self.memory
-                    .check(domain, key_of(fragment), fragment.addr, fragment.len, right)?;
-            if fragments.len() == 1 && self.memory.private(span.region).is_some() {
-                return Ok(Payload {
-                    region: span.region,
-                    offset: span.offset,
-                    len: span.len,
-                });
-            }
-            let start = self.scratch.len();
-            if payload.len == 0 {
-                payload = Payload {
-                    region: SCRATCH,
-                    offset: start as u64,
-                    len: 0,
-                };
-            }
-            self.scratch.resize(start + span.len as usize, 0);
-            self.memory.fetch(span, &mut self.scratch[start..]);
-            payload.len += span.len;
-        }
-        Ok(payload)
-    }
-
-    fn push(&mut self, target: SocketAddr, header: &[u8], payload: Payload) {
-        let mut frame = Frame {
-            target,
-            header: [0; HEADER_MAX],
-            header_len: header.len() as u8,
-            trailer_len: (pad_len(payload.len as usize) + 4) as u8,
-            trailer: [0; TRAILER_MAX],
-            payload,
-            is_spoilt: false,
-        };
-        frame.header[..header.len()].copy_from_slice(header);
-        let fate = self.faults.fate(&target);
-        match fate {
-            Fate::Lose => {
-                self.counters.faults_dropped += 1;
-                return;
-            }
-            Fate::Reorder if self.overtaken.is_none() => {
-                self.overtaken = Some(frame);
-                return;
-            }
-            Fate::Corrupt => frame.is_spoilt = true,
-            _ => {}
-        }
-        self.staged.push(frame);
-        if fate == Fate::Duplicate && !self.staged.is_full() {
-            self.staged.push(frame);
-        }
-        if !self.staged.is_full()
-            && let Some(overtaken) = self.overtaken.take()
-        {
-            self.staged.push(overtaken);
-        }
-        if self.staged.is_full() {
-            self.flush();
-        }
-    }
-
-    /// Hands the batch to the kernel.
-    pub(crate) fn flush(&mut self) {
-        if let Some(overtaken) = self.overtaken.take() {
-            // `push` flushes a full batch, so there is room.
-            self.staged.push(overtaken);
-        }
-        if self.staged.is_empty() {
-            return;
-        }
-        let Device {
-            socket,
-            staged,
-            scratch,
-            memory,
-            counters,
-            ..
-        } = self;
-        let local = socket.local_addr();
-        let report = socket.send(
-            staged,
-            |payload| resolve(payload, scratch, memory),
-            |frame, payload, identification| seal(local, frame, payload, identification),
-        );
-        counters.tx_datagrams += report.datagrams;
-        counters.tx_bytes += report.bytes;
-        counters.gso_sends += report.gso_sends;
-        counters.tx_refused += report.refused;
-        scratch.clear();
-    }
 }
 
 impl AsRawFd for Device {
@@ -680,23 +510,6 @@ fn add_counters(sum: &mut Counters, qp: &qp::Counters) {
     sum.dropped_pkts += qp.dropped_pkts;
 }
 
-fn key_of(fragment: &Fragment) -> Key {
-    match fragment.key {
-        qp::Key::Local(Lkey(key)) | qp::Key::Remote(Rkey(key)) => Key(key),
-    }
-}
-
-fn resolve<'m>(payload: &Payload, scratch: &'m [u8], memory: &'m Memory) -> &'m [u8] {
-    let bytes = match payload.region {
-        _ if payload.len == 0 => return &[],
-        SCRATCH => scratch,
-        region => memory
-            .private(region)
-            .expect("staged payload outlives its batch"),
-    };
-    &bytes[payload.offset as usize..][..payload.len as usize]
-}
-
 /// The flow of a packet from `source` to `target`; none if their families differ.
 fn flow(source: SocketAddr, target: IpAddr, target_port: u16) -> Option<Flow> {
     let ip = match (source.ip(), target) {
@@ -714,97 +527,4 @@ fn flow(source: SocketAddr, target: IpAddr, target_port: u16) -> Option<Flow> {
         source_port: source.port(),
         target_port,
     })
-}
-
-/// Writes pad and ICRC for the place in a run that the frame got.
-fn seal(local: SocketAddr, frame: &mut Frame, payload: &[u8], identification: u16) {
-    let Some(flow) = flow(local, frame.target.ip(), frame.target.port()) else {
-        return;
-    };
-    let flow = flow.with_identification(identification);
-    let mut crc = Icrc::begin(&flow, frame.header(), frame.wire_len());
-    crc.update(payload);
-    let (mut trailer, len) = crc.finish(pad_len(payload.len()));
-    if frame.is_spoilt {
-        trailer[len - 1] ^= 0x10;
-    }
-    frame.trailer[..len].copy_from_slice(&trailer[..len]);
-    frame.trailer_len = len as u8;
-}
-
-/// The device's memory as one queue pair sees it.
-struct View<'a> {
-    memory: &'a mut Memory,
-    domain: u32,
-    /// Offset in its message of a payload for an [`IN_PLACE`] receive.
-    placed: Option<u64>,
-}
-
-fn wanted(access: qp::Access) -> Access {
-    Access {
-        local_write: false,
-        remote_write: access.remote_write,
-        remote_read: access.remote_read,
-        remote_atomic: access.remote_atomic,
-    }
-}
-
-impl qp::Memory for View<'_> {
-    fn check_remote(
-        &self,
-        rkey: Rkey,
-        va: u64,
-        len: u32,
-        access: qp::Access,
-    ) -> Result<(), AccessError> {
-        let checked = self
-            .memory
-            .check(self.domain, Key(rkey.0), va, len, wanted(access));
-        checked.map(drop).map_err(|_| AccessError)
-    }
-
-    fn place(&mut self, target: Fragment, payload: &[u8]) -> Result<(), AccessError> {
-        if target.key == qp::Key::Local(IN_PLACE) {
-            self.placed = Some(target.addr);
-            return Ok(());
-        }
-        let right = match target.key {
-            qp::Key::Local(_) => Access::LOCAL,
-            qp::Key::Remote(_) => Access {
-                remote_write: true,
-                ..Access::default()
-            },
-        };
-        let key = key_of(&target);
-        let span = self
-            .memory
-            .check(self.domain, key, target.addr, target.len, right)
-            .map_err(|_| AccessError)?;
-        self.memory.place(span, payload);
-        Ok(())
-    }
-
-    fn atomic(&mut self, rkey: Rkey, va: u64, op: AtomicOp) -> Result<u64, AccessError> {
-        let right = Access {
-            remote_atomic: true,
-            ..Access::default()
-        };
-        let span = self
-            .memory
-            .check(self.domain, Key(rkey.0), va, 8, right)
-            .map_err(|_| AccessError)?;
-        let shared = self.memory.shared(span).ok_or(AccessError)?;
-        let offset = span.offset as usize;
-        Ok(match op {
-            AtomicOp::CompareSwap { compare, swap } => shared.compare_swap(offset, compare, swap),
-            AtomicOp::FetchAdd { add } => shared.fetch_add(offset, add),
-        })
-    }
-
-    fn invalidate(&mut self, rkey: Rkey) -> Result<(), AccessError> {
-        self.memory
-            .deregister(Key(rkey.0))
-            .map(drop)
-            .ok_or(AccessError)
-    }
 }

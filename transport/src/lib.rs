@@ -1,10 +1,31 @@
-//! Verbs transport: device, memory region, queue pair and completion over soft-RoCE.
+//! RDMA without the hardware: verbs and messages over soft-RoCE on plain UDP sockets.
+//!
+//! Two ways in, one device beneath:
+//!
+//! * [`message`]: an [`Endpoint`](message::Endpoint) with connections that carry whole messages, for
+//!   an engine that owns its threads.
+//! * [`verbs`]: device, protection domain, memory region, completion queue and queue pair with the
+//!   meaning of ibverbs, for RDMA software that wants to run anywhere.
+//!
+//! Below them, each knowing nothing of those above:
+//!
+//! * `device`: the soft-RoCE device: queue pairs, timers, budgets, the ICRC.
+//! * [`faults`]: seeded loss, duplication, reordering, corruption and partition, on every device.
+//! * [`memory`]: what may be sent, placed and reached by peers.
+//! * `pcap`: a capture of what a device sends and accepts.
+//! * [`udp`]: the socket; the only module with system calls of its own, and with `unsafe`.
+//!
+//! The state machines and formats are in the crate `lowtide_transport_proto`, which knows no socket
+//! and no clock. On the wire this is RoCEv2 as the Linux kernel's rxe and adapters speak it.
+//!
+//! Deliberately absent: what messages mean, and who is alive.
 #![deny(unsafe_code)]
 
 mod device;
 pub mod faults;
 pub mod memory;
 pub mod message;
-#[allow(unsafe_code)] // the one place that makes socket system calls
+mod pcap;
+#[allow(unsafe_code)] // system calls that no safe crate offers in this form
 pub mod udp;
 pub mod verbs;

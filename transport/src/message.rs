@@ -6,7 +6,7 @@
 //!
 //! How it works. Each connection is a pair of RC queue pairs set up by the connection manager
 //! (REQ, REP, RTU on queue pair 1, DREQ and DREP at the end). Messages travel as SENDs of at most
-//! fifteen packets ([`parcel`](self::parcel)): small messages share one packet for as long as they
+//! fifteen packets (`parcel`): small messages share one packet for as long as they
 //! wait, larger ones are cut into fragments. Fragments, not one SEND per message, because a SEND
 //! needs a receive of its length posted beforehand: with 60 KiB receives a connection needs little
 //! memory on any provider, and here none at all until a fragment comes. Receives are granted as
@@ -14,10 +14,10 @@
 //!
 //! What a caller may rely on:
 //! * an endpoint belongs to one thread; only [`Waker`] crosses threads;
-//! * [`Endpoint::send`] only queues; what is queued leaves in the next [`Endpoint::poll`];
+//! * [`EndpointCtx::send`] only queues; what is queued leaves in the next [`Endpoint::poll`];
 //! * nothing is lost however long a peer pauses or is cut off, unless
-//!   [`EndpointConfig::silence_max`] says otherwise. Who is dead is decided above; then [`close`]
-//!   [`Endpoint::close`] it. Two things end a connection from below: the peer's DREQ, and the news
+//!   [`EndpointConfig::silence_max`] says otherwise. Who is dead is decided above; then
+//!   [`close`](EndpointCtx::close) it. Two things end a connection from below: the peer's DREQ, and the news
 //!   that the peer's process has been replaced ([`CloseReason::PeerRestarted`]). That news comes
 //!   with the new process's REQ (its incarnation is larger), or as its answer to a packet for a
 //!   queue pair that it does not have; so an idle connection to a peer that never calls back stays
@@ -36,12 +36,14 @@ mod parcel;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::endpoint::{Endpoint, EndpointCtx};
 pub use crate::device::Counters;
 pub use crate::faults::Faults;
+pub use crate::udp::SocketOptions;
 
 /// Bytes of a caller's own in a hello.
 pub const HELLO_MAX: usize = 32;
@@ -69,7 +71,9 @@ pub struct EndpointConfig {
     /// none: never.
     pub silence_max: Option<Duration>,
     /// Requested socket buffers and offloads.
-    pub socket: crate::udp::SocketOptions,
+    pub socket: SocketOptions,
+    /// A pcap file to be written, of everything sent and everything with a right ICRC received.
+    pub capture: Option<PathBuf>,
 }
 
 impl EndpointConfig {
@@ -84,7 +88,8 @@ impl EndpointConfig {
             faults: Faults::default(),
             spin: Duration::from_micros(20),
             silence_max: None,
-            socket: crate::udp::SocketOptions::default(),
+            socket: SocketOptions::default(),
+            capture: None,
         }
     }
 }
@@ -181,7 +186,7 @@ pub enum SendError {
     WouldBlock,
     /// There is no such connection any more.
     Closed,
-    /// Longer than [`Limits::message_max`], or empty (a message has at least one byte).
+    /// Longer than [`Limits::message_max`].
     TooLarge,
 }
 

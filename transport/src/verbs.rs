@@ -42,12 +42,13 @@ pub use lowtide_transport_proto::qp::{
 pub use lowtide_transport_proto::wire::Qpn;
 
 use self::progress::{CqId, Posted, QpEntry, Shared};
-pub use crate::device::Counters;
 use crate::device::QpId;
+pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;
 pub use crate::memory::Access;
 use crate::memory::{Key, SharedMemory};
-use crate::udp::{SocketOptions, path_mtu};
+pub use crate::udp::SocketOptions;
+use crate::udp::path_mtu;
 
 /// READs and atomics a queue pair serves, and has under way, at once.
 const RD_ATOMIC: u8 = 16;
@@ -70,12 +71,8 @@ impl Device {
     /// # Errors
     /// `AddrInUse` when the port is taken, `InvalidInput` for the wildcard address, or whatever the
     /// operating system says.
-    pub fn open(
-        address: SocketAddr,
-        options: &SocketOptions,
-        faults: &Faults,
-    ) -> io::Result<Device> {
-        let (shared, thread) = progress::start(address, options, faults)?;
+    pub fn open(address: SocketAddr, options: &DeviceOptions) -> io::Result<Device> {
+        let (shared, thread) = progress::start(address, options)?;
         Ok(Device {
             shared,
             _progress: Arc::new(thread),

@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::IoSlice;
-use std::net::UdpSocket;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,10 @@ use common::{PATIENCE, Stream, config, connect, run_until};
 use lowtide_transport::message::{
     BindError, CloseReason, ConnId, Endpoint, EndpointConfig, Event, Faults, SendError,
 };
+use lowtide_transport::udp::{Frame, Payload, Socket, SocketOptions, TransmitBatch};
+use lowtide_transport_proto::cm::GSI_QKEY;
+use lowtide_transport_proto::icrc::{Flow, Icrc};
+use lowtide_transport_proto::wire::{Class, OPCODES, PayloadRule};
 
 #[test]
 fn ping_pong() {
@@ -95,9 +99,10 @@ fn a_bad_network_loses_nothing() {
         reorder_percent: 5.0,
         corrupt_percent: 1.0,
     };
-    let config = |node| EndpointConfig {
-        faults: faults(node),
-        ..config(node)
+    let config = |node| {
+        let mut config = config(node);
+        config.faults = faults(node);
+        config
     };
     let (a, b) = stream_both_ways(config(1), config(2), 8 << 20);
     for endpoint in [&a, &b] {
@@ -328,6 +333,50 @@ fn a_restarted_peer_that_does_not_call_back_is_found_out_by_the_next_message() {
 }
 
 #[test]
+fn a_caller_that_dies_in_the_handshake_is_never_heard_of() {
+    let mut a = Endpoint::bind(config(1)).unwrap();
+    let lives: Vec<EndpointConfig> = {
+        let base = config(2);
+        let life = |incarnation| EndpointConfig {
+            incarnation,
+            ..base.clone()
+        };
+        (1..=3).map(life).collect()
+    };
+    // The first life dies with its REQ on the way, the second after the REP.
+    for (is_answered, life) in lives[..2].iter().enumerate() {
+        let mut b = Endpoint::bind(life.clone()).unwrap();
+        b.connect(a.local_addr(), b"");
+        b.flush();
+        let before = a.counters().tx_datagrams;
+        let start = Instant::now();
+        while is_answered == 1 && a.counters().tx_datagrams == before {
+            assert!(start.elapsed() < PATIENCE);
+            a.poll(Some(Duration::from_millis(1)), &mut |_, event| {
+                panic!("{event:?}")
+            })
+            .unwrap();
+        }
+        kill(b, &a);
+    }
+    let mut b = Endpoint::bind(lives[2].clone()).unwrap();
+    b.connect(a.local_addr(), b"");
+    let mut known = Vec::new();
+    run_until(
+        &mut [&mut a, &mut b],
+        &mut known,
+        |known, side, _, event| match event {
+            Event::Connected { incarnation, .. } if side == 0 => known.push(incarnation),
+            Event::Connected { .. } => {}
+            other => panic!("{other:?}"),
+        },
+        |known, _| !known.is_empty(),
+    );
+    assert_eq!(known, [3]);
+    assert_eq!(a.connections(), 1);
+}
+
+#[test]
 fn an_outdated_incarnation_is_refused() {
     let mut a = Endpoint::bind(config(1)).unwrap();
     let new = EndpointConfig {
@@ -487,8 +536,36 @@ fn an_idle_poll_returns_when_its_time_is_up() {
     assert!(start.elapsed() >= Duration::from_millis(30));
 }
 
-/// Datagrams of all sorts of wrongness, among them good ones with one byte changed.
-fn garbage(round: u64, sample: &[u8]) -> Vec<u8> {
+/// How often this thread has gone to sleep of its own will.
+fn sleeps() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    line.unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn an_idle_connection_wakes_nobody() {
+    let (mut a, _b) = stream_both_ways(config(1), config(2), 1 << 20);
+    // Timers of the traffic before run out.
+    a.poll(Some(Duration::from_millis(100)), &mut |_, _| {})
+        .unwrap();
+    let before = sleeps();
+    a.poll(Some(Duration::from_secs(1)), &mut |_, event| {
+        panic!("{event:?}")
+    })
+    .unwrap();
+    assert!(
+        sleeps() - before <= 2,
+        "{} sleeps in a second",
+        sleeps() - before
+    );
+}
+
+/// Datagrams of all sorts of wrongness: noise, truncated packets, flipped bits; and packets with a
+/// right ICRC of every opcode, for queue pair 1, for a real queue pair, for none.
+fn garbage(round: u64, from: SocketAddr, to: SocketAddr, qpn: u32) -> Vec<u8> {
     let mut state = round.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
         state ^= state << 13;
@@ -496,34 +573,88 @@ fn garbage(round: u64, sample: &[u8]) -> Vec<u8> {
         state ^= state << 17;
         state
     };
-    let mut bytes = match round % 3 {
-        0 => (0..next() % 300).map(|_| next() as u8).collect(),
-        1 => sample[..(next() as usize % sample.len())].to_vec(),
-        _ => sample.to_vec(),
+    if round.is_multiple_of(4) {
+        return (0..1 + next() % 300).map(|_| next() as u8).collect();
+    }
+    let row = &OPCODES[next() as usize % OPCODES.len()];
+    let payload = match row.payload {
+        PayloadRule::None => 0,
+        PayloadRule::Full => 4096,
+        PayloadRule::Eight => 8,
+        PayloadRule::Tail | PayloadRule::Any if row.class == Class::Ud => 256,
+        PayloadRule::Tail | PayloadRule::Any => 4 + 4 * (next() as usize % 64),
     };
-    if let Some(at) = (next() as usize).checked_rem(bytes.len()) {
-        bytes[at] ^= 1 << (next() % 8);
-        if round % 2 == 0 {
-            // The BTH's opcode and flags, where the parsers branch.
-            bytes[0] = next() as u8;
+    let mut bytes: Vec<u8> = (0..row.shape.header_len() + payload)
+        .map(|_| next() as u8)
+        .collect();
+    bytes[..4].copy_from_slice(&[row.opcode.code(), 0, 0xFF, 0xFF]);
+    let target = [1, qpn, next() as u32][next() as usize % 3];
+    bytes[5..8].copy_from_slice(&target.to_be_bytes()[1..]);
+    if row.class == Class::Ud {
+        bytes[12..16].copy_from_slice(&GSI_QKEY.to_be_bytes());
+        let mad = row.shape.header_len();
+        bytes[mad..mad + 4].copy_from_slice(&[1, 7, 2, 3]);
+        bytes[mad + 16..mad + 18].copy_from_slice(&[0, 0x10 + (next() % 9) as u8]);
+    }
+    let flow = match (from.ip(), to.ip()) {
+        (IpAddr::V4(source), IpAddr::V4(target)) => Flow::v4(source, target, from.port()),
+        _ => unreachable!("the tests use IPv4"),
+    };
+    let header = row.shape.header_len();
+    let mut crc = Icrc::begin(&flow, &bytes[..header], bytes.len() + 4);
+    crc.update(&bytes[header..]);
+    let (tail, len) = crc.finish(0);
+    bytes.extend_from_slice(&tail[..len]);
+    match round % 4 {
+        1 => bytes.truncate(next() as usize % bytes.len() + 1),
+        2 => {
+            let at = next() as usize % bytes.len();
+            bytes[at] ^= 1 << (next() % 8);
         }
+        _ => {}
     }
     bytes
 }
 
+/// Sends bytes as they are.
+fn send_raw(socket: &mut Socket, target: SocketAddr, bytes: &[u8]) {
+    let header_len = bytes.len().min(12);
+    let mut frame = Frame {
+        target,
+        header: [0; 64],
+        header_len: header_len as u8,
+        trailer_len: 0,
+        trailer: [0; 8],
+        payload: Payload {
+            region: 0,
+            len: (bytes.len() - header_len) as u32,
+            offset: 0,
+        },
+        is_spoilt: false,
+    };
+    frame.header[..header_len].copy_from_slice(&bytes[..header_len]);
+    let mut batch = TransmitBatch::default();
+    batch.push(frame);
+    let report = socket.send(&mut batch, |_| &bytes[header_len..], |_, _, _| {});
+    assert_eq!(report.datagrams, 1);
+}
+
 #[test]
 fn garbage_in_the_middle_of_traffic_is_counted_and_harms_nobody() {
+    const COUNT: u64 = 10_000;
     let mut a = Endpoint::bind(config(1)).unwrap();
     let mut b = Endpoint::bind(config(2)).unwrap();
     let (at_a, at_b) = connect(&mut a, &mut b);
-    let stranger = UdpSocket::bind(common::address()).unwrap();
+    // A socket of our own kind, or the kernel's Identification would spoil every ICRC.
+    let options = SocketOptions {
+        offload: false,
+        ..SocketOptions::default()
+    };
+    let mut stranger = Socket::bind(common::address(), &options).unwrap();
+    let from = stranger.local_addr();
     let bytes = 8 << 20;
     let mut streams = [Stream::new(at_a, bytes), Stream::new(at_b, bytes)];
-    let (to_a, to_b) = (a.local_addr(), b.local_addr());
-    let sample: Vec<u8> = [0x04, 0, 0xFF, 0xFF, 0, 0, 0, 17, 0x80, 0, 0, 1]
-        .into_iter()
-        .chain((0..120).map(|i| i as u8))
-        .collect();
+    let targets = [a.local_addr(), b.local_addr()];
     let mut sent = 0;
     run_until(
         &mut [&mut a, &mut b],
@@ -537,21 +668,133 @@ fn garbage_in_the_middle_of_traffic_is_counted_and_harms_nobody() {
             for (stream, endpoint) in streams.iter_mut().zip(endpoints.iter_mut()) {
                 stream.send(endpoint);
             }
-            for _ in 0..if sent < 10_000 { 20 } else { 0 } {
-                let bytes = garbage(sent, &sample);
-                stranger
-                    .send_to(&bytes, if sent % 2 == 0 { to_a } else { to_b })
-                    .unwrap();
+            for _ in 0..if sent < COUNT { 20 } else { 0 } {
+                let to = targets[sent as usize % 2];
+                let datagram = garbage(sent, from, to, 0x10);
+                send_raw(&mut stranger, to, &datagram);
                 sent += 1;
             }
-            sent == 10_000 && streams.iter().all(Stream::is_done)
+            sent == COUNT && streams.iter().all(Stream::is_done)
         },
     );
     let dropped = |endpoint: &Endpoint| {
         let counters = endpoint.counters();
-        counters.rx_malformed + counters.rx_bad_icrc + counters.rx_overflow
+        counters.rx_malformed + counters.rx_bad_icrc + counters.rx_unknown_qp + counters.rx_overflow
     };
-    // Empty datagrams are not counted; all others are.
-    assert!(dropped(&a) + dropped(&b) > 9_900);
+    assert!(dropped(&a) + dropped(&b) > COUNT / 2);
     assert_eq!((a.connections(), b.connections()), (1, 1));
+}
+
+#[test]
+fn connections_come_and_go_and_leave_nothing_behind() {
+    let mut a = Endpoint::bind(config(1)).unwrap();
+    let mut b = Endpoint::bind(config(2)).unwrap();
+    let peer = b.local_addr();
+    // 2,000 in flocks of 50; each says one word and is closed by the side that heard it.
+    for flock in 0..40 {
+        for _ in 0..50 {
+            a.connect(peer, b"");
+        }
+        let mut closed = 0;
+        run_until(
+            &mut [&mut a, &mut b],
+            &mut closed,
+            |closed, side, ctx, event| match event {
+                Event::Connected { conn, .. } if side == 0 => {
+                    ctx.send(conn, &[IoSlice::new(b"word")]).unwrap();
+                }
+                Event::Message { conn, bytes } => {
+                    assert_eq!((side, bytes), (1, &b"word"[..]));
+                    ctx.close(conn);
+                }
+                Event::Closed {
+                    reason: CloseReason::PeerClosed,
+                    ..
+                } if side == 0 => *closed += 1,
+                Event::Connected { .. } => {}
+                other => panic!("{other:?}"),
+            },
+            |closed, _| *closed == 50,
+        );
+        assert_eq!((a.connections(), b.connections()), (0, 0), "flock {flock}");
+    }
+}
+
+#[test]
+fn an_endpoint_can_connect_to_itself() {
+    let mut a = Endpoint::bind(config(1)).unwrap();
+    let address = a.local_addr();
+    let ours = a.connect(address, b"me");
+    let mut heard = Vec::new();
+    run_until(
+        &mut [&mut a],
+        &mut heard,
+        |heard, _, ctx, event| match event {
+            Event::Connected {
+                conn, is_incoming, ..
+            } => {
+                assert_eq!(conn == ours, !is_incoming);
+                let word: &[u8] = if is_incoming {
+                    b"from server"
+                } else {
+                    b"from client"
+                };
+                ctx.send(conn, &[IoSlice::new(word)]).unwrap();
+            }
+            Event::Message { conn, bytes } => heard.push((conn == ours, bytes.to_vec())),
+            other => panic!("{other:?}"),
+        },
+        |heard, _| heard.len() == 2,
+    );
+    heard.sort();
+    assert_eq!(
+        heard,
+        [
+            (false, b"from client".to_vec()),
+            (true, b"from server".to_vec())
+        ]
+    );
+}
+
+#[test]
+fn a_handler_may_close_the_connection_whose_messages_it_is_given() {
+    let mut a = Endpoint::bind(config(1)).unwrap();
+    let mut b = Endpoint::bind(config(2)).unwrap();
+    let (at_a, at_b) = connect(&mut a, &mut b);
+    for _ in 0..10 {
+        a.send(at_a, &[IoSlice::new(b"one of many in a packet")])
+            .unwrap();
+    }
+    let mut heard = 0;
+    run_until(
+        &mut [&mut b, &mut a],
+        &mut heard,
+        |heard, side, ctx, event| match event {
+            Event::Message { conn, .. } => {
+                assert_eq!((side, conn), (0, at_b));
+                *heard += 1;
+                if *heard == 3 {
+                    ctx.close(conn);
+                }
+            }
+            Event::Closed {
+                conn,
+                reason: CloseReason::PeerClosed,
+            } => {
+                assert_eq!((side, conn), (1, at_a));
+                *heard += 100;
+            }
+            other => panic!("{other:?}"),
+        },
+        |heard, _| *heard >= 100,
+    );
+    assert_eq!(heard, 103);
+}
+
+#[test]
+fn endpoints_move_between_threads() {
+    fn is_send<T: Send>() {}
+    is_send::<Endpoint>();
+    is_send::<lowtide_transport::verbs::Device>();
+    is_send::<lowtide_transport::verbs::QueuePair>();
 }

@@ -3,10 +3,9 @@
 mod common;
 
 use common::PATIENCE;
-use lowtide_transport::udp::SocketOptions;
 use lowtide_transport::verbs::{
-    Access, Buffer, CompletionQueue, CreateError, Device, Faults, ProtectionDomain, QueuePair,
-    Remote, Rkey, SendOp, Status, WorkCompletion,
+    Access, Buffer, CompletionQueue, CreateError, Device, DeviceOptions, Faults, ProtectionDomain,
+    QueuePair, Remote, Rkey, SendOp, Status, WorkCompletion,
 };
 
 struct Side {
@@ -17,7 +16,11 @@ struct Side {
 }
 
 fn side(faults: &Faults) -> Side {
-    let device = Device::open(common::address(), &SocketOptions::default(), faults).unwrap();
+    let options = DeviceOptions {
+        faults: *faults,
+        ..DeviceOptions::default()
+    };
+    let device = Device::open(common::address(), &options).unwrap();
     let domain = device.protection_domain();
     let queue = device.completion_queue(256);
     let qp = domain.queue_pair(&queue, &queue, 64, 64).unwrap();
@@ -129,29 +132,24 @@ fn what_a_peer_may_not_do_fails_at_its_end_and_moves_no_byte() {
         remote_read: true,
         ..Access::LOCAL
     };
-    let wrong: [(&str, fn(Remote) -> Remote, u32, bool); 4] = [
-        ("no right to write", |r| r, 8, true),
-        (
-            "another key",
-            |r| Remote {
-                rkey: Rkey(r.rkey.0 ^ 1),
-                ..r
-            },
-            8,
-            false,
-        ),
-        ("beyond the end", |r| Remote { va: 60, ..r }, 8, false),
-        (
-            "around the address space",
-            |r| Remote {
-                va: u64::MAX - 3,
-                ..r
-            },
-            8,
-            false,
-        ),
+    let unchanged = |remote: Remote| remote;
+    let other_key = |remote: Remote| Remote {
+        rkey: Rkey(remote.rkey.0 ^ 1),
+        ..remote
+    };
+    let beyond = |remote: Remote| Remote { va: 60, ..remote };
+    let around = |remote: Remote| Remote {
+        va: u64::MAX - 3,
+        ..remote
+    };
+    type Change = fn(Remote) -> Remote;
+    let wrong: [(&str, Change, bool); 4] = [
+        ("no right to write", unchanged, true),
+        ("another key", other_key, false),
+        ("beyond the end", beyond, false),
+        ("around the address space", around, false),
     ];
-    for (name, change, len, is_write) in wrong {
+    for (name, change, is_write) in wrong {
         let (a, b) = pair(&Faults::default());
         let target = b.domain.memory_region(64, read_only).unwrap();
         let local = a.domain.memory_region(64, Access::LOCAL).unwrap();
@@ -162,7 +160,7 @@ fn what_a_peer_may_not_do_fails_at_its_end_and_moves_no_byte() {
         } else {
             SendOp::Read(remote)
         };
-        a.qp.post_send(1, op, local.range(0, len)).unwrap();
+        a.qp.post_send(1, op, local.range(0, 8)).unwrap();
         assert_eq!(a.next().status, Status::RemoteAccess, "{name}");
         let mut untouched = [9; 64];
         target.read(0, &mut untouched);
@@ -230,4 +228,28 @@ fn queues_refuse_instead_of_overflowing() {
     for _ in 0..100 {
         a.domain.queue_pair(&shallow, &shallow, 5, 5).unwrap();
     }
+}
+
+#[test]
+fn a_stranger_who_knows_the_numbers_is_not_heard() {
+    let (a, b) = pair(&Faults::default());
+    let stranger = side(&Faults::default());
+    // It claims a's place: same queue pair, same first PSN, right ICRC; only its address is wrong.
+    stranger.qp.connect(&b.qp.address()).unwrap();
+    b.qp.post_recv(1, Buffer::Slot(b.domain.slot(8).unwrap(), 8))
+        .unwrap();
+    stranger
+        .qp
+        .post_send(2, SendOp::Send, Buffer::Empty)
+        .unwrap();
+    let start = std::time::Instant::now();
+    while b.device.counters().rx_wrong_peer == 0 {
+        assert!(start.elapsed() < PATIENCE);
+        assert!(b.queue.poll().is_none());
+    }
+    let mut slot = a.domain.slot(8).unwrap();
+    slot.copy_from_slice(b"from a..");
+    a.qp.post_send(3, SendOp::Send, Buffer::Slot(slot, 8))
+        .unwrap();
+    assert_eq!(&b.succeed().slot.unwrap()[..], b"from a..");
 }

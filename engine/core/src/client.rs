@@ -100,7 +100,8 @@ struct Queued {
 #[derive(Debug, Default)]
 struct Checking {
     values: BTreeMap<usize, Option<Bytes>>,
-    asked: bool,
+    /// Checks whose value was asked for.
+    asked: BTreeSet<usize>,
 }
 
 /// A request that the tier above has not answered yet.
@@ -483,6 +484,22 @@ impl Client {
         self.counters
     }
 
+    /// What the head of the queue and the locks that are asked back wait for, in words; `None`
+    /// when nothing waits.
+    #[must_use]
+    pub fn waits_for(&self) -> Option<alloc::string::String> {
+        let head = self.queue.front().map(|q| &q.wants);
+        let asked: Vec<_> = self.asked.values().collect();
+        let yielding = self.holdings.yielding();
+        if head.is_none() && asked.is_empty() && yielding.is_empty() {
+            return None;
+        }
+        Some(alloc::format!(
+            "head wants {head:?}; pinned {:?}; asked {asked:?}; to yield {yielding:?}",
+            self.pins
+        ))
+    }
+
     /// The newest membership view known.
     #[must_use]
     pub fn view(&self) -> &crate::message::View {
@@ -776,18 +793,16 @@ impl Client {
             };
             let Some(value) = value else {
                 missing = true;
-                if !self.checking.asked {
-                    let (home, key) = (check.home, check.key.clone());
-                    if self.redo.writer_of(home, &key).is_none() {
-                        self.ask(Asked::CheckRead {
-                            check: index,
-                            home,
-                            key,
-                        });
-                    } else {
-                        // A counter of ours is on its way; its sum is read once it is committed.
-                        return false;
-                    }
+                let (home, key) = (check.home, check.key.clone());
+                // A counter of ours that is on its way is read once it is settled. What was known
+                // from the redo when the others were asked may have left it since: each check
+                // is asked on its own.
+                if self.redo.writer_of(home, &key).is_none() && self.checking.asked.insert(index) {
+                    self.ask(Asked::CheckRead {
+                        check: index,
+                        home,
+                        key,
+                    });
                 }
                 continue;
             };
@@ -804,7 +819,6 @@ impl Client {
                 return false;
             }
         }
-        self.checking.asked = missing;
         !missing
     }
 

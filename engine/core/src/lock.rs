@@ -317,6 +317,15 @@ impl LockServer {
             .any(|s| s.grants.iter().any(|g| g.holder == holder))
     }
 
+    /// Requests that wait, for status: (home, space, holder, mode, lo, hi).
+    pub fn waiting(&self) -> impl Iterator<Item = (NodeId, u64, Life, Mode, u64, u64)> + '_ {
+        self.spaces.iter().flat_map(|(&(home, space), s)| {
+            s.waiting
+                .iter()
+                .map(move |w| (home, space, w.holder, w.mode, w.lo, w.hi))
+        })
+    }
+
     /// Every grant, for invariant checks and status: (home, space, holder, mode, lo, hi).
     pub fn grants(&self) -> impl Iterator<Item = (NodeId, u64, Life, Mode, u64, u64)> + '_ {
         self.spaces.iter().flat_map(|(&(home, space), s)| {
@@ -342,9 +351,14 @@ impl LockServer {
             let mut blocked = behind;
             if !behind {
                 for g in &mut space.grants {
-                    let contends = g.holder != w.holder
-                        && conflict(g.mode, w.mode)
-                        && g.slots.overlaps(w.lo, w.hi);
+                    // A holder asks below its own stronger grant only while it is yielding that;
+                    // a weaker one beside it would keep it from ever being yielded.
+                    let against = if g.holder == w.holder {
+                        g.mode > w.mode
+                    } else {
+                        conflict(g.mode, w.mode)
+                    };
+                    let contends = against && g.slots.overlaps(w.lo, w.hi);
                     if contends {
                         blocked = true;
                         ask(
@@ -644,5 +658,59 @@ impl Holdings {
     /// Drops everything held at the homes that `of` selects.
     pub fn void(&mut self, of: impl Fn(NodeId) -> bool) {
         self.spaces.retain(|(home, _), _| !of(*home));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Incarnation;
+
+    const HOME: NodeId = NodeId(1);
+
+    fn life(node: u32) -> Life {
+        Life {
+            node: NodeId(node),
+            incarnation: Incarnation(1),
+        }
+    }
+
+    fn slot(slot: u64) -> Range {
+        Range {
+            space: 1,
+            lo: slot,
+            hi: slot,
+        }
+    }
+
+    fn granted(out: &[Notice], to: Life) -> Option<GrantId> {
+        out.iter().find_map(|n| match n {
+            Notice::Grant { to: t, grant, .. } if *t == to => Some(*grant),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn a_holder_that_yields_gets_no_weaker_grant_beside_the_stronger_one() {
+        let (mut server, mut out) = (LockServer::default(), Vec::new());
+        let whole = Range::whole(1);
+        server.request(
+            (HOME, life(6), 1),
+            slot(1),
+            Mode::Exclusive,
+            whole,
+            &mut out,
+        );
+        let strong = granted(&out, life(6)).expect("nobody else wants it");
+        out.clear();
+        server.request((HOME, life(7), 1), slot(1), Mode::Shared, whole, &mut out);
+        server.request((HOME, life(6), 2), slot(1), Mode::Shared, whole, &mut out);
+        assert!(
+            granted(&out, life(6)).is_none(),
+            "it would never yield the stronger one"
+        );
+        out.clear();
+        server.unlock(HOME, life(6), strong, slot(1), &mut out);
+        assert!(granted(&out, life(7)).is_some() && granted(&out, life(6)).is_some());
     }
 }

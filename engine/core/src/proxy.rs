@@ -339,6 +339,29 @@ impl Proxy {
         &self.locks
     }
 
+    /// What clients and homes wait for here, in words; `None` when nothing waits.
+    #[must_use]
+    pub fn waits_for(&self) -> Option<alloc::string::String> {
+        let asked: Vec<_> = self.asked.values().collect();
+        let yielding: Vec<_> = self
+            .holdings
+            .yielding()
+            .into_iter()
+            .map(|(home, _, range)| {
+                let held = self.locks.is_held(home, range);
+                let touched = self.outbox.touched_in(home, &range).next().is_some();
+                (home, range, held, touched)
+            })
+            .collect();
+        if asked.is_empty() && yielding.is_empty() && self.waiting.is_empty() {
+            return None;
+        }
+        Some(alloc::format!(
+            "clients wait for {:?}; asked {asked:?}; to yield (home, range, held, touched) {yielding:?}",
+            self.waiting
+        ))
+    }
+
     /// The newest membership view known.
     #[must_use]
     pub fn view(&self) -> &crate::message::View {

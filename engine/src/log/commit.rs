@@ -1,23 +1,11 @@
-//! Node-wide commit groups over several logs, as in Silo.
-//!
-//! Owns: the group clock, the commit log, the committer thread, and the opening of all logs of a
-//! node together.
+//! Node-wide commit groups: the clock, and the thread that makes groups durable.
 //!
 //! A record carries the group that its operation was pinned to; both halves of an operation over
 //! two shards carry the same. The committer closes the current group (new operations get the next
 //! one), waits until nobody has it pinned, reads the logs' ends, writes them as a *claim* into the
 //! commit log, syncs the logs that grew and the commit log, and reports the group durable. One
 //! sync after another: what arrives meanwhile forms the next group, so batching needs no timer.
-//!
-//! At a restart a group counts iff its claim is intact and every log is valid up to the claimed
-//! end. `D` is the largest such group. Groups above `D` are *void*: an `OPEN` record says so in
-//! every log, durably, before anything is appended, and new groups start above every group seen.
-//! Records of void groups stay where they are and are skipped. (Cutting the logs instead would lose
-//! records of group `D` that stand after one of group `D+1`, which two shards can produce.)
-//!
-//! *Loss is detected*: a claim also carries the newest group known durable when it was written; if
-//! the logs do not satisfy that group, [`OpenError::CommittedMissing`] names the log. *Not detected*:
-//! loss of the newest groups when no later claim survived (see the parent module).
+//! What a restart makes of the claims stands in [`super::set`].
 //!
 //! Invariants: a group is reported only after every sync returned `Ok`; after the first failure
 //! nothing is reported any more (one error, then silence).
@@ -25,26 +13,14 @@
 //!
 //! Source: design D2, D5; Tu et al., "Speedy Transactions in Multicore In-Memory Databases".
 
-use super::record::{ClaimBody, KIND_CLAIM, LogIdentity, OpenBody};
-use super::recover::{OpenError, Proof, Recovered, Scanned};
-use super::{Append, Log, LogConfig, LogError, Lsn, SyncHandle};
-use crate::medium::{MediumError, Poison, Volume};
+use super::record::{ClaimBody, KIND_CLAIM};
+use super::set::LogSet;
+use super::teeth::{Tooth, bites};
+use super::{Append, Log, LogError, Lsn, SyncHandle};
+use crate::medium::{Call, MediumError, Poison};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{JoinHandle, Thread};
-
-/// File prefix of the commit log.
-const COMMIT_PREFIX: &str = "commit";
-/// Log number of the commit log.
-const COMMIT_NUMBER: u32 = u32::MAX;
-/// Most logs a node can have; their ends must fit into one claim.
-pub const LOGS_MAX: u32 = 256;
-/// Segment length of the commit log, bytes.
-const COMMIT_SEGMENT: u64 = 256 << 10;
-
-fn shard_prefix(number: u32) -> String {
-    format!("shard-{number:03}")
-}
 
 /// Hands out the current commit group.
 #[derive(Debug)]
@@ -194,307 +170,58 @@ pub struct Committed<'a> {
     pub ends: &'a [Lsn],
 }
 
-/// Shape of a node's logs.
-#[derive(Debug, Clone)]
-pub struct SetConfig {
-    /// The storage's uuid.
-    pub storage: u128,
-    /// Logs wanted: one per shard. Logs of a larger number found on disk are opened too.
-    pub shards: u32,
-    /// Pattern for the shards' logs; prefix, identity and `must_reach` are filled in.
-    pub shard: LogConfig,
-    /// Checkpoint positions by log number, as the superblock has them.
-    pub must_reach: Vec<Lsn>,
-}
-
-/// What the restart found and decided.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SetRecovered {
-    /// Groups up to this one count.
-    pub durable_group: u64,
-    /// The first group of this life; those between never happened.
-    pub next_group: u64,
-    /// Per shard log.
-    pub shards: Vec<Recovered>,
-    /// The commit log.
-    pub commits: Recovered,
-}
-
-/// All logs of a node, open.
-#[derive(Debug)]
-pub struct LogSet {
-    logs: Vec<Log>,
-    commits: Log,
-    poison: Arc<Poison>,
-    durable_group: u64,
-    next_group: u64,
-}
-
-impl LogSet {
-    /// Opens, or creates, all logs of a node.
-    ///
-    /// # Errors
-    /// See [`OpenError`].
-    ///
-    /// # Panics
-    /// If more than [`LOGS_MAX`] shards are wanted.
-    pub fn open(
-        volume: Arc<dyn Volume>,
-        config: &SetConfig,
-    ) -> Result<(LogSet, SetRecovered), OpenError> {
-        let Found {
-            scans,
-            commits,
-            groups,
-            poison,
-        } = Found::scan(volume, config)?;
-        let mut logs = Vec::new();
-        let mut shards = Vec::new();
-        for scan in scans {
-            let (log, report) = scan.open(groups)?;
-            logs.push(log);
-            shards.push(report);
-        }
-        // Last, so that claims of this life follow a decision that every log knows.
-        let (commits, commits_report) = commits.open(groups)?;
-        let OpenBody {
-            durable_group,
-            next_group,
-        } = groups;
-        let report = SetRecovered {
-            durable_group,
-            next_group,
-            shards,
-            commits: commits_report,
-        };
-        Ok((
-            LogSet {
-                logs,
-                commits,
-                poison,
-                durable_group,
-                next_group,
-            },
-            report,
-        ))
-    }
-
-    /// Looks at all logs of a node and changes nothing: what opening them would find and decide.
-    ///
-    /// # Errors
-    /// See [`OpenError`].
-    pub fn verify(volume: Arc<dyn Volume>, config: &SetConfig) -> Result<SetRecovered, OpenError> {
-        let found = Found::scan(volume, config)?;
-        let OpenBody {
-            durable_group,
-            next_group,
-        } = found.groups;
-        let shards = found.scans.iter().map(|s| s.report().clone()).collect();
-        let commits = found.commits.report().clone();
-        Ok(SetRecovered {
-            durable_group,
-            next_group,
-            shards,
-            commits,
-        })
-    }
-
-    /// The logs, by number; before the committer starts, for redo and undo at recovery.
-    pub fn logs(&self) -> &[Log] {
-        &self.logs
-    }
-
-    /// Starts the committer. `notify` is called on its thread, once per group that became durable,
-    /// and at most once with an error, as the last call.
-    ///
-    /// # Errors
-    /// The thread could not be started.
-    pub fn start(
-        self,
-        notify: impl FnMut(Result<Committed<'_>, &LogError>) + Send + 'static,
-    ) -> Result<(Vec<ShardLog>, Committer), MediumError> {
-        let clock = Arc::new(GroupClock::new(self.next_group));
-        let durable_group = Arc::new(AtomicU64::new(self.durable_group));
-        let stop = Arc::new(AtomicBool::new(false));
-        let ends: Vec<_> = self
-            .logs
-            .iter()
-            .map(|log| Arc::new(AtomicU64::new(log.end().0)))
-            .collect();
-        let work = Work {
+/// Starts the committer of a set; see [`super::set::LogSet::start`].
+pub(super) fn start(
+    set: LogSet,
+    notify: Notify,
+) -> Result<(Vec<ShardLog>, Committer), MediumError> {
+    let clock = Arc::new(GroupClock::new(set.next_group));
+    let durable_group = Arc::new(AtomicU64::new(set.durable_group));
+    let stop = Arc::new(AtomicBool::new(false));
+    let ends: Vec<_> = set
+        .logs
+        .iter()
+        .map(|log| Arc::new(AtomicU64::new(log.end().0)))
+        .collect();
+    let spawned = |e| MediumError::from_io("threads", Call::Open, 0, 0, e);
+    let prepared = set.logs.iter().chain([&set.commits]).map(Log::sync_handle);
+    let work = Work {
+        preparer: Preparer::start(prepared.collect()).map_err(spawned)?,
+        clock: clock.clone(),
+        closed: set.next_group - 1,
+        handles: set.logs.iter().map(Log::sync_handle).collect(),
+        ends: ends.clone(),
+        commits_sync: set.commits.sync_handle(),
+        commits: set.commits,
+        poison: set.poison,
+        durable_group: durable_group.clone(),
+        stop: stop.clone(),
+        body: Vec::new(),
+        notify,
+    };
+    let thread = std::thread::Builder::new()
+        .name("lowtide-commit".to_owned())
+        .spawn(move || work.run())
+        .map_err(spawned)?;
+    let _ = clock.committer.set(thread.thread().clone());
+    // A shard cannot publish before it has its log, so no wake-up was lost.
+    let shards = set.logs.into_iter().zip(ends).map(|(log, end)| {
+        let publisher = Publisher {
+            end,
             clock: clock.clone(),
-            closed: self.next_group - 1,
-            handles: self.logs.iter().map(Log::sync_handle).collect(),
-            ends: ends.clone(),
-            commits_sync: self.commits.sync_handle(),
-            commits: self.commits,
-            poison: self.poison,
-            durable_group: durable_group.clone(),
-            stop: stop.clone(),
-            body: Vec::new(),
-            notify: Box::new(notify),
         };
-        let thread = std::thread::Builder::new()
-            .name("lowtide-commit".to_owned())
-            .spawn(move || work.run())
-            .map_err(|e| MediumError::from_io(COMMIT_PREFIX, crate::medium::Call::Open, 0, 0, e))?;
-        let _ = clock.committer.set(thread.thread().clone());
-        // A shard cannot publish before it has its log, so no wake-up was lost.
-        let shards = self.logs.into_iter().zip(ends).map(|(log, end)| {
-            let publisher = Publisher {
-                end,
-                clock: clock.clone(),
-            };
-            ShardLog { log, publisher }
-        });
-        let shards = shards.collect();
-        Ok((
-            shards,
-            Committer {
-                clock,
-                durable_group,
-                stop,
-                thread: Some(thread),
-            },
-        ))
-    }
-}
-
-/// All logs of a node, scanned, and the decision about groups.
-struct Found {
-    scans: Vec<Scanned>,
-    commits: Scanned,
-    groups: OpenBody,
-    poison: Arc<Poison>,
-}
-
-impl Found {
-    fn scan(volume: Arc<dyn Volume>, config: &SetConfig) -> Result<Found, OpenError> {
-        assert!(config.shards >= 1 && config.shards <= LOGS_MAX);
-        let poison = Arc::new(Poison::default());
-        let mut scans = Vec::new();
-        for number in 0..count_logs(&*volume, config.shards)? {
-            let shard = shard_config(config, number);
-            scans.push(Scanned::scan(volume.clone(), shard, poison.clone())?);
-        }
-        let mut claims = Vec::new();
-        let commits =
-            Scanned::scan_with(volume, commit_config(config), poison.clone(), &mut |r| {
-                if r.header.kind == KIND_CLAIM
-                    && let Some(body) = ClaimBody::decode(&r.body)
-                {
-                    claims.push((r.header.group, body));
-                }
-            })?;
-        let groups = decide(&scans, &commits, &claims)?;
-        Ok(Found {
-            scans,
-            commits,
-            groups,
-            poison,
-        })
-    }
-}
-
-fn shard_config(config: &SetConfig, number: u32) -> LogConfig {
-    LogConfig {
-        prefix: shard_prefix(number),
-        identity: LogIdentity {
-            storage: config.storage,
-            number,
+        ShardLog { log, publisher }
+    });
+    let shards = shards.collect();
+    Ok((
+        shards,
+        Committer {
+            clock,
+            durable_group,
+            stop,
+            thread: Some(thread),
         },
-        must_reach: config
-            .must_reach
-            .get(number as usize)
-            .copied()
-            .unwrap_or_default(),
-        ..config.shard.clone()
-    }
-}
-
-fn commit_config(config: &SetConfig) -> LogConfig {
-    let identity = LogIdentity {
-        storage: config.storage,
-        number: COMMIT_NUMBER,
-    };
-    LogConfig {
-        segment_bytes: COMMIT_SEGMENT,
-        record_bytes_max: 4096,
-        segments_min: 2,
-        segments_max: 4,
-        reserve_bytes: 0,
-        ..LogConfig::new(COMMIT_PREFIX, identity)
-    }
-}
-
-const _: () = assert!(
-    super::record_len(8 * (LOGS_MAX as u64 + 1)) <= 4096,
-    "a claim of all logs is one record"
-);
-
-fn count_logs(volume: &dyn Volume, wanted: u32) -> Result<u32, OpenError> {
-    let mut count = wanted;
-    for name in volume.list()? {
-        let number = name
-            .strip_prefix("shard-")
-            .and_then(|rest| rest.get(..3)?.parse::<u32>().ok());
-        if let Some(number) = number.filter(|n| *n < LOGS_MAX) {
-            count = count.max(number + 1);
-        }
-    }
-    Ok(count)
-}
-
-/// Decides which groups count; see the module's comment.
-fn decide(
-    scans: &[Scanned],
-    commits: &Scanned,
-    claims: &[(u64, ClaimBody)],
-) -> Result<OpenBody, OpenError> {
-    let all = || scans.iter().chain([commits]);
-    let group_max = all().map(|s| s.report().group_max).max().unwrap_or(0);
-    // The first opening of a node writes group 0 only; with more, there was a commit log.
-    if commits.report().records == 0 && group_max > 0 {
-        return Err(commits.missing(Proof::Group(group_max)));
-    }
-    let is_void = |group: u64| {
-        let within = |o: &OpenBody| o.durable_group < group && group < o.next_group;
-        all().any(|s| s.opens().iter().any(within))
-    };
-    let lacking = |claim: &ClaimBody| {
-        let end = |i: usize| scans.get(i).map_or(Lsn(0), |s| s.report().end);
-        (0..claim.ends.len()).find(|i| claim.ends[*i] > end(*i))
-    };
-    let base = commits
-        .opens()
-        .iter()
-        .map(|o| o.durable_group)
-        .max()
-        .unwrap_or(0);
-    let proved = claims
-        .iter()
-        .map(|(_, c)| c.durable_group)
-        .max()
-        .unwrap_or(0)
-        .max(base);
-    let mut durable = base;
-    for (group, claim) in claims.iter().filter(|(group, _)| !is_void(*group)) {
-        match lacking(claim) {
-            None => durable = durable.max(*group),
-            Some(log) if *group <= proved => {
-                let log = scans.get(log).unwrap_or(commits);
-                return Err(log.missing(Proof::Group(proved)));
-            }
-            Some(_) => {}
-        }
-    }
-    if durable < proved {
-        return Err(commits.missing(Proof::Group(proved)));
-    }
-    Ok(OpenBody {
-        durable_group: durable,
-        next_group: group_max + 1,
-    })
+    ))
 }
 
 /// The committer, from outside.
@@ -554,7 +281,7 @@ impl DurableGroup {
     }
 }
 
-type Notify = Box<dyn FnMut(Result<Committed<'_>, &LogError>) + Send>;
+pub(super) type Notify = Box<dyn FnMut(Result<Committed<'_>, &LogError>) + Send>;
 
 /// What the committer thread owns.
 struct Work {
@@ -566,6 +293,7 @@ struct Work {
     handles: Vec<SyncHandle>,
     commits: Log,
     commits_sync: SyncHandle,
+    preparer: Preparer,
     poison: Arc<Poison>,
     durable_group: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
@@ -579,10 +307,11 @@ impl Work {
             // Looked at first, so that what was published before the stop is committed.
             let stop = self.stop.load(Ordering::SeqCst);
             if self.clock.published.load(Ordering::SeqCst) > self.closed {
-                if let Err(error) = self.commit().and_then(|()| self.prepare()) {
+                if let Err(error) = self.commit() {
                     (self.notify)(Err(&error));
                     return;
                 }
+                self.preparer.wake();
             } else if stop {
                 return;
             } else {
@@ -609,6 +338,9 @@ impl Work {
         // They may include records of the next group: those are void until it is durable as well.
         let claim = self.claim(group, &ends)?;
         for (handle, end) in self.handles.iter().zip(&ends) {
+            if bites(Tooth::NoticeBeforeDurable) {
+                break;
+            }
             handle.sync(*end)?;
         }
         self.commits_sync.sync(self.commits.end())?;
@@ -646,9 +378,57 @@ impl Work {
             },
         })
     }
+}
 
-    fn prepare(&self) -> Result<(), LogError> {
-        self.commits_sync.prepare()?;
-        self.handles.iter().try_for_each(SyncHandle::prepare)
+/// A second thread that allocates and faults in what the logs will need next, so that a commit
+/// never waits for it. It is woken after each commit and ends with the committer, or when a log is
+/// poisoned (which the committer finds out by itself).
+#[derive(Debug)]
+struct Preparer {
+    asked: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Preparer {
+    fn start(handles: Vec<SyncHandle>) -> std::io::Result<Preparer> {
+        let asked = Arc::new(AtomicBool::new(true));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (ask, halt) = (asked.clone(), stop.clone());
+        let run = move || {
+            while !halt.load(Ordering::SeqCst) {
+                if !ask.swap(false, Ordering::SeqCst) {
+                    std::thread::park();
+                } else if handles.iter().try_for_each(SyncHandle::prepare).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("lowtide-prepare".to_owned())
+            .spawn(run)?;
+        Ok(Preparer {
+            asked,
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    fn wake(&self) {
+        self.asked.store(true, Ordering::SeqCst);
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
+    }
+}
+
+impl Drop for Preparer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.wake();
+        if let Some(thread) = self.thread.take() {
+            // A panic there was reported by the panic hook; appends then prepare for themselves.
+            let _ = thread.join();
+        }
     }
 }

@@ -6,188 +6,19 @@
 //! opening that is cut off at any point leads, when repeated, to the same records.
 //! Deliberately absent: repair. What cannot be trusted is reported, not guessed.
 
-use super::record::{
-    ALIGN, BadHeader, BadSegment, KIND_OPEN, KIND_SEAL, LogIdentity, Lsn, OpenBody, RecordHeader,
-    SegmentHeader,
-};
-use super::segment::{LogError, SEGMENT_START, Segment, Shared, Table};
-use super::{AppendError, Log, LogConfig, ReadError, Record};
-use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
+use super::chain::Chain;
+use super::record::{ALIGN, BadHeader, KIND_OPEN, KIND_SEAL, Lsn, OpenBody, RecordHeader};
+use super::segment::{SEGMENT_START, Segment, Shared, Table};
+use super::teeth::{Tooth, bites};
+use super::verdict::{OpenError, Proof, Recovered, Stop, StopReason};
+use super::{Log, LogConfig, ReadError, Record};
+use crate::medium::{Medium, MediumError, PAGE, Poison, Volume};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 /// Bytes looked at together when searching beyond the end.
 const PROBE_CHUNK: usize = 1 << 16;
-
-/// Why a scan stopped, or why bytes are not the record that was expected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum StopReason {
-    /// No record was ever written here.
-    #[error("unwritten")]
-    Unwritten,
-    /// The header's CRC is wrong.
-    #[error("header damaged")]
-    HeaderDamaged,
-    /// The header is intact, the body's CRC is wrong.
-    #[error("body damaged")]
-    BodyDamaged,
-    /// Intact, of another format version.
-    #[error("format version {0}")]
-    Version(u8),
-    /// Intact, but written for another position: an earlier use of the segment.
-    #[error("written for position {0}")]
-    WrongPosition(Lsn),
-    /// Intact, but of another log or storage.
-    #[error("of another log")]
-    WrongLog,
-    /// Intact, but not of the current generation: it survived beyond an earlier end.
-    #[error("of generation {found}, not {current}")]
-    WrongGeneration {
-        /// The record's generation.
-        found: u32,
-        /// The generation current at this place.
-        current: u32,
-    },
-    /// Intact, but its length cannot be.
-    #[error("impossible length {0}")]
-    WrongLength(u32),
-    /// A record of the log's own whose body makes no sense.
-    #[error("malformed")]
-    Malformed,
-    /// The segment is sealed and there is no next one.
-    #[error("no further segment")]
-    NoSegment,
-}
-
-/// Where and why the scan stopped.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stop {
-    /// The position.
-    pub lsn: Lsn,
-    /// The file, if there is one.
-    pub file: String,
-    /// The byte offset in the file.
-    pub offset: u64,
-    /// Why.
-    pub reason: StopReason,
-    /// Intact record headers found beyond; they are dropped.
-    pub intact_beyond: u64,
-}
-
-/// What a scan found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Recovered {
-    /// First position kept.
-    pub first: Lsn,
-    /// The end: positions from here on are written anew.
-    pub end: Lsn,
-    /// Valid records, the log's own included.
-    pub records: u64,
-    /// The newest generation found (0 for a new log).
-    pub generation: u32,
-    /// Largest group seen anywhere, dropped records included.
-    pub group_max: u64,
-    /// Largest epoch of a valid record.
-    pub epoch_max: u64,
-    /// Segment files whose header was damaged; they count as free.
-    pub headers_damaged: usize,
-    /// Where and why the scan stopped; `None` for a new log.
-    pub stop: Option<Stop>,
-}
-
-/// Why a log cannot be opened. Nothing was changed on disk unless the medium failed.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// The medium failed or is full.
-    #[error(transparent)]
-    Medium(#[from] MediumError),
-    /// The log was poisoned while being opened.
-    #[error(transparent)]
-    Poisoned(#[from] LogError),
-    /// Written by another version of this program.
-    #[error("{file}: format version {found}, supported is {}", super::FORMAT)]
-    Version {
-        /// The segment's file.
-        file: String,
-        /// Its version.
-        found: u32,
-    },
-    /// Of another storage or another log, or no segment at all.
-    #[error("{file}: not a segment of this log{}", found.map_or(String::new(), |f| format!(" but of log {} of storage {:032x}", f.number, f.storage)))]
-    Foreign {
-        /// The file.
-        file: String,
-        /// Whose it is, if it is a segment.
-        found: Option<LogIdentity>,
-    },
-    /// Its length is not the one it was created with.
-    #[error("{file}: {found} bytes long, {expected} expected")]
-    Length {
-        /// The segment's file.
-        file: String,
-        /// Its length, bytes.
-        found: u64,
-        /// What it must be, bytes.
-        expected: u64,
-    },
-    /// Two files claim to be the same segment.
-    #[error("{file}: second file for segment {seq}")]
-    Duplicate {
-        /// The second file.
-        file: String,
-        /// The segment's number.
-        seq: u64,
-    },
-    /// Records are missing that are proved to have been durable.
-    #[error(
-        "log {log}: committed records are missing from position {gap} on ({reason}); proof: {proof}"
-    )]
-    CommittedMissing {
-        /// The log's file prefix.
-        log: String,
-        /// First missing position.
-        gap: Lsn,
-        /// What was found there.
-        reason: StopReason,
-        /// Who proves it.
-        proof: Proof,
-    },
-}
-
-/// What proves that a record had been durable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Proof {
-    /// A later record of the same log says that the log was durable up to here.
-    #[error("a later record says the log was durable up to {0}")]
-    LaterRecord(Lsn),
-    /// A later segment exists although one before it is missing.
-    #[error("segment {0} exists")]
-    LaterSegment(u64),
-    /// The caller knows (a checkpoint's position).
-    #[error("the caller knows of position {0}")]
-    Caller(Lsn),
-    /// The commit log says that this group was durable on every log.
-    #[error("the commit log says that group {0} was durable")]
-    Group(u64),
-}
-
-impl From<AppendError> for OpenError {
-    fn from(error: AppendError) -> OpenError {
-        match error {
-            AppendError::Poisoned(e) => OpenError::Poisoned(e),
-            AppendError::Full { wanted, .. } | AppendError::TooLong { len: wanted, .. } => {
-                OpenError::Medium(MediumError::NoSpace {
-                    file: "log".to_owned(),
-                    wanted,
-                })
-            }
-        }
-    }
-}
 
 /// A record that is not there, before its position is known.
 #[derive(Debug)]
@@ -235,7 +66,8 @@ pub(super) fn read_record(
     if header.tag != tag {
         return bad(StopReason::WrongLog);
     }
-    if header.lsn.0 != segment.seq * config.segment_bytes + offset {
+    let expected = segment.seq * config.segment_bytes + offset;
+    if header.lsn.0 != expected && !bites(Tooth::AnyPosition) {
         return bad(StopReason::WrongPosition(header.lsn));
     }
     // A seal fills up to the very end; anything else leaves room for one.
@@ -358,6 +190,10 @@ impl Scanned {
             };
             let record = match read_record(segment, offset, &self.config, tag) {
                 Ok(record) => record,
+                Err(RecordError::Bad(_)) if bites(Tooth::ScanAfterGap) && self.can_skip(offset) => {
+                    offset += ALIGN;
+                    continue;
+                }
                 Err(RecordError::Bad(reason)) => break reason,
                 Err(RecordError::Medium(e)) => return Err(e.into()),
             };
@@ -397,6 +233,11 @@ impl Scanned {
         }
     }
 
+    /// Whether the seeded fault may look further in this segment.
+    fn can_skip(&self, offset: u64) -> bool {
+        offset + 2 * ALIGN <= self.config.segment_bytes
+    }
+
     /// Checks generation and own bodies of an otherwise valid record, and takes note of it.
     fn accept(&mut self, record: &Record) -> Result<(), StopReason> {
         let header = &record.header;
@@ -408,7 +249,7 @@ impl Scanned {
         let is_first = self.report.records == 0;
         if header.generation == 0
             || header.generation == u32::MAX
-            || !(is_first || opens || header.generation == current)
+            || !(is_first || opens || header.generation == current || bites(Tooth::AnyGeneration))
         {
             return Err(StopReason::WrongGeneration {
                 found: header.generation,
@@ -561,157 +402,5 @@ impl Scanned {
         handle.sync(log.end())?;
         handle.prepare()?;
         Ok((log, self.report))
-    }
-}
-
-/// The segment files of a log, sorted out.
-struct Chain {
-    /// Consecutive numbers.
-    segments: Vec<Segment>,
-    /// Their file names.
-    names: Vec<String>,
-    free: Vec<Arc<dyn Medium>>,
-    files: usize,
-    next_name: u32,
-    headers_damaged: usize,
-}
-
-impl Chain {
-    fn find(
-        volume: &dyn Volume,
-        config: &LogConfig,
-        poison: &Arc<Poison>,
-    ) -> Result<Chain, OpenError> {
-        let mut chain = Chain {
-            segments: Vec::new(),
-            names: Vec::new(),
-            free: Vec::new(),
-            files: 0,
-            next_name: 0,
-            headers_damaged: 0,
-        };
-        let mut found: Vec<(u64, String, Segment)> = Vec::new();
-        for (number, file) in segment_files(volume, &config.prefix)? {
-            let medium = open_segment(volume, &file, config)?;
-            let medium: Arc<dyn Medium> = Arc::new(Gated::new(&file, medium, poison.clone()));
-            chain.files += 1;
-            chain.next_name = chain.next_name.max(number + 1);
-            match segment_header(&*medium, &file, config)? {
-                HeaderVerdict::Free => chain.free.push(medium),
-                HeaderVerdict::Damaged => {
-                    chain.headers_damaged += 1;
-                    chain.free.push(medium);
-                }
-                HeaderVerdict::Segment(seq) => found.push((seq, file, Segment { seq, medium })),
-            }
-        }
-        found.sort_by_key(|(seq, ..)| *seq);
-        for pair in found.windows(2) {
-            let [(seq, ..), (next, file, _)] = pair else {
-                continue;
-            };
-            if next == seq {
-                return Err(OpenError::Duplicate {
-                    file: file.clone(),
-                    seq: *seq,
-                });
-            }
-            if *next != seq + 1 {
-                return Err(OpenError::CommittedMissing {
-                    log: config.prefix.clone(),
-                    gap: Lsn((seq + 1) * config.segment_bytes + SEGMENT_START),
-                    reason: StopReason::NoSegment,
-                    proof: Proof::LaterSegment(*next),
-                });
-            }
-        }
-        for (_, file, segment) in found {
-            chain.names.push(file);
-            chain.segments.push(segment);
-        }
-        Ok(chain)
-    }
-}
-
-/// Numbers and names of a log's segment files.
-pub(super) fn segment_files(
-    volume: &dyn Volume,
-    prefix: &str,
-) -> Result<Vec<(u32, String)>, MediumError> {
-    let names = volume.list()?;
-    let number = |name: &str| {
-        let digits = name
-            .strip_prefix(prefix)?
-            .strip_prefix('-')?
-            .strip_suffix(".seg")?;
-        digits.parse::<u32>().ok()
-    };
-    Ok(names
-        .into_iter()
-        .filter_map(|name| Some((number(&name)?, name)))
-        .collect())
-}
-
-fn open_segment(
-    volume: &dyn Volume,
-    file: &str,
-    config: &LogConfig,
-) -> Result<Arc<dyn Medium>, OpenError> {
-    let expected = config.segment_bytes;
-    let wrong = |found| OpenError::Length {
-        file: file.to_owned(),
-        found,
-        expected,
-    };
-    let medium = volume.open(file, Access::Mapped).map_err(|e| match e {
-        MediumError::OutOfRange { size, .. } => wrong(size),
-        e => e.into(),
-    })?;
-    match medium.len()? {
-        len if len == expected => Ok(medium),
-        // The header may say why: it comes first if it can be read.
-        len if len >= PAGE => {
-            segment_header(&*medium, file, config)?;
-            Err(wrong(len))
-        }
-        len => Err(wrong(len)),
-    }
-}
-
-enum HeaderVerdict {
-    Free,
-    Damaged,
-    Segment(u64),
-}
-
-fn segment_header(
-    medium: &dyn Medium,
-    file: &str,
-    config: &LogConfig,
-) -> Result<HeaderVerdict, OpenError> {
-    let mut page = [0u8; PAGE as usize];
-    medium.read(0, &mut page)?;
-    let mut bytes = [0u8; ALIGN as usize];
-    bytes.copy_from_slice(&page[..ALIGN as usize]);
-    let foreign = |found| OpenError::Foreign {
-        file: file.to_owned(),
-        found,
-    };
-    match SegmentHeader::decode(&bytes) {
-        Ok(header) if header.identity != config.identity => Err(foreign(Some(header.identity))),
-        Ok(header) if header.segment_bytes != config.segment_bytes => Err(OpenError::Length {
-            file: file.to_owned(),
-            found: header.segment_bytes,
-            expected: config.segment_bytes,
-        }),
-        Ok(header) => Ok(HeaderVerdict::Segment(header.seq)),
-        Err(BadSegment::Version(found)) => Err(OpenError::Version {
-            file: file.to_owned(),
-            found,
-        }),
-        // Our header page is zero after the header; a header cut off by a crash leaves that so.
-        Err(_) if page[ALIGN as usize..].iter().any(|b| *b != 0) => Err(foreign(None)),
-        Err(BadSegment::Unwritten) if bytes.iter().all(|b| *b == 0) => Ok(HeaderVerdict::Free),
-        Err(_) => Ok(HeaderVerdict::Damaged),
     }
 }

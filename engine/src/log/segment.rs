@@ -6,6 +6,7 @@
 //! Deliberately absent: record contents.
 
 use super::record::SegmentHeader;
+use super::teeth::{Tooth, bites};
 use super::{LogConfig, Lsn};
 use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
 use std::collections::VecDeque;
@@ -16,6 +17,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(super) const SEGMENT_START: u64 = PAGE;
 /// Ready segments that are kept ahead of the active one.
 const READY_AHEAD: usize = 1;
+
+/// How far ahead of the durable position pages are faulted in, bytes: what a busy core appends
+/// during one sync. Write-back protects pages again, so more would be lost work.
+const PREFAULT_AHEAD: u64 = 8 << 20;
 
 /// The log has failed for good: some bytes that were stored may never become durable.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -61,6 +66,8 @@ pub(super) struct Shared {
     durable: AtomicU64,
     /// Ready and free segments, for `free_bytes` without a lock.
     spare: AtomicUsize,
+    /// Pages before this position have been faulted in.
+    prefaulted: AtomicU64,
     want_growth: AtomicBool,
     disk_full: AtomicBool,
 }
@@ -86,6 +93,7 @@ impl Shared {
             preparing: Mutex::new(()),
             durable: AtomicU64::new(0),
             spare: AtomicUsize::new(spare),
+            prefaulted: AtomicU64::new(0),
             want_growth: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
         }
@@ -187,6 +195,40 @@ impl Shared {
         Ok(())
     }
 
+    /// Faults in the pages that appends will reach next. The first store to a clean page of a
+    /// shared file mapping costs a fault in the file system, here rather than in the append.
+    fn prefault(&self) {
+        let durable = self.durable().0;
+        let from = self.prefaulted.load(Ordering::Relaxed).max(durable);
+        let to = durable + PREFAULT_AHEAD;
+        // In steps worth a system call.
+        if to < from + PREFAULT_AHEAD / 8 {
+            return;
+        }
+        let segments: Vec<Segment> = {
+            let table = lock(&self.table);
+            table
+                .live
+                .iter()
+                .rev()
+                .take(2)
+                .chain(&table.ready)
+                .cloned()
+                .collect()
+        };
+        let mut reached = from;
+        for segment in segments {
+            let base = segment.seq * self.config.segment_bytes;
+            let end = (to.saturating_sub(base)).min(self.config.segment_bytes);
+            let start = from.saturating_sub(base);
+            if start < end {
+                segment.medium.prefault(start..end);
+                reached = reached.max(base + end);
+            }
+        }
+        self.prefaulted.store(reached, Ordering::Relaxed);
+    }
+
     /// Gives a file the next number and makes its header durable, before any record goes in.
     fn make_ready(&self, medium: Arc<dyn Medium>) -> Result<(), LogError> {
         // Only preparation changes it, and there is one at a time.
@@ -199,7 +241,9 @@ impl Shared {
         medium
             .store(0, &header.encode())
             .map_err(|e| self.lost(e))?;
-        medium.sync(0..PAGE).map_err(|e| self.lost(e))?;
+        if !bites(Tooth::HeaderNotSynced) {
+            medium.sync(0..PAGE).map_err(|e| self.lost(e))?;
+        }
         let mut table = lock(&self.table);
         table.next_seq = seq + 1;
         table.ready.push_back(Segment { seq, medium });
@@ -292,10 +336,11 @@ impl SyncHandle {
             let start = from.0.saturating_sub(base).max(SEGMENT_START);
             let end = (up_to.0 - base).min(segment_bytes);
             if start < end {
-                segment
-                    .medium
-                    .sync(start..end)
-                    .map_err(|e| shared.lost(e))?;
+                let mut done = segment.medium.sync(start..end);
+                if bites(Tooth::RetrySync) && done.is_err() {
+                    done = segment.medium.sync(start..end);
+                }
+                done.map_err(|e| shared.lost(e))?;
             }
         }
         // A failure on another log of the group came first: nothing is promised any more.
@@ -310,6 +355,8 @@ impl SyncHandle {
     /// # Errors
     /// The log is or becomes poisoned.
     pub fn prepare(&self) -> Result<(), LogError> {
-        self.shared.prepare(READY_AHEAD)
+        self.shared.prepare(READY_AHEAD)?;
+        self.shared.prefault();
+        Ok(())
     }
 }

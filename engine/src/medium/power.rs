@@ -117,6 +117,10 @@ impl Medium for PowerFailMedium {
         self.inner.resize(len)
     }
 
+    fn prefault(&self, range: Range<u64>) {
+        self.inner.prefault(range);
+    }
+
     fn close(&self) -> Result<(), MediumError> {
         self.inner.close()
     }

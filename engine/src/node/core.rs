@@ -5,6 +5,7 @@ use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::{Destination, Stage};
 use lowtide_engine_core::effect::{Effect, Port};
 use lowtide_engine_core::ids::{Epoch, NodeId, Time};
+use lowtide_engine_core::lock::LockServer;
 use lowtide_engine_core::message::Envelope;
 use lowtide_engine_core::proxy::Proxy;
 use lowtide_engine_core::root::Root;
@@ -156,9 +157,12 @@ impl Core {
                 } else if !lowtide_engine_core::record::Storage::has_room(&**storage) {
                     status.stage = "FULL".to_owned();
                     status.blocked_by = Some("the log has no room for new work".to_owned());
+                } else {
+                    status.blocked_by = lock_waits(c.locks());
                 }
             }
             Core::Proxy(c) => {
+                status.blocked_by = c.waits_for();
                 let windows = c.windows();
                 counters.operations = c.counters().stamped;
                 counters.replayed = windows.replayed;
@@ -168,6 +172,7 @@ impl Core {
                 counters.pings_sent = c.pings();
             }
             Core::Client(c) => {
+                status.blocked_by = c.waits_for();
                 let (queued, uncommitted) = c.backlog();
                 let windows = c.windows();
                 counters.operations = c.counters().stamped;
@@ -186,6 +191,18 @@ impl Core {
     pub(super) fn minimum(&self) -> Epoch {
         self.port().minimum()
     }
+}
+
+/// Lock requests that wait, in words.
+fn lock_waits(locks: &LockServer) -> Option<String> {
+    let waiting: Vec<String> = locks
+        .waiting()
+        .take(4)
+        .map(|(home, space, holder, mode, lo, hi)| {
+            format!("{holder} waits for {mode:?} {home} {space:x}:{lo:x}-{hi:x}")
+        })
+        .collect();
+    (!waiting.is_empty()).then(|| waiting.join(", "))
 }
 
 fn describe_destination(c: &Destination, counters: &mut NodeCounters) {

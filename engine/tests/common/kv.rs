@@ -3,7 +3,8 @@
 //! the same one in both.
 
 use crate::common::{STORAGE, tiny};
-use lowtide_engine::log::commit::{Committer, LogSet, SetConfig, ShardLog};
+use lowtide_engine::log::commit::{Committer, ShardLog};
+use lowtide_engine::log::set::{LogSet, SetConfig};
 use lowtide_engine::log::superblock::{NodeState, Superblock, SuperblockError};
 use lowtide_engine::log::{Append, Lsn};
 use lowtide_engine::medium::Volume;

@@ -1,7 +1,8 @@
 //! A two-shard node in memory whose operations are half in one log and half in the other.
 
 use crate::common::{STORAGE, tiny};
-use lowtide_engine::log::commit::{Committer, LogSet, SetConfig, SetRecovered, ShardLog};
+use lowtide_engine::log::commit::{Committer, ShardLog};
+use lowtide_engine::log::set::{LogSet, SetConfig, SetRecovered};
 use lowtide_engine::log::{Append, Lsn, OpenError};
 use lowtide_engine::medium::recording::RecordingVolume;
 use lowtide_engine::medium::{SplitMix, Volume};

@@ -10,6 +10,8 @@
 //!
 //! Deliberately absent: the bytes of management datagrams (`handshake`).
 
+mod life;
+
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, IoSlice};
@@ -18,33 +20,26 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lowtide_transport_proto::cm::CommId;
-use lowtide_transport_proto::qp::{
-    self, CompletionKind, InitAttr, QpCaps, RtrAttr, RtsAttr, Status,
-};
+use lowtide_transport_proto::qp::{self, CompletionKind, InitAttr, QpCaps, Status};
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
+use lowtide_transport_proto::wire::{PKEY_DEFAULT, Psn, Qpn};
 
 use super::connection::{Arrived, RESERVE, SENDS_MAX, Stream};
-use super::handshake::{EndQp, Greeting, Handshakes, News, RETRY_FOREVER};
-use super::outbox::{Outbox, SlotPool};
-use super::parcel::{FRAGMENT_MAX, next_record};
+use super::handshake::{Greeting, Handshakes};
+use super::outbox::SlotPool;
+use super::parcel::next_record;
 use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
-use crate::device::{Device, Input, Peers, QpId};
-use crate::udp::{Arrival, ReceiveBatch, path_mtu};
+use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
+use crate::udp::{Arrival, ReceiveBatch};
 
 /// The one protection domain: nothing here gives a peer a key.
 const DOMAIN: u32 = 0;
 /// Reassembly buffers kept for the next long message.
 const SPARE_MAX: usize = 4;
-/// Slots a connection may hold beyond those of one longest message.
-const SLOTS_EXTRA: usize = 8;
 /// The index part of an id that never had an entry.
 const INDEX_NONE: u32 = 0xFF_FFFF;
-/// How often silence is looked for, in parts of the time admitted.
-const SILENCE_CHECKS: u64 = 8;
 const TOKEN_SOCKET: mio::Token = mio::Token(0);
 const TOKEN_WAKER: mio::Token = mio::Token(1);
 
@@ -126,7 +121,12 @@ impl Endpoint {
         let addr = config.addr;
         let random = RandomState::new();
         let salt = random.build_hasher().finish() as u32;
-        let device = Device::bind(addr, &config.socket, &config.faults, Peers::Own, salt);
+        let options = DeviceOptions {
+            socket: config.socket,
+            faults: config.faults,
+            capture: config.capture.clone(),
+        };
+        let device = Device::bind(addr, &options, Peers::Own, salt);
         let device = device.map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => BindError::AddrInUse(addr),
             _ => BindError::Io(addr, error),
@@ -196,10 +196,12 @@ impl Endpoint {
         Ok(events)
     }
 
-    /// Sends what is queued without handing anything up: for a caller that will not poll soon.
+    /// Sends what is queued, also a `close`, without handing anything up: for a caller that will not
+    /// poll soon.
     pub fn flush(&mut self) {
         let now = self.ctx.device.now();
         self.ctx.pump();
+        self.ctx.handshakes.transmit(&mut self.ctx.device);
         self.ctx.device.transmit(now);
     }
 
@@ -353,6 +355,18 @@ impl EndpointCtx {
             self.handshakes.disconnect(now, index);
             self.remove(index);
         }
+    }
+
+    /// Whether something sent on the connection has not been acknowledged: closing it now would lose
+    /// that. What is acknowledged has reached the peer's endpoint, in the `poll` of which it is
+    /// handed up.
+    pub fn is_sending(&self, conn: ConnId) -> bool {
+        let connection = self
+            .index(conn)
+            .and_then(|index| self.connections[index as usize].as_ref());
+        connection
+            .and_then(|connection| connection.stream.as_ref())
+            .is_some_and(|stream| stream.outbox.is_waiting() || stream.outbox.posted() > 0)
     }
 
     /// Cuts a peer off, both ways, or lets it through again: an injected partition.
@@ -630,298 +644,6 @@ impl EndpointCtx {
         handler(self, Event::Message { conn, bytes });
     }
 
-    // Handshakes.
-
-    fn our_qp(&self, connection: &Connection, mtu: Mtu) -> EndQp {
-        EndQp {
-            qpn: connection.qpn,
-            psn: connection.psn,
-            mtu,
-        }
-    }
-
-    fn our_greeting(&self, hello: &[u8]) -> Greeting {
-        Greeting {
-            node: self.config.node,
-            incarnation: self.config.incarnation,
-            credits: self.config.limits.credits,
-            budget: self.device.receive_budget().min(u32::from(u16::MAX)) as u16,
-            hello: hello.to_vec(),
-        }
-    }
-
-    /// Sends the REQ of a new connection, or a new one after the last was given up.
-    fn request(&mut self, index: u32) {
-        let now = self.device.now();
-        let Some(connection) = &self.connections[index as usize] else {
-            return;
-        };
-        let peer = connection.peer;
-        let ours = self.our_qp(connection, link_mtu(self.device.local_addr(), peer));
-        let greeting = self.our_greeting(&connection.hello);
-        if !self.handshakes.connect(now, index, peer, &ours, &greeting) {
-            self.refused
-                .extend(self.connections[index as usize].as_ref().map(|c| c.id));
-            self.remove(index);
-        }
-    }
-
-    /// Acts on what the connection manager has to say, and sends what it wants sent.
-    fn manage(&mut self, now: Nanos, handler: &mut Handler<'_>) {
-        self.handshakes.handle_timeout(now);
-        while let Some(news) = self.handshakes.poll_news(now) {
-            match news {
-                News::Request {
-                    request,
-                    from,
-                    qp,
-                    greeting,
-                } => {
-                    self.end_replaced(from, greeting.incarnation, handler);
-                    self.accept(now, request, from, qp, greeting);
-                }
-                News::Accepted {
-                    index,
-                    qpn,
-                    psn,
-                    greeting,
-                } => {
-                    self.accepted(index, qpn, psn, greeting, handler);
-                }
-                News::Established { index } => self.establish(index, handler),
-                News::Refused { index } => self.end(index, CloseReason::Refused, handler),
-                News::Disconnected { index } => self.end(index, CloseReason::PeerClosed, handler),
-                News::Unanswered { index } => match &self.connections[index as usize] {
-                    Some(connection) if !connection.is_incoming => self.request(index),
-                    _ => self.remove(index),
-                },
-                News::Complaint {
-                    from,
-                    qpn,
-                    incarnation,
-                } => {
-                    self.believe(from, qpn, incarnation, handler);
-                }
-            }
-        }
-        while let Some(conn) = self.refused.pop_front() {
-            handler(
-                self,
-                Event::Closed {
-                    conn,
-                    reason: CloseReason::Refused,
-                },
-            );
-        }
-        self.check_silence(now, handler);
-        self.handshakes.transmit(&mut self.device);
-    }
-
-    /// Ends the connections with earlier incarnations of the process at `peer`.
-    fn end_replaced(&mut self, peer: SocketAddr, incarnation: u64, handler: &mut Handler<'_>) {
-        for index in 0..self.connections.len() as u32 {
-            let is_replaced = self.connections[index as usize].as_ref().is_some_and(|c| {
-                c.peer == peer
-                    && c.greeting
-                        .as_ref()
-                        .is_some_and(|g| g.incarnation < incarnation)
-            });
-            if is_replaced {
-                self.end(index, CloseReason::PeerRestarted, handler);
-            }
-        }
-    }
-
-    /// Answers a REQ: with a queue pair ready to work, or a refusal.
-    fn accept(
-        &mut self,
-        now: Nanos,
-        request: CommId,
-        from: SocketAddr,
-        theirs: EndQp,
-        greeting: Greeting,
-    ) {
-        let hello = self.config.hello.clone();
-        let is_outdated = self.connections.iter().flatten().any(|c| {
-            let known = c.greeting.as_ref();
-            c.peer == from && known.is_some_and(|g| g.incarnation > greeting.incarnation)
-        });
-        let index = if is_outdated {
-            None
-        } else {
-            self.open(from, hello)
-        };
-        let Some(index) = index else {
-            self.handshakes.refuse(now, request);
-            return;
-        };
-        let mtu = theirs.mtu.min(link_mtu(self.device.local_addr(), from));
-        if mtu < theirs.mtu {
-            // The connection manager has no word for a smaller path MTU in a REP.
-            self.remove(index);
-            self.handshakes.refuse(now, request);
-            return;
-        }
-        self.bring_up(index, theirs, greeting);
-        let Some(connection) = &mut self.connections[index as usize] else {
-            return;
-        };
-        connection.is_incoming = true;
-        let connection = self.connections[index as usize]
-            .as_ref()
-            .expect("just opened");
-        let ours = self.our_qp(connection, mtu);
-        let answer = self.our_greeting(&connection.hello);
-        if !self.handshakes.accept(now, request, index, &ours, &answer) {
-            self.remove(index);
-        }
-    }
-
-    /// The server has accepted.
-    fn accepted(
-        &mut self,
-        index: u32,
-        qpn: Qpn,
-        psn: Psn,
-        greeting: Greeting,
-        handler: &mut Handler<'_>,
-    ) {
-        let Some(connection) = &self.connections[index as usize] else {
-            return;
-        };
-        let peer = connection.peer;
-        let mtu = link_mtu(self.device.local_addr(), peer);
-        self.end_replaced(peer, greeting.incarnation, handler);
-        // The handler may have closed this one too.
-        if self.connections[index as usize].is_some() {
-            self.bring_up(index, EndQp { qpn, psn, mtu }, greeting);
-            self.handshakes.establish(index);
-            self.establish(index, handler);
-        }
-    }
-
-    /// Moves the queue pair to RTS.
-    fn bring_up(&mut self, index: u32, theirs: EndQp, greeting: Greeting) {
-        let Some(connection) = &mut self.connections[index as usize] else {
-            return;
-        };
-        connection.peer_qpn = theirs.qpn;
-        let budget = Some(u32::from(greeting.budget)).filter(|budget| *budget > 0);
-        self.device.set_peer(connection.qp, connection.peer, budget);
-        let Some(qp) = self.device.qp(connection.qp) else {
-            return;
-        };
-        let rtr = RtrAttr {
-            dest: theirs.qpn,
-            path_mtu: theirs.mtu,
-            rq_psn: theirs.psn,
-            max_dest_rd_atomic: 0,
-            min_rnr_timer: RnrTimer::new(1),
-        };
-        // No ACK timeout: probes find losses, and a paused peer is not flooded.
-        let rts = RtsAttr {
-            sq_psn: connection.psn,
-            timeout: 0,
-            retry_cnt: RETRY_FOREVER,
-            rnr_retry: RETRY_FOREVER,
-            max_rd_atomic: 0,
-            read_chunk_packets: 0,
-        };
-        qp.to_rtr(rtr)
-            .expect("the queue pair is in Init until its peer is known");
-        qp.to_rts(rts).expect("Rtr leads to Rts");
-        let slots_max = self.config.limits.message_max.div_ceil(FRAGMENT_MAX) + SLOTS_EXTRA;
-        let outbox = Outbox::new(theirs.mtu.bytes() as usize, slots_max);
-        let granted = self.config.limits.credits;
-        connection.stream = Some(Stream::new(
-            connection.qp,
-            outbox,
-            greeting.credits,
-            granted,
-        ));
-        connection.greeting = Some(greeting);
-    }
-
-    /// Both sides are ready: from now on the connection exists for the caller.
-    fn establish(&mut self, index: u32, handler: &mut Handler<'_>) {
-        let Some(connection) = &mut self.connections[index as usize] else {
-            return;
-        };
-        if connection.is_established || connection.stream.is_none() {
-            return;
-        }
-        connection.is_established = true;
-        connection.heard = self.device.now();
-        let greeting = connection
-            .greeting
-            .as_ref()
-            .expect("known since the queue pair came up");
-        let hello = greeting.hello.clone();
-        let event = Event::Connected {
-            conn: connection.id,
-            peer: connection.peer,
-            node: greeting.node,
-            incarnation: greeting.incarnation,
-            is_incoming: connection.is_incoming,
-            hello: &hello,
-        };
-        self.handshakes.communication(index);
-        handler(self, event);
-    }
-
-    /// A peer says that it does not have the queue pair we send to.
-    fn believe(&mut self, from: SocketAddr, qpn: Qpn, incarnation: u64, handler: &mut Handler<'_>) {
-        for index in 0..self.connections.len() as u32 {
-            let Some(connection) = &self.connections[index as usize] else {
-                continue;
-            };
-            let Some(known) = connection.greeting.as_ref().map(|g| g.incarnation) else {
-                continue;
-            };
-            if connection.peer != from || connection.peer_qpn != qpn || incarnation < known {
-                continue;
-            }
-            let reason = match incarnation > known {
-                true => CloseReason::PeerRestarted,
-                false => CloseReason::PeerClosed,
-            };
-            self.end(index, reason, handler);
-        }
-    }
-
-    /// Closes connections whose peer owes an answer for too long, if that is asked for.
-    fn check_silence(&mut self, now: Nanos, handler: &mut Handler<'_>) {
-        let Some(silence_max) = self.config.silence_max else {
-            return;
-        };
-        if now < self.next_silence_check {
-            return;
-        }
-        let silence_max = Nanos(silence_max.as_nanos() as u64);
-        self.next_silence_check = now + Nanos(silence_max.0 / SILENCE_CHECKS);
-        for index in 0..self.connections.len() as u32 {
-            let is_silent = self.connections[index as usize].as_ref().is_some_and(|c| {
-                let is_owed = c.stream.as_ref().is_some_and(|s| s.outbox.posted() > 0);
-                is_owed && now.since(c.heard) > silence_max
-            });
-            if is_silent {
-                self.end(index, CloseReason::Silent, handler);
-            }
-        }
-    }
-
-    fn next_timeout(&self) -> Option<Nanos> {
-        let silence = self.config.silence_max.map(|_| self.next_silence_check);
-        [
-            self.device.next_timeout(),
-            self.handshakes.next_timeout(),
-            silence,
-        ]
-        .into_iter()
-        .flatten()
-        .min()
-    }
-
     // Output.
 
     /// Lets every connection post that may have something to post.
@@ -948,11 +670,4 @@ impl Drop for EndpointCtx {
         self.handshakes.transmit(&mut self.device);
         self.device.flush();
     }
-}
-
-/// The largest MTU that the link to `peer` carries.
-fn link_mtu(local: SocketAddr, peer: SocketAddr) -> Mtu {
-    // Where the kernel does not know, an Ethernet is the safe guess.
-    let link = path_mtu(local, peer).unwrap_or(1500);
-    Mtu::for_link(link).unwrap_or(Mtu::B256)
 }

@@ -22,10 +22,9 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::Qpn;
 
 use super::CreateError;
-use crate::device::{Device, Input, Peers, QpId};
-use crate::faults::Faults;
+use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
 use crate::memory::Key;
-use crate::udp::{ReceiveBatch, SocketOptions, block_signals};
+use crate::udp::{ReceiveBatch, block_signals};
 
 /// Nobody has driven the device for so long: its thread does.
 const TICK: Duration = Duration::from_millis(1);
@@ -134,17 +133,10 @@ pub(super) struct Thread {
 
 pub(super) fn start(
     address: SocketAddr,
-    options: &SocketOptions,
-    faults: &Faults,
+    options: &DeviceOptions,
 ) -> io::Result<(Arc<Shared>, Thread)> {
     let random = RandomState::new();
-    let device = Device::bind(
-        address,
-        options,
-        faults,
-        Peers::Any,
-        random.hash_one(0) as u32,
-    )?;
+    let device = Device::bind(address, options, Peers::Any, random.hash_one(0) as u32)?;
     let poll = mio::Poll::new()?;
     let fd = device.as_raw_fd();
     let mut source = mio::unix::SourceFd(&fd);

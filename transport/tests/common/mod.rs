@@ -122,6 +122,10 @@ impl Stream {
         self.received = (self.received.0 + 1, self.received.1 + len);
     }
 
+    pub fn conn(&self) -> ConnId {
+        self.conn
+    }
+
     pub fn received(&self) -> u64 {
         self.received.1
     }

@@ -7,10 +7,10 @@ use lowtide_engine::offline::{self, OfflineConfig, OfflineError, OfflineState};
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::session::{Page, Placement, SessionError};
+use lowtide_filetree::Progress;
 use lowtide_filetree::fetch::{self, FetchOptions};
 use lowtide_filetree::local::{Objects, Offline};
 use lowtide_filetree::tree::Tree;
-use lowtide_filetree::Progress;
 
 use super::{Failure, Kind};
 use crate::cli::{ExportArgs, VerifyArgs};

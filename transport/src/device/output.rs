@@ -1,0 +1,250 @@
+//! The device's sending side: who sends next, where the payload lies, the ICRC.
+//!
+//! Owns: the round of ready queue pairs, and the way of a packet from its state machine through the
+//! fault injector to the socket.
+
+use std::net::SocketAddr;
+
+use lowtide_transport_proto::icrc::Icrc;
+use lowtide_transport_proto::qp::{self, Allow, Transmit};
+use lowtide_transport_proto::time::Nanos;
+use lowtide_transport_proto::wire::pad_len;
+
+use super::view::{key_of, wanted};
+use super::{Device, QpId, flow};
+use crate::faults::Fate;
+use crate::memory::{self, Access, Memory};
+use crate::udp::{Frame, HEADER_MAX, Payload, TRAILER_MAX};
+
+/// Frames one queue pair sends before the next has its turn: one UDP_SEGMENT send.
+const BURST: usize = 15;
+/// Byte and bit of the BTH that ask for an acknowledgement.
+const ACK_REQ: (usize, u8) = (8, 0x80);
+/// Region number of payload that was copied for sending.
+const SCRATCH: u32 = u32::MAX - 1;
+
+impl Device {
+    /// Whether some queue pair has something to send.
+    pub(crate) fn has_output(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Sends what queue pairs have to send and budgets allow.
+    pub(crate) fn transmit(&mut self, now: Nanos) {
+        while let Some(index) = self.ready.pop_front() {
+            self.slots[index as usize].is_ready = false;
+            self.transmit_from(index, now);
+        }
+        self.flush();
+    }
+
+    /// One turn of one queue pair.
+    fn transmit_from(&mut self, index: u32, now: Nanos) {
+        let Some(peer) = self.slots[index as usize].peer else {
+            return;
+        };
+        let address = self.peers[peer as usize].address;
+        for sent in 0.. {
+            if sent == BURST {
+                self.mark_ready(index);
+                break;
+            }
+            let room = self.peers[peer as usize].budget.room();
+            let allow = if room > 0 {
+                Allow::All
+            } else {
+                Allow::ControlOnly
+            };
+            let slot = &mut self.slots[index as usize];
+            let Some(qp) = slot.qp.as_mut() else { return };
+            let Some(transmit) = qp.poll_transmit(now, allow) else {
+                if room == 0 && qp.has_pending_transmit() && !slot.is_waiting {
+                    slot.is_waiting = true;
+                    self.peers[peer as usize].waiting.push_back(index);
+                }
+                break;
+            };
+            let counters = qp.counters();
+            let losses = counters.retransmitted_pkts - counters.probes;
+            if losses > std::mem::replace(&mut slot.losses, losses) {
+                self.peers[peer as usize].budget.cut(now);
+            }
+            let domain = slot.domain;
+            self.settle(index);
+            let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
+            match self.gather(domain, &transmit) {
+                Ok(payload) => self.push(address, transmit.header(), payload, is_last),
+                Err(_) => {
+                    // Memory that was deregistered under a posted request, or a peer's READ.
+                    if let Some(qp) = &mut self.slots[index as usize].qp {
+                        qp.handle_transmit_failure(&transmit);
+                    }
+                    self.settle(index);
+                    self.failed.push_back(QpId(index));
+                }
+            }
+        }
+        let slot = &self.slots[index as usize];
+        if let Some(qp) = &slot.qp {
+            self.timers.set(index, qp.poll_timeout());
+        }
+    }
+
+    /// Sends one management datagram of queue pair 1: headers and payload.
+    pub(crate) fn send_management(&mut self, target: SocketAddr, header: &[u8], payload: &[u8]) {
+        let payload = self.copy_to_scratch(|scratch| scratch.extend_from_slice(payload));
+        self.push(target, header, payload, false);
+    }
+
+    fn copy_to_scratch(&mut self, copy: impl FnOnce(&mut Vec<u8>)) -> Payload {
+        let offset = self.scratch.len();
+        copy(&mut self.scratch);
+        let len = (self.scratch.len() - offset) as u32;
+        Payload {
+            region: SCRATCH,
+            offset: offset as u64,
+            len,
+        }
+    }
+
+    /// Finds a packet's payload: by reference where nobody else can change it, else as a copy.
+    fn gather(&mut self, domain: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
+        let fragments = transmit.payload.as_slice();
+        let mut payload = Payload::EMPTY;
+        for fragment in fragments {
+            let right = match fragment.key {
+                qp::Key::Local(_) => Access::default(),
+                qp::Key::Remote(_) => wanted(qp::Access::READ),
+            };
+            let span =
+                self.memory
+                    .check(domain, key_of(fragment), fragment.addr, fragment.len, right)?;
+            if fragments.len() == 1 && self.memory.private(span.region).is_some() {
+                return Ok(Payload {
+                    region: span.region,
+                    offset: span.offset,
+                    len: span.len,
+                });
+            }
+            let start = self.scratch.len();
+            if payload.len == 0 {
+                payload = Payload {
+                    region: SCRATCH,
+                    offset: start as u64,
+                    len: 0,
+                };
+            }
+            self.scratch.resize(start + span.len as usize, 0);
+            self.memory.fetch(span, &mut self.scratch[start..]);
+            payload.len += span.len;
+        }
+        Ok(payload)
+    }
+
+    /// Adds a packet to the batch. `is_last`: nothing more may follow until the peer acknowledges,
+    /// so the packet asks for that, whatever the state machine thought.
+    fn push(&mut self, target: SocketAddr, header: &[u8], payload: Payload, is_last: bool) {
+        let mut frame = Frame {
+            target,
+            header: [0; HEADER_MAX],
+            header_len: header.len() as u8,
+            trailer_len: (pad_len(payload.len as usize) + 4) as u8,
+            trailer: [0; TRAILER_MAX],
+            payload,
+            is_spoilt: false,
+        };
+        frame.header[..header.len()].copy_from_slice(header);
+        if is_last {
+            frame.header[ACK_REQ.0] |= ACK_REQ.1;
+        }
+        let fate = self.faults.fate(&target);
+        match fate {
+            Fate::Lose => {
+                self.counters.faults_dropped += 1;
+                return;
+            }
+            Fate::Reorder if self.overtaken.is_none() => {
+                self.overtaken = Some(frame);
+                return;
+            }
+            Fate::Corrupt => frame.is_spoilt = true,
+            _ => {}
+        }
+        self.staged.push(frame);
+        if fate == Fate::Duplicate && !self.staged.is_full() {
+            self.staged.push(frame);
+        }
+        if !self.staged.is_full()
+            && let Some(overtaken) = self.overtaken.take()
+        {
+            self.staged.push(overtaken);
+        }
+        if self.staged.is_full() {
+            self.flush();
+        }
+    }
+
+    /// Hands the batch to the kernel.
+    pub(crate) fn flush(&mut self) {
+        if let Some(overtaken) = self.overtaken.take() {
+            // `push` flushes a full batch, so there is room.
+            self.staged.push(overtaken);
+        }
+        if self.staged.is_empty() {
+            return;
+        }
+        let Device {
+            socket,
+            staged,
+            scratch,
+            memory,
+            counters,
+            capture,
+            ..
+        } = self;
+        let local = socket.local_addr();
+        let report = socket.send(
+            staged,
+            |payload| resolve(payload, scratch, memory),
+            |frame, payload, identification| {
+                seal(local, frame, payload, identification);
+                if let Some(capture) = capture {
+                    let parts = [frame.header(), payload, frame.trailer()];
+                    capture.record(local, frame.target, identification, &parts);
+                }
+            },
+        );
+        counters.tx_datagrams += report.datagrams;
+        counters.tx_bytes += report.bytes;
+        counters.gso_sends += report.gso_sends;
+        counters.tx_refused += report.refused;
+        scratch.clear();
+    }
+}
+
+fn resolve<'m>(payload: &Payload, scratch: &'m [u8], memory: &'m Memory) -> &'m [u8] {
+    let bytes = match payload.region {
+        _ if payload.len == 0 => return &[],
+        SCRATCH => scratch,
+        region => memory
+            .private(region)
+            .expect("staged payload outlives its batch"),
+    };
+    &bytes[payload.offset as usize..][..payload.len as usize]
+}
+
+/// Writes pad and ICRC for the place in a run that the frame got.
+fn seal(local: SocketAddr, frame: &mut Frame, payload: &[u8], identification: u16) {
+    let Some(flow) = flow(local, frame.target.ip(), frame.target.port()) else {
+        return;
+    };
+    let flow = flow.with_identification(identification);
+    let mut crc = Icrc::begin(&flow, frame.header(), frame.wire_len());
+    crc.update(payload);
+    let (mut trailer, len) = crc.finish(pad_len(payload.len()));
+    if frame.is_spoilt {
+        trailer[len - 1] ^= 0x10;
+    }
+    frame.trailer[..len].copy_from_slice(&trailer[..len]);
+    frame.trailer_len = len as u8;
+}

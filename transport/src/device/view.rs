@@ -1,0 +1,89 @@
+//! The device's memory as one queue pair sees it.
+
+use lowtide_transport_proto::qp::{self, AccessError, AtomicOp, Fragment, Lkey, Rkey};
+
+use super::IN_PLACE;
+use crate::memory::{Access, Key, Memory};
+
+pub(super) fn key_of(fragment: &Fragment) -> Key {
+    match fragment.key {
+        qp::Key::Local(Lkey(key)) | qp::Key::Remote(Rkey(key)) => Key(key),
+    }
+}
+
+/// One protection domain of a device's memory, for the handling of one packet.
+pub(super) struct View<'a> {
+    pub(super) memory: &'a mut Memory,
+    pub(super) domain: u32,
+    /// Offset in its message of a payload for an [`IN_PLACE`] receive.
+    pub(super) placed: Option<u64>,
+}
+
+pub(super) fn wanted(access: qp::Access) -> Access {
+    Access {
+        local_write: false,
+        remote_write: access.remote_write,
+        remote_read: access.remote_read,
+        remote_atomic: access.remote_atomic,
+    }
+}
+
+impl qp::Memory for View<'_> {
+    fn check_remote(
+        &self,
+        rkey: Rkey,
+        va: u64,
+        len: u32,
+        access: qp::Access,
+    ) -> Result<(), AccessError> {
+        let checked = self
+            .memory
+            .check(self.domain, Key(rkey.0), va, len, wanted(access));
+        checked.map(drop).map_err(|_| AccessError)
+    }
+
+    fn place(&mut self, target: Fragment, payload: &[u8]) -> Result<(), AccessError> {
+        if target.key == qp::Key::Local(IN_PLACE) {
+            self.placed = Some(target.addr);
+            return Ok(());
+        }
+        let right = match target.key {
+            qp::Key::Local(_) => Access::LOCAL,
+            qp::Key::Remote(_) => Access {
+                remote_write: true,
+                ..Access::default()
+            },
+        };
+        let key = key_of(&target);
+        let span = self
+            .memory
+            .check(self.domain, key, target.addr, target.len, right)
+            .map_err(|_| AccessError)?;
+        self.memory.place(span, payload);
+        Ok(())
+    }
+
+    fn atomic(&mut self, rkey: Rkey, va: u64, op: AtomicOp) -> Result<u64, AccessError> {
+        let right = Access {
+            remote_atomic: true,
+            ..Access::default()
+        };
+        let span = self
+            .memory
+            .check(self.domain, Key(rkey.0), va, 8, right)
+            .map_err(|_| AccessError)?;
+        let shared = self.memory.shared(span).ok_or(AccessError)?;
+        let offset = span.offset as usize;
+        Ok(match op {
+            AtomicOp::CompareSwap { compare, swap } => shared.compare_swap(offset, compare, swap),
+            AtomicOp::FetchAdd { add } => shared.fetch_add(offset, add),
+        })
+    }
+
+    fn invalidate(&mut self, rkey: Rkey) -> Result<(), AccessError> {
+        self.memory
+            .deregister(Key(rkey.0))
+            .map(drop)
+            .ok_or(AccessError)
+    }
+}
