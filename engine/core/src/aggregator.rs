@@ -1,8 +1,10 @@
 //! An inner node of the tree that reduces the minimum: members ping it, it reports one bound up.
 //!
 //! A child counts from the moment the root has confirmed its attachment, starting at the floor the
-//! root gave (b.3 rule 3); its entry only rises. A restarted aggregator has an empty table and
-//! reports nothing until children attach again; the root holds them meanwhile (rule 5, N9).
+//! root gave (b.3 rule 3); its entry only rises. A restarted aggregator has an empty table; the
+//! root holds its children until they attach again (rule 5, N9), which they do because a ping of
+//! somebody who does not count is not answered. A report bounds exactly the children it lists: a
+//! silent child is left out of both, and the root then holds and judges it.
 
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
@@ -107,10 +109,12 @@ impl Aggregator {
                 lower_bound,
                 view,
             } => {
-                if let Some(child) = self.children.get_mut(&from).filter(|c| c.attach == attach) {
-                    child.bound = child.bound.max(lower_bound);
-                    child.last_heard = now;
-                }
+                let known = self.children.get_mut(&from).filter(|c| c.attach == attach);
+                let Some(child) = known else {
+                    return;
+                };
+                child.bound = child.bound.max(lower_bound);
+                child.last_heard = now;
                 let newer = (view < self.member.view_id()).then(|| self.member.view().clone());
                 self.port.send(from.node, Message::Pong { view: newer });
             }
@@ -130,19 +134,15 @@ impl Aggregator {
             return;
         }
         self.next_report = now.after(self.config.interval);
-        let lower_bound = self.children.values().map(|c| c.bound).min();
-        let Some(lower_bound) = lower_bound else {
-            return;
-        };
-        let covers: Vec<Covered> = self
-            .children
-            .iter()
-            .filter(|(_, c)| now.since(c.last_heard) <= self.config.silent_after)
-            .map(|(&life, c)| Covered {
-                life,
-                attach: c.attach,
-            })
-            .collect();
+        let mut lower_bound = self.port.epoch();
+        let mut covers = Vec::with_capacity(self.children.len());
+        for (&life, c) in &self.children {
+            if now.since(c.last_heard) <= self.config.silent_after {
+                lower_bound = lower_bound.min(c.bound);
+                let attach = c.attach;
+                covers.push(Covered { life, attach });
+            }
+        }
         let view = self.member.view_id();
         self.port.send(
             self.config.root,

@@ -13,22 +13,26 @@
 //! Each home is reached through one tier: a proxy while its life stands, the home itself
 //! otherwise. When a proxy's life ends, its grants are void; the operations stamped under them are
 //! sent again on the new path (stream positions make that harmless), and the root is told once they
-//! are everywhere committed (Drained), so that the dead proxy's own locks may go.
+//! are everywhere committed (Drained), so that the dead proxy's own locks may go. Reads under way
+//! are asked again under new locks. A life that the root called dead is never listened to again,
+//! although its process may still run and grant.
 //!
 //! Deliberately absent: what values mean; blocking calls (the hands match tickets to callers).
 
 mod locks;
 
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, StreamSeq, Time};
-use crate::lock::Holdings;
+use crate::lock::{Holdings, normalise};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Message, Role};
 use crate::op::{
-    Bytes, Change, Check, Expect, Key, Mode, Range, Refusal, Request, Stamp, UPDATES_MAX, Want,
+    Bytes, Change, Check, Expect, Key, Mode, Operation, Range, Refusal, Request, Stamp,
+    UPDATES_MAX, Want,
 };
 use crate::session::{Page, SessionError, Ticket};
 use crate::source::{Outbox, Redo, WindowCounters};
@@ -141,9 +145,28 @@ impl Asked {
 #[derive(Debug, Default)]
 struct Hop {
     connected: bool,
-    open: bool,
+    session: HopSession,
     /// Life that gave the grants held through this hop.
     life: Option<Life>,
+}
+
+/// Session with a hop on the present connection. One Open is answered by one Opened; saying it
+/// twice would make the tier above forget what it granted in between.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum HopSession {
+    /// None, or the life that answered is dead.
+    #[default]
+    Closed,
+    /// Open was said.
+    Opening,
+    /// Opened was heard.
+    Open,
+}
+
+impl Hop {
+    fn is_open(&self) -> bool {
+        self.session == HopSession::Open
+    }
 }
 
 /// A client. See the module's head.
@@ -170,10 +193,16 @@ pub struct Client {
     voided: BTreeMap<Life, Seq>,
     /// Dead proxy lives that the root asked about.
     drains: Vec<Life>,
+    /// Highest life of each proxy that the root called dead.
+    dead: BTreeMap<NodeId, Incarnation>,
     /// Since when a proxy is not live.
     proxy_dead_since: BTreeMap<NodeId, Time>,
+    /// Tiers above that the hands were asked to connect.
+    dialed: BTreeSet<NodeId>,
     /// Homes that have no room for new work.
     full: Vec<NodeId>,
+    /// A home refused this life; nothing more is asked for, the eviction will be heard.
+    fenced: bool,
     evicted: bool,
     counters: ClientCounters,
 }
@@ -210,8 +239,11 @@ impl Client {
             stamped: VecDeque::new(),
             voided: BTreeMap::new(),
             drains: Vec::new(),
+            dead: BTreeMap::new(),
             proxy_dead_since: BTreeMap::new(),
+            dialed: BTreeSet::new(),
             full: Vec::new(),
+            fenced: false,
             evicted: false,
             counters: ClientCounters::default(),
         }
@@ -223,7 +255,7 @@ impl Client {
             self.refuse(ticket, refusal);
             return;
         }
-        let wants = locks::normalise(&request.locks);
+        let wants = normalise(&request.locks);
         self.enqueue(
             now,
             Queued {
@@ -293,7 +325,7 @@ impl Client {
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         let hop = self.hops.entry(peer).or_default();
         hop.connected = true;
-        hop.open = false;
+        hop.session = HopSession::Closed;
         if peer == self.config.root {
             let bound = self.bound();
             self.member.handle_timeout(now, &mut self.port, bound);
@@ -305,10 +337,10 @@ impl Client {
     pub fn handle_disconnected(&mut self, peer: NodeId) {
         if let Some(hop) = self.hops.get_mut(&peer) {
             hop.connected = false;
-            hop.open = false;
+            hop.session = HopSession::Closed;
         }
         let routes = self.routes_through(peer);
-        self.outbox.closed(|home| routes.contains(&home));
+        self.outbox.closed(|_, home| routes.contains(&home));
     }
 
     /// A message arrived.
@@ -317,10 +349,13 @@ impl Client {
             return;
         }
         let from = envelope.from;
+        if self.is_stale(from, &envelope.body) {
+            return;
+        }
         match envelope.body {
             Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
                 match self.member.handle(&mut self.port, &envelope.body) {
-                    Joined::Entered { .. } => self.connect_tiers(),
+                    Joined::Entered { .. } => self.entered(now),
                     Joined::ViewChanged => self.view_changed(now),
                     Joined::Nothing => {}
                 }
@@ -345,14 +380,18 @@ impl Client {
             } => {
                 if let Some(Asked::Lock { .. }) = self.asked.remove(&request) {
                     self.holdings.granted(home, grant, range, mode, empty);
+                    // What is on its way was not there when the home looked.
+                    for key in self.redo.touched_in(home, &range) {
+                        self.holdings.occupy(home, key);
+                    }
                 }
             }
             Message::Refused { request, reason } => self.lock_refused(request, reason),
             Message::Revoke { home, grant, range } => {
                 if !self.holdings.revoke(home, grant, range) {
                     // The grant is not held here any more; say so again, the word was lost.
-                    let hop = self.route(home);
-                    self.port.send(hop, Message::Unlock { home, grant, range });
+                    self.port
+                        .send(from.node, Message::Unlock { home, grant, range });
                 }
             }
             Message::ReadReply { request, value } => self.read_replied(request, value),
@@ -371,6 +410,8 @@ impl Client {
                 if !self.drains.contains(&victim) {
                     self.drains.push(victim);
                 }
+                let dead = self.dead.entry(victim.node).or_default();
+                *dead = (*dead).max(victim.incarnation);
                 self.void(victim);
             }
             _ => {}
@@ -460,6 +501,11 @@ impl Client {
         &self.holdings
     }
 
+    /// Operations stamped after `seq` that the redo keeps, for invariant checks.
+    pub fn stamped_after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        self.redo.after(seq)
+    }
+
     fn enqueue(&mut self, now: Time, queued: Queued) {
         if self.evicted {
             self.fail(queued.ticket, &queued.item);
@@ -493,19 +539,27 @@ impl Client {
         });
     }
 
-    /// Connects to the tier through which each home is reached.
-    fn connect_tiers(&mut self) {
+    fn entered(&mut self, now: Time) {
+        self.connect();
+        self.watch_proxies(now);
+        let connected: Vec<NodeId> = self.hops.keys().copied().collect();
+        for hop in connected {
+            self.open_hop(hop);
+        }
+    }
+
+    /// Connects every tier above that is not connected yet; new homes may have joined.
+    fn connect(&mut self) {
         let mut hops: Vec<NodeId> = self.config.via.values().copied().collect();
         for seat in &self.member.view().seats {
             if seat.role == Role::Destination {
                 hops.push(self.route(seat.life.node));
             }
         }
-        hops.sort_unstable();
-        hops.dedup();
         for hop in hops {
-            self.port.ask(Effect::Connect(hop));
-            self.open_hop(hop);
+            if self.dialed.insert(hop) {
+                self.port.ask(Effect::Connect(hop));
+            }
         }
     }
 
@@ -521,7 +575,11 @@ impl Client {
             self.port.ask(Effect::Evicted);
             return;
         }
-        self.connect_tiers();
+        self.connect();
+        self.watch_proxies(now);
+    }
+
+    fn watch_proxies(&mut self, now: Time) {
         for proxy in self.config.via.values() {
             let live = self.member.view().seat(*proxy).is_some_and(|s| s.live);
             if live {
@@ -542,16 +600,23 @@ impl Client {
             .collect();
         for proxy in dead {
             let homes = self.routes_through(proxy);
-            if homes.is_empty() {
+            let serves = self
+                .hops
+                .get(&proxy)
+                .is_some_and(|h| h.is_open() && h.life.is_some_and(|l| !self.is_dead(l)));
+            // A life that serves and is not in the view yet has only just joined.
+            if homes.is_empty() || serves {
                 continue;
             }
             if let Some(life) = self.hops.get(&proxy).and_then(|h| h.life) {
                 self.void(life);
             }
-            self.outbox.closed(|home| homes.contains(&home));
+            self.outbox.closed(|_, home| homes.contains(&home));
             for home in homes {
                 self.direct.insert(home, home);
-                self.port.ask(Effect::Connect(home));
+                if self.dialed.insert(home) {
+                    self.port.ask(Effect::Connect(home));
+                }
                 self.open_hop(home);
             }
         }
@@ -580,7 +645,7 @@ impl Client {
         let open: Vec<NodeId> = self
             .hops
             .iter()
-            .filter(|(_, h)| h.open)
+            .filter(|(_, h)| h.is_open())
             .map(|(&node, _)| node)
             .collect();
         for hop in open {
@@ -630,6 +695,7 @@ impl Client {
             .skip(1)
             .take(PREFETCH)
             .flat_map(|q| q.wants.iter().copied())
+            .filter(|w| !self.full.contains(&w.home))
             .collect();
         for want in ahead {
             self.want(&want);
@@ -783,7 +849,14 @@ impl Client {
 
     fn head_left(&mut self, ticket: Ticket) {
         self.unpin(ticket.0);
+        self.forget_checks();
+    }
+
+    /// Answers that are still on their way belong to another head or to lost locks.
+    fn forget_checks(&mut self) {
         self.checking = Checking::default();
+        self.asked
+            .retain(|_, a| !matches!(a, Asked::CheckRead { .. }));
     }
 
     /// Answers a read from what is known, or asks the tier above. `false` when it must wait.

@@ -128,6 +128,8 @@ pub struct Destination {
     stage: Stage,
     end: Lsn,
     durable: Lsn,
+    /// Undo steps that are not durable: position of the step and of the record it used.
+    undoing: VecDeque<(Lsn, Lsn)>,
     marks_logged: (Epoch, Epoch),
     marks_pending: VecDeque<(Lsn, Epoch, Epoch)>,
     minimum_durable: Epoch,
@@ -180,6 +182,7 @@ impl Destination {
             stage,
             end,
             durable: end,
+            undoing: VecDeque::new(),
             marks_logged: (minimum, ceiling),
             marks_pending: VecDeque::new(),
             minimum_durable: minimum,
@@ -279,6 +282,9 @@ impl Destination {
             }
             source.dirty |= source.committed > before;
         }
+        while self.undoing.front().is_some_and(|(lsn, _)| *lsn <= durable) {
+            self.undoing.pop_front();
+        }
         while let Some(&(lsn, minimum, ceiling)) = self.marks_pending.front() {
             if lsn > durable {
                 break;
@@ -321,14 +327,12 @@ impl Destination {
     }
 
     /// Position that the log must keep records from, as far as undo is concerned; `None` when no
-    /// undo record is kept.
+    /// undo record is kept. A record is kept until the step that used it is durable.
     #[must_use]
     pub fn undo_floor(&self) -> Option<Lsn> {
-        self.sources
-            .values()
-            .filter_map(|s| s.index.front())
-            .map(|e| e.lsn)
-            .min()
+        let kept = self.sources.values().filter_map(|s| s.index.front());
+        let undoing = self.undoing.iter().map(|&(_, used)| used);
+        kept.map(|e| e.lsn).chain(undoing).min()
     }
 
     /// Figures so far.
@@ -750,18 +754,20 @@ pub fn negate_words(words: &[u8]) -> Bytes {
     Arc::from(negated)
 }
 
-/// Other participants' updates for the record: all that fit the budget, light ones first come.
+/// Other participants' updates for the record, as far as they fit the budget. A participant's
+/// updates are carried all or not at all: half of a part completes nothing.
 fn carry(op: &Operation, own: NodeId, budget: usize) -> Vec<Update> {
     let mut left = budget;
-    op.updates
-        .iter()
-        .filter(|u| u.home != own)
-        .filter(|u| {
-            let weight = u.change.weight() + u.key.name.len();
-            let fits = weight <= left;
-            left -= if fits { weight } else { 0 };
-            fits
-        })
-        .cloned()
-        .collect()
+    let mut carried = Vec::new();
+    for p in op.participants.iter().filter(|p| p.node != own) {
+        let weight: usize = op
+            .updates_for(p.node)
+            .map(|u| u.change.weight() + u.key.name.len())
+            .sum();
+        if weight <= left {
+            left -= weight;
+            carried.extend(op.updates_for(p.node).cloned());
+        }
+    }
+    carried
 }

@@ -18,7 +18,7 @@ use alloc::vec::Vec;
 
 use crate::ids::{GrantId, Life, NodeId};
 use crate::message::Reclaim;
-use crate::op::{Key, Mode, Range};
+use crate::op::{Key, Mode, Range, Want};
 
 /// Disjoint inclusive ranges of slots, ascending.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -440,6 +440,25 @@ fn widen(space: &Space, w: &Waiting) -> (u64, u64) {
         fence(e.lo, e.hi);
     }
     (lo, hi)
+}
+
+/// Wants in the global order, overlapping ones merged under the stronger mode, so that a request
+/// never waits for itself.
+#[must_use]
+pub fn normalise(wants: &[Want]) -> Vec<Want> {
+    let mut sorted = wants.to_vec();
+    sorted.sort_unstable_by_key(|w| (w.home, w.range.space, w.range.lo, w.range.hi));
+    let mut merged: Vec<Want> = Vec::with_capacity(sorted.len());
+    for want in sorted {
+        match merged.last_mut() {
+            Some(last) if last.home == want.home && last.range.overlaps(&want.range) => {
+                last.range.hi = last.range.hi.max(want.range.hi);
+                last.mode = last.mode.max(want.mode);
+            }
+            _ => merged.push(want),
+        }
+    }
+    merged
 }
 
 /// A range held from the tier above.

@@ -3,10 +3,17 @@
 //! Pings go out at a fixed interval whether or not there is work (E4), carry the lower bound, and
 //! are answered by the parent with the newest view if the member's is old. A lost ping costs one
 //! interval; nothing is retransmitted.
+//!
+//! A member below an aggregator that gets no answers attaches anew, under the next number, and
+//! pings the root until the aggregator has confirmed it (b.3 rule 5): the aggregator may be gone,
+//! or may have restarted with an empty table, and then answers nobody it does not count.
 
 use crate::effect::Port;
 use crate::ids::{Epoch, Life, NodeId, Time, ViewId};
 use crate::message::{Message, Role, View};
+
+/// Pings to an aggregator in a row without an answer after which a member attaches anew.
+const UNANSWERED_MAX: u32 = 3;
 
 /// Membership half of a node.
 #[derive(Debug)]
@@ -18,6 +25,8 @@ pub struct Member {
     joined: bool,
     attach: u32,
     attached: bool,
+    /// Pings sent since the aggregator last answered, or since it was asked to attach us.
+    unanswered: u32,
     interval: u64,
     next_ping: Time,
     view: View,
@@ -53,6 +62,7 @@ impl Member {
             joined: false,
             attach: u32::from(parent != root),
             attached: parent == root,
+            unanswered: 0,
             interval,
             next_ping: Time(0),
             view: View::default(),
@@ -106,6 +116,14 @@ impl Member {
             );
             return;
         }
+        if self.parent != self.root {
+            if self.unanswered >= UNANSWERED_MAX {
+                self.attach += 1;
+                self.attached = false;
+                self.unanswered = 0;
+            }
+            self.unanswered += 1;
+        }
         if !self.attached {
             let (life, attach) = (port.life(), self.attach);
             port.send(self.parent, Message::Attach { life, attach });
@@ -117,11 +135,10 @@ impl Member {
             self.root
         };
         self.pings += 1;
-        let attach = if self.attached { self.attach } else { 0 };
         port.send(
             to,
             Message::Ping {
-                attach,
+                attach: self.attach,
                 lower_bound: bound,
                 view: self.view.id,
             },
@@ -149,11 +166,20 @@ impl Member {
                 if *life == port.life() && *attach == self.attach =>
             {
                 self.attached = true;
+                self.unanswered = 0;
                 Joined::Nothing
             }
-            Message::Pong { view: Some(view) } if view.id > self.view.id => {
-                self.view = view.clone();
-                Joined::ViewChanged
+            Message::Pong { view } => {
+                if self.attached {
+                    self.unanswered = 0;
+                }
+                match view {
+                    Some(view) if view.id > self.view.id => {
+                        self.view = view.clone();
+                        Joined::ViewChanged
+                    }
+                    _ => Joined::Nothing,
+                }
             }
             _ => Joined::Nothing,
         }
@@ -166,7 +192,7 @@ impl Member {
         self.attached = parent == self.root;
     }
 
-    /// Whether this life was replaced or declared dead.
+    /// Whether the newest view known says that a life was replaced or declared dead.
     #[must_use]
     pub fn is_evicted(&self, life: Life) -> bool {
         self.joined

@@ -108,9 +108,12 @@ struct WaitingLock {
     mode: Mode,
 }
 
+/// One tier above: a home or another proxy of the cluster.
 #[derive(Debug, Default)]
 struct Hop {
     connected: bool,
+    /// Open was said on this connection; it is said once.
+    opening: bool,
     open: bool,
     life: Option<Life>,
 }
@@ -125,8 +128,12 @@ pub struct Proxy {
     holdings: Holdings,
     outbox: Outbox,
     hops: BTreeMap<NodeId, Hop>,
+    /// Tiers above that the hands were asked to connect.
+    dialed: BTreeSet<NodeId>,
+    /// Which of the settings' proxies are used: those that live.
+    via: BTreeMap<NodeId, NodeId>,
     sessions: BTreeMap<NodeId, Life>,
-    /// Sessions that were asked for before this proxy had a life.
+    /// Sessions asked for before this proxy joined.
     early: BTreeMap<NodeId, Life>,
     waiting: Vec<WaitingLock>,
     asked: BTreeMap<u64, Asked>,
@@ -168,6 +175,8 @@ impl Proxy {
             holdings: Holdings::default(),
             outbox: Outbox::default(),
             hops: BTreeMap::new(),
+            dialed: BTreeSet::new(),
+            via: BTreeMap::new(),
             sessions: BTreeMap::new(),
             early: BTreeMap::new(),
             waiting: Vec::new(),
@@ -190,6 +199,7 @@ impl Proxy {
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         let hop = self.hops.entry(peer).or_default();
         hop.connected = true;
+        hop.opening = false;
         hop.open = false;
         if peer == self.config.root {
             let bound = self.bound();
@@ -202,15 +212,16 @@ impl Proxy {
     pub fn handle_disconnected(&mut self, peer: NodeId) {
         if let Some(hop) = self.hops.get_mut(&peer) {
             hop.connected = false;
+            hop.opening = false;
             hop.open = false;
         }
         self.early.remove(&peer);
         if let Some(life) = self.sessions.remove(&peer) {
             self.waiting.retain(|w| w.holder != life);
         }
-        let own = self.port.life();
+        let (via, own) = (&self.via, self.port.life());
         self.outbox
-            .closed(|home| Self::hop_of(&self.config, own, own, home) == peer || home == peer);
+            .closed(|source, home| Self::hop_of(via, own, source, home) == peer);
     }
 
     /// A message arrived.
@@ -228,7 +239,7 @@ impl Proxy {
                         self.port.ask(Effect::Evicted);
                         return;
                     }
-                    Joined::ViewChanged => self.connect_tiers(),
+                    Joined::ViewChanged => self.view_changed(),
                     Joined::Nothing => {}
                 }
             }
@@ -267,7 +278,11 @@ impl Proxy {
     /// When [`Proxy::handle_timeout`] wants to run.
     #[must_use]
     pub fn poll_timeout(&self) -> Time {
-        self.member.timeout().min(self.next_merge)
+        if self.member.is_joined() {
+            self.member.timeout().min(self.next_merge)
+        } else {
+            self.member.timeout()
+        }
     }
 
     /// The next effect.
@@ -336,20 +351,52 @@ impl Proxy {
         self.member.pings()
     }
 
+    /// Lives that were dead before this one began are refused like fenced ones: their fences were
+    /// or will be answered without this proxy.
     fn entered(&mut self) {
-        self.connect_tiers();
-        for life in core::mem::take(&mut self.early).into_values() {
-            self.open(life, None, &[]);
+        for seat in &self.member.view().seats {
+            let Life { node, incarnation } = seat.life;
+            let dead = Incarnation(incarnation.0 - u64::from(seat.live));
+            let gone = self.gone.entry(node).or_default();
+            *gone = (*gone).max(dead);
+        }
+        self.view_changed();
+        let connected: Vec<NodeId> = self.hops.keys().copied().collect();
+        for hop in connected {
+            self.open_hop(hop);
+        }
+        for (_, from) in core::mem::take(&mut self.early) {
+            self.open(from, None, &[]);
         }
     }
 
-    /// Connects to every home, and to the proxies that own operations go through.
-    fn connect_tiers(&mut self) {
+    /// New homes are connected; parts of own operations do not wait for a dead proxy.
+    fn view_changed(&mut self) {
+        let view = self.member.view();
+        let live = |node: NodeId| view.seat(node).is_some_and(|s| s.live);
+        let via: BTreeMap<NodeId, NodeId> = self
+            .config
+            .via
+            .iter()
+            .filter(|(_, proxy)| live(**proxy))
+            .map(|(&home, &proxy)| (home, proxy))
+            .collect();
+        if via != self.via {
+            let own = self.port.life();
+            let moved = |home: NodeId| via.get(&home) != self.via.get(&home);
+            self.outbox
+                .closed(|source, home| source == own && moved(home));
+            self.own.forget_pins_of(|proxy| !live(proxy));
+            self.via = via;
+            self.hurry = true;
+        }
         let mut hops: Vec<NodeId> = self.config.via.values().copied().collect();
-        let homes = self.member.view().seats.iter().filter(|s| s.role == Role::Destination);
+        let homes = view.seats.iter().filter(|s| s.role == Role::Destination);
         hops.extend(homes.map(|s| s.life.node));
-        for hop in hops {
-            self.port.ask(Effect::Connect(hop));
+        for &hop in &hops {
+            if self.dialed.insert(hop) {
+                self.port.ask(Effect::Connect(hop));
+            }
             self.open_hop(hop);
         }
     }
@@ -364,41 +411,43 @@ impl Proxy {
 
     /// Where parts of `source` for `home` go next: own operations may go through another proxy of
     /// the cluster, everything else straight home.
-    fn hop_of(config: &ProxyConfig, own: Life, source: Life, home: NodeId) -> NodeId {
-        let through = config.via.get(&home).filter(|_| source == own);
+    fn hop_of(via: &BTreeMap<NodeId, NodeId>, own: Life, source: Life, home: NodeId) -> NodeId {
+        let through = via.get(&home).filter(|_| source == own);
         through.copied().unwrap_or(home)
     }
 
     fn open_hop(&mut self, hop: NodeId) {
-        let Some(state) = self.hops.get(&hop) else {
-            return;
-        };
         let role = self.member.view().seat(hop).map(|s| s.role);
         let upstream = role == Some(Role::Destination)
             || (role == Some(Role::Proxy) && self.config.via.values().any(|p| *p == hop));
-        if !state.connected || state.open || !upstream || !self.member.is_joined() {
+        let Some(state) = self.hops.get_mut(&hop) else {
+            return;
+        };
+        let idle = state.connected && !state.opening && !state.open;
+        if !idle || !upstream || !self.member.is_joined() {
             return;
         }
+        state.opening = true;
+        let known = state.life;
         self.holdings.forget_revokes(|home| home == hop);
         let reclaim = self.holdings.claims(|home| home == hop);
-        self.port.send(
-            hop,
-            Message::Open {
-                known: state.life,
-                reclaim,
-            },
-        );
+        self.port.send(hop, Message::Open { known, reclaim });
     }
 
     fn hop_opened(&mut self, life: Life) {
-        let Some(hop) = self.hops.get_mut(&life.node) else {
+        let Some(hop) = self.hops.get_mut(&life.node).filter(|h| h.opening) else {
             return;
         };
         hop.life = Some(life);
+        hop.opening = false;
         hop.open = true;
-        let (config, own) = (&self.config, self.port.life());
+        let (via, own) = (&self.via, self.port.life());
         self.outbox
-            .closed(|home| home == life.node || Self::hop_of(config, own, own, home) == life.node);
+            .closed(|source, home| Self::hop_of(via, own, source, home) == life.node);
+        // If it is still full, it says so again.
+        if self.full.remove(&life.node) {
+            self.tell_full();
+        }
         let again: Vec<u64> = self
             .asked
             .iter()
@@ -409,17 +458,19 @@ impl Proxy {
             self.send_asked(request);
         }
         Self::repeat_pins(&mut self.port, &self.own, life.node);
+        self.serve_waiting();
         self.hurry = true;
     }
 
     /// A client, or a coordinating proxy, opens its session.
     fn open(&mut self, from: Life, known: Option<Life>, reclaim: &[Reclaim]) {
-        if self.is_fenced(from) {
+        if !self.member.is_joined() {
+            // Said once per connection, so it is kept until there is a life to answer with. Its
+            // claims are on an earlier life of this proxy.
+            self.early.insert(from.node, from);
             return;
         }
-        if !self.member.is_joined() {
-            // It cannot name its life yet; claims on an earlier one are void anyway.
-            self.early.insert(from.node, from);
+        if self.is_fenced(from) {
             return;
         }
         self.sessions.insert(from.node, from);
@@ -475,17 +526,17 @@ impl Proxy {
             }
         }
         if was_full != self.full.contains(&from.node) {
-            let full: Vec<NodeId> = self.full.iter().copied().collect();
-            for &client in self.sessions.keys() {
-                let streams = Vec::new();
-                self.port.send(
-                    client,
-                    Message::Progress {
-                        streams,
-                        full: full.clone(),
-                    },
-                );
-            }
+            self.tell_full();
+            self.serve_waiting();
+        }
+    }
+
+    fn tell_full(&mut self) {
+        let full: Vec<NodeId> = self.full.iter().copied().collect();
+        for &client in self.sessions.keys() {
+            let streams = Vec::new();
+            let full = full.clone();
+            self.port.send(client, Message::Progress { streams, full });
         }
     }
 
@@ -553,10 +604,13 @@ impl Proxy {
                 continue;
             }
             self.waiting.push(w);
-            let pending = self.asked.values().any(|a| {
-                matches!(a, Asked::Lock { home, range, mode }
+            // Own requests wait until there is room; a client's is refused by the home.
+            let waits = w.holder == self.port.life() && self.full.contains(&w.home);
+            let pending = waits
+                || self.asked.values().any(|a| {
+                    matches!(a, Asked::Lock { home, range, mode }
                     if *home == w.home && range.contains(&w.range) && *mode >= w.mode)
-            });
+                });
             if !pending {
                 self.ask(Asked::Lock {
                     home: w.home,
@@ -579,6 +633,12 @@ impl Proxy {
             } => {
                 if self.asked.remove(&request).is_some() {
                     self.holdings.granted(home, grant, range, mode, empty);
+                    if empty {
+                        // What is on its way was not there when the home looked.
+                        for key in self.outbox.touched_in(home, &range) {
+                            self.holdings.occupy(home, key);
+                        }
+                    }
                     self.serve_waiting();
                 }
             }
@@ -635,7 +695,8 @@ impl Proxy {
         }
         let waiting = core::mem::take(&mut self.waiting);
         for w in waiting {
-            if w.home == home && w.range.overlaps(&range) {
+            let own = w.holder == self.port.life();
+            if w.home == home && w.range.overlaps(&range) && !own {
                 self.port.send(
                     w.holder.node,
                     Message::Refused {
@@ -693,6 +754,22 @@ impl Proxy {
             return;
         }
         self.originate_settle();
+        while !self.notices.is_empty() {
+            self.send_notices();
+            self.originate_settle();
+        }
+        self.yield_locks();
+        if now >= self.next_merge || self.hurry {
+            self.next_merge = now.after(self.config.merge_interval);
+            self.hurry = false;
+            self.merge();
+        }
+        self.tell_progress();
+        self.outbox.purge(self.port.minimum());
+        self.own_purge();
+    }
+
+    fn send_notices(&mut self) {
         for notice in core::mem::take(&mut self.notices) {
             match notice {
                 Notice::Grant {
@@ -729,19 +806,9 @@ impl Proxy {
                     self.port
                         .send(to.node, Message::Revoke { home, grant, range });
                 }
-                // Own locks are let go as soon as their operation is everywhere committed.
-                Notice::Revoke { .. } => {}
+                Notice::Revoke { grant, .. } => self.own_revoked(grant),
             }
         }
-        self.yield_locks();
-        if now >= self.next_merge || self.hurry {
-            self.next_merge = now.after(self.config.merge_interval);
-            self.hurry = false;
-            self.merge();
-        }
-        self.tell_progress();
-        self.outbox.purge(self.port.minimum());
-        self.own_purge();
     }
 
     /// Merges the windows into the homes.
@@ -752,10 +819,10 @@ impl Proxy {
             .filter(|(_, h)| h.open)
             .map(|(&node, _)| node)
             .collect();
-        let (config, own) = (self.config.clone(), self.port.life());
+        let (via, own) = (&self.via, self.port.life());
         for hop in open {
             self.outbox.flush(&mut self.port, hop, |source, home| {
-                Self::hop_of(&config, own, source, home) == hop
+                Self::hop_of(via, own, source, home) == hop
             });
         }
     }
@@ -765,7 +832,7 @@ impl Proxy {
             if self.locks.is_held(home, range) {
                 continue;
             }
-            if self.outbox.is_touching(home, &range) {
+            if self.outbox.touched_in(home, &range).next().is_some() {
                 self.hurry = true;
                 continue;
             }

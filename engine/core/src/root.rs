@@ -383,8 +383,18 @@ impl Root {
         if self.evictions.contains_key(&life) {
             return;
         }
+        let Some(bound) = self.bounds.get(&life).copied() else {
+            return;
+        };
+        let hold = self.effective(&bound);
         if let Some(bound) = self.bounds.get_mut(&life) {
-            if bound.attach.1.is_none() && attach >= bound.attach.0 {
+            if attach > bound.attach.0 {
+                // It left its aggregator; what that one last said of it still holds.
+                bound.hold = hold;
+                bound.covered = None;
+                bound.attach = (attach, None);
+            }
+            if attach == bound.attach.0 && bound.attach.1.is_none() {
                 bound.hold = bound.hold.max(lower_bound);
             }
         }
@@ -420,13 +430,20 @@ impl Root {
         if self.row(from.node).is_none_or(|r| r.life != from) {
             return;
         }
-        self.branches.insert(from.node, (from, lower_bound));
-        for covered in covers {
-            if let Some(bound) = self.bounds.get_mut(&covered.life) {
-                if bound.attach == (covered.attach, Some(from.node)) {
-                    bound.covered = Some(from.node);
-                    bound.last_heard = now;
-                }
+        let (_, before) = self
+            .branches
+            .insert(from.node, (from, lower_bound))
+            .unwrap_or((from, Epoch(0)));
+        let listed: BTreeMap<Life, u32> = covers.iter().map(|c| (c.life, c.attach)).collect();
+        for (life, bound) in &mut self.bounds {
+            let newest = listed.get(life) == Some(&bound.attach.0);
+            if newest && bound.attach.1 == Some(from.node) {
+                bound.covered = Some(from.node);
+                bound.last_heard = now;
+            } else if bound.covered == Some(from.node) {
+                // No longer bounded by the branch: held where the branch last had it.
+                bound.hold = before;
+                bound.covered = None;
             }
         }
     }

@@ -172,10 +172,11 @@ impl Outbox {
         true
     }
 
-    /// The connection to a tier broke: whatever was sent may be lost.
-    pub fn closed(&mut self, to: impl Fn(NodeId) -> bool) {
-        for ((_, home), s) in &mut self.streams {
-            if to(*home) {
+    /// The connection behind the streams that `through` selects broke, or they take another path
+    /// now: whatever was sent may be lost.
+    pub fn closed(&mut self, through: impl Fn(Life, NodeId) -> bool) {
+        for ((source, home), s) in &mut self.streams {
+            if through(*source, *home) {
                 s.ready = false;
                 s.announced = false;
                 s.flying = 0;
@@ -336,19 +337,21 @@ impl Outbox {
             .min()
     }
 
-    /// Whether any held, uncommitted part touches `range` at `home`.
-    #[must_use]
-    pub fn is_touching(&self, home: NodeId, range: &Range) -> bool {
-        self.streams
-            .iter()
-            .filter(|((_, h), _)| *h == home)
-            .any(|(_, s)| {
-                let skip = (s.committed.0 + 1).saturating_sub(s.base.0) as usize;
-                s.parts
-                    .iter()
-                    .skip(skip)
-                    .any(|op| op.updates_for(home).any(|u| range.holds(&u.key)))
-            })
+    /// Objects in `range` at `home` that held, uncommitted parts write.
+    pub fn touched_in<'a>(
+        &'a self,
+        home: NodeId,
+        range: &'a Range,
+    ) -> impl Iterator<Item = &'a Key> {
+        let streams = self.streams.iter().filter(move |((_, h), _)| *h == home);
+        let parts = streams.flat_map(|(_, s)| {
+            let skip = (s.committed.0 + 1).saturating_sub(s.base.0) as usize;
+            s.parts.iter().skip(skip)
+        });
+        parts
+            .flat_map(move |op| op.updates_for(home))
+            .map(|u| &u.key)
+            .filter(|key| range.holds(key))
     }
 
     /// Whether nothing of `source` is uncommitted.
@@ -551,12 +554,27 @@ impl Redo {
     /// The last unfinished operation of this source that wrote in `range`.
     #[must_use]
     pub fn last_touching(&self, home: NodeId, range: &Range) -> Option<Seq> {
+        self.touched_between(home, range).map(|(_, &seq)| seq).max()
+    }
+
+    /// Objects in `range` that unfinished operations of this source write.
+    pub fn touched_in<'a>(
+        &'a self,
+        home: NodeId,
+        range: &'a Range,
+    ) -> impl Iterator<Item = &'a Key> {
+        self.touched_between(home, range).map(|((_, key), _)| key)
+    }
+
+    fn touched_between<'a>(
+        &'a self,
+        home: NodeId,
+        range: &'a Range,
+    ) -> impl Iterator<Item = (&'a (NodeId, Key), &'a Seq)> {
         let from = (home, Key::at(range.space, range.lo));
         self.touched
             .range(from..)
-            .take_while(|((h, key), _)| *h == home && range.holds(key))
-            .map(|(_, &seq)| seq)
-            .max()
+            .take_while(move |((h, key), _)| *h == home && range.holds(key))
     }
 
     /// The last unfinished operation of this source that wrote `key`.
@@ -564,6 +582,12 @@ impl Redo {
     pub fn writer_of(&self, home: NodeId, key: &Key) -> Option<&Arc<Operation>> {
         let seq = self.touched.get(&(home, key.clone()))?;
         self.get(*seq)
+    }
+
+    /// Kept operations after `seq`, in order.
+    pub fn after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        let skip = (seq.0 + 1).saturating_sub(self.first) as usize;
+        self.ops.iter().skip(skip)
     }
 
     fn get(&self, seq: Seq) -> Option<&Arc<Operation>> {

@@ -2,29 +2,11 @@
 
 use alloc::vec::Vec;
 
-use super::{Asked, Client, Item};
+use super::{Asked, Client, HopSession, Item, Queued};
 use crate::ids::{Life, NodeId};
 use crate::message::{LockRefusal, Message};
-use crate::op::{Range, Refusal, Want};
+use crate::op::{Mode, Range, Refusal, Want};
 use crate::session::Ticket;
-
-/// Wants in the global order, overlapping ones merged under the stronger mode, so that a request
-/// never waits for itself.
-pub(super) fn normalise(wants: &[Want]) -> Vec<Want> {
-    let mut sorted = wants.to_vec();
-    sorted.sort_unstable_by_key(|w| (w.home, w.range.space, w.range.lo, w.range.hi));
-    let mut merged: Vec<Want> = Vec::with_capacity(sorted.len());
-    for want in sorted {
-        match merged.last_mut() {
-            Some(last) if last.home == want.home && last.range.overlaps(&want.range) => {
-                last.range.hi = last.range.hi.max(want.range.hi);
-                last.mode = last.mode.max(want.mode);
-            }
-            _ => merged.push(want),
-        }
-    }
-    merged
-}
 
 impl Client {
     /// The tier through which a home is reached.
@@ -45,37 +27,76 @@ impl Client {
             .copied()
             .filter(|home| self.route(*home) == hop)
             .collect();
-        if !homes.contains(&hop) && self.route(hop) == hop {
+        if !homes.contains(&hop) && self.route(hop) == hop && !self.is_proxy(hop) {
             homes.push(hop);
         }
         homes
     }
 
+    fn is_proxy(&self, node: NodeId) -> bool {
+        self.config.via.values().any(|p| *p == node)
+    }
+
+    /// Whether the root called this life of a proxy dead. Its process may not know yet.
+    pub(super) fn is_dead(&self, life: Life) -> bool {
+        self.is_proxy(life.node)
+            && (self.member.is_evicted(life)
+                || self
+                    .dead
+                    .get(&life.node)
+                    .is_some_and(|&dead| life.incarnation <= dead))
+    }
+
+    /// Whether a session message comes from a proxy's life other than the one in use: a grant or
+    /// an answer of a dead life is worth nothing.
+    pub(super) fn is_stale(&self, from: Life, body: &Message) -> bool {
+        let session = matches!(
+            body,
+            Message::Granted { .. }
+                | Message::Refused { .. }
+                | Message::Revoke { .. }
+                | Message::Progress { .. }
+                | Message::ReadReply { .. }
+                | Message::ScanReply { .. }
+        );
+        let used = self
+            .hops
+            .get(&from.node)
+            .is_some_and(|h| h.is_open() && (h.life == Some(from) || !self.is_proxy(from.node)));
+        session && !used
+    }
+
     /// Says Open on a connected hop once the client has a life.
     pub(super) fn open_hop(&mut self, hop: NodeId) {
         let homes = self.routes_through(hop);
-        let Some(state) = self.hops.get(&hop) else {
+        let joined = self.member.is_joined();
+        let Some(state) = self.hops.get_mut(&hop) else {
             return;
         };
-        if !state.connected || state.open || hop == self.config.root || !self.member.is_joined() {
+        let idle = state.connected && state.session == HopSession::Closed;
+        if !idle || homes.is_empty() || hop == self.config.root || !joined {
             return;
         }
+        state.session = HopSession::Opening;
+        let known = state.life;
         self.holdings.forget_revokes(|home| homes.contains(&home));
         let reclaim = self.holdings.claims(|home| homes.contains(&home));
-        self.port.send(
-            hop,
-            Message::Open {
-                known: state.life,
-                reclaim,
-            },
-        );
+        self.port.send(hop, Message::Open { known, reclaim });
     }
 
     pub(super) fn hop_opened(&mut self, life: Life) {
-        let Some(hop) = self.hops.get(&life.node) else {
+        let (dead, proxy) = (self.is_dead(life), self.is_proxy(life.node));
+        let Some(hop) = self.hops.get_mut(&life.node) else {
             return;
         };
-        let proxy = self.config.via.values().any(|p| *p == life.node);
+        if hop.session != HopSession::Opening {
+            return;
+        }
+        if dead {
+            // Its process will leave; the next one connects anew.
+            hop.session = HopSession::Closed;
+            return;
+        }
         if let Some(old) = hop.life.filter(|old| *old != life && proxy) {
             self.void(old);
         }
@@ -83,9 +104,10 @@ impl Client {
             return;
         };
         hop.life = Some(life);
-        hop.open = true;
+        hop.session = HopSession::Open;
         let homes = self.routes_through(life.node);
-        self.outbox.closed(|home| homes.contains(&home));
+        self.full.retain(|home| !homes.contains(home));
+        self.outbox.closed(|_, home| homes.contains(&home));
         let again: Vec<u64> = self
             .asked
             .iter()
@@ -111,15 +133,63 @@ impl Client {
         self.holdings.void(|home| homes.contains(&home));
         self.pins.retain(|(_, home, _)| !homes.contains(home));
         if let Some(hop) = self.hops.get_mut(&victim.node) {
-            hop.open = false;
+            // An Open under way is for the next life, or will be answered by the dead one.
+            if hop.is_open() {
+                hop.session = HopSession::Closed;
+            }
             hop.life = None;
         }
-        self.outbox.closed(|home| homes.contains(&home));
+        self.outbox.closed(|_, home| homes.contains(&home));
         // A check that was read under a void grant must be read again under the next one.
-        self.checking = super::Checking::default();
-        self.asked
-            .retain(|_, a| !matches!(a, Asked::CheckRead { .. }));
-        self.open_hop(victim.node);
+        self.forget_checks();
+        self.requeue_reads(&homes);
+    }
+
+    /// Reads under way whose locks are void start over, ahead of everything else.
+    fn requeue_reads(&mut self, homes: &[NodeId]) {
+        let void: Vec<u64> = self
+            .asked
+            .iter()
+            .filter(|(_, a)| !matches!(a, Asked::Lock { .. }) && homes.contains(&a.home()))
+            .map(|(&request, _)| request)
+            .collect();
+        for request in void.into_iter().rev() {
+            let (ticket, item, range) = match self.asked.remove(&request) {
+                Some(Asked::Read { ticket, home, key }) => {
+                    let range = key.range();
+                    (ticket, Item::Read { home, key }, range)
+                }
+                Some(Asked::Scan {
+                    ticket,
+                    home,
+                    range,
+                    after,
+                    bytes_max,
+                }) => {
+                    let item = Item::Scan {
+                        home,
+                        range,
+                        after,
+                        bytes_max,
+                    };
+                    (ticket, item, range)
+                }
+                _ => continue,
+            };
+            let (Item::Read { home, .. } | Item::Scan { home, .. }) = &item else {
+                continue;
+            };
+            let wants = alloc::vec![Want {
+                home: *home,
+                range,
+                mode: Mode::Shared
+            }];
+            self.queue.push_front(Queued {
+                ticket,
+                item,
+                wants,
+            });
+        }
     }
 
     /// Pins the head's locks in order; `false` while one is missing.
@@ -147,7 +217,7 @@ impl Client {
             matches!(a, Asked::Lock { home: h, range: r, mode: m }
                 if *h == home && r.contains(&range) && *m >= mode)
         });
-        if pending || self.holdings.covers(home, range, mode) {
+        if pending || self.fenced || self.holdings.covers(home, range, mode) {
             return;
         }
         self.counters.locks_asked += 1;
@@ -166,7 +236,7 @@ impl Client {
             return;
         };
         let hop = self.route(asked.home());
-        if !self.hops.get(&hop).is_some_and(|h| h.open) {
+        if !self.hops.get(&hop).is_some_and(super::Hop::is_open) {
             return;
         }
         let body = match asked {
@@ -204,8 +274,13 @@ impl Client {
             return;
         };
         let home = asked.home();
-        if reason != LockRefusal::Full {
+        if reason == LockRefusal::Fenced {
+            self.fenced = true;
             return;
+        }
+        // Asked for again once the home says that it has room, unless the head insists.
+        if !self.full.contains(&home) {
+            self.full.push(home);
         }
         let Some(head) = self.queue.front() else {
             return;
@@ -224,7 +299,17 @@ impl Client {
 
     /// Yields what was asked back, is not pinned, and whose operations are everywhere committed.
     pub(super) fn yield_locks(&mut self) {
-        for (home, grant, range) in self.holdings.yielding() {
+        let yielding = self.holdings.yielding();
+        if yielding.is_empty() {
+            return;
+        }
+        let awaited = self.awaited();
+        for (home, grant, range) in yielding {
+            let gives = |(_, w): &(u64, Want)| (home, range.space) >= (w.home, w.range.space);
+            if let Some((owner, _)) = awaited.filter(gives) {
+                self.pins
+                    .retain(|(pin, h, r)| *pin != owner || *h != home || !r.overlaps(&range));
+            }
             let pinned = self
                 .pins
                 .iter()
@@ -233,13 +318,28 @@ impl Client {
                 continue;
             }
             let hop = self.route(home);
-            if !self.hops.get(&hop).is_some_and(|h| h.open) {
+            if !self.hops.get(&hop).is_some_and(super::Hop::is_open) {
                 continue;
             }
             self.holdings.yielded(home, grant, range);
             self.counters.yielded += 1;
             self.port.send(hop, Message::Unlock { home, grant, range });
         }
+    }
+
+    /// The lock that the head waits for. Locks are acquired in one order, so waiting for another
+    /// holder cannot close a circle; waiting in a queue can, behind somebody who wants a range
+    /// that spans both what the head has and what it waits for. Such a circle lies within one
+    /// space of one home, and is opened there by giving back what the head has in that space (and,
+    /// since it then waits out of order, in later ones).
+    fn awaited(&self) -> Option<(u64, Want)> {
+        let head = self.queue.front()?;
+        let missing = head.wants.iter().find(|want| {
+            !self.pins.iter().any(|(owner, home, range)| {
+                *owner == head.ticket.0 && *home == want.home && range.contains(&want.range)
+            })
+        })?;
+        Some((head.ticket.0, *missing))
     }
 
     /// `commit_on_share`: something stamped up to the last write in the range is not everywhere

@@ -173,7 +173,8 @@ impl Image {
                 self.rows.insert(life, lsn);
             }
             Record::Gone(life) if fresh => {
-                self.gone.insert(life.node, life.incarnation);
+                let gone = self.gone.entry(life.node).or_default();
+                *gone = (*gone).max(life.incarnation);
                 self.rows.remove(&life);
                 if let Some(source) = self.sources.get_mut(&life) {
                     source.gone = true;

@@ -34,6 +34,8 @@ struct Decision {
     until: StreamSeq,
     supply: Vec<(Seq, NodeId)>,
     supplied: bool,
+    /// Log position at which the state agreed with the decision.
+    whole: Option<Lsn>,
 }
 
 impl Destination {
@@ -57,8 +59,13 @@ impl Destination {
                     .resolving
                     .get(&victim)
                     .is_none_or(|d| d.term <= term);
-                if newer && (self.is_fenced(victim)) {
+                if newer && self.is_fenced(victim) {
                     let root = from.node;
+                    let before = self.resolutions.resolving.remove(&victim);
+                    // A repeated decision supplies again; how far it is stays known.
+                    let whole = before
+                        .filter(|d| (d.through, d.until) == (through, until))
+                        .and_then(|d| d.whole);
                     let decision = Decision {
                         root,
                         term,
@@ -66,6 +73,7 @@ impl Destination {
                         until,
                         supply,
                         supplied: false,
+                        whole,
                     };
                     self.resolutions.resolving.insert(victim, decision);
                 }
@@ -95,6 +103,8 @@ impl Destination {
             self.sessions.retain(|_, life| *life != victim);
             self.deferred.retain(|(asker, _)| *asker != victim);
         }
+        // A decision under way is about to be replaced; its end must not be taken for the next one's.
+        self.resolutions.resolving.remove(&victim);
         self.resolutions.fencing.insert(victim, (root, self.end));
     }
 
@@ -122,7 +132,8 @@ impl Destination {
     fn release<S: Storage>(&mut self, root: NodeId, victim: Life, storage: &mut S) {
         if !self.is_gone(victim) {
             self.log(&Record::Gone(victim), Epoch(0), storage);
-            self.gone.insert(victim.node, victim.incarnation);
+            let gone = self.gone.entry(victim.node).or_default();
+            *gone = (*gone).max(victim.incarnation);
             self.locks.release_life(victim, &mut self.notices);
             self.rows.remove(&victim);
             self.resolutions.resolving.remove(&victim);
@@ -183,10 +194,15 @@ impl Destination {
             .sources
             .get(&victim)
             .map_or(StreamSeq(0), |s| s.executed);
-        let whole = decision.until == StreamSeq(0) || executed >= decision.until;
-        if whole && self.durable >= self.end {
+        if executed < decision.until {
+            return;
+        }
+        let whole = decision.whole.unwrap_or(self.end);
+        if whole <= self.durable {
             self.resolutions.resolving.remove(&victim);
             self.port.send(decision.root, Message::Resolved { victim });
+        } else if let Some(d) = self.resolutions.resolving.get_mut(&victim) {
+            d.whole = Some(whole);
         }
     }
 
@@ -230,7 +246,8 @@ impl Destination {
             at: entry.at,
             restored,
         };
-        self.log(&Record::Undone(undone), entry.epoch, storage);
+        let step = self.log(&Record::Undone(undone), entry.epoch, storage);
+        self.undoing.push_back((step, entry.lsn));
         if let Some(source) = self.sources.get_mut(&victim) {
             source.index.pop_back();
             source.executed = entry.at.before();

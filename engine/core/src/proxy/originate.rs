@@ -1,20 +1,23 @@
 //! Operations that the proxy cluster originates itself, for a front end that speaks no epochs:
 //! pin-then-max (b.4).
 //!
-//! The coordinator takes the locks as one of its own clients, asks every proxy that will merge a
+//! The coordinator takes the locks as one of its own clients, one after the other in the global
+//! order and for one operation at a time, asks every proxy that will merge a
 //! part to *pin* at its current epoch, stamps with the maximum of all pins and its own epoch,
 //! inserts the operation into its redo, hands the parts over, and only then lets the pins go. A pin
 //! is never above the stamp, so each proxy's bound covers the operation without a gap. Pins of a
 //! coordinator that dies are dropped when it is fenced.
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use super::{Proxy, WaitingLock};
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, GrantId, Life, NodeId, Seq, StreamSeq};
+use crate::lock::normalise;
 use crate::message::Message;
-use crate::op::{Range, Stamp, Update, Want};
+use crate::op::{Operation, Range, Stamp, Update, Want};
 use crate::session::Ticket;
 use crate::source::Redo;
 
@@ -36,9 +39,12 @@ const OWN_REQUESTS: u64 = 1 << 62;
 #[derive(Debug)]
 struct Pending {
     asked: Originate,
-    /// Lock requests not granted yet.
-    missing: BTreeSet<u64>,
+    /// Its locks in the global order.
+    wants: Vec<Want>,
+    /// What was granted of them, in the same order.
     granted: Vec<(NodeId, GrantId, Range)>,
+    /// The request for the next one.
+    request: Option<u64>,
     /// Proxies whose pin is awaited; `None` before the round began.
     awaiting: Option<BTreeSet<NodeId>>,
     round: u64,
@@ -76,6 +82,13 @@ impl Own {
             .min()
     }
 
+    /// Pins are not awaited from proxies that `dead` selects; their parts take another path.
+    pub(super) fn forget_pins_of(&mut self, dead: impl Fn(NodeId) -> bool) {
+        for awaiting in self.queue.iter_mut().filter_map(|p| p.awaiting.as_mut()) {
+            awaiting.retain(|proxy| !dead(*proxy));
+        }
+    }
+
     pub(super) fn drop_pins_of(&mut self, victim: Life) {
         self.pins.retain(|(life, _), _| *life != victim);
     }
@@ -84,13 +97,33 @@ impl Own {
 impl Proxy {
     /// Queues an operation of the proxy's own.
     pub fn originate(&mut self, now: crate::ids::Time, asked: Originate) {
+        self.own.next += 1;
+        let wants = normalise(&asked.locks);
+        self.own.queue.push_back(Pending {
+            asked,
+            wants,
+            granted: Vec::new(),
+            request: None,
+            awaiting: None,
+            round: self.own.next,
+            at: Epoch(0),
+        });
+        self.settle(now);
+    }
+
+    /// Asks for the next lock of the head; `true` when it has all.
+    fn acquire_own(&mut self) -> bool {
         let own = self.port.life();
-        let mut missing = BTreeSet::new();
-        for want in &asked.locks {
+        let Some(head) = self.own.queue.front_mut() else {
+            return false;
+        };
+        let Some(&Want { home, range, mode }) = head.wants.get(head.granted.len()) else {
+            return true;
+        };
+        if head.request.is_none() {
             self.own.next += 1;
             let request = OWN_REQUESTS + self.own.next;
-            missing.insert(request);
-            let Want { home, range, mode } = *want;
+            head.request = Some(request);
             self.waiting.push(WaitingLock {
                 holder: own,
                 request,
@@ -98,27 +131,40 @@ impl Proxy {
                 range,
                 mode,
             });
+            self.serve_waiting();
         }
-        self.own.next += 1;
-        let round = self.own.next;
-        let (granted, awaiting, at) = (Vec::new(), None, Epoch(0));
-        self.own.queue.push_back(Pending {
-            asked,
-            missing,
-            granted,
-            awaiting,
-            round,
-            at,
-        });
-        self.serve_waiting();
-        self.settle(now);
+        false
+    }
+
+    /// Somebody waits for a lock of the head: while the head itself waits, it gives back what a
+    /// circle could run through (see the client's), and asks again.
+    pub(super) fn own_revoked(&mut self, grant: GrantId) {
+        let own = self.port.life();
+        let Some(head) = self.own.queue.front_mut() else {
+            return;
+        };
+        let Some(awaited) = head.wants.get(head.granted.len()).copied() else {
+            return;
+        };
+        let Some(index) = head.granted.iter().position(|(_, g, _)| *g == grant) else {
+            return;
+        };
+        let (home, _, range) = head.granted[index];
+        if (home, range.space) < (awaited.home, awaited.range.space) {
+            return;
+        }
+        head.request = None;
+        for (home, grant, range) in head.granted.split_off(index) {
+            self.locks
+                .unlock(home, own, grant, range, &mut self.notices);
+        }
     }
 
     pub(super) fn own_granted(&mut self, request: u64, home: NodeId, grant: GrantId, range: Range) {
-        for pending in &mut self.own.queue {
-            if pending.missing.remove(&request) {
-                pending.granted.push((home, grant, range));
-                self.hurry = true;
+        if let Some(head) = self.own.queue.front_mut() {
+            if head.request == Some(request) {
+                head.request = None;
+                head.granted.push((home, grant, range));
                 return;
             }
         }
@@ -169,19 +215,19 @@ impl Proxy {
                     .unlock(home, own, grant, range, &mut self.notices);
             }
         }
+        if !self.acquire_own() {
+            return;
+        }
         let own = self.port.life();
         let Some(head) = self.own.queue.front_mut() else {
             return;
         };
-        if !head.missing.is_empty() {
-            return;
-        }
         if head.awaiting.is_none() {
             let peers: BTreeSet<NodeId> = head
                 .asked
                 .updates
                 .iter()
-                .filter_map(|u| self.config.via.get(&u.home).copied())
+                .filter_map(|u| self.via.get(&u.home).copied())
                 .collect();
             for &peer in &peers {
                 self.port.send(peer, Message::Pin { round: head.round });
@@ -213,8 +259,11 @@ impl Proxy {
             .asked
             .updates
             .iter()
-            .filter_map(|u| self.config.via.get(&u.home).copied())
+            .filter_map(|u| self.via.get(&u.home).copied())
             .collect();
+        for u in &head.asked.updates {
+            self.holdings.occupy(u.home, &u.key);
+        }
         let op = self.own.redo.stamp(own, epoch, head.asked.updates);
         for p in &op.participants {
             self.outbox.open(own, p.node, StreamSeq(1));
@@ -236,6 +285,11 @@ impl Proxy {
     pub(super) fn own_purge(&mut self) {
         let minimum = self.port.minimum();
         self.own.redo.purge(minimum, false);
+    }
+
+    /// Operations that this proxy stamped after `seq` and still keeps, for invariant checks.
+    pub fn stamped_after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
+        self.own.redo.after(seq)
     }
 
     /// Seq of the newest operation that this proxy stamped.

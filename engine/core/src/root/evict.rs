@@ -5,6 +5,13 @@
 //! holds a missing part). That is stricter than the rule needs where later operations touch other
 //! objects, and makes a dead source's history a prefix for its application; what is undone was
 //! never stable.
+//!
+//! A proxy that the decision names as a supplier may die before it has supplied. Then everybody is
+//! fenced again and a second decision is taken, which keeps no more than the first one did: what
+//! was undone stays undone, and undoing more is possible as long as the locks are held.
+//!
+//! Lives of one node are released in their order, so that a home may keep one number per node for
+//! all lives that are GONE.
 
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
@@ -30,9 +37,15 @@ impl Root {
         if eviction.stage != stage {
             return;
         }
+        let row = self.state.rows.iter().find(|r| r.life.node == from.node);
+        if row.is_none_or(|r| r.role == Role::Proxy && r.life != from) {
+            // A proxy's earlier life answers; the one that counts has not heard yet.
+            return;
+        }
         eviction.answered.insert(from.node);
         if let Message::Fenced { held, .. } = body {
-            eviction.fenced.insert(from.node, held);
+            eviction.fenced.retain(|life, _| life.node != from.node);
+            eviction.fenced.insert(from, held);
         }
     }
 
@@ -71,18 +84,38 @@ impl Root {
         let Some(eviction) = self.evictions.get(&victim) else {
             return false;
         };
-        let missing: Vec<NodeId> = expected.difference(&eviction.answered).copied().collect();
+        if stage == Stage::Resolving && self.has_lost_supplier(&eviction.decision) {
+            if let Some(eviction) = self.evictions.get_mut(&victim) {
+                eviction.revised = true;
+                eviction.fenced.clear();
+                eviction.enter(Stage::Fencing);
+                self.changed = true;
+            }
+            return true;
+        }
+        let mut missing: Vec<NodeId> = expected.difference(&eviction.answered).copied().collect();
         // A dead client may have stamped under a dead proxy's locks: it is resolved first.
-        let clients_pending = stage == Stage::Draining
-            && role == Role::Proxy
-            && self.evictions.values().any(|e| e.role == Role::Client);
-        if missing.is_empty() && !clients_pending {
+        let clients_pending =
+            role == Role::Proxy && self.evictions.values().any(|e| e.role == Role::Client);
+        let older_pending = self
+            .evictions
+            .keys()
+            .any(|life| life.node == victim.node && life < &victim);
+        let waits = stage == Stage::Draining && (clients_pending || older_pending);
+        if missing.is_empty() && !waits {
             self.finish_stage(victim, stage);
             return true;
         }
         let Some(eviction) = self.evictions.get_mut(&victim) else {
             return false;
         };
+        if stage == Stage::Resolving && !missing.is_empty() {
+            // What a supplier sent may have been lost on the way.
+            let suppliers = eviction.decision.supply.iter().map(|(life, _)| life.node);
+            missing.extend(suppliers);
+            missing.sort_unstable();
+            missing.dedup();
+        }
         if now >= eviction.next_send {
             eviction.next_send = now.after(self.config.retry_after);
             let decision = eviction.decision.clone();
@@ -94,15 +127,37 @@ impl Root {
         false
     }
 
+    /// Whether a proxy that shall supply parts is dead.
+    fn has_lost_supplier(&self, decision: &Decision) -> bool {
+        decision.supply.iter().any(|(life, _)| {
+            let mut rows = self.state.rows.iter();
+            let row = rows.find(|r| r.life.node == life.node);
+            row.is_some_and(|r| r.role == Role::Proxy && (r.life != *life || !r.live))
+        })
+    }
+
     fn finish_stage(&mut self, victim: Life, stage: Stage) {
         let minimum = self.port.minimum();
+        let rows = &self.state.rows;
+        let role_of = |life: Life| {
+            let row = rows.iter().find(|r| r.life.node == life.node)?;
+            let counts = row.role == Role::Destination || (row.live && row.life == life);
+            counts.then_some(row.role)
+        };
         let Some(eviction) = self.evictions.get_mut(&victim) else {
             return;
         };
         self.changed = true;
         match stage {
             Stage::Fencing => {
-                let (decision, undone) = decide(&eviction.fenced, minimum);
+                // Homes come first, so that they supply what they can: they outlive a crash.
+                let mut answers: Vec<(Role, Life, Vec<Held>)> = Vec::new();
+                for (life, held) in core::mem::take(&mut eviction.fenced) {
+                    answers.extend(role_of(life).map(|role| (role, life, held)));
+                }
+                answers.sort_by_key(|(role, life, _)| (*role, *life));
+                let cap = eviction.revised.then_some(eviction.decision.through);
+                let (decision, undone) = decide(&answers, minimum, cap);
                 let completed = decision
                     .supply
                     .iter()
@@ -134,7 +189,7 @@ fn stage_message(victim: Life, stage: Stage, decision: &Decision, node: NodeId) 
                 .iter()
                 .find(|(n, _)| *n == node)
                 .map(|&(_, at)| at);
-            let supply = decision.supply.iter().find(|(n, _)| *n == node);
+            let supply = decision.supply.iter().find(|(l, _)| l.node == node);
             Message::Resolve {
                 victim,
                 through: decision.through,
@@ -156,32 +211,37 @@ struct Known {
     /// Nodes that list it. Only homes among the participants matter.
     listed: BTreeSet<NodeId>,
     /// For each home, a node that could send its part.
-    suppliers: BTreeMap<NodeId, NodeId>,
+    suppliers: BTreeMap<NodeId, Life>,
 }
 
 /// Decides about every operation of a fenced life, and counts those that are undone somewhere.
-fn decide(fenced: &BTreeMap<NodeId, Vec<Held>>, minimum: Epoch) -> (Decision, u64) {
+/// Nothing after `cap` survives. Earlier answers are preferred as suppliers.
+fn decide(
+    answers: &[(Role, Life, Vec<Held>)],
+    minimum: Epoch,
+    cap: Option<Seq>,
+) -> (Decision, u64) {
     let mut union: BTreeMap<Seq, Known> = BTreeMap::new();
-    for (&node, list) in fenced {
+    for (_, life, list) in answers {
         for held in list {
             let known = union.entry(held.seq).or_default();
             known.epoch = held.epoch;
             known.previous = held.previous;
             known.participants.clone_from(&held.participants);
-            known.listed.insert(node);
+            known.listed.insert(life.node);
             for &home in &held.supplies {
-                known.suppliers.entry(home).or_insert(node);
+                known.suppliers.entry(home).or_insert(*life);
             }
         }
     }
     let mut decision = Decision::default();
     let mut until: BTreeMap<NodeId, StreamSeq> = BTreeMap::new();
-    let mut supply: BTreeMap<NodeId, Vec<(Seq, NodeId)>> = BTreeMap::new();
+    let mut supply: BTreeMap<Life, Vec<(Seq, NodeId)>> = BTreeMap::new();
     let mut survivors = 0;
     for (&seq, known) in &union {
         let follows = Seq(decision.through.0 + 1) == seq && survivors > 0;
         let first = seq == Seq(1) || known.previous < minimum;
-        if !follows && !first {
+        if (!follows && !first) || cap.is_some_and(|cap| seq > cap) {
             break;
         }
         let stable = known.epoch < minimum;

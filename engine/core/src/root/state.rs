@@ -126,7 +126,7 @@ pub(super) struct Decision {
     /// Where each destination's stream ends.
     pub(super) until: Vec<(NodeId, StreamSeq)>,
     /// Per holder: which operations to send where, ascending.
-    pub(super) supply: Vec<(NodeId, Vec<(Seq, NodeId)>)>,
+    pub(super) supply: Vec<(Life, Vec<(Seq, NodeId)>)>,
 }
 wire_struct!(Decision {
     through,
@@ -141,8 +141,11 @@ pub(super) struct Eviction {
     pub(super) role: Role,
     pub(super) stage: Stage,
     pub(super) decision: Decision,
+    /// The decision is a second one: a supplier died before the first was carried out. It keeps no
+    /// more than the first did.
+    pub(super) revised: bool,
     /// Answers to the fence.
-    pub(super) fenced: BTreeMap<NodeId, Vec<Held>>,
+    pub(super) fenced: BTreeMap<Life, Vec<Held>>,
     /// Nodes that answered the current stage.
     pub(super) answered: BTreeSet<NodeId>,
     pub(super) next_send: Time,
@@ -155,6 +158,7 @@ impl Eviction {
             role,
             stage: Stage::Fencing,
             decision: Decision::default(),
+            revised: false,
             fenced: BTreeMap::new(),
             answered: BTreeSet::new(),
             next_send: Time(0),
@@ -173,12 +177,14 @@ struct DurableEviction {
     victim: Life,
     role: Role,
     stage: u8,
+    revised: bool,
     decision: Decision,
 }
 wire_struct!(DurableEviction {
     victim,
     role,
     stage,
+    revised,
     decision
 });
 
@@ -189,6 +195,7 @@ impl DurableEviction {
             victim: e.victim,
             role: e.role,
             stage,
+            revised: e.revised,
             decision: e.decision.clone(),
         }
     }
@@ -201,8 +208,10 @@ impl DurableEviction {
             _ => Stage::Releasing,
         };
         let decision = self.decision;
+        let revised = self.revised;
         Eviction {
             stage,
+            revised,
             decision,
             ..Eviction::new(self.victim, self.role)
         }

@@ -1,0 +1,20 @@
+//! A deterministic simulator of whole clusters: the real state machines of the engine, with a
+//! simulated network, simulated storage, faults and an all-seeing oracle.
+//!
+//! Reading order: [`plan`] (what a seed stands for), [`world`] (events and connections),
+//! [`mod@step`] and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
+//! [`runner`] (many seeds, determinism, minimising).
+#![forbid(unsafe_code)]
+
+pub mod app;
+pub mod disk;
+pub mod fate;
+pub mod net;
+pub mod oracle;
+pub mod plan;
+pub mod probe;
+pub mod rng;
+pub mod runner;
+pub mod step;
+pub mod verify;
+pub mod world;

@@ -1,0 +1,104 @@
+//! Connections between nodes: in order and without loss until they break.
+//!
+//! One connection per pair. A break keeps a random prefix of what is in flight in each direction,
+//! then the end of the connection is noticed; only after both sides noticed may it come up again.
+//! A partition (possibly one way) holds messages back, and no connection comes up across it.
+//!
+//! Deliberately absent: loss and reordering within a connection, which the transport repairs.
+
+use std::collections::{BTreeMap, VecDeque};
+
+/// Something that travels in one direction of a connection.
+#[derive(Clone, Debug)]
+pub enum Item {
+    /// The connection is up, seen by the receiving side.
+    Up,
+    /// An encoded envelope.
+    Message(Vec<u8>),
+    /// The connection is over, seen by the receiving side.
+    Down,
+}
+
+/// What one side knows of the connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Side {
+    /// No connection, or its end was noticed.
+    #[default]
+    Closed,
+    /// Coming up; `Item::Up` is on its way.
+    Opening,
+    /// Usable.
+    Open,
+}
+
+/// One direction: what is in flight towards a receiver.
+#[derive(Debug, Default)]
+pub struct Lane {
+    /// In flight, oldest first.
+    pub queue: VecDeque<Item>,
+    /// No delivery before this time: keeps the lane in order.
+    pub last_at: u64,
+    /// Held back by a partition until then.
+    pub blocked_until: u64,
+}
+
+/// The connection of one pair, index 0 for the lower node.
+#[derive(Debug, Default)]
+pub struct Link {
+    /// State at the lower and the higher node.
+    pub side: [Side; 2],
+    /// Lanes towards the lower and the higher node.
+    pub lane: [Lane; 2],
+    /// The transport has given this connection up; what is sent is lost.
+    pub broken: bool,
+    /// Either side wants it, and an attempt is scheduled.
+    pub dialing: bool,
+    /// Wanted by the lower or the higher node.
+    pub wanted: [bool; 2],
+}
+
+/// All connections.
+#[derive(Debug, Default)]
+pub struct Net {
+    links: BTreeMap<(usize, usize), Link>,
+}
+
+/// Key of the pair and the index of `node` within it.
+#[must_use]
+pub fn pair(node: usize, peer: usize) -> ((usize, usize), usize) {
+    if node < peer {
+        ((node, peer), 0)
+    } else {
+        ((peer, node), 1)
+    }
+}
+
+impl Net {
+    /// The link of a pair, created on first use.
+    pub fn link(&mut self, key: (usize, usize)) -> &mut Link {
+        self.links.entry(key).or_default()
+    }
+
+    /// Pairs that have a link with `node`.
+    #[must_use]
+    pub fn pairs_of(&self, node: usize) -> Vec<(usize, usize)> {
+        let keys = self.links.keys();
+        keys.filter(|k| k.0 == node || k.1 == node)
+            .copied()
+            .collect()
+    }
+
+    /// All pairs.
+    #[must_use]
+    pub fn pairs(&self) -> Vec<(usize, usize)> {
+        self.links.keys().copied().collect()
+    }
+
+    /// Whether any message is in flight.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.links
+            .values()
+            .all(|l| l.lane.iter().all(|lane| lane.queue.is_empty()))
+    }
+}

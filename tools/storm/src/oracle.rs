@@ -1,0 +1,913 @@
+//! The god's-eye view: what every operation is, where it stands at every home, and whether the
+//! invariants hold.
+//!
+//! It learns of operations from the redo of whoever stamped them, and of executions from the logs
+//! as they are appended, so it does not depend on what the nodes believe. Names of invariants as in
+//! the protocol notes: I1–I26; L1: no two lives hold conflicting locks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use lowtide_engine_core::destination::add_words;
+use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, OpId, Seq, StreamSeq};
+use lowtide_engine_core::message::{Reclaim, StreamState};
+use lowtide_engine_core::op::{Bytes, Change, Key, Mode, Operation, Range};
+use lowtide_engine_core::record::{Record, Storage};
+
+use crate::app::{COUNTERS, LISTS, Seen, tags_of};
+use crate::disk::{Disk, Logged};
+
+/// How an operation stands at one participant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Not in the log.
+    Absent,
+    /// Executed, at this position.
+    Executed(Lsn),
+    /// Executed and undone, the latter at this position.
+    Undone(Lsn),
+}
+
+#[derive(Debug)]
+struct OpState {
+    op: Arc<Operation>,
+    places: Vec<Place>,
+    /// Its source is GONE and it did not survive.
+    dropped: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Entry {
+    Op(OpId),
+    Undone(OpId),
+    Fence(Life),
+    Marks(Epoch),
+    Other,
+}
+
+/// An object's history: the operations in effect, oldest first, with the value each left behind.
+type History = Vec<(OpId, Epoch, Option<Bytes>)>;
+
+/// One home as the oracle knows it.
+#[derive(Debug, Default)]
+struct Home {
+    log: Vec<(Lsn, Entry)>,
+    synced: Lsn,
+    objects: BTreeMap<Key, History>,
+    counters: BTreeMap<Key, Bytes>,
+    positions: BTreeMap<Life, StreamSeq>,
+    fenced: BTreeSet<Life>,
+    minimum: Epoch,
+    /// Highest epoch that left this node.
+    epoch_sent: Epoch,
+    /// Highest position per stream that was ever durable.
+    durable_positions: BTreeMap<Life, StreamSeq>,
+}
+
+/// Figures for probes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// Operations stamped.
+    pub stamped: u64,
+    /// Executions.
+    pub executed: u64,
+    /// Undo steps.
+    pub undone: u64,
+    /// Executions inside a completion.
+    pub completed: u64,
+    /// Operations of lives that are GONE and survive.
+    pub survived: u64,
+    /// Operations of lives that are GONE and do not.
+    pub dropped: u64,
+    /// Executed operations that a crash took.
+    pub lost_in_crash: u64,
+    /// Lives that are GONE.
+    pub gone: u64,
+}
+
+/// See the module's head.
+#[derive(Debug, Default)]
+pub struct Oracle {
+    ops: BTreeMap<OpId, OpState>,
+    by_tag: BTreeMap<u64, Vec<OpId>>,
+    /// Neither everywhere durable nor dropped.
+    unfinished: BTreeSet<(Epoch, OpId)>,
+    homes: BTreeMap<NodeId, Home>,
+    gone: BTreeSet<Life>,
+    /// Locks of lives whose process is gone.
+    frozen: BTreeMap<Life, Vec<Reclaim>>,
+    /// Seen by another life than their source.
+    observed: BTreeSet<OpId>,
+    minimum: Epoch,
+    minimum_durable: Epoch,
+    /// Newest seq that was taken over per life.
+    known: BTreeMap<Life, Seq>,
+    /// Figures.
+    pub tally: Tally,
+    failure: Option<String>,
+}
+
+impl Oracle {
+    /// The first violation.
+    #[must_use]
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
+    /// Reports a violation; the first one counts.
+    pub fn fail(&mut self, what: String) {
+        self.failure.get_or_insert(what);
+    }
+
+    /// Newest operation of a life that the oracle knows.
+    #[must_use]
+    pub fn known(&self, life: Life) -> Seq {
+        self.known.get(&life).copied().unwrap_or_default()
+    }
+
+    /// Whether a life is resolved and released.
+    #[must_use]
+    pub fn is_gone(&self, life: Life) -> bool {
+        self.gone.contains(&life)
+    }
+
+    /// m as the root has made durable.
+    #[must_use]
+    pub fn minimum_durable(&self) -> Epoch {
+        self.minimum_durable
+    }
+
+    /// Operations that are neither everywhere durable nor dropped.
+    #[must_use]
+    pub fn unfinished(&self) -> usize {
+        self.unfinished.len()
+    }
+
+    /// A source stamped an operation.
+    pub fn stamped(&mut self, op: &Arc<Operation>) {
+        let life = op.id.source;
+        if op.id.seq.0 != self.known(life).0 + 1 {
+            self.fail(format!("{} is stamped after {}", op.id, self.known(life)));
+        }
+        self.known.insert(life, op.id.seq);
+        self.tally.stamped += 1;
+        let dropped = self.gone.contains(&life);
+        if !dropped {
+            self.unfinished.insert((op.epoch, op.id));
+            if op.epoch < self.minimum {
+                self.fail(format!(
+                    "I10: {} stamped at {} below m {}",
+                    op.id, op.epoch, self.minimum
+                ));
+            }
+        }
+        for u in &op.updates {
+            if let Change::Put(value) = &u.change {
+                let tag = if u.key.space == LISTS {
+                    tags_of(value).last()
+                } else {
+                    tags_of(value).next()
+                };
+                if let Some(tag) = tag {
+                    let list = self.by_tag.entry(tag).or_default();
+                    if !list.contains(&op.id) {
+                        list.push(op.id);
+                    }
+                }
+            }
+        }
+        let places = vec![Place::Absent; op.participants.len()];
+        let state = OpState {
+            op: op.clone(),
+            places,
+            dropped,
+        };
+        self.ops.insert(op.id, state);
+    }
+
+    /// I11: a live source's bound covers its unfinished operations.
+    pub fn covered(&mut self, life: Life, bound: Epoch) {
+        let mut first = self.unfinished.iter().filter(|(_, id)| id.source == life);
+        if let Some((epoch, id)) = first.next() {
+            if *epoch < bound {
+                let text = format!("I11: {id} at {epoch} is not covered by bound {bound}");
+                self.fail(text);
+            }
+        }
+    }
+
+    /// The root is about to make m durable.
+    pub fn minimum_proposed(&mut self, minimum: Epoch) {
+        if minimum < self.minimum_durable {
+            self.fail(format!(
+                "I9: m falls from {} to {minimum}",
+                self.minimum_durable
+            ));
+        }
+        if minimum <= self.minimum {
+            return;
+        }
+        self.minimum = minimum;
+        if let Some((epoch, id)) = self.unfinished.first() {
+            if *epoch < minimum {
+                let places = &self.ops[id].places;
+                let text = format!("I10: m rises to {minimum} above {id} at {epoch}: {places:?}");
+                self.fail(text);
+            }
+        }
+    }
+
+    /// m is durable at the root.
+    pub fn minimum_persisted(&mut self, minimum: Epoch) {
+        self.minimum_durable = self.minimum_durable.max(minimum);
+    }
+
+    /// The root restarted with this durable m; what was proposed beyond it never was.
+    pub fn root_restarted(&mut self, minimum: Epoch) {
+        self.minimum_persisted(minimum);
+        self.minimum = self.minimum_durable;
+    }
+
+    /// An envelope left a node.
+    pub fn sent(&mut self, from: Life, is_home: bool, epoch: Epoch, minimum: Epoch) {
+        if minimum > self.minimum_durable {
+            let durable = self.minimum_durable;
+            self.fail(format!("I9: {from} says m {minimum}, durable is {durable}"));
+        }
+        if is_home {
+            let home = self.homes.entry(from.node).or_default();
+            let before = home.epoch_sent;
+            home.epoch_sent = before.max(epoch);
+            if epoch < before {
+                self.fail(format!("I1: server {from} falls from {before} to {epoch}"));
+            }
+        }
+    }
+
+    /// Records appended to a home's log in one step. `completing`: the step was a Complete.
+    pub fn appended(&mut self, node: NodeId, records: &[Logged], completing: bool) {
+        for record in records {
+            let parsed = match Record::from_parts(record.kind, &record.body) {
+                Ok(parsed) => parsed,
+                Err(e) => {
+                    return self.fail(format!("{node} wrote a record that does not decode: {e}"));
+                }
+            };
+            let lsn = record.lsn;
+            let entry = match &parsed {
+                Record::Op(r) => {
+                    self.executed(node, r, completing);
+                    Entry::Op(r.id)
+                }
+                Record::Undone(r) => {
+                    let id = OpId {
+                        source: r.source,
+                        seq: r.seq,
+                    };
+                    self.check_undo(node, id);
+                    Entry::Undone(id)
+                }
+                Record::Fence(life) => Entry::Fence(*life),
+                Record::Marks { minimum, .. } => {
+                    if *minimum > self.minimum_durable {
+                        self.fail(format!("I13: {node} takes m {minimum} that is not durable"));
+                    }
+                    Entry::Marks(*minimum)
+                }
+                _ => Entry::Other,
+            };
+            self.homes.entry(node).or_default().log.push((lsn, entry));
+            self.take_effect(node, lsn, entry);
+        }
+    }
+
+    fn executed(
+        &mut self,
+        node: NodeId,
+        r: &lowtide_engine_core::record::OpRecord,
+        completing: bool,
+    ) {
+        let life = r.id.source;
+        self.tally.executed += 1;
+        self.tally.completed += u64::from(completing);
+        let home = self.homes.entry(node).or_default();
+        let last = home.positions.get(&life).copied().unwrap_or_default();
+        let fenced = home.fenced.contains(&life);
+        let Some(state) = self.ops.get(&r.id) else {
+            return self.fail(format!("{} executes at {node} and was never stamped", r.id));
+        };
+        let op = &state.op;
+        let Some(index) = op.participants.iter().position(|p| p.node == node) else {
+            return self.fail(format!("{} executes at {node}, no participant", r.id));
+        };
+        let place = state.places[index];
+        let mut wrong = None;
+        if self.gone.contains(&life) {
+            wrong = Some(format!(
+                "I26: {} executes at {node} after its life is GONE",
+                r.id
+            ));
+        } else if fenced && !completing {
+            wrong = Some(format!("I6: {} executes at {node} though fenced", r.id));
+        } else if matches!(place, Place::Executed(_)) {
+            wrong = Some(format!("I5: {} executes at {node} twice", r.id));
+        } else if matches!(place, Place::Undone(_)) {
+            wrong = Some(format!(
+                "I6: {} executes at {node} after it was undone",
+                r.id
+            ));
+        } else if r.at.0 != last.0 + 1 || op.participants[index].at != r.at {
+            wrong = Some(format!(
+                "I5: {} executes at {node} at {} after {last}",
+                r.id, r.at
+            ));
+        } else if r.epoch != op.epoch || r.participants != op.participants {
+            wrong = Some(format!(
+                "I3: {} executes at {node} with another stamp",
+                r.id
+            ));
+        } else if r.epoch < self.minimum_durable {
+            wrong = Some(format!(
+                "I7: {} at {} executes at {node} below m",
+                r.id, r.epoch
+            ));
+        } else if !r
+            .writes
+            .iter()
+            .map(|w| &w.key)
+            .eq(op.updates_for(node).map(|u| &u.key))
+        {
+            wrong = Some(format!(
+                "{} writes other objects at {node} than asked",
+                r.id
+            ));
+        }
+        let op = op.clone();
+        if let Some(text) = wrong {
+            return self.fail(text);
+        }
+        let home = &self.homes[&node];
+        let mut text = None;
+        for u in op.updates_for(node) {
+            let top = home.objects.get(&u.key).and_then(|h| h.last());
+            if matches!(u.change, Change::Add(_)) {
+                continue;
+            }
+            if let Some((other, epoch, _)) = top.filter(|(_, epoch, _)| *epoch > op.epoch) {
+                text = Some(format!(
+                    "I4: {} at {} overwrites {other} at {epoch}",
+                    op.id, op.epoch
+                ));
+            }
+            if let (LISTS, Change::Put(value)) = (u.key.space, &u.change) {
+                let old = top
+                    .and_then(|(_, _, v)| v.clone())
+                    .unwrap_or_else(|| Arc::from([]));
+                if value.len() != old.len() + 8 || value[..old.len()] != old[..] {
+                    let list: Vec<u64> = tags_of(&old).collect();
+                    text = Some(format!(
+                        "lost update: {} at {node} {:?} does not extend {list:x?}",
+                        op.id, u.key
+                    ));
+                }
+            }
+        }
+        if let Some(text) = text {
+            self.fail(text);
+        }
+    }
+
+    fn check_undo(&mut self, node: NodeId, id: OpId) {
+        self.tally.undone += 1;
+        let Some(state) = self.ops.get(&id) else {
+            return self.fail(format!("{node} undoes {id} that was never stamped"));
+        };
+        let epoch = state.op.epoch;
+        if epoch < self.minimum {
+            let text = format!("{node} undoes {id} at {epoch} though m is {}", self.minimum);
+            self.fail(text);
+        }
+        if self.observed.contains(&id) {
+            self.fail(format!("{node} undoes {id} that another source has seen"));
+        }
+        if self.gone.contains(&id.source) {
+            self.fail(format!("{node} undoes {id} after its life is GONE"));
+        }
+    }
+
+    /// Applies one log entry to the model of the home.
+    fn take_effect(&mut self, node: NodeId, lsn: Lsn, entry: Entry) {
+        let home = self.homes.entry(node).or_default();
+        match entry {
+            Entry::Op(id) => {
+                let Some(state) = self.ops.get_mut(&id) else {
+                    return;
+                };
+                for (p, place) in state.op.participants.iter().zip(&mut state.places) {
+                    if p.node == node {
+                        *place = Place::Executed(lsn);
+                        home.positions.insert(id.source, p.at);
+                    }
+                }
+                for u in state.op.updates_for(node) {
+                    let after = match &u.change {
+                        Change::Put(value) => Some(value.clone()),
+                        Change::Delete => None,
+                        Change::Add(words) => {
+                            let sum = home
+                                .counters
+                                .entry(u.key.clone())
+                                .or_insert_with(|| Arc::from([]));
+                            *sum = add_words(sum, words);
+                            continue;
+                        }
+                    };
+                    let history = home.objects.entry(u.key.clone()).or_default();
+                    history.push((id, state.op.epoch, after));
+                }
+                self.refresh(id);
+            }
+            Entry::Undone(id) => {
+                let Some(state) = self.ops.get_mut(&id) else {
+                    return;
+                };
+                for (p, place) in state.op.participants.iter().zip(&mut state.places) {
+                    if p.node == node {
+                        *place = Place::Undone(lsn);
+                        home.positions.insert(id.source, StreamSeq(p.at.0 - 1));
+                    }
+                }
+                for u in state.op.updates_for(node) {
+                    if let Change::Add(words) = &u.change {
+                        let negated = lowtide_engine_core::destination::negate_words(words);
+                        let sum = home
+                            .counters
+                            .entry(u.key.clone())
+                            .or_insert_with(|| Arc::from([]));
+                        *sum = add_words(sum, &negated);
+                    } else if let Some(history) = home.objects.get_mut(&u.key) {
+                        history.retain(|(other, ..)| *other != id);
+                    }
+                }
+                self.refresh(id);
+            }
+            Entry::Fence(life) => {
+                home.fenced.insert(life);
+            }
+            Entry::Marks(minimum) => home.minimum = home.minimum.max(minimum),
+            Entry::Other => {}
+        }
+    }
+
+    fn is_durable(&self, state: &OpState) -> bool {
+        state
+            .op
+            .participants
+            .iter()
+            .zip(&state.places)
+            .all(|(p, place)| {
+                let synced = self.homes.get(&p.node).map_or(Lsn(0), |h| h.synced);
+                matches!(place, Place::Executed(lsn) if *lsn <= synced)
+            })
+    }
+
+    /// Brings `unfinished` up to date for one operation.
+    fn refresh(&mut self, id: OpId) {
+        let Some(state) = self.ops.get(&id) else {
+            return;
+        };
+        let entry = (state.op.epoch, id);
+        if state.dropped || self.is_durable(state) {
+            self.unfinished.remove(&entry);
+        } else {
+            self.unfinished.insert(entry);
+        }
+    }
+
+    /// A home tells of commits: all of them are durable there.
+    pub fn committed(&mut self, node: NodeId, streams: &[StreamState]) {
+        let home = self.homes.entry(node).or_default();
+        let mut text = None;
+        for s in streams {
+            let durable = home
+                .durable_positions
+                .get(&s.source)
+                .copied()
+                .unwrap_or_default();
+            if s.committed > durable {
+                text = Some(format!(
+                    "{node} calls {s:?} committed, durable is {durable}"
+                ));
+            }
+        }
+        if let Some(text) = text {
+            self.fail(text);
+        }
+    }
+
+    /// Whether an operation up to `seq` of `life` has not executed at `home`.
+    #[must_use]
+    pub fn is_unmerged(&self, life: Life, seq: Seq, home: NodeId) -> bool {
+        self.unfinished.iter().any(|(_, id)| {
+            let state = &self.ops[id];
+            let places = state.op.participants.iter().zip(&state.places);
+            id.source == life
+                && id.seq <= seq
+                && places
+                    .into_iter()
+                    .any(|(p, place)| p.node == home && *place == Place::Absent)
+        })
+    }
+
+    /// Records of a home up to `synced` are durable.
+    pub fn synced(&mut self, node: NodeId, synced: Lsn) {
+        let home = self.homes.entry(node).or_default();
+        let before = home.synced;
+        home.synced = synced;
+        let start = home.log.partition_point(|(lsn, _)| *lsn <= before);
+        let newly: Vec<OpId> = home.log[start..]
+            .iter()
+            .take_while(|(lsn, _)| *lsn <= synced)
+            .filter_map(|(_, e)| match e {
+                Entry::Op(id) | Entry::Undone(id) => Some(*id),
+                _ => None,
+            })
+            .collect();
+        for id in newly {
+            let state = &self.ops[&id];
+            let at = state.op.at(node).unwrap_or_default();
+            let home = self.homes.entry(node).or_default();
+            let durable = home.durable_positions.entry(id.source).or_default();
+            *durable = (*durable).max(at);
+            self.refresh(id);
+        }
+    }
+
+    /// A home lost every record after `end`; the rest is durable.
+    pub fn crashed(&mut self, node: NodeId, end: Lsn) {
+        let home = self.homes.entry(node).or_default();
+        let keep = home.log.partition_point(|(lsn, _)| *lsn <= end);
+        let lost = home.log.split_off(keep);
+        let log = std::mem::take(&mut home.log);
+        let epoch_sent = home.epoch_sent;
+        let mut durable_positions = std::mem::take(&mut home.durable_positions);
+        for (_, entry) in &log {
+            if let Entry::Op(id) = entry {
+                let at = self
+                    .ops
+                    .get(id)
+                    .and_then(|s| s.op.at(node))
+                    .unwrap_or_default();
+                let durable = durable_positions.entry(id.source).or_default();
+                *durable = (*durable).max(at);
+            }
+        }
+        *home = Home {
+            synced: end,
+            epoch_sent,
+            durable_positions,
+            ..Home::default()
+        };
+        let mut touched = BTreeSet::new();
+        for (_, entry) in &lost {
+            if let Entry::Op(id) | Entry::Undone(id) = entry {
+                touched.insert(*id);
+                self.tally.lost_in_crash += 1;
+            }
+        }
+        for id in &touched {
+            if let Some(state) = self.ops.get_mut(id) {
+                for (p, place) in state.op.participants.iter().zip(&mut state.places) {
+                    if p.node == node {
+                        *place = Place::Absent;
+                    }
+                }
+            }
+        }
+        for &(lsn, entry) in &log {
+            self.take_effect(node, lsn, entry);
+        }
+        self.homes.entry(node).or_default().log = log;
+        for id in touched {
+            self.refresh(id);
+        }
+    }
+
+    /// Records of operations were recycled (I13): each is below the durable m, or was durably
+    /// undone.
+    pub fn recycled(&mut self, node: NodeId, records: &[Lsn]) {
+        let home = self.homes.entry(node).or_default();
+        let durable = home.log.iter().take_while(|(lsn, _)| *lsn <= home.synced);
+        let marks = durable.filter_map(|(_, e)| match e {
+            Entry::Marks(m) => Some(*m),
+            _ => None,
+        });
+        let minimum = marks.max().unwrap_or_default();
+        let mut text = None;
+        for (_, entry) in home
+            .log
+            .iter()
+            .filter(|(lsn, _)| records.binary_search(lsn).is_ok())
+        {
+            let Entry::Op(id) = entry else {
+                continue;
+            };
+            let state = &self.ops[id];
+            let undone = state
+                .places
+                .iter()
+                .zip(&state.op.participants)
+                .any(|(place, p)| {
+                    p.node == node && matches!(place, Place::Undone(lsn) if *lsn <= home.synced)
+                });
+            if state.op.epoch >= minimum && !undone {
+                let epoch = state.op.epoch;
+                text = Some(format!(
+                    "I13: {node} recycles {id} at {epoch}, durable m is {minimum}"
+                ));
+            }
+        }
+        if let Some(text) = text {
+            self.fail(text);
+        }
+    }
+
+    /// I17: a home's objects are those of the surviving operations in log order.
+    pub fn compare(&mut self, node: NodeId, disk: &mut Disk, when: &str) {
+        let home = self.homes.entry(node).or_default();
+        let mut text = None;
+        for (key, history) in &home.objects {
+            let expected = history.last().and_then(|(_, _, v)| v.clone());
+            let found = disk
+                .objects
+                .get(key)
+                .cloned()
+                .and_then(|s| disk.fetch(&s.value));
+            if expected != found {
+                let show =
+                    |v: &Option<Bytes>| v.as_ref().map(|b| tags_of(b).take(9).collect::<Vec<_>>());
+                let (e, f) = (show(&expected), show(&found));
+                text = Some(format!(
+                    "I17: {when}: {node} {key:?} is {f:x?} and should be {e:x?}"
+                ));
+            }
+        }
+        for (key, sum) in &home.counters {
+            let found = disk
+                .objects
+                .get(key)
+                .cloned()
+                .and_then(|s| disk.fetch(&s.value));
+            let trim = |b: &[u8]| b.iter().rposition(|x| *x != 0).map_or(0, |i| i + 1);
+            let found = found.unwrap_or_else(|| Arc::from([]));
+            if found[..trim(&found)] != sum[..trim(sum)] {
+                text = Some(format!(
+                    "I17: {when}: {node} {key:?} is {found:?} and should be {sum:?}"
+                ));
+            }
+        }
+        for key in disk.objects.keys() {
+            if !home.objects.contains_key(key) && !home.counters.contains_key(key) {
+                text = Some(format!("I17: {when}: {node} has {key:?} that nobody wrote"));
+            }
+        }
+        if let Some(text) = text {
+            self.fail(text);
+        }
+    }
+
+    /// The process of a life ended while it held these locks.
+    pub fn frozen(&mut self, life: Life, claims: Vec<Reclaim>) {
+        if life.incarnation.0 > 0 && !self.gone.contains(&life) {
+            self.frozen.insert(life, claims);
+        }
+    }
+
+    /// Locks of lives whose process is gone and that are not GONE.
+    #[must_use]
+    pub fn frozen_locks(&self) -> &BTreeMap<Life, Vec<Reclaim>> {
+        &self.frozen
+    }
+
+    /// The root finished an eviction: each operation holds everywhere or nowhere (I21), durably,
+    /// and what holds is a prefix.
+    pub fn resolved(&mut self, life: Life) {
+        if !self.gone.insert(life) {
+            return;
+        }
+        self.tally.gone += 1;
+        self.frozen.remove(&life);
+        let from = OpId {
+            source: life,
+            seq: Seq(0),
+        };
+        let ids: Vec<OpId> = self
+            .ops
+            .range(from..)
+            .take_while(|(id, _)| id.source == life)
+            .map(|(id, _)| *id)
+            .collect();
+        let mut ended = None;
+        for id in ids {
+            let state = &self.ops[&id];
+            let whole = self.is_durable(state);
+            let none = state
+                .op
+                .participants
+                .iter()
+                .zip(&state.places)
+                .all(|(p, place)| {
+                    let synced = self.homes.get(&p.node).map_or(Lsn(0), |h| h.synced);
+                    match place {
+                        Place::Absent => true,
+                        Place::Undone(lsn) => *lsn <= synced,
+                        Place::Executed(_) => false,
+                    }
+                });
+            let places = state.places.clone();
+            if !whole && !none {
+                self.fail(format!(
+                    "I21: {id} of a life that is GONE stands at {places:?}"
+                ));
+            }
+            if whole {
+                self.tally.survived += 1;
+                if let Some(first) = ended {
+                    self.fail(format!("{id} survives though {first} before it does not"));
+                }
+            } else {
+                self.tally.dropped += 1;
+                ended = ended.or(Some(id));
+                if let Some(state) = self.ops.get_mut(&id) {
+                    state.dropped = true;
+                }
+            }
+            self.refresh(id);
+        }
+    }
+
+    /// `commit_on_share`: a lock was granted to `life`; nobody else's write beneath it is
+    /// unfinished, nor any earlier operation of such a writer.
+    pub fn granted(&mut self, life: Life, home: NodeId, range: &Range) {
+        if self.gone.contains(&life) {
+            return;
+        }
+        let mut first: BTreeMap<Life, Seq> = BTreeMap::new();
+        for (_, id) in &self.unfinished {
+            if id.source != life {
+                let seq = first.entry(id.source).or_insert(id.seq);
+                *seq = (*seq).min(id.seq);
+            }
+        }
+        let mut text = None;
+        for (source, seq) in first {
+            let from = OpId { source, seq };
+            let later = self
+                .ops
+                .range(from..)
+                .take_while(|(id, _)| id.source == source);
+            for (id, state) in later.filter(|(_, s)| !s.dropped) {
+                let touches = state
+                    .op
+                    .updates_for(home)
+                    .any(|u| !matches!(u.change, Change::Add(_)) && range.holds(&u.key));
+                if touches {
+                    text = Some(format!(
+                        "commit_on_share: {life} is granted {range:?} at {home} over {id}, {source}#{} is unfinished",
+                        seq.0
+                    ));
+                }
+            }
+        }
+        if let Some(text) = text {
+            self.fail(text);
+        }
+    }
+
+    /// L1 between two lives.
+    pub fn exclusive(&mut self, a: (Life, &Reclaim), b: (Life, &Reclaim)) {
+        let conflict = a.1.mode == Mode::Exclusive || b.1.mode == Mode::Exclusive;
+        let both = a.0 != b.0 && a.1.home == b.1.home && a.1.range.overlaps(&b.1.range);
+        if conflict && both && !self.gone.contains(&a.0) && !self.gone.contains(&b.0) {
+            self.fail(format!(
+                "L1: {} holds {:?} and {} holds {:?}",
+                a.0, a.1, b.0, b.1
+            ));
+        }
+    }
+
+    /// A life saw values under its locks.
+    pub fn seen(&mut self, life: Life, seen: &Seen) {
+        if self.gone.contains(&life) {
+            return;
+        }
+        let mut text = None;
+        for (key, value) in &seen.values {
+            let tags = tags_of(value.as_deref().unwrap_or(&[]));
+            let tags: Vec<u64> = if key.space == LISTS {
+                tags.collect()
+            } else {
+                tags.take(1).collect()
+            };
+            for tag in tags {
+                let ids = self.by_tag.get(&tag).cloned().unwrap_or_default();
+                for id in ids.into_iter().filter(|id| id.source != life) {
+                    let open = self.unfinished.iter();
+                    let mut open = open.filter(|(_, o)| o.source == id.source && o.seq <= id.seq);
+                    if let Some((_, o)) = open.next() {
+                        text = Some(format!(
+                            "{life} reads {id} in {key:?} while {o} is unfinished"
+                        ));
+                    }
+                    self.observed.insert(id);
+                }
+            }
+            text = text.or_else(|| self.misread(life, seen.home, key, value.as_ref()));
+        }
+        if let (Some(range), Some(home)) = (&seen.whole, self.homes.get(&seen.home)) {
+            for (key, history) in &home.objects {
+                let listed = seen.values.iter().any(|(k, _)| k == key);
+                if let Some((id, _, Some(_))) = history.last() {
+                    if range.holds(key) && !listed && id.source != life {
+                        text = Some(format!("{life} scans {range:?} and misses {key:?} of {id}"));
+                    }
+                }
+            }
+        }
+        if let Some(text) = text {
+            self.fail(text);
+        }
+    }
+
+    /// A read under a lock shows the newest state, unless the reader itself changed it meanwhile.
+    fn misread(
+        &self,
+        life: Life,
+        home: NodeId,
+        key: &Key,
+        value: Option<&Bytes>,
+    ) -> Option<String> {
+        if key.space == COUNTERS {
+            return None;
+        }
+        let history = self.homes.get(&home)?.objects.get(key);
+        let (id, now) = match history.and_then(|h| h.last()) {
+            Some((id, _, now)) => (Some(*id), now.as_ref()),
+            None => (None, None),
+        };
+        let own_pending = self.unfinished.iter().any(|(_, o)| {
+            o.source == life && self.ops[o].op.updates_for(home).any(|u| u.key == *key)
+        });
+        if now == value || own_pending || id.is_some_and(|id| id.source == life) {
+            return None;
+        }
+        Some(format!(
+            "{life} reads an old {key:?} at {home}; newest is by {id:?}"
+        ))
+    }
+
+    /// After healing: every operation of a live life holds everywhere, of a dead one everywhere or
+    /// nowhere (I20, I21).
+    pub fn finish(&mut self, live: impl Fn(Life) -> bool) {
+        let mut text = None;
+        for (id, state) in &self.ops {
+            let whole = self.is_durable(state);
+            let gone = self.gone.contains(&id.source);
+            if !whole && live(id.source) {
+                text = Some(format!(
+                    "I20: {id} of a live source stands at {:?}",
+                    state.places
+                ));
+            } else if !whole && !gone {
+                text = Some(format!("I21: {id} is unresolved at {:?}", state.places));
+            }
+        }
+        if let Some(text) = text {
+            self.fail(text);
+        }
+    }
+
+    /// Largest epoch of any operation.
+    #[must_use]
+    pub fn newest(&self) -> Epoch {
+        let alive = self.ops.values().filter(|s| !s.dropped);
+        alive.map(|s| s.op.epoch).max().unwrap_or_default()
+    }
+
+    /// Where the unfinished operations stand, for a liveness report.
+    #[must_use]
+    pub fn describe_unfinished(&self) -> String {
+        let mut text = String::new();
+        for (epoch, id) in self.unfinished.iter().take(4) {
+            let state = &self.ops[id];
+            let nodes: Vec<String> = state
+                .op
+                .participants
+                .iter()
+                .map(|p| format!("{}{}", p.node, p.at))
+                .collect();
+            text.push_str(&format!(" {id} at {epoch} {nodes:?} {:?};", state.places));
+        }
+        text
+    }
+}

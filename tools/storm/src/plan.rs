@@ -1,0 +1,402 @@
+//! What a seed stands for: topology, workload and faults, as plain data that the minimiser may
+//! thin out.
+
+use crate::rng::Rng;
+
+/// Index of a node in the plan: 0 is the root, then the aggregator if any, destinations, proxies,
+/// clients.
+pub type Index = usize;
+
+/// A fault and when it strikes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The process dies; it starts again after `down` ticks, or never. `told`: the supervisor says
+    /// so to the root.
+    Crash {
+        /// Who.
+        node: Index,
+        /// Ticks until it starts again.
+        down: Option<u64>,
+        /// Whether the root is told at once.
+        told: bool,
+    },
+    /// The node processes nothing for so many ticks.
+    Pause {
+        /// Who.
+        node: Index,
+        /// For how long.
+        ticks: u64,
+    },
+    /// The connection breaks.
+    Break {
+        /// One side.
+        a: Index,
+        /// The other.
+        b: Index,
+    },
+    /// Messages from `from` to `to` are held back; the connection may break.
+    Cut {
+        /// Sender.
+        from: Index,
+        /// Receiver.
+        to: Index,
+        /// For how long.
+        ticks: u64,
+        /// Whether the transport gives the connection up.
+        breaks: bool,
+    },
+    /// Nothing reaches or leaves the node.
+    Isolate {
+        /// Who.
+        node: Index,
+        /// For how long.
+        ticks: u64,
+        /// Whether the transport gives the connections up.
+        breaks: bool,
+    },
+    /// Syncs take ten times as long.
+    Slow {
+        /// A destination or the root.
+        node: Index,
+        /// For how long.
+        ticks: u64,
+    },
+    /// The destination has no room for new work.
+    Full {
+        /// A destination.
+        node: Index,
+        /// For how long.
+        ticks: u64,
+    },
+    /// The client leaves on purpose.
+    Part {
+        /// A client.
+        node: Index,
+    },
+}
+
+/// A client of the plan.
+#[derive(Clone, Debug)]
+pub struct ClientPlan {
+    /// Homes reached through proxies: (destination, proxy) numbers.
+    pub via: Vec<(usize, usize)>,
+    /// Operations that each of its lives tries.
+    pub ops: u64,
+    /// Whether its pings go through the aggregator.
+    pub aggregated: bool,
+}
+
+/// Shares of the kinds of work, in no particular unit.
+#[derive(Clone, Copy, Debug)]
+pub struct Mix {
+    /// Appending to lists, read first.
+    pub append: u64,
+    /// Writing registers without reading.
+    pub blind: u64,
+    /// Adding to counters.
+    pub add: u64,
+    /// Deleting registers.
+    pub delete: u64,
+    /// Conditional creation of registers.
+    pub create: u64,
+    /// Reading.
+    pub read: u64,
+    /// Scanning.
+    pub scan: u64,
+}
+
+/// A whole run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The seed.
+    pub seed: u64,
+    /// Whether it is one of the short ones.
+    pub is_short: bool,
+    /// Destinations.
+    pub destinations: usize,
+    /// Proxies.
+    pub proxies: usize,
+    /// Whether there is an aggregator.
+    pub aggregator: bool,
+    /// Clients.
+    pub clients: Vec<ClientPlan>,
+    /// Operations that each proxy's life originates, and whether parts go through the others.
+    pub originate: (u64, bool),
+    /// Faults by time.
+    pub faults: Vec<(u64, Fault)>,
+    /// No fault starts and all faults end after this time.
+    pub horizon: u64,
+    /// Longest delay of a message.
+    pub delay_max: u64,
+    /// Longest sync.
+    pub sync_max: u64,
+    /// Ticks between pings.
+    pub ping_interval: u64,
+    /// Ticks of silence that evict.
+    pub evict_after: u64,
+    /// Ticks until a dead proxy is bypassed.
+    pub bypass_after: u64,
+    /// Ticks between merges of a proxy.
+    pub merge_interval: u64,
+    /// Longest pause between two operations of a client.
+    pub think_max: u64,
+    /// Tasks a client has under way at one time.
+    pub depth: u64,
+    /// Slots per space: few make keys hot.
+    pub slots: u64,
+    /// Percent of operations with wide locks.
+    pub wide: u64,
+    /// Percent of operations that involve several homes.
+    pub multi: u64,
+    /// Bytes of redo at a client before early discards.
+    pub redo_bytes: usize,
+    /// Bytes of other participants' updates in a record.
+    pub carry_bytes: usize,
+    /// Percent of values that are bulk.
+    pub bulk: u64,
+    /// Work.
+    pub mix: Mix,
+}
+
+impl Plan {
+    /// Number of nodes.
+    #[must_use]
+    pub fn nodes(&self) -> usize {
+        self.first_client() + self.clients.len()
+    }
+
+    /// Index of the aggregator.
+    #[must_use]
+    pub fn aggregator_index(&self) -> Option<Index> {
+        self.aggregator.then_some(1)
+    }
+
+    /// Index of the first destination.
+    #[must_use]
+    pub fn first_destination(&self) -> Index {
+        1 + usize::from(self.aggregator)
+    }
+
+    /// Index of the first proxy.
+    #[must_use]
+    pub fn first_proxy(&self) -> Index {
+        self.first_destination() + self.destinations
+    }
+
+    /// Index of the first client.
+    #[must_use]
+    pub fn first_client(&self) -> Index {
+        self.first_proxy() + self.proxies
+    }
+
+    /// A quiet plan to build scenarios from: two destinations, no proxy, no client, no fault.
+    #[must_use]
+    pub fn quiet(seed: u64) -> Plan {
+        Plan {
+            seed,
+            is_short: true,
+            destinations: 2,
+            proxies: 0,
+            aggregator: false,
+            clients: Vec::new(),
+            originate: (0, false),
+            faults: Vec::new(),
+            horizon: 0,
+            delay_max: 4,
+            sync_max: 6,
+            ping_interval: 20,
+            evict_after: 120,
+            bypass_after: 60,
+            merge_interval: 15,
+            think_max: 10,
+            depth: 2,
+            slots: 3,
+            wide: 0,
+            multi: 50,
+            redo_bytes: 1 << 20,
+            carry_bytes: 64 << 10,
+            bulk: 0,
+            mix: Mix {
+                append: 4,
+                blind: 3,
+                add: 2,
+                delete: 1,
+                create: 1,
+                read: 1,
+                scan: 1,
+            },
+        }
+    }
+
+    /// The plan of a seed. Every second one is short.
+    #[must_use]
+    pub fn of(seed: u64) -> Plan {
+        let mut rng = Rng::branch(seed, 1);
+        let is_short = seed.is_multiple_of(2);
+        let mut plan = Plan::quiet(seed);
+        plan.is_short = is_short;
+        plan.destinations = 1 + rng.below(if is_short { 2 } else { 3 }) as usize;
+        plan.proxies = if is_short {
+            usize::from(rng.chance(40))
+        } else {
+            rng.below(3) as usize
+        };
+        plan.aggregator = !is_short && rng.chance(25);
+        let clients = if is_short {
+            rng.range(1, 2)
+        } else {
+            rng.range(2, 4)
+        };
+        let ops_max = if is_short { 4 } else { 25 };
+        let style = rng.below(4);
+        for number in 0..clients {
+            let via = routes(&mut rng, &plan, style, number as usize);
+            plan.clients.push(ClientPlan {
+                via,
+                ops: rng.range(1, ops_max),
+                aggregated: rng.chance(60),
+            });
+        }
+        if plan.proxies > 0 && rng.chance(30) {
+            plan.originate = (rng.range(1, ops_max / 2 + 1), rng.chance(60));
+        }
+        plan.horizon = if is_short {
+            rng.range(60, 250)
+        } else {
+            rng.range(400, 2500)
+        };
+        plan.knobs(&mut rng);
+        let faults = if rng.chance(8) {
+            0
+        } else if is_short {
+            rng.range(1, 3)
+        } else {
+            rng.range(1, 14)
+        };
+        let mut list: Vec<(u64, Fault)> = Vec::new();
+        for _ in 0..faults {
+            let (at, fault) = plan.draw_fault(&mut rng);
+            // Misfortunes seldom come singly: some strike two nodes, or strike again soon.
+            if rng.chance(20) {
+                let again = at + rng.below(40);
+                let (_, other) = plan.draw_fault(&mut rng);
+                list.push((again, other));
+            }
+            if rng.chance(10) {
+                list.push((at + rng.range(5, 60), fault.clone()));
+            }
+            list.push((at, fault));
+        }
+        list.sort_by_key(|(at, _)| *at);
+        plan.faults = list;
+        plan
+    }
+
+    fn knobs(&mut self, rng: &mut Rng) {
+        self.delay_max = *rng.pick(&[2, 4, 8, 20]);
+        self.sync_max = *rng.pick(&[2, 6, 20, 60]);
+        self.ping_interval = *rng.pick(&[10, 20, 40]);
+        self.evict_after = self.ping_interval * rng.range(6, 10) + 4 * self.delay_max;
+        self.bypass_after = rng.range(5, 120);
+        self.merge_interval = *rng.pick(&[2, 15, 50, 200]);
+        self.think_max = *rng.pick(&[1, 10, 40]);
+        self.depth = rng.range(1, 5);
+        self.slots = rng.range(1, 5);
+        self.wide = *rng.pick(&[0, 10, 40]);
+        self.multi = *rng.pick(&[20, 50, 90]);
+        self.redo_bytes = if rng.chance(15) { 300 } else { 1 << 20 };
+        self.carry_bytes = if rng.chance(10) { 0 } else { 64 << 10 };
+        self.bulk = if rng.chance(2) { 10 } else { 0 };
+        let mut share = || *rng.pick(&[0, 1, 3, 6]);
+        self.mix = Mix {
+            append: 1 + share(),
+            blind: share(),
+            add: share(),
+            delete: share(),
+            create: share(),
+            read: share(),
+            scan: share(),
+        };
+    }
+
+    fn draw_fault(&self, rng: &mut Rng) -> (u64, Fault) {
+        let at = rng.range(5, self.horizon);
+        let count = self.nodes() as u64;
+        let any = |rng: &mut Rng| rng.below(count) as usize;
+        let node = any(rng);
+        let persistent = |rng: &mut Rng| {
+            if rng.chance(20) {
+                0
+            } else {
+                self.first_destination() + rng.below(self.destinations as u64) as usize
+            }
+        };
+        let ticks = match rng.below(3) {
+            0 => rng.range(1, 20),
+            1 => rng.range(20, 150),
+            _ => rng.range(100, 500),
+        };
+        let fault = match rng.below(100) {
+            0..40 => {
+                let volatile = node >= self.first_proxy();
+                let down = Some(ticks).filter(|_| !volatile || rng.chance(65));
+                Fault::Crash {
+                    node,
+                    down,
+                    told: rng.chance(40),
+                }
+            }
+            40..50 => Fault::Pause { node, ticks },
+            50..65 => Fault::Break {
+                a: node,
+                b: any(rng),
+            },
+            65..75 => Fault::Cut {
+                from: node,
+                to: any(rng),
+                ticks,
+                breaks: rng.chance(50),
+            },
+            75..83 => Fault::Isolate {
+                node,
+                ticks,
+                breaks: rng.chance(50),
+            },
+            83..91 => Fault::Slow {
+                node: persistent(rng),
+                ticks,
+            },
+            91..96 => Fault::Full {
+                node: self.first_destination() + rng.below(self.destinations as u64) as usize,
+                ticks,
+            },
+            _ => Fault::Part {
+                node: self.first_client() + rng.below(self.clients.len() as u64) as usize,
+            },
+        };
+        (at, fault)
+    }
+}
+
+/// How a client reaches the homes.
+fn routes(rng: &mut Rng, plan: &Plan, style: u64, number: usize) -> Vec<(usize, usize)> {
+    let homes = 0..plan.destinations;
+    if plan.proxies == 0 {
+        return Vec::new();
+    }
+    match style {
+        // Everybody directly, but for one.
+        0 if number > 0 => Vec::new(),
+        // One proxy for all homes; different clients may use different proxies.
+        0 | 1 => homes.map(|home| (home, number % plan.proxies)).collect(),
+        // Seed 000: D0 through S0 and D1 through S1.
+        2 => homes.map(|home| (home, home % plan.proxies)).collect(),
+        // Anything.
+        _ => homes
+            .filter_map(|home| {
+                let proxy = rng.below(plan.proxies as u64) as usize;
+                rng.chance(60).then_some((home, proxy))
+            })
+            .collect(),
+    }
+}

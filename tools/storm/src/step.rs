@@ -1,0 +1,552 @@
+//! One step of one node: an input, its effects, and the checks that follow every step.
+
+use lowtide_engine_core::effect::{Effect, Port};
+use lowtide_engine_core::ids::{Life, Lsn, Time};
+use lowtide_engine_core::message::{Envelope, Message, Reclaim};
+use lowtide_engine_core::op::{Range, Refusal};
+use lowtide_engine_core::root::RootState;
+use lowtide_engine_core::session::SessionError;
+use lowtide_engine_core::wire;
+
+use crate::app::Ask;
+use crate::disk::Disk;
+use crate::plan::Index;
+use crate::probe::Probe;
+use crate::world::{Core, Event, World};
+
+impl Core {
+    /// Identity, epoch and minimum; `None` when down.
+    #[must_use]
+    pub fn port(&self) -> Option<&Port> {
+        match self {
+            Core::Down => None,
+            Core::Root(c) => Some(c.port()),
+            Core::Destination(c) => Some(c.port()),
+            Core::Proxy(c) => Some(c.port()),
+            Core::Client(c) => Some(c.port()),
+            Core::Aggregator(c) => Some(c.port()),
+        }
+    }
+
+    fn poll_effect(&mut self) -> Option<Effect> {
+        match self {
+            Core::Down => None,
+            Core::Root(c) => c.poll_effect(),
+            Core::Destination(c) => c.poll_effect(),
+            Core::Proxy(c) => c.poll_effect(),
+            Core::Client(c) => c.poll_effect(),
+            Core::Aggregator(c) => c.poll_effect(),
+        }
+    }
+
+    fn poll_timeout(&self) -> Option<Time> {
+        match self {
+            Core::Down => None,
+            Core::Root(c) => Some(c.poll_timeout()),
+            Core::Destination(c) => Some(c.poll_timeout()),
+            Core::Proxy(c) => Some(c.poll_timeout()),
+            Core::Client(c) => Some(c.poll_timeout()),
+            Core::Aggregator(c) => Some(c.poll_timeout()),
+        }
+    }
+
+    fn handle_message(&mut self, now: Time, envelope: Envelope, disk: &mut Disk) {
+        match self {
+            Core::Down => {}
+            Core::Root(c) => c.handle_message(now, envelope),
+            Core::Destination(c) => c.handle_message(now, envelope, disk),
+            Core::Proxy(c) => c.handle_message(now, envelope),
+            Core::Client(c) => c.handle_message(now, envelope),
+            Core::Aggregator(c) => c.handle_message(now, envelope),
+        }
+    }
+}
+
+impl World {
+    pub(crate) fn timer(&mut self, node: Index) {
+        let now = self.time();
+        let n = &mut self.nodes[node];
+        if n.timer_at > self.now {
+            return;
+        }
+        n.timer_at = u64::MAX;
+        match &mut n.core {
+            Core::Down => {}
+            Core::Root(c) => c.handle_timeout(now),
+            Core::Destination(c) => c.handle_timeout(now, &mut n.disk),
+            Core::Proxy(c) => c.handle_timeout(now),
+            Core::Client(c) => c.handle_timeout(now),
+            Core::Aggregator(c) => c.handle_timeout(now),
+        }
+        self.after(node, false);
+    }
+
+    pub(crate) fn wake(&mut self, node: Index) {
+        self.nodes[node].wake_at = u64::MAX;
+        self.after(node, false);
+    }
+
+    pub(crate) fn synced(&mut self, node: Index) {
+        let now = self.time();
+        let n = &mut self.nodes[node];
+        let Some(upto) = n.disk.syncing.take() else {
+            return;
+        };
+        n.disk.synced = upto;
+        let id = n.id;
+        self.oracle.synced(id, Lsn(upto));
+        let n = &mut self.nodes[node];
+        if let Core::Destination(c) = &mut n.core {
+            c.handle_durable(now, Lsn(upto), &mut n.disk);
+        }
+        self.note(3, || format!("{id} log durable to {upto}"));
+        if self.nodes[node].disk.apply_checkpoint() {
+            self.note(4, || format!("{id} checkpoint applied"));
+        }
+        self.after(node, false);
+    }
+
+    pub(crate) fn persisted(&mut self, node: Index) {
+        let now = self.time();
+        let Some(version) = self.nodes[node].root_disk.complete() else {
+            return;
+        };
+        let minimum = RootState::decode(&self.nodes[node].root_disk.durable).map(|s| s.minimum());
+        match minimum {
+            Ok(m) => self.oracle.minimum_persisted(m),
+            Err(e) => self.oracle.fail(format!("root state does not decode: {e}")),
+        }
+        if let Core::Root(c) = &mut self.nodes[node].core {
+            c.handle_persisted(now, version);
+        }
+        self.after(node, false);
+    }
+
+    /// Freezes a checkpoint, or recycles the log behind the last one.
+    pub(crate) fn checkpoint(&mut self, node: Index) {
+        let id = self.nodes[node].id;
+        let n = &mut self.nodes[node];
+        if let Core::Destination(c) = &n.core {
+            let floor = c.undo_floor();
+            let image = c.image();
+            let recycled = n.disk.recycle(floor);
+            self.oracle.recycled(id, &recycled);
+            self.probes.hit_if(Probe::Recycled, !recycled.is_empty());
+            let n = &mut self.nodes[node];
+            n.disk.frozen = Some(crate::disk::Checkpoint {
+                lsn: n.disk.end,
+                image,
+                objects: n.disk.objects.clone(),
+            });
+            n.disk.apply_checkpoint();
+        }
+        let boot = self.nodes[node].boot;
+        let pause = self.rng.range(10, 300);
+        self.at(self.now + pause, Event::Checkpoint { node, boot });
+        self.after(node, false);
+    }
+
+    pub(crate) fn connected(&mut self, node: Index, peer: Index) {
+        let now = self.time();
+        let id = self.nodes[peer].id;
+        let n = &mut self.nodes[node];
+        match &mut n.core {
+            Core::Destination(c) => c.handle_connected(id),
+            Core::Proxy(c) => c.handle_connected(now, id),
+            Core::Client(c) => c.handle_connected(now, id),
+            _ => {}
+        }
+        let own = n.id;
+        self.note(1, || format!("{own} connected to {id}"));
+        self.after(node, false);
+    }
+
+    pub(crate) fn disconnected(&mut self, node: Index, peer: Index) {
+        let id = self.nodes[peer].id;
+        let n = &mut self.nodes[node];
+        match &mut n.core {
+            Core::Destination(c) => c.handle_disconnected(id),
+            Core::Proxy(c) => c.handle_disconnected(id),
+            Core::Client(c) => c.handle_disconnected(id),
+            _ => {}
+        }
+        let own = n.id;
+        self.note(2, || format!("{own} lost {id}"));
+        self.after(node, false);
+    }
+
+    pub(crate) fn receive(&mut self, node: Index, peer: Index, bytes: &[u8]) {
+        let envelope: Envelope = match wire::decode(bytes, "envelope") {
+            Ok(envelope) => envelope,
+            Err(e) => {
+                return self
+                    .oracle
+                    .fail(format!("an envelope does not decode: {e}"));
+            }
+        };
+        let digest = bytes.chunks(64).fold(bytes.len() as u64, |h, c| {
+            c.iter()
+                .fold(h, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+        });
+        let own = self.nodes[node].id;
+        let health = matches!(
+            envelope.body,
+            Message::Ping { .. } | Message::Pong { view: None } | Message::Report { .. }
+        );
+        self.note(digest, || {
+            if health {
+                return String::new();
+            }
+            let Envelope {
+                from,
+                epoch,
+                minimum,
+                body,
+                ..
+            } = &envelope;
+            format!("{own} <- {from} {epoch} m {} {body:?}", minimum.0)
+        });
+        self.watch_delivery(node, peer, &envelope);
+        let (epoch, from) = (envelope.epoch, envelope.from);
+        let completing = matches!(envelope.body, Message::Complete { .. });
+        let granted = match &envelope.body {
+            Message::Granted { home, range, .. } => Some((*home, *range)),
+            _ => None,
+        };
+        let now = self.time();
+        let n = &mut self.nodes[node];
+        n.core.handle_message(now, envelope, &mut n.disk);
+        if n.core.port().is_some_and(|p| p.epoch() < epoch) {
+            self.oracle
+                .fail(format!("I2: {own} is behind a message of {from}"));
+        }
+        self.after(node, completing);
+        if let Some((home, range)) = granted {
+            self.check_grant(node, home, range);
+        }
+    }
+
+    /// Probes that a delivery may hit.
+    fn watch_delivery(&mut self, node: Index, peer: Index, envelope: &Envelope) {
+        match &envelope.body {
+            Message::Open { reclaim, .. } => {
+                let restarted = self.nodes[node].boot > 1 && !reclaim.is_empty();
+                let home = matches!(self.nodes[node].core, Core::Destination(_));
+                self.probes
+                    .hit_if(Probe::ReclaimAfterRestart, restarted && home);
+            }
+            Message::Pin { .. } => {
+                self.pins.insert((peer, node));
+            }
+            Message::Unpin { .. } => {
+                self.pins.remove(&(peer, node));
+            }
+            Message::Refused { .. } => self.hit(Probe::RefusedFull),
+            Message::Report { covers, .. } if !covers.is_empty() => {
+                self.hit(Probe::CoveredByAggregator);
+            }
+            Message::Lock { .. } if self.is_proxy(peer) => {
+                self.nodes[node].originate.1 = peer as u64;
+            }
+            _ => {}
+        }
+    }
+
+    pub(crate) fn is_proxy(&self, node: Index) -> bool {
+        (self.plan.first_proxy()..self.plan.first_client()).contains(&node)
+    }
+
+    pub(crate) fn is_destination(&self, node: Index) -> bool {
+        (self.plan.first_destination()..self.plan.first_proxy()).contains(&node)
+    }
+
+    /// Carries out effects, feeds the application, reports to the oracle, sets timers.
+    pub(crate) fn after(&mut self, node: Index, completing: bool) {
+        loop {
+            while let Some(effect) = self.nodes[node].core.poll_effect() {
+                self.report(node, completing);
+                self.carry_out(node, effect);
+            }
+            if matches!(self.nodes[node].core, Core::Down) || !self.feed(node) {
+                break;
+            }
+        }
+        self.report(node, completing);
+        self.start_sync(node);
+        self.set_timers(node);
+    }
+
+    fn carry_out(&mut self, node: Index, effect: Effect) {
+        match effect {
+            Effect::Send { to, envelope } => {
+                let home = self.is_destination(node);
+                self.oracle
+                    .sent(envelope.from, home, envelope.epoch, envelope.minimum);
+                if let Message::Progress { streams, .. } = &envelope.body {
+                    if home {
+                        self.oracle.committed(self.nodes[node].id, streams);
+                    }
+                }
+                let Some(&peer) = self.by_id.get(&to) else {
+                    return self
+                        .oracle
+                        .fail(format!("a message to {to}, which nobody is"));
+                };
+                if matches!(envelope.body, Message::Revoke { .. }) && home && self.is_proxy(peer) {
+                    let asker = self.nodes[node].originate.1;
+                    let fought = asker != 0 && asker != peer as u64;
+                    self.probes.hit_if(Probe::ProxiesFoughtForALock, fought);
+                }
+                self.transmit(node, peer, wire::encode(&envelope));
+            }
+            Effect::Connect(to) => {
+                if let Some(&peer) = self.by_id.get(&to) {
+                    if node >= self.plan.first_client() && self.is_destination(peer) {
+                        let number = peer - self.plan.first_destination();
+                        let plan = &self.plan.clients[node - self.plan.first_client()];
+                        let bypassed = plan.via.iter().any(|(home, _)| *home == number);
+                        self.probes.hit_if(Probe::ProxyBypassed, bypassed);
+                    }
+                    self.want(node, peer);
+                }
+            }
+            Effect::Outcome { ticket, result } => {
+                let n = &mut self.nodes[node];
+                if let Core::Proxy(_) = n.core {
+                    n.originate.1 = n.originate.1.saturating_sub(1);
+                    return;
+                }
+                if let Ok(stamp) = &result {
+                    n.acknowledged = n.acknowledged.max(stamp.id.seq);
+                }
+                let lost = matches!(
+                    result,
+                    Err(SessionError::Refused(Refusal::CheckFailed { .. }))
+                );
+                self.probes.hit_if(Probe::CheckLostRace, lost);
+                if let Some(app) = &mut n.app {
+                    app.outcome(ticket, result.is_ok(), result.err());
+                }
+            }
+            Effect::Value { ticket, result } => {
+                let n = &mut self.nodes[node];
+                let life = n.life;
+                let (Some(app), Ok(value)) = (&mut n.app, result) else {
+                    return;
+                };
+                if let Some(seen) = app.value(ticket, value) {
+                    self.oracle.seen(life, &seen);
+                }
+            }
+            Effect::Listing { ticket, result } => {
+                let n = &mut self.nodes[node];
+                let life = n.life;
+                let (Some(app), Ok(page)) = (&mut n.app, result) else {
+                    return;
+                };
+                if let Some(seen) = app.listing(ticket, page) {
+                    self.oracle.seen(life, &seen);
+                }
+            }
+            Effect::Persist { version, state } => {
+                match RootState::decode(&state) {
+                    Ok(s) => self.oracle.minimum_proposed(s.minimum()),
+                    Err(e) => self.oracle.fail(format!("root state does not decode: {e}")),
+                }
+                let n = &mut self.nodes[node];
+                n.root_disk.pending.push_back((version, state));
+                let boot = n.boot;
+                let delay = self.sync_delay(node);
+                // Completions are handled in order because each one completes the oldest state.
+                self.at(self.now + delay, Event::Persisted { node, boot });
+            }
+            Effect::Evicted => self.evicted(node),
+        }
+    }
+
+    /// Lets the application go on; whether it asked for anything.
+    fn feed(&mut self, node: Index) -> bool {
+        let now = self.time();
+        let n = &mut self.nodes[node];
+        let (Core::Client(client), Some(app)) = (&mut n.core, &mut n.app) else {
+            return self.feed_proxy(node);
+        };
+        let Some(ask) = app.poll(now.0) else {
+            return false;
+        };
+        match ask {
+            Ask::Submit(ticket, request) => client.submit(now, ticket, request),
+            Ask::Read(ticket, home, key) => client.read(now, ticket, home, key),
+            Ask::Scan(ticket, home, range) => client.scan(now, ticket, (home, range), None, 4096),
+        }
+        if let Some(text) = app.complaint.take() {
+            self.oracle.fail(text);
+        }
+        true
+    }
+
+    /// Tells the oracle what this step did.
+    fn report(&mut self, node: Index, completing: bool) {
+        let n = &mut self.nodes[node];
+        let Some(port) = n.core.port() else {
+            return;
+        };
+        let (epoch, life) = (port.epoch(), port.life());
+        if epoch < n.epoch {
+            let text = format!("I1: {} falls from {} to {epoch}", n.id, n.epoch);
+            self.oracle.fail(text);
+        }
+        n.epoch = epoch;
+        n.life = life;
+        match &n.core {
+            Core::Client(c) => {
+                let known = self.oracle.known(life);
+                for op in c.stamped_after(known) {
+                    self.oracle.stamped(op);
+                }
+                self.oracle.covered(life, c.bound());
+            }
+            Core::Proxy(c) => {
+                let known = self.oracle.known(life);
+                for op in c.stamped_after(known) {
+                    self.oracle.stamped(op);
+                }
+                self.oracle.covered(life, c.bound());
+            }
+            Core::Destination(_) => {
+                let log = &n.disk.log;
+                let from = log.partition_point(|r| r.lsn <= n.reported);
+                if from < log.len() {
+                    let records: Vec<_> = log.range(from..).cloned().collect();
+                    n.reported = Lsn(n.disk.end);
+                    let id = n.id;
+                    let completed = self.oracle.tally.completed;
+                    self.oracle.appended(id, &records, completing);
+                    let restarted = self.nodes[node].boot > 1;
+                    let more = self.oracle.tally.completed > completed;
+                    self.probes
+                        .hit_if(Probe::CompletedAtRestartedHome, more && restarted);
+                }
+            }
+            Core::Root(c) => {
+                // From RELEASING on a life counts as GONE: homes release its locks one by one.
+                let open = c.evictions().filter(|(_, stage)| *stage != "RELEASING");
+                let now: std::collections::BTreeSet<Life> = open.map(|(l, _)| l).collect();
+                if now != self.evicting {
+                    let done: Vec<Life> = self.evicting.difference(&now).copied().collect();
+                    self.evicting = now;
+                    for life in done {
+                        self.oracle.resolved(life);
+                    }
+                }
+                // An eviction that needs nobody's answer is over within one step.
+                let view = c.view();
+                let over = |life: &Life| {
+                    let seat = view.seat(life.node);
+                    seat.is_some_and(|s| s.life > *life || (s.life == *life && !s.live))
+                        && !self.evicting.contains(life)
+                };
+                let frozen = self.oracle.frozen_locks().keys();
+                let done: Vec<Life> = frozen.filter(|l| over(l)).copied().collect();
+                for life in done {
+                    self.oracle.resolved(life);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(crate) fn sync_delay(&mut self, node: Index) -> u64 {
+        let factor = if self.nodes[node].slow_until > self.now {
+            10
+        } else {
+            1
+        };
+        factor * (1 + self.rng.below(self.plan.sync_max))
+    }
+
+    fn start_sync(&mut self, node: Index) {
+        if !self.is_destination(node) || matches!(self.nodes[node].core, Core::Down) {
+            return;
+        }
+        let disk = &mut self.nodes[node].disk;
+        if disk.syncing.is_none() && disk.end > disk.synced {
+            disk.syncing = Some(disk.end);
+            let boot = self.nodes[node].boot;
+            let delay = self.sync_delay(node);
+            self.at(self.now + delay, Event::Synced { node, boot });
+        }
+    }
+
+    fn set_timers(&mut self, node: Index) {
+        let n = &self.nodes[node];
+        let boot = n.boot;
+        if let Some(at) = n.core.poll_timeout() {
+            let at = at.0.max(self.now + 1);
+            if at < n.timer_at {
+                self.nodes[node].timer_at = at;
+                self.at(at, Event::Timer { node, boot });
+            }
+        }
+        let n = &self.nodes[node];
+        if let Some(at) = n.app.as_ref().and_then(|a| a.wake_at()) {
+            let at = at.max(self.now + 1);
+            if at < n.wake_at {
+                self.nodes[node].wake_at = at;
+                self.at(at, Event::Wake { node, boot });
+            }
+        }
+    }
+
+    /// Locks that a process holds for work of its own.
+    pub(crate) fn leaf_locks(&self, node: Index) -> Vec<Reclaim> {
+        match &self.nodes[node].core {
+            Core::Client(c) => c.holdings().claims(|_| true),
+            Core::Proxy(c) => {
+                let own = c.port().life();
+                let grants = c.locks().grants().filter(|g| g.2 == own);
+                grants
+                    .map(|(home, space, _, mode, lo, hi)| Reclaim {
+                        home,
+                        range: Range { space, lo, hi },
+                        mode,
+                        grant: Default::default(),
+                    })
+                    .collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// A grant arrived: nobody else holds anything that conflicts (L1, I25), and what others wrote
+    /// beneath it is finished (`commit_on_share`).
+    fn check_grant(&mut self, node: Index, home: lowtide_engine_core::ids::NodeId, range: Range) {
+        let life = self.nodes[node].life;
+        let mine: Vec<Reclaim> = self.leaf_locks(node);
+        let mine: Vec<Reclaim> = mine
+            .into_iter()
+            .filter(|c| c.home == home && c.range.overlaps(&range))
+            .collect();
+        if mine.is_empty() {
+            return;
+        }
+        let mut others: Vec<(Life, Vec<Reclaim>)> = Vec::new();
+        for index in 0..self.nodes.len() {
+            if index != node {
+                others.push((self.nodes[index].life, self.leaf_locks(index)));
+            }
+        }
+        let frozen = self.oracle.frozen_locks().iter();
+        others.extend(frozen.map(|(l, c)| (*l, c.clone())));
+        for claim in &mine {
+            for (other, claims) in &others {
+                for theirs in claims {
+                    self.oracle.exclusive((life, claim), (*other, theirs));
+                }
+            }
+            if matches!(self.nodes[node].core, Core::Client(_)) {
+                self.oracle.granted(life, home, &claim.range);
+            }
+        }
+    }
+}

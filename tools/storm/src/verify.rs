@@ -1,0 +1,143 @@
+//! Convergence after healing, and the last checks and probes of a run.
+
+use lowtide_engine_core::destination::Stage;
+
+use crate::plan::Index;
+use crate::probe::Probe;
+use crate::world::{Core, World};
+
+impl World {
+    /// Whether everything has come to rest: work done and stable, evictions over, undo and windows
+    /// gone.
+    pub(crate) fn is_converged(&self) -> bool {
+        self.stuck().is_none()
+    }
+
+    /// The first thing that has not come to rest.
+    fn stuck(&self) -> Option<String> {
+        if self.oracle.unfinished() > 0 {
+            return Some(format!("unfinished:{}", self.oracle.describe_unfinished()));
+        }
+        let newest = self.oracle.newest();
+        for node in 0..self.nodes.len() {
+            let n = &self.nodes[node];
+            let behind = n.core.port().is_some_and(|p| p.minimum() <= newest);
+            let why = match &n.core {
+                Core::Down if n.returns => Some("is down".to_owned()),
+                Core::Down | Core::Aggregator(_) => None,
+                Core::Root(r) => {
+                    let under_way: Vec<_> = r.evictions().collect();
+                    let waits = !under_way.is_empty() || behind;
+                    waits.then(|| format!("evicts {under_way:?}, m held by {:?}", r.blocked_by()))
+                }
+                Core::Destination(d) => {
+                    let (stage, waits) = d.stage();
+                    let unpurged = d.undo_kept() > 0 || d.minimum_durable() <= newest;
+                    (stage != Stage::Serving || unpurged || behind).then(|| {
+                        format!(
+                            "{stage:?} waits for {waits:?}, keeps {} undo records",
+                            d.undo_kept()
+                        )
+                    })
+                }
+                Core::Proxy(p) => {
+                    let working = n.originate.1 > 0 || p.held_bytes() > 0 || behind;
+                    working.then(|| {
+                        format!(
+                            "originates {:?}, holds {} bytes",
+                            n.originate,
+                            p.held_bytes()
+                        )
+                    })
+                }
+                Core::Client(c) => {
+                    let idle = n.app.as_ref().is_none_or(|a| a.is_done());
+                    let rest =
+                        idle && c.is_joined() && c.backlog() == (0, 0) && c.held_bytes() == 0;
+                    (!rest || behind).then(|| {
+                        format!(
+                            "has backlog {:?}, holds {} bytes",
+                            c.backlog(),
+                            c.held_bytes()
+                        )
+                    })
+                }
+            };
+            if let Some(why) = why {
+                return Some(format!("{} {why}, newest epoch {newest}", n.life));
+            }
+        }
+        let frozen = self.oracle.frozen_locks();
+        if let Some(life) = frozen.keys().next() {
+            return Some(format!("{life} is dead and not evicted"));
+        }
+        None
+    }
+
+    pub(crate) fn describe_stuck(&self) -> String {
+        let mut text = self.stuck().unwrap_or_default();
+        if let Core::Root(r) = &self.nodes[0].core {
+            let under_way: Vec<_> = r.evictions().collect();
+            text.push_str(&format!(
+                "; evictions {under_way:?}, m held by {:?}",
+                r.blocked_by()
+            ));
+        }
+        text
+    }
+
+    pub(crate) fn final_checks(&mut self) {
+        let live: Vec<_> = self
+            .nodes
+            .iter()
+            .filter(|n| !matches!(n.core, Core::Down))
+            .map(|n| n.life)
+            .collect();
+        self.oracle.finish(|life| live.contains(&life));
+        for node in 0..self.nodes.len() {
+            if self.is_destination(node) {
+                let id = self.nodes[node].id;
+                let disk = &mut self.nodes[node].disk;
+                self.oracle.compare(id, disk, "at the end");
+            }
+            if let Core::Destination(d) = &self.nodes[node].core {
+                if d.counters().claims_refused > 0 {
+                    let life = self.nodes[node].life;
+                    self.oracle.fail(format!("{life} refused a claim"));
+                }
+            }
+        }
+    }
+
+    pub(crate) fn count_final_probes(&mut self) {
+        let tally = self.oracle.tally;
+        let p = &mut self.probes;
+        p.hit_if(Probe::CompletedBySupply, tally.completed > 0);
+        p.hit_if(Probe::UndoneAtEviction, tally.undone > 0);
+        p.hit_if(Probe::DroppedUnseen, tally.dropped > 0);
+        p.hit_if(Probe::SurvivedItsClient, tally.survived > 0);
+        let pressed = self.plan.redo_bytes < 1000;
+        for node in 0..self.nodes.len() as Index {
+            match &self.nodes[node].core {
+                Core::Client(c) => {
+                    let windows = c.windows();
+                    p.hit_if(Probe::WindowsHeldMany, windows.held_max > 1);
+                    p.hit_if(Probe::PartsReplayed, windows.replayed > 0);
+                    p.hit_if(Probe::RedoPressed, pressed && c.counters().stamped > 4);
+                    p.hit_if(Probe::LockYielded, c.counters().yielded > 0);
+                }
+                Core::Destination(d) => {
+                    let counters = d.counters();
+                    p.hit_if(Probe::UndoPurged, counters.purged > 0);
+                    p.hit_if(Probe::FencedPartRefused, counters.refused_fenced > 0);
+                    p.hit_if(Probe::DuplicateAtHome, counters.duplicates > 0);
+                }
+                _ => {}
+            }
+        }
+        p.hit_if(
+            Probe::BulkWritten,
+            self.plan.bulk > 0 && tally.executed > 10,
+        );
+    }
+}

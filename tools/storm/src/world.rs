@@ -1,0 +1,470 @@
+//! The simulated cluster: nodes, events in virtual time, and the loop that runs a plan.
+//!
+//! One thread. Events are ordered by time and then by the order in which they were scheduled; all
+//! chance comes from branches of the plan's seed. A run returns the first violation, the trace
+//! hash and the probes.
+//!
+//! Deliberately absent: real time, threads, sockets, files.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+
+use lowtide_engine_core::aggregator::Aggregator;
+use lowtide_engine_core::client::Client;
+use lowtide_engine_core::destination::Destination;
+use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, Seq, Time};
+use lowtide_engine_core::proxy::Proxy;
+use lowtide_engine_core::root::Root;
+
+use crate::app::App;
+use crate::disk::{Disk, RootDisk};
+use crate::net::{Item, Net, Side, pair};
+use crate::oracle::Oracle;
+use crate::plan::{Fault, Index, Plan};
+use crate::probe::{Probe, Probes};
+use crate::rng::Rng;
+
+/// Events kept for the report of a failure.
+const TRACE_KEPT: usize = 20_000;
+/// More events than this in one run mean that something spins.
+const EVENTS_MAX: u64 = 3_000_000;
+
+/// What runs at a node.
+#[derive(Debug)]
+pub enum Core {
+    /// No process.
+    Down,
+    /// The root.
+    Root(Box<Root>),
+    /// A destination.
+    Destination(Box<Destination>),
+    /// A proxy.
+    Proxy(Box<Proxy>),
+    /// A client.
+    Client(Box<Client>),
+    /// The aggregator.
+    Aggregator(Box<Aggregator>),
+}
+
+/// One node.
+#[derive(Debug)]
+pub struct Node {
+    /// Its identity in the cluster.
+    pub id: NodeId,
+    /// The process.
+    pub core: Core,
+    /// Number of the process start.
+    pub boot: u64,
+    /// Storage of a destination.
+    pub disk: Disk,
+    /// Storage of the root.
+    pub root_disk: RootDisk,
+    /// The application of a client.
+    pub app: Option<App>,
+    /// Nothing is processed before this time.
+    pub paused_until: u64,
+    /// Syncs are slow until then.
+    pub slow_until: u64,
+    /// When the timer event under way fires; `u64::MAX` for none.
+    pub timer_at: u64,
+    /// When the application's wake-up fires.
+    pub wake_at: u64,
+    /// Log records the oracle has seen.
+    pub reported: Lsn,
+    /// Highest epoch of this process.
+    pub epoch: Epoch,
+    /// Newest life.
+    pub life: Life,
+    /// Newest acknowledged operation of this life.
+    pub acknowledged: Seq,
+    /// Comes back when the plan's end heals everything.
+    pub returns: bool,
+    /// Operations that a proxy still wants to originate, and those under way.
+    pub originate: (u64, u64),
+}
+
+/// Something that happens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    Deliver { key: (Index, Index), lane: usize },
+    Dial { key: (Index, Index) },
+    Timer { node: Index, boot: u64 },
+    Wake { node: Index, boot: u64 },
+    Synced { node: Index, boot: u64 },
+    Persisted { node: Index, boot: u64 },
+    Checkpoint { node: Index, boot: u64 },
+    Fault { number: usize },
+    Start { node: Index },
+    Unfull { node: Index },
+    BreakLater { key: (Index, Index) },
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The first violation.
+    pub failure: Option<String>,
+    /// Hash over everything that was delivered.
+    pub hash: u64,
+    /// Events processed.
+    pub events: u64,
+    /// Situations reached.
+    pub probes: Probes,
+    /// The last events, if asked for.
+    pub trace: Vec<String>,
+    /// Operations stamped.
+    pub operations: u64,
+}
+
+/// A cluster under simulation.
+#[derive(Debug)]
+pub struct World {
+    /// What is being run.
+    pub plan: Plan,
+    /// Virtual time.
+    pub now: u64,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) net: Net,
+    pub(crate) oracle: Oracle,
+    pub(crate) probes: Probes,
+    pub(crate) rng: Rng,
+    heap: BinaryHeap<Reverse<(u64, u64)>>,
+    events: BTreeMap<u64, Event>,
+    scheduled: u64,
+    processed: u64,
+    hash: u64,
+    trace: Option<VecDeque<String>>,
+    pub(crate) is_healed: bool,
+    pub(crate) by_id: BTreeMap<NodeId, Index>,
+    /// Evictions that the root had under way.
+    pub(crate) evicting: BTreeSet<Life>,
+    /// Pins held: (coordinator, peer).
+    pub(crate) pins: BTreeSet<(Index, Index)>,
+}
+
+impl World {
+    /// A cluster in which every node starts within the first ticks.
+    #[must_use]
+    pub fn new(plan: Plan, traced: bool) -> World {
+        let rng = Rng::branch(plan.seed, 2);
+        let mut nodes = Vec::new();
+        let mut by_id = BTreeMap::new();
+        for index in 0..plan.nodes() {
+            let id = NodeId(index as u32 + 1);
+            by_id.insert(id, index);
+            nodes.push(Node {
+                id,
+                core: Core::Down,
+                boot: 0,
+                disk: Disk::default(),
+                root_disk: RootDisk::default(),
+                app: None,
+                paused_until: 0,
+                slow_until: 0,
+                timer_at: u64::MAX,
+                wake_at: u64::MAX,
+                reported: Lsn(0),
+                epoch: Epoch(0),
+                life: Life::default(),
+                acknowledged: Seq(0),
+                returns: true,
+                originate: (0, 0),
+            });
+        }
+        let mut world = World {
+            plan,
+            now: 0,
+            nodes,
+            net: Net::default(),
+            oracle: Oracle::default(),
+            probes: Probes::default(),
+            rng,
+            heap: BinaryHeap::new(),
+            events: BTreeMap::new(),
+            scheduled: 0,
+            processed: 0,
+            hash: 0xcbf2_9ce4_8422_2325,
+            trace: traced.then(VecDeque::new),
+            is_healed: false,
+            by_id,
+            evicting: BTreeSet::new(),
+            pins: BTreeSet::new(),
+        };
+        for node in 0..world.nodes.len() {
+            let at = if node == 0 { 0 } else { world.rng.below(6) };
+            world.at(at, Event::Start { node });
+        }
+        for number in 0..world.plan.faults.len() {
+            let at = world.plan.faults[number].0;
+            world.at(at, Event::Fault { number });
+        }
+        world
+    }
+
+    /// Runs the plan to its end: faults, healing, convergence.
+    pub fn drive(&mut self) {
+        let horizon = self.plan.horizon;
+        self.run_until(horizon);
+        self.heal();
+        let patience =
+            30 * self.plan.evict_after + 100 * (self.plan.delay_max + self.plan.sync_max);
+        let deadline = self.now + patience + 3000;
+        while self.oracle.failure().is_none() && !self.is_converged() {
+            if self.now > deadline || self.processed > EVENTS_MAX {
+                let text = self.describe_stuck();
+                self.oracle.fail(format!("I15: no convergence: {text}"));
+                break;
+            }
+            let next = self.now + 25;
+            self.run_until(next);
+        }
+        if self.oracle.failure().is_none() {
+            self.final_checks();
+        }
+        if self.oracle.failure().is_some() {
+            let state: Vec<String> = self.nodes.iter().map(|n| format!("{:?}", n.core)).collect();
+            if let Some(trace) = &mut self.trace {
+                trace.extend(state);
+            }
+        }
+        self.count_final_probes();
+    }
+
+    /// A state machine panicked: an assertion of its own failed.
+    pub fn panicked(&mut self, text: &str) {
+        self.oracle.fail(format!("panic: {text}"));
+    }
+
+    /// How it ended.
+    #[must_use]
+    pub fn into_report(self) -> Report {
+        Report {
+            failure: self.oracle.failure().map(str::to_owned),
+            hash: self.hash,
+            events: self.processed,
+            probes: self.probes,
+            trace: self.trace.map(Vec::from).unwrap_or_default(),
+            operations: self.oracle.tally.stamped,
+        }
+    }
+
+    /// Processes everything up to and including `until`.
+    pub fn run_until(&mut self, until: u64) {
+        while self.oracle.failure().is_none() && self.processed <= EVENTS_MAX {
+            let Some(&Reverse((at, number))) = self.heap.peek() else {
+                break;
+            };
+            if at > until {
+                break;
+            }
+            self.heap.pop();
+            self.now = at;
+            self.processed += 1;
+            if let Some(event) = self.events.remove(&number) {
+                self.handle(event);
+            }
+        }
+        self.now = self.now.max(until);
+    }
+
+    pub(crate) fn at(&mut self, at: u64, event: Event) {
+        self.scheduled += 1;
+        self.events.insert(self.scheduled, event);
+        self.heap.push(Reverse((at.max(self.now), self.scheduled)));
+    }
+
+    pub(crate) fn time(&self) -> Time {
+        Time(self.now)
+    }
+
+    /// Adds to the trace hash, and to the trace if there is one.
+    pub(crate) fn note(&mut self, number: u64, text: impl FnOnce() -> String) {
+        for word in [self.now, number] {
+            self.hash = (self.hash ^ word)
+                .wrapping_mul(0x0100_0000_01b3)
+                .rotate_left(23);
+        }
+        let now = self.now;
+        if let Some(trace) = &mut self.trace {
+            if trace.len() == TRACE_KEPT {
+                trace.pop_front();
+            }
+            let text = text();
+            if !text.is_empty() {
+                trace.push_back(format!("{now:>6} {text}"));
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        let paused = |w: &World, node: Index| w.nodes[node].paused_until.max(w.now);
+        match event {
+            Event::Deliver { key, lane } => self.deliver(key, lane),
+            Event::Dial { key } => self.dial(key),
+            Event::Timer { node, boot }
+            | Event::Wake { node, boot }
+            | Event::Synced { node, boot }
+            | Event::Persisted { node, boot }
+            | Event::Checkpoint { node, boot } => {
+                let until = paused(self, node);
+                if self.nodes[node].boot != boot || matches!(self.nodes[node].core, Core::Down) {
+                    return;
+                }
+                if until > self.now {
+                    self.at(until, event);
+                    return;
+                }
+                match event {
+                    Event::Timer { .. } => self.timer(node),
+                    Event::Wake { .. } => self.wake(node),
+                    Event::Synced { .. } => self.synced(node),
+                    Event::Persisted { .. } => self.persisted(node),
+                    _ => self.checkpoint(node),
+                }
+            }
+            Event::Fault { number } => {
+                let fault = self.plan.faults[number].1.clone();
+                self.strike(&fault);
+            }
+            Event::Start { node } => self.start(node),
+            Event::Unfull { node } => self.nodes[node].disk.full = false,
+            Event::BreakLater { key } => self.break_link(key),
+        }
+    }
+
+    /// Hands an encoded envelope to the connection.
+    pub(crate) fn transmit(&mut self, from: Index, to: Index, bytes: Vec<u8>) {
+        let (key, side) = pair(from, to);
+        let link = self.net.link(key);
+        if from == to || link.broken || link.side[side] != Side::Open {
+            return;
+        }
+        self.push(key, 1 - side, Item::Message(bytes));
+    }
+
+    /// Puts an item on a lane, in order.
+    pub(crate) fn push(&mut self, key: (Index, Index), lane: usize, item: Item) {
+        let delay = 1 + self.rng.below(self.plan.delay_max);
+        let now = self.now;
+        let l = &mut self.net.link(key).lane[lane];
+        l.last_at = l.last_at.max(now + delay).max(l.blocked_until);
+        l.queue.push_back(item);
+        let at = l.last_at;
+        self.at(at, Event::Deliver { key, lane });
+    }
+
+    fn deliver(&mut self, key: (Index, Index), lane: usize) {
+        let node = if lane == 0 { key.0 } else { key.1 };
+        let peer = if lane == 0 { key.1 } else { key.0 };
+        let l = &mut self.net.link(key).lane[lane];
+        let until = l.blocked_until.max(self.nodes[node].paused_until);
+        if until > self.now {
+            self.at(until, Event::Deliver { key, lane });
+            return;
+        }
+        let Some(item) = l.queue.pop_front() else {
+            return;
+        };
+        let link = self.net.link(key);
+        match item {
+            Item::Up => {
+                link.side[lane] = Side::Open;
+                self.connected(node, peer);
+            }
+            Item::Message(bytes) => self.receive(node, peer, &bytes),
+            Item::Down => {
+                let was_open = link.side[lane] == Side::Open;
+                link.side[lane] = Side::Closed;
+                if was_open {
+                    self.disconnected(node, peer);
+                }
+                self.settle_link(key);
+            }
+        }
+    }
+
+    /// A connection that both sides gave up may be dialed again.
+    pub(crate) fn settle_link(&mut self, key: (Index, Index)) {
+        let link = self.net.link(key);
+        let closed = link.side == [Side::Closed; 2];
+        let empty = link.lane.iter().all(|l| l.queue.is_empty());
+        if !closed || !empty {
+            return;
+        }
+        link.broken = false;
+        if link.wanted != [false; 2] && !link.dialing {
+            link.dialing = true;
+            let delay = self.rng.range(1, 2 * self.plan.delay_max);
+            self.at(self.now + delay, Event::Dial { key });
+        }
+    }
+
+    fn dial(&mut self, key: (Index, Index)) {
+        let alive = [key.0, key.1].iter().all(|&n| {
+            let node = &self.nodes[n];
+            !matches!(node.core, Core::Down) && node.paused_until <= self.now
+        });
+        let now = self.now;
+        let link = self.net.link(key);
+        let passable = link.lane.iter().all(|l| l.blocked_until <= now);
+        if link.wanted == [false; 2] || link.side != [Side::Closed; 2] {
+            link.dialing = false;
+            return;
+        }
+        if !alive || !passable {
+            let delay = self.rng.range(3, 4 + 4 * self.plan.delay_max);
+            self.at(now + delay, Event::Dial { key });
+            return;
+        }
+        link.dialing = false;
+        link.side = [Side::Opening; 2];
+        self.push(key, 0, Item::Up);
+        self.push(key, 1, Item::Up);
+    }
+
+    /// `node` wants a connection to `peer` from now on.
+    pub(crate) fn want(&mut self, node: Index, peer: Index) {
+        if node == peer {
+            return;
+        }
+        let (key, side) = pair(node, peer);
+        self.net.link(key).wanted[side] = true;
+        self.settle_link(key);
+    }
+
+    /// The transport gives a connection up: a prefix of what is in flight still arrives.
+    pub(crate) fn break_link(&mut self, key: (Index, Index)) {
+        let link = self.net.link(key);
+        if link.broken || link.side == [Side::Closed; 2] {
+            return;
+        }
+        link.broken = true;
+        for lane in 0..2 {
+            self.cut_lane(key, lane);
+        }
+        self.note(7, || format!("link {key:?} breaks"));
+    }
+
+    /// Loses a suffix of a lane and ends it.
+    pub(crate) fn cut_lane(&mut self, key: (Index, Index), lane: usize) {
+        let length = self.net.link(key).lane[lane].queue.len() as u64;
+        let keep = self.rng.below(length + 1) as usize;
+        let link = self.net.link(key);
+        link.lane[lane].queue.truncate(keep);
+        if link.side[lane] == Side::Closed {
+            link.lane[lane].queue.clear();
+        } else {
+            self.push(key, lane, Item::Down);
+        }
+    }
+
+    pub(crate) fn hit(&mut self, probe: Probe) {
+        self.probes.hit(probe);
+    }
+
+    /// Faults of the plan, for reports.
+    #[must_use]
+    pub fn faults(&self) -> &[(u64, Fault)] {
+        &self.plan.faults
+    }
+}
