@@ -11,8 +11,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+mod costs;
+mod large;
 mod logs;
 mod machine;
+mod messages;
 mod programs;
 mod row;
 mod small;
@@ -26,7 +29,7 @@ use row::Row;
 #[derive(Debug, Parser)]
 #[command(name = "lowtide-bench", after_help = AFTER_HELP)]
 struct Cli {
-    /// Benchmark to run, 'all', or 'list'
+    /// Benchmark to run, the beginning of several names ('store-small'), 'all', or 'list'
     name: String,
     /// Print rows as JSON, one a line; with 'all', also append them to bench/results/
     #[arg(long)]
@@ -37,6 +40,9 @@ struct Cli {
     /// Files in the tree of small files; fewer than the default mark the rows as reduced
     #[arg(long, default_value_t = tree::FILES)]
     files: u64,
+    /// MiB in the large file; less than the default marks the rows as reduced
+    #[arg(long = "size", value_name = "MIB", default_value_t = large::MIB)]
+    mib: u64,
     /// Where to work, on the disk to be measured; emptied afterwards [default: the target directory]
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
@@ -93,7 +99,10 @@ struct Bench {
     scratch: PathBuf,
     /// Rounds asked for on the command line.
     rounds: Option<u32>,
+    /// Files in the tree of small files.
     files: u64,
+    /// MiB in the large file.
+    mib: u64,
     lowtide: Lowtide,
     machine: Machine,
 }
@@ -104,11 +113,39 @@ struct Benchmark {
     run: fn(&Bench) -> Result<Vec<Row>, Failure>,
 }
 
+impl Benchmark {
+    /// Whether `name` is this one's name, or some whole words from its beginning.
+    fn is_meant_by(&self, name: &str) -> bool {
+        let rest = self.name.strip_prefix(name);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    }
+}
+
 const BENCHMARKS: &[Benchmark] = &[
     Benchmark {
-        name: "store-small",
-        about: "storing 50,000 small files until all is stable, 1 and 4 clients, against cp -a and tar",
-        run: small::store_small,
+        name: "store-small-1",
+        about: "one client stores 50,000 small files until all is stable, against cp -a and tar",
+        run: small::one_client,
+    },
+    Benchmark {
+        name: "store-small-4",
+        about: "the same with four clients",
+        run: small::four_clients,
+    },
+    Benchmark {
+        name: "store-large-proxy",
+        about: "one file of 2 GiB through a proxy until it is stable, against a relayed TCP stream",
+        run: large::through_proxy,
+    },
+    Benchmark {
+        name: "store-large-direct",
+        about: "the same without a proxy, against a TCP stream",
+        run: large::direct,
+    },
+    Benchmark {
+        name: "costs",
+        about: "memory and messages of a run of the small files, against their limits",
+        run: costs::costs,
     },
     Benchmark {
         name: "log-append",
@@ -119,6 +156,21 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "log-commit",
         about: "group commit, against sequential write and fdatasync of the same blocks",
         run: logs::commit,
+    },
+    Benchmark {
+        name: "rtt-udp",
+        about: "a short message and its answer, against plain datagrams",
+        run: messages::round_trip,
+    },
+    Benchmark {
+        name: "rate-udp",
+        about: "short messages in one direction, against plain datagrams",
+        run: messages::rate,
+    },
+    Benchmark {
+        name: "bw-udp",
+        about: "long messages in one direction, against a TCP stream",
+        run: messages::bandwidth,
     },
 ];
 
@@ -133,7 +185,7 @@ fn main() -> ExitCode {
     let is_all = cli.name == "all";
     let chosen: Vec<&Benchmark> = BENCHMARKS
         .iter()
-        .filter(|b| is_all || b.name == cli.name)
+        .filter(|b| is_all || b.is_meant_by(&cli.name))
         .collect();
     if chosen.is_empty() {
         eprintln!("no benchmark is called {:?}; see 'list'", cli.name);
@@ -167,6 +219,7 @@ fn run(cli: &Cli, benchmark: &Benchmark) -> Result<Vec<Row>, Failure> {
         scratch: scratch.path().to_owned(),
         rounds: cli.rounds,
         files: cli.files,
+        mib: cli.mib,
         lowtide: Lowtide::new(cli.lowtide.clone()),
         machine: Machine::look(scratch.path()),
     };
@@ -185,4 +238,18 @@ fn publish(rows: &[Row], as_json: bool, keep: bool) -> Result<(), Failure> {
         row::append_to_results(rows)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_beginning_of_names_means_all_of_them() {
+        let meant = |name: &str| BENCHMARKS.iter().filter(|b| b.is_meant_by(name)).count();
+        assert_eq!(meant("store-small"), 2);
+        assert_eq!(meant("store-small-1"), 1);
+        assert_eq!((meant("store-sm"), meant("")), (0, 0));
+        assert_eq!(meant("log"), 2);
+    }
 }

@@ -13,63 +13,60 @@ use crate::row::{Better, Pick, Rounds, Row};
 use crate::{Bench, Failure, tree};
 
 const ROUNDS: u32 = 5;
-/// Numbers of clients, each with rows of its own.
-const CLIENTS: [&str; 2] = ["1", "4"];
 /// Half of `cp -a`.
 const AIM: f64 = 0.5;
 
-/// See the module's comment.
+/// One client.
 ///
 /// # Errors
 /// A yardstick is missing or fails, a run fails.
-pub fn store_small(bench: &Bench) -> Result<Vec<Row>, Failure> {
+pub fn one_client(bench: &Bench) -> Result<Vec<Row>, Failure> {
+    store_small(bench, "1")
+}
+
+/// Four clients, which divide the directories.
+///
+/// # Errors
+/// A yardstick is missing or fails, a run fails.
+pub fn four_clients(bench: &Bench) -> Result<Vec<Row>, Failure> {
+    store_small(bench, "4")
+}
+
+fn store_small(bench: &Bench, clients: &str) -> Result<Vec<Row>, Failure> {
     require("cp", "coreutils")?;
     require("sync", "coreutils")?;
     require("tar", "tar")?;
     let (input, bytes) = input(bench)?;
     let rate = |seconds: f64| bench.files as f64 / seconds;
-    let (mut cp, mut tar) = (Vec::new(), Vec::new());
-    let mut ours = [Vec::new(), Vec::new()];
+    let (mut ours, mut cp, mut tar) = (Vec::new(), Vec::new(), Vec::new());
     let rounds = bench.rounds.unwrap_or(ROUNDS);
     for _ in 0..rounds {
         cp.push(rate(copy(&bench.scratch, &input)?));
         tar.push(rate(archive(&bench.scratch, &input)?));
-        for (clients, figures) in CLIENTS.iter().zip(&mut ours) {
-            settle(&bench.scratch)?;
-            let report = bench
-                .lowtide
-                .store(&input, &bench.scratch, &["--clients", clients])?;
-            let seconds = report["elapsed_s"].as_f64().unwrap_or(f64::NAN);
-            figures.push(rate(seconds));
-        }
+        settle(&bench.scratch)?;
+        let options = ["--clients", clients];
+        let report = bench.lowtide.store(&input, &bench.scratch, &options)?;
+        ours.push(rate(report["elapsed_s"].as_f64().unwrap_or(f64::NAN)));
     }
-    let reduced = bench.files < tree::FILES || rounds < ROUNDS;
-    let row = |name: String, ours: &Vec<f64>, yardstick: &Vec<f64>, yardstick_is| {
+    let row = |name: String, yardstick: Vec<f64>, yardstick_is| {
         Rounds {
             unit: "files/s",
             better: Better::Higher,
             yardstick_is,
             ours: ours.clone(),
-            yardstick: yardstick.clone(),
+            yardstick,
         }
         .row(name, Pick::BestYardstick, &bench.machine)
-        .reduced(reduced)
+        .reduced(bench.files < tree::FILES || rounds < ROUNDS)
         .with("files", bench.files)
         .with("bytes", bytes)
     };
-    let mut rows = Vec::new();
-    for (clients, ours) in CLIENTS.iter().zip(&ours) {
-        let cp_is = "cp -a of the same tree, then sync -f; the fastest round";
-        let tar_is = "tar of the same tree to one file, then fdatasync; the fastest round";
-        rows.push(row(format!("store-small-{clients}"), ours, &cp, cp_is).aim(AIM));
-        rows.push(row(
-            format!("store-small-{clients}-tar"),
-            ours,
-            &tar,
-            tar_is,
-        ));
-    }
-    Ok(rows)
+    let cp_is = "cp -a of the same tree, then sync -f; the fastest round";
+    let tar_is = "tar of the same tree to one file, then fdatasync; the fastest round";
+    Ok(vec![
+        row(format!("store-small-{clients}"), cp, cp_is).aim(AIM),
+        row(format!("store-small-{clients}-tar"), tar, tar_is),
+    ])
 }
 
 /// Makes the tree of small files and returns its place and its bytes.
