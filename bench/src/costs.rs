@@ -19,9 +19,11 @@ const HOPS: f64 = 2.0;
 /// A run fails.
 pub fn costs(bench: &Bench) -> Result<Vec<Row>, Failure> {
     let (input, bytes) = small::input(bench)?;
-    let store = |options: &[&str]| bench.lowtide.store(&input, &bench.scratch, options);
-    let quiet = store(&[])?;
-    let paused = store(&["--fault", "pause:client0@50%:30000"])?;
+    let shape = ["--proxy", bench.proxies.as_str()];
+    let quiet = bench.lowtide.store(&input, &bench.scratch, &shape)?;
+    let pause = ["--fault", "pause:client0@50%:30000"];
+    let options = [shape, pause].concat();
+    let paused = bench.lowtide.store(&input, &bench.scratch, &options)?;
     let rows = vec![
         memory(bench, "memory", &quiet),
         memory(bench, "memory-paused", &paused),
@@ -30,6 +32,7 @@ pub fn costs(bench: &Bench) -> Result<Vec<Row>, Failure> {
     let finish = |row: Row| {
         row.reduced(bench.files < tree::FILES)
             .with("files", bench.files)
+            .with("proxies", bench.proxies.as_str())
     };
     Ok(rows.into_iter().map(finish).collect())
 }

@@ -43,6 +43,9 @@ struct Cli {
     /// MiB in the large file; less than the default marks the rows as reduced
     #[arg(long = "size", value_name = "MIB", default_value_t = large::MIB)]
     mib: u64,
+    /// Proxies of the clusters that store small files
+    #[arg(long, value_name = "N", default_value = "2")]
+    proxies: String,
     /// Where to work, on the disk to be measured; emptied afterwards [default: the target directory]
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
@@ -103,6 +106,8 @@ struct Bench {
     files: u64,
     /// MiB in the large file.
     mib: u64,
+    /// Proxies of the clusters that store small files.
+    proxies: String,
     lowtide: Lowtide,
     machine: Machine,
 }
@@ -220,6 +225,7 @@ fn run(cli: &Cli, benchmark: &Benchmark) -> Result<Vec<Row>, Failure> {
         rounds: cli.rounds,
         files: cli.files,
         mib: cli.mib,
+        proxies: cli.proxies.clone(),
         lowtide: Lowtide::new(cli.lowtide.clone()),
         machine: Machine::look(scratch.path()),
     };

@@ -44,7 +44,7 @@ fn store_small(bench: &Bench, clients: &str) -> Result<Vec<Row>, Failure> {
         cp.push(rate(copy(&bench.scratch, &input)?));
         tar.push(rate(archive(&bench.scratch, &input)?));
         settle(&bench.scratch)?;
-        let options = ["--clients", clients];
+        let options = ["--clients", clients, "--proxy", &bench.proxies];
         let report = bench.lowtide.store(&input, &bench.scratch, &options)?;
         ours.push(rate(report["elapsed_s"].as_f64().unwrap_or(f64::NAN)));
     }
@@ -60,6 +60,7 @@ fn store_small(bench: &Bench, clients: &str) -> Result<Vec<Row>, Failure> {
         .reduced(bench.files < tree::FILES || rounds < ROUNDS)
         .with("files", bench.files)
         .with("bytes", bytes)
+        .with("proxies", bench.proxies.as_str())
     };
     let cp_is = "cp -a of the same tree, then sync -f; the fastest round";
     let tar_is = "tar of the same tree to one file, then fdatasync; the fastest round";
