@@ -94,13 +94,16 @@ struct Queued {
     ticket: Ticket,
     item: Item,
     wants: Vec<Want>,
+    /// Its locks were asked for ahead of its turn. Once only: what others took back since is
+    /// needed more by them, and asking again for ever could starve them.
+    prefetched: bool,
 }
 
 /// What the head of the queue has learned for its checks.
 #[derive(Debug, Default)]
 struct Checking {
     values: BTreeMap<usize, Option<Bytes>>,
-    /// Checks whose value was asked for.
+    /// Checks whose object was asked for.
     asked: BTreeSet<usize>,
 }
 
@@ -263,6 +266,7 @@ impl Client {
                 ticket,
                 item: Item::Op(request),
                 wants,
+                prefetched: false,
             },
         );
     }
@@ -280,6 +284,7 @@ impl Client {
                 ticket,
                 item: Item::Read { home, key },
                 wants,
+                prefetched: false,
             },
         );
     }
@@ -310,6 +315,7 @@ impl Client {
                 ticket,
                 item,
                 wants,
+                prefetched: false,
             },
         );
     }
@@ -364,7 +370,7 @@ impl Client {
             Message::Opened { life } => self.hop_opened(life),
             Message::Progress { streams, full } => {
                 for state in &streams {
-                    self.outbox.progress(state);
+                    self.outbox.progress(from.node, state);
                 }
                 let routed = self.routes_through(from.node);
                 self.full.retain(|home| !routed.contains(home));
@@ -706,16 +712,16 @@ impl Client {
     /// O1 for the head of the queue, again and again while it can proceed.
     fn advance_queue(&mut self) {
         while self.advance_head() {}
-        let ahead: Vec<Want> = self
-            .queue
-            .iter()
-            .skip(1)
-            .take(PREFETCH)
-            .flat_map(|q| q.wants.iter().copied())
-            .filter(|w| !self.full.contains(&w.home))
-            .collect();
+        let mut ahead: Vec<Want> = Vec::new();
+        for queued in self.queue.iter_mut().skip(1).take(PREFETCH) {
+            if !core::mem::replace(&mut queued.prefetched, true) {
+                ahead.extend(&queued.wants);
+            }
+        }
         for want in ahead {
-            self.want(&want);
+            if !self.full.contains(&want.home) {
+                self.want(&want);
+            }
         }
     }
 
@@ -794,10 +800,9 @@ impl Client {
             let Some(value) = value else {
                 missing = true;
                 let (home, key) = (check.home, check.key.clone());
-                // A counter of ours that is on its way is read once it is settled. What was known
-                // from the redo when the others were asked may have left it since: each check
-                // is asked on its own.
-                if self.redo.writer_of(home, &key).is_none() && self.checking.asked.insert(index) {
+                // A counter of ours that is on its way is read once it is committed.
+                let settled = self.redo.writer_of(home, &key).is_none();
+                if settled && self.checking.asked.insert(index) {
                     self.ask(Asked::CheckRead {
                         check: index,
                         home,

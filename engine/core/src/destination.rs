@@ -136,7 +136,8 @@ pub struct Destination {
     ceiling_durable: Epoch,
     resolutions: resolve::Resolutions,
     notices: Vec<Notice>,
-    was_full: bool,
+    /// Sessions that were told that there is no room.
+    told_full: BTreeSet<NodeId>,
     counters: DestinationCounters,
 }
 
@@ -189,7 +190,7 @@ impl Destination {
             ceiling_durable: ceiling,
             resolutions: resolve::Resolutions::default(),
             notices: Vec::new(),
-            was_full: false,
+            told_full: BTreeSet::new(),
             counters: DestinationCounters::default(),
         }
     }
@@ -200,6 +201,7 @@ impl Destination {
     /// The connection to `peer` broke.
     pub fn handle_disconnected(&mut self, peer: NodeId) {
         if let Some(life) = self.sessions.remove(&peer) {
+            self.locks.forget_waiting(life, &mut self.notices);
             self.deferred.retain(|(asker, _)| *asker != life);
             self.opening.retain(|l| *l != life);
         }
@@ -436,7 +438,7 @@ impl Destination {
     fn opened(&mut self, life: Life) {
         let own = self.port.life();
         self.port.send(life.node, Message::Opened { life: own });
-        self.was_full = false;
+        self.told_full.remove(&life.node);
     }
 
     fn announce<S: Storage>(&mut self, from: Life, base: StreamBase, storage: &mut S) {
@@ -569,6 +571,10 @@ impl Destination {
                     range,
                     mode,
                 } => {
+                    if self.sessions.get(&to.node) != Some(&to) {
+                        // Not told to the node's next life; the reclaim of this one drops it.
+                        continue;
+                    }
                     let empty = storage.is_empty(&range);
                     self.port.send(
                         to.node,
@@ -588,8 +594,10 @@ impl Destination {
                     grant,
                     range,
                 } => {
-                    self.port
-                        .send(to.node, Message::Revoke { home, grant, range });
+                    if self.sessions.get(&to.node) == Some(&to) {
+                        self.port
+                            .send(to.node, Message::Revoke { home, grant, range });
+                    }
                 }
             }
         }
@@ -650,9 +658,14 @@ impl Destination {
             }
         }
         let full = !storage.has_room();
-        if full != self.was_full {
-            self.was_full = full;
+        if full {
             for &node in self.sessions.keys() {
+                if self.told_full.insert(node) {
+                    per_hop.entry(node).or_default();
+                }
+            }
+        } else {
+            for node in core::mem::take(&mut self.told_full) {
                 per_hop.entry(node).or_default();
             }
         }

@@ -10,8 +10,13 @@
 //! Invariants: no two lives hold conflicting grants (L1); locks of a dead life stay until
 //! [`LockServer::release_life`] is called for it, which callers do only when it is GONE (I25).
 //!
-//! Deliberately absent: deadlock detection. Sources acquire in one global order and pin only what
-//! the request at the head of their queue needs.
+//! Sources acquire in one global order and pin only what the request at the head of their queue
+//! needs, so waiting for holders closes no circle. Waiting in a queue can: A holds slot 3 and wants
+//! 5, B wants 0 to 9 and waits for A, A waits behind B. A server that sees a holder wait behind
+//! somebody who waits for it asks that holder to yield a range that spans both; the holder then
+//! lets go of what it has and asks again ([`LockServer::serve`], and the sources' half).
+//!
+//! Deliberately absent: deadlock detection across spaces, which the global order makes needless.
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::vec::Vec;
@@ -251,6 +256,21 @@ impl LockServer {
         refused
     }
 
+    /// Forgets what a life waits for: its session ended, or it is fenced. What it holds stays.
+    pub fn forget_waiting(&mut self, holder: Life, out: &mut Vec<Notice>) {
+        let mut changed = Vec::new();
+        for (&key, space) in &mut self.spaces {
+            let before = space.waiting.len();
+            space.waiting.retain(|w| w.holder != holder);
+            if space.waiting.len() < before {
+                changed.push(key);
+            }
+        }
+        for (home, space) in changed {
+            self.serve(home, space, out);
+        }
+    }
+
     /// Releases everything of a life that is GONE or has parted.
     pub fn release_life(&mut self, holder: Life, out: &mut Vec<Notice>) {
         self.reclaim(holder, &[], out);
@@ -299,13 +319,25 @@ impl LockServer {
         taken
     }
 
-    /// Whether any life holds any slot of `range`.
+    /// Whether any life holds any slot of `range` in a mode that `covered` does not cover there.
     #[must_use]
-    pub fn is_held(&self, home: NodeId, range: Range) -> bool {
+    pub fn is_held(
+        &self,
+        home: NodeId,
+        range: Range,
+        covered: impl Fn(Range, Mode) -> bool,
+    ) -> bool {
         self.spaces.get(&(home, range.space)).is_some_and(|s| {
-            s.grants
-                .iter()
-                .any(|g| g.slots.overlaps(range.lo, range.hi))
+            s.grants.iter().any(|g| {
+                g.slots.pieces().any(|(lo, hi)| {
+                    let common = Range {
+                        space: range.space,
+                        lo: lo.max(range.lo),
+                        hi: hi.min(range.hi),
+                    };
+                    common.lo <= common.hi && !covered(common, g.mode)
+                })
+            })
         })
     }
 
@@ -338,7 +370,7 @@ impl LockServer {
     }
 
     /// Serves waiting requests of one space in order, as far as possible.
-    fn serve(&mut self, home: NodeId, space_id: u64, out: &mut Vec<Notice>) {
+    pub(crate) fn serve(&mut self, home: NodeId, space_id: u64, out: &mut Vec<Notice>) {
         let Some(space) = self.spaces.get_mut(&(home, space_id)) else {
             return;
         };
@@ -351,14 +383,9 @@ impl LockServer {
             let mut blocked = behind;
             if !behind {
                 for g in &mut space.grants {
-                    // A holder asks below its own stronger grant only while it is yielding that;
-                    // a weaker one beside it would keep it from ever being yielded.
-                    let against = if g.holder == w.holder {
-                        g.mode > w.mode
-                    } else {
-                        conflict(g.mode, w.mode)
-                    };
-                    let contends = against && g.slots.overlaps(w.lo, w.hi);
+                    let contends = g.holder != w.holder
+                        && conflict(g.mode, w.mode)
+                        && g.slots.overlaps(w.lo, w.hi);
                     if contends {
                         blocked = true;
                         ask(
@@ -373,6 +400,9 @@ impl LockServer {
                         );
                     }
                 }
+            }
+            if behind {
+                open_circle(space, home, space_id, index, out);
             }
             if blocked {
                 index += 1;
@@ -415,6 +445,46 @@ impl LockServer {
         }
         if space.grants.is_empty() && space.waiting.is_empty() {
             self.spaces.remove(&(home, space_id));
+        }
+    }
+}
+
+/// The waiting request at `index` waits behind others. If one of those waits for a grant of the
+/// same holder, that holder is asked for a range that spans the grant and the request.
+fn open_circle(
+    space: &mut Space,
+    home: NodeId,
+    space_id: u64,
+    index: usize,
+    out: &mut Vec<Notice>,
+) {
+    let Space { grants, waiting } = space;
+    let w = &waiting[index];
+    let blocks = |g: &Grant, e: &Waiting| {
+        g.holder == w.holder && conflict(g.mode, e.mode) && g.slots.overlaps(e.lo, e.hi)
+    };
+    let earlier = || waiting.iter().take(index).filter(|e| e.holder != w.holder);
+    if !earlier().any(|e| grants.iter().any(|g| blocks(g, e))) {
+        return;
+    }
+    // Everything that the request waits behind, directly or through others.
+    let mut chain: Vec<&Waiting> = alloc::vec![w];
+    for e in waiting.iter().take(index).rev() {
+        let ahead = chain.iter().any(|c| {
+            e.holder != c.holder && conflict(e.mode, c.mode) && e.lo <= c.hi && c.lo <= e.hi
+        });
+        if ahead {
+            chain.push(e);
+        }
+    }
+    for e in chain.into_iter().skip(1) {
+        let span = Range {
+            space: space_id,
+            lo: e.lo.min(w.lo),
+            hi: e.hi.max(w.hi),
+        };
+        for g in grants.iter_mut().filter(|g| blocks(g, e)) {
+            ask(g, home, span, out);
         }
     }
 }
@@ -658,59 +728,5 @@ impl Holdings {
     /// Drops everything held at the homes that `of` selects.
     pub fn void(&mut self, of: impl Fn(NodeId) -> bool) {
         self.spaces.retain(|(home, _), _| !of(*home));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ids::Incarnation;
-
-    const HOME: NodeId = NodeId(1);
-
-    fn life(node: u32) -> Life {
-        Life {
-            node: NodeId(node),
-            incarnation: Incarnation(1),
-        }
-    }
-
-    fn slot(slot: u64) -> Range {
-        Range {
-            space: 1,
-            lo: slot,
-            hi: slot,
-        }
-    }
-
-    fn granted(out: &[Notice], to: Life) -> Option<GrantId> {
-        out.iter().find_map(|n| match n {
-            Notice::Grant { to: t, grant, .. } if *t == to => Some(*grant),
-            _ => None,
-        })
-    }
-
-    #[test]
-    fn a_holder_that_yields_gets_no_weaker_grant_beside_the_stronger_one() {
-        let (mut server, mut out) = (LockServer::default(), Vec::new());
-        let whole = Range::whole(1);
-        server.request(
-            (HOME, life(6), 1),
-            slot(1),
-            Mode::Exclusive,
-            whole,
-            &mut out,
-        );
-        let strong = granted(&out, life(6)).expect("nobody else wants it");
-        out.clear();
-        server.request((HOME, life(7), 1), slot(1), Mode::Shared, whole, &mut out);
-        server.request((HOME, life(6), 2), slot(1), Mode::Shared, whole, &mut out);
-        assert!(
-            granted(&out, life(6)).is_none(),
-            "it would never yield the stronger one"
-        );
-        out.clear();
-        server.unlock(HOME, life(6), strong, slot(1), &mut out);
-        assert!(granted(&out, life(7)).is_some() && granted(&out, life(6)).is_some());
     }
 }

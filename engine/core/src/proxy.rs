@@ -217,6 +217,7 @@ impl Proxy {
         }
         self.early.remove(&peer);
         if let Some(life) = self.sessions.remove(&peer) {
+            self.locks.forget_waiting(life, &mut self.notices);
             self.waiting.retain(|w| w.holder != life);
         }
         let (via, own) = (&self.via, self.port.life());
@@ -256,7 +257,13 @@ impl Proxy {
             | Message::Refused { .. }
             | Message::Revoke { .. }
             | Message::ReadReply { .. }
-            | Message::ScanReply { .. }) => self.upstream(body),
+            | Message::ScanReply { .. }) => {
+                // What a tier says between a connect and its Opened belongs to a session that our
+                // Open has already replaced.
+                if self.hops.get(&from.node).is_some_and(|h| h.open) {
+                    self.upstream(body);
+                }
+            }
             Message::Pin { round } => self.pin(from, round),
             Message::Pinned { round, at } => self.pinned(from, round, at),
             Message::Unpin { round } => self.unpin(from, round),
@@ -348,7 +355,7 @@ impl Proxy {
             .yielding()
             .into_iter()
             .map(|(home, _, range)| {
-                let held = self.locks.is_held(home, range);
+                let held = self.locks.is_held(home, range, |_, _| false);
                 let touched = self.outbox.touched_in(home, &range).next().is_some();
                 (home, range, held, touched)
             })
@@ -503,6 +510,10 @@ impl Proxy {
         let claims = if known == Some(own) { reclaim } else { &[] };
         self.locks.reclaim(from, claims, &mut self.notices);
         self.port.send(from.node, Message::Opened { life: own });
+        // What the tier above wants back is asked for again; the word may have been lost.
+        for (home, _, range) in self.holdings.yielding() {
+            self.locks.recall(home, range, &mut self.notices);
+        }
     }
 
     fn announce(&mut self, from: Life, base: StreamBase) {
@@ -544,7 +555,7 @@ impl Proxy {
         self.full.remove(&from.node);
         self.full.extend(full.iter().copied());
         for state in streams {
-            if self.outbox.progress(state) {
+            if self.outbox.progress(from.node, state) {
                 self.dirty.insert((state.source, state.home));
             }
         }
@@ -685,8 +696,10 @@ impl Proxy {
             }
             Message::ReadReply { request, value } => {
                 if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request) {
-                    self.port
-                        .send(to.node, Message::ReadReply { request, value });
+                    if self.sessions.get(&to.node) == Some(&to) {
+                        self.port
+                            .send(to.node, Message::ReadReply { request, value });
+                    }
                 }
             }
             Message::ScanReply {
@@ -695,14 +708,16 @@ impl Proxy {
                 more,
             } => {
                 if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request) {
-                    self.port.send(
-                        to.node,
-                        Message::ScanReply {
-                            request,
-                            entries,
-                            more,
-                        },
-                    );
+                    if self.sessions.get(&to.node) == Some(&to) {
+                        self.port.send(
+                            to.node,
+                            Message::ScanReply {
+                                request,
+                                entries,
+                                more,
+                            },
+                        );
+                    }
                 }
             }
             _ => {}
@@ -807,6 +822,10 @@ impl Proxy {
                         self.own_granted(request, home, grant, range);
                         continue;
                     }
+                    if self.sessions.get(&to.node) != Some(&to) {
+                        // Not told to the node's next life; the reclaim of this one drops it.
+                        continue;
+                    }
                     let empty = self.holdings.proves_empty(home, range);
                     self.port.send(
                         to.node,
@@ -826,10 +845,12 @@ impl Proxy {
                     grant,
                     range,
                 } if to != self.port.life() => {
-                    self.port
-                        .send(to.node, Message::Revoke { home, grant, range });
+                    if self.sessions.get(&to.node) == Some(&to) {
+                        self.port
+                            .send(to.node, Message::Revoke { home, grant, range });
+                    }
                 }
-                Notice::Revoke { grant, .. } => self.own_revoked(grant),
+                Notice::Revoke { grant, range, .. } => self.own_revoked(grant, &range),
             }
         }
     }
@@ -852,7 +873,9 @@ impl Proxy {
 
     fn yield_locks(&mut self) {
         for (home, grant, range) in self.holdings.yielding() {
-            if self.locks.is_held(home, range) {
+            // What another grant covers as well, and is not asked back there, may stay held.
+            let covered = |part, mode| self.holdings.covers(home, part, mode);
+            if self.locks.is_held(home, range, covered) {
                 continue;
             }
             if self.outbox.touched_in(home, &range).next().is_some() {
@@ -904,6 +927,7 @@ impl Proxy {
         match body {
             Message::Fence { victim } => {
                 self.fenced.insert(victim);
+                self.locks.forget_waiting(victim, &mut self.notices);
                 self.waiting.retain(|w| w.holder != victim);
                 self.own.drop_pins_of(victim);
                 let held = self.held_of(victim);

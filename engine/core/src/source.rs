@@ -42,10 +42,12 @@ struct Stream {
     parts: VecDeque<Arc<Operation>>,
     /// The next tier knows the stream on this connection and said how far it is.
     ready: bool,
-    /// Announced on this connection.
-    announced: bool,
+    /// Tier above that it was announced to on this connection.
+    announced: Option<NodeId>,
     /// Last position handed to the transport on this connection.
     sent: StreamSeq,
+    /// Last position that the tier above has, or was told not to wait for, on this connection.
+    told: StreamSeq,
     executed: StreamSeq,
     committed: StreamSeq,
     /// Bytes sent on this connection and not executed yet.
@@ -76,17 +78,23 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// Makes the stream known locally; a known one keeps its state.
+    /// Makes the stream known locally; a known one keeps its state. If it ends before `base`, what
+    /// lies between was committed over another path and will not come.
     pub fn open(&mut self, source: Life, home: NodeId, base: StreamSeq) {
         let before = StreamSeq(base.0 - 1);
+        let last = self.streams.get(&(source, home)).map(Stream::last);
+        if last.is_some_and(|last| last < before) {
+            self.forget_stream((source, home));
+        }
         self.streams
             .entry((source, home))
             .or_insert_with(|| Stream {
                 base,
                 parts: VecDeque::new(),
                 ready: false,
-                announced: false,
+                announced: None,
                 sent: before,
+                told: before,
                 executed: before,
                 committed: before,
                 flying: 0,
@@ -129,18 +137,20 @@ impl Outbox {
         })
     }
 
-    /// Progress of a stream at the next tier. Returns whether anything became committed.
-    pub fn progress(&mut self, state: &StreamState) -> bool {
+    /// Progress of a stream as `from` tells it. Returns whether anything became committed.
+    pub fn progress(&mut self, from: NodeId, state: &StreamState) -> bool {
         let Some(s) = self.streams.get_mut(&(state.source, state.home)) else {
             return false;
         };
-        if !s.ready && s.announced {
-            // First word on this connection: everything not executed there is sent (again).
+        if !s.ready && s.announced == Some(from) {
+            // First word on this connection: everything not executed there is sent (again). A
+            // tier that the stream went through before may still speak; it knows of commits only.
             s.ready = true;
             if s.sent > state.executed {
                 self.counters.replayed += s.sent.0 - state.executed.0;
             }
             s.sent = state.executed.max(s.base.before()).min(s.last());
+            s.told = s.told.max(state.executed);
             s.flying = 0;
         }
         let executed = s.executed.max(state.executed).min(s.last());
@@ -178,7 +188,7 @@ impl Outbox {
         for ((source, home), s) in &mut self.streams {
             if through(*source, *home) {
                 s.ready = false;
-                s.announced = false;
+                s.announced = None;
                 s.flying = 0;
             }
         }
@@ -198,22 +208,33 @@ impl Outbox {
             if !through(source, home) {
                 continue;
             }
-            if !s.announced && !s.parts.is_empty() {
-                s.announced = true;
+            if s.announced.is_none() && !s.parts.is_empty() {
+                s.announced = Some(hop);
                 let base = StreamBase {
                     source,
                     home,
                     base: s.unsure(),
                 };
+                s.told = s.committed;
+                port.send(hop, Message::Stream { base });
+            }
+            s.sent = s.sent.max(s.committed.min(s.last()));
+            if s.ready && s.sent < s.last() && s.told < s.sent {
+                // Committed over another path since the stream was announced: the tier above must
+                // not wait for what is left out.
+                let base = StreamBase {
+                    source,
+                    home,
+                    base: StreamSeq(s.sent.0 + 1),
+                };
+                s.told = s.sent;
                 port.send(hop, Message::Stream { base });
             }
             while s.ready && s.sent < s.last() && in_flight < IN_FLIGHT_BYTES {
                 let at = StreamSeq(s.sent.0 + 1);
                 let op = s.parts[(at.0 - s.base.0) as usize].clone();
                 s.sent = at;
-                if at <= s.committed {
-                    continue;
-                }
+                s.told = at;
                 let weight = op.weight();
                 in_flight += weight;
                 s.flying += weight;
@@ -293,18 +314,22 @@ impl Outbox {
             .copied()
             .collect();
         for key in gone {
-            let Some(mut s) = self.streams.remove(&key) else {
-                continue;
-            };
-            while !s.parts.is_empty() {
-                discard_front(
-                    key.1,
-                    &mut s,
-                    &mut self.windows,
-                    &mut self.counters,
-                    &mut self.bytes,
-                );
-            }
+            self.forget_stream(key);
+        }
+    }
+
+    fn forget_stream(&mut self, key: (Life, NodeId)) {
+        let Some(mut s) = self.streams.remove(&key) else {
+            return;
+        };
+        while !s.parts.is_empty() {
+            discard_front(
+                key.1,
+                &mut s,
+                &mut self.windows,
+                &mut self.counters,
+                &mut self.bytes,
+            );
         }
     }
 

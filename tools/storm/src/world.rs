@@ -224,7 +224,11 @@ impl World {
         if self.oracle.failure().is_some() {
             let state: Vec<String> = self.nodes.iter().map(|n| format!("{:?}", n.core)).collect();
             if let Some(trace) = &mut self.trace {
-                trace.extend(state);
+                trace.extend(
+                    state
+                        .into_iter()
+                        .filter(|_| std::env::var_os("STATE").is_some()),
+                );
             }
         }
         self.count_final_probes();

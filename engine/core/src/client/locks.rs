@@ -188,6 +188,7 @@ impl Client {
                 ticket,
                 item,
                 wants,
+                prefetched: false,
             });
         }
     }
@@ -305,10 +306,10 @@ impl Client {
         }
         let awaited = self.awaited();
         for (home, grant, range) in yielding {
-            let gives = |(_, w): &(u64, Want)| (home, range.space) >= (w.home, w.range.space);
-            if let Some((owner, _)) = awaited.filter(gives) {
-                self.pins
-                    .retain(|(pin, h, r)| *pin != owner || *h != home || !r.overlaps(&range));
+            if let Some((owner, want)) = awaited.filter(|(_, w)| w.home == home) {
+                if want.range.overlaps(&range) {
+                    self.give_back(owner, home, &range);
+                }
             }
             let pinned = self
                 .pins
@@ -329,9 +330,8 @@ impl Client {
 
     /// The lock that the head waits for. Locks are acquired in one order, so waiting for another
     /// holder cannot close a circle; waiting in a queue can, behind somebody who wants a range
-    /// that spans both what the head has and what it waits for. Such a circle lies within one
-    /// space of one home, and is opened there by giving back what the head has in that space (and,
-    /// since it then waits out of order, in later ones).
+    /// that spans both what the head has and what it waits for. Then the head gives back what it
+    /// has, and asks for it again.
     fn awaited(&self) -> Option<(u64, Want)> {
         let head = self.queue.front()?;
         let missing = head.wants.iter().find(|want| {
@@ -340,6 +340,21 @@ impl Client {
             })
         })?;
         Some((head.ticket.0, *missing))
+    }
+
+    /// Unpins what the head `owner` has in `range`, and what it acquired after that: it must not
+    /// hold later locks while it waits for an earlier one.
+    fn give_back(&mut self, owner: u64, home: NodeId, range: &Range) {
+        let order = |home: NodeId, range: &Range| (home, range.space, range.lo);
+        let mine = self.pins.iter().filter(|(pin, _, _)| *pin == owner);
+        let first = mine
+            .filter(|(_, h, r)| *h == home && r.overlaps(range))
+            .map(|(_, h, r)| order(*h, r))
+            .min();
+        if let Some(first) = first {
+            self.pins
+                .retain(|(pin, h, r)| *pin != owner || order(*h, r) < first);
+        }
     }
 
     /// `commit_on_share`: something stamped up to the last write in the range is not everywhere

@@ -59,7 +59,9 @@ impl Destination {
                     .resolving
                     .get(&victim)
                     .is_none_or(|d| d.term <= term);
-                if newer && self.is_fenced(victim) {
+                if newer && !self.is_gone(victim) {
+                    // A home that joined after the others were fenced learns of it here.
+                    self.refuse(victim, storage);
                     let root = from.node;
                     let before = self.resolutions.resolving.remove(&victim);
                     // A repeated decision supplies again; how far it is stays known.
@@ -96,16 +98,21 @@ impl Destination {
             );
             return;
         }
-        let known = self.sources.get(&victim).is_some_and(|s| s.fenced);
-        if !known {
-            self.log(&Record::Fence(victim), Epoch(0), storage);
-            self.sources.entry(victim).or_default().fenced = true;
-            self.sessions.retain(|_, life| *life != victim);
-            self.deferred.retain(|(asker, _)| *asker != victim);
-        }
+        self.refuse(victim, storage);
         // A decision under way is about to be replaced; its end must not be taken for the next one's.
         self.resolutions.resolving.remove(&victim);
         self.resolutions.fencing.insert(victim, (root, self.end));
+    }
+
+    /// Takes nothing of a life from now on.
+    fn refuse<S: Storage>(&mut self, victim: Life, storage: &mut S) {
+        if !self.is_fenced(victim) {
+            self.log(&Record::Fence(victim), Epoch(0), storage);
+            self.sources.entry(victim).or_default().fenced = true;
+            self.sessions.retain(|_, life| *life != victim);
+            self.locks.forget_waiting(victim, &mut self.notices);
+            self.deferred.retain(|(asker, _)| *asker != victim);
+        }
     }
 
     fn complete<S: Storage>(&mut self, op: &Arc<Operation>, storage: &mut S) {

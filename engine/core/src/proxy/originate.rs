@@ -136,9 +136,9 @@ impl Proxy {
         false
     }
 
-    /// Somebody waits for a lock of the head: while the head itself waits, it gives back what a
-    /// circle could run through (see the client's), and asks again.
-    pub(super) fn own_revoked(&mut self, grant: GrantId) {
+    /// Somebody waits for `range`: if that is also what the head waits for, the head gives back
+    /// what it has there, and all later locks, and asks again (see the client's locks).
+    pub(super) fn own_revoked(&mut self, grant: GrantId, range: &Range) {
         let own = self.port.life();
         let Some(head) = self.own.queue.front_mut() else {
             return;
@@ -149,8 +149,7 @@ impl Proxy {
         let Some(index) = head.granted.iter().position(|(_, g, _)| *g == grant) else {
             return;
         };
-        let (home, _, range) = head.granted[index];
-        if (home, range.space) < (awaited.home, awaited.range.space) {
+        if awaited.home != head.granted[index].0 || !awaited.range.overlaps(range) {
             return;
         }
         head.request = None;

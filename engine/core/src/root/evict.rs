@@ -80,7 +80,11 @@ impl Root {
             return false;
         };
         let (stage, role) = (eviction.stage, eviction.role);
-        let expected = self.expected(victim, stage, role);
+        let mut expected = self.expected(victim, stage, role);
+        if stage == Stage::Resolving {
+            // A home that has not joined yet may be a participant all the same.
+            expected.extend(eviction.decision.until.iter().map(|(node, _)| *node));
+        }
         let Some(eviction) = self.evictions.get(&victim) else {
             return false;
         };
