@@ -7,12 +7,12 @@
 //! | group | messages | from → to |
 //! |---|---|---|
 //! | membership | Join, Joined, Ping, Pong, Part | every node ↔ root (Ping, Pong also ↔ aggregator) |
-//! | minimum | Report, ReportAck, Attach, Attached | aggregator ↔ root, member → aggregator |
+//! | minimum | Report, Attach, Attached | aggregator ↔ root, member → aggregator |
 //! | session | Open, Opened, Stream, Progress, Reint | source ↔ next tier (proxy or destination) |
 //! | locks | Lock, Granted, Refused, Revoke, Unlock | source ↔ next tier |
 //! | reads | Read, ReadReply, Scan, ScanReply | source ↔ next tier |
 //! | proxy cluster | Pin, Pinned, Unpin | proxy ↔ proxy |
-//! | eviction | Fence, Fenced, Resolve, Resolved, Complete, Completed, Drain, Drained, Gone, GoneAck | root ↔ destinations, proxies, clients |
+//! | eviction | Fence, Fenced, Resolve, Resolved, Complete, Drain, Drained, Gone, GoneAck | root ↔ destinations, proxies, clients |
 //!
 //! No message exists for the minimum alone: m rides on every envelope, lower bounds on pings.
 
