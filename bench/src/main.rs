@@ -1,2 +1,261 @@
-//! Entry point.
-fn main() {}
+//! Benchmarks, each run together with its yardstick: a peer program or the physical limit, measured
+//! in the same minutes on the same machine, so that the ratio means something on a shared one.
+//!
+//! Owns: the command line, which benchmarks there are, where they may write. [`row`] is the form of
+//! a result; every other module is one benchmark with its yardstick.
+//!
+//! Deliberately absent: limits that fail. A row may name its aim; whether it is met is for readers.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod costs;
+mod large;
+mod logs;
+mod machine;
+mod messages;
+mod programs;
+mod row;
+mod small;
+mod tree;
+
+use machine::Machine;
+use programs::Lowtide;
+use row::Row;
+
+/// Benchmarks, each run together with its yardstick.
+#[derive(Debug, Parser)]
+#[command(name = "lowtide-bench", after_help = AFTER_HELP)]
+struct Cli {
+    /// Benchmark to run, the beginning of several names ('store-small'), 'all', or 'list'
+    name: String,
+    /// Print rows as JSON, one a line; with 'all', also append them to bench/results/
+    #[arg(long)]
+    json: bool,
+    /// Interleaved rounds [default: the benchmark's own]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// Files in the tree of small files; fewer than the default mark the rows as reduced
+    #[arg(long, default_value_t = tree::FILES)]
+    files: u64,
+    /// MiB in the large file; less than the default marks the rows as reduced
+    #[arg(long = "size", value_name = "MIB", default_value_t = large::MIB)]
+    mib: u64,
+    /// Proxies of the clusters that store small files
+    #[arg(long, value_name = "N", default_value = "2")]
+    proxies: String,
+    /// Where to work, on the disk to be measured; emptied afterwards [default: the target directory]
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+    /// The lowtide command to measure [default: the one built beside this program]
+    #[arg(long, value_name = "FILE")]
+    lowtide: Option<PathBuf>,
+}
+
+const AFTER_HELP: &str = "\
+Exit status:
+  0  compared
+  1  a benchmark failed
+  2  a mistake in the command line
+  3  nothing was compared: a yardstick program is missing";
+
+/// Why a benchmark has no rows.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// A yardstick cannot be run.
+    #[error("nothing was compared: {program} is missing, package {package} brings it")]
+    NoYardstick {
+        program: &'static str,
+        package: &'static str,
+    },
+    /// The file system refused.
+    #[error("{what}: {error}")]
+    Io { what: String, error: std::io::Error },
+    /// Something measured did not do its work.
+    #[error("{0}")]
+    Broken(String),
+}
+
+impl Failure {
+    fn io(what: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Failure {
+        let what = what.to_string();
+        move |error| Failure::Io { what, error }
+    }
+
+    fn broken(error: impl std::fmt::Display) -> Failure {
+        Failure::Broken(error.to_string())
+    }
+
+    fn exit_code(&self) -> u8 {
+        match self {
+            Failure::NoYardstick { .. } => 3,
+            _ => 1,
+        }
+    }
+}
+
+/// What a benchmark gets.
+struct Bench {
+    /// An empty directory of its own.
+    scratch: PathBuf,
+    /// Rounds asked for on the command line.
+    rounds: Option<u32>,
+    /// Files in the tree of small files.
+    files: u64,
+    /// MiB in the large file.
+    mib: u64,
+    /// Proxies of the clusters that store small files.
+    proxies: String,
+    lowtide: Lowtide,
+    machine: Machine,
+}
+
+struct Benchmark {
+    name: &'static str,
+    about: &'static str,
+    run: fn(&Bench) -> Result<Vec<Row>, Failure>,
+}
+
+impl Benchmark {
+    /// Whether `name` is this one's name, or some whole words from its beginning.
+    fn is_meant_by(&self, name: &str) -> bool {
+        let rest = self.name.strip_prefix(name);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    }
+}
+
+const BENCHMARKS: &[Benchmark] = &[
+    Benchmark {
+        name: "store-small-1",
+        about: "one client stores 50,000 small files until all is stable, against cp -a and tar",
+        run: small::one_client,
+    },
+    Benchmark {
+        name: "store-small-4",
+        about: "the same with four clients",
+        run: small::four_clients,
+    },
+    Benchmark {
+        name: "store-large-proxy",
+        about: "one file of 2 GiB through a proxy until it is stable, against a relayed TCP stream",
+        run: large::through_proxy,
+    },
+    Benchmark {
+        name: "store-large-direct",
+        about: "the same without a proxy, against a TCP stream",
+        run: large::direct,
+    },
+    Benchmark {
+        name: "costs",
+        about: "memory and messages of a run of the small files, against their limits",
+        run: costs::costs,
+    },
+    Benchmark {
+        name: "log-append",
+        about: "appending 256-byte records without sync, against memcpy into a mapped file",
+        run: logs::append,
+    },
+    Benchmark {
+        name: "log-commit",
+        about: "group commit, against sequential write and fdatasync of the same blocks",
+        run: logs::commit,
+    },
+    Benchmark {
+        name: "rtt-udp",
+        about: "a short message and its answer, against plain datagrams",
+        run: messages::round_trip,
+    },
+    Benchmark {
+        name: "rate-udp",
+        about: "short messages in one direction, against plain datagrams",
+        run: messages::rate,
+    },
+    Benchmark {
+        name: "bw-udp",
+        about: "long messages in one direction, against a TCP stream",
+        run: messages::bandwidth,
+    },
+];
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if cli.name == "list" {
+        for benchmark in BENCHMARKS {
+            println!("{:16} {}", benchmark.name, benchmark.about);
+        }
+        return ExitCode::SUCCESS;
+    }
+    let is_all = cli.name == "all";
+    let chosen: Vec<&Benchmark> = BENCHMARKS
+        .iter()
+        .filter(|b| is_all || b.is_meant_by(&cli.name))
+        .collect();
+    if chosen.is_empty() {
+        eprintln!("no benchmark is called {:?}; see 'list'", cli.name);
+        return ExitCode::from(2);
+    }
+    let mut worst = 0;
+    for benchmark in chosen {
+        let done = run(&cli, benchmark).and_then(|rows| publish(&rows, cli.json, is_all));
+        if let Err(failure) = done {
+            eprintln!("{}: {failure}", benchmark.name);
+            // A failure is worse news than a missing program.
+            worst = match (worst, failure.exit_code()) {
+                (1, _) | (_, 1) => 1,
+                (_, code) => code,
+            };
+        }
+    }
+    ExitCode::from(worst)
+}
+
+fn run(cli: &Cli, benchmark: &Benchmark) -> Result<Vec<Row>, Failure> {
+    let parent = match &cli.scratch {
+        Some(dir) => dir.clone(),
+        None => programs::own_dir()?,
+    };
+    let scratch = tempfile::Builder::new()
+        .prefix("bench-")
+        .tempdir_in(&parent)
+        .map_err(Failure::io(parent.display()))?;
+    let bench = Bench {
+        scratch: scratch.path().to_owned(),
+        rounds: cli.rounds,
+        files: cli.files,
+        mib: cli.mib,
+        proxies: cli.proxies.clone(),
+        lowtide: Lowtide::new(cli.lowtide.clone()),
+        machine: Machine::look(scratch.path()),
+    };
+    (benchmark.run)(&bench)
+}
+
+fn publish(rows: &[Row], as_json: bool, keep: bool) -> Result<(), Failure> {
+    for row in rows {
+        if as_json {
+            println!("{}", row.to_json());
+        } else {
+            println!("{row}");
+        }
+    }
+    if as_json && keep {
+        row::append_to_results(rows)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_beginning_of_names_means_all_of_them() {
+        let meant = |name: &str| BENCHMARKS.iter().filter(|b| b.is_meant_by(name)).count();
+        assert_eq!(meant("store-small"), 2);
+        assert_eq!(meant("store-small-1"), 1);
+        assert_eq!((meant("store-sm"), meant("")), (0, 0));
+        assert_eq!(meant("log"), 2);
+    }
+}

@@ -374,7 +374,9 @@ impl Client {
                 }
                 let routed = self.routes_through(from.node);
                 self.full.retain(|home| !routed.contains(home));
-                self.full.extend(full);
+                // A proxy speaks of all its homes; the word of a home's own route counts.
+                self.full
+                    .extend(full.iter().filter(|home| routed.contains(home)));
                 self.redo.advance(&self.outbox);
             }
             Message::Granted {

@@ -552,8 +552,11 @@ impl Proxy {
 
     fn progress(&mut self, from: Life, streams: &[StreamState], full: &[NodeId]) {
         let was_full = self.full.contains(&from.node);
+        // A home speaks for itself; what another proxy says of homes is hearsay.
         self.full.remove(&from.node);
-        self.full.extend(full.iter().copied());
+        if full.contains(&from.node) {
+            self.full.insert(from.node);
+        }
         for state in streams {
             if self.outbox.progress(from.node, state) {
                 self.dirty.insert((state.source, state.home));

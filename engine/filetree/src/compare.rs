@@ -278,6 +278,10 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 Ok(page) => page,
                 Err(why) => return self.damaged(&place.path(), stat, why),
             };
+            for key in &page.damaged {
+                let path = place.path_of(&key.name);
+                self.report.mismatches.add(&path, "corrupt entry");
+            }
             let mut pairs = Vec::new();
             for stored in page.entries {
                 let key = (layout::name_slot(&stored.name), stored.name.as_slice());
@@ -379,7 +383,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         stat: &FileStat,
         chunk: Option<Chunk>,
     ) -> Result<(), CompareError> {
-        let (ino, Stat { inode, count }) = stored;
+        let (ino, Stat { inode, count, .. }) = stored;
         if input::sort_of(stat) != Sort::Kind(inode.kind) {
             self.differs(path, stat, "kind");
             return Ok(());

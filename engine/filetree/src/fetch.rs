@@ -130,6 +130,7 @@ pub fn fetch<S: Session + ?Sized>(
     let seed = Task::Directory {
         fd: Arc::new(root.try_clone().map_err(|why| unwritable(b".", why))?),
         place: Place::root(()),
+        holder: None,
         ino: options.from,
     };
     let mut report = FetchReport {
@@ -165,9 +166,15 @@ struct Run<'r, 's, S: Session + ?Sized> {
     /// Directories made so far, each after the one that holds it, with their final attributes.
     directories: Mutex<Vec<(Arc<Place>, Attributes)>>,
     /// Where the first name of an inode with several is.
-    first_names: Mutex<HashMap<Ino, (Arc<Place>, Vec<u8>)>>,
+    first_names: Mutex<HashMap<Ino, Name>>,
     /// Further names.
-    links: Mutex<Vec<(Ino, Arc<Place>, Vec<u8>)>>,
+    links: Mutex<Vec<(Ino, Name)>>,
+}
+
+/// A name in a directory.
+struct Name {
+    place: Arc<Place>,
+    name: Vec<u8>,
 }
 
 enum Task {
@@ -175,12 +182,15 @@ enum Task {
     Directory {
         fd: Arc<OwnedFd>,
         place: Arc<Place>,
+        /// The stored directory that names it; `None` for the top.
+        holder: Option<Ino>,
         ino: Ino,
     },
     /// Entries to be made in it.
     Entries {
         fd: Arc<OwnedFd>,
         place: Arc<Place>,
+        holder: Ino,
         entries: Vec<DirEntry>,
     },
 }
@@ -193,8 +203,18 @@ struct Thread<'r, 's, S: Session + ?Sized> {
 impl<S: Session + ?Sized> Worker<Task, FetchError> for Thread<'_, '_, S> {
     fn work(&mut self, task: Task, pool: &Pool<Task, FetchError>) -> Result<(), FetchError> {
         match task {
-            Task::Directory { fd, place, ino } => self.directory(&fd, &place, ino, pool),
-            Task::Entries { fd, place, entries } => self.entries(&fd, &place, entries, pool),
+            Task::Directory {
+                fd,
+                place,
+                holder,
+                ino,
+            } => self.directory(&fd, &place, (holder, ino), pool),
+            Task::Entries {
+                fd,
+                place,
+                holder,
+                entries,
+            } => self.entries(&fd, &place, (holder, entries), pool),
         }
     }
 
@@ -208,13 +228,20 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         &mut self,
         fd: &Arc<OwnedFd>,
         place: &Arc<Place>,
-        ino: Ino,
+        (holder, ino): (Option<Ino>, Ino),
         pool: &Pool<Task, FetchError>,
     ) -> Result<(), FetchError> {
         let tree = self.run.tree;
         let Some(stat) = self.undamaged(&place.path(), tree.stat(ino))? else {
             return Ok(());
         };
+        // Else directories could hold each other, and this would never end.
+        if holder.is_some() && stat.parent != holder {
+            self.report
+                .damaged
+                .add(&place.path(), "a directory that belongs elsewhere");
+            return Ok(());
+        }
         lock(&self.run.directories).push((Arc::clone(place), stat.inode.attributes));
         self.report.directories += 1;
         self.run.progress.entry(0, 0);
@@ -224,6 +251,10 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             let Some(mut page) = self.undamaged(&place.path(), page)? else {
                 return Ok(());
             };
+            for key in &page.damaged {
+                let path = place.path_of(&key.name);
+                self.report.damaged.add(&path, "corrupt entry");
+            }
             // Neighbours in number were made together and are read together.
             page.entries.sort_unstable_by_key(|e| e.entry.ino);
             while !page.entries.is_empty() {
@@ -231,6 +262,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 pool.push(Task::Entries {
                     fd: Arc::clone(fd),
                     place: Arc::clone(place),
+                    holder: ino,
                     entries: page.entries.split_off(rest),
                 });
             }
@@ -245,7 +277,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         &mut self,
         fd: &Arc<OwnedFd>,
         place: &Arc<Place>,
-        entries: Vec<DirEntry>,
+        (holder, entries): (Ino, Vec<DirEntry>),
         pool: &Pool<Task, FetchError>,
     ) -> Result<(), FetchError> {
         let tree = self.run.tree;
@@ -262,6 +294,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             pool.push(Task::Directory {
                 fd: Arc::new(made),
                 place: Place::below(place, &e.name, ()),
+                holder: Some(holder),
                 ino: e.entry.ino,
             });
         }
@@ -327,12 +360,16 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
 
     /// Whether this is the first name seen of an inode with several; other names are noted.
     fn claim_first_name(&self, ino: Ino, place: &Arc<Place>, name: &[u8]) -> bool {
+        let here = Name {
+            place: Arc::clone(place),
+            name: name.to_vec(),
+        };
         let mut first_names = lock(&self.run.first_names);
         if first_names.contains_key(&ino) {
-            lock(&self.run.links).push((ino, Arc::clone(place), name.to_vec()));
+            lock(&self.run.links).push((ino, here));
             return false;
         }
-        first_names.insert(ino, (Arc::clone(place), name.to_vec()));
+        first_names.insert(ino, here);
         true
     }
 
@@ -413,15 +450,15 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
 impl<S: Session + ?Sized> Run<'_, '_, S> {
     fn make_links(&self, root: &OwnedFd, report: &mut FetchReport) -> Result<(), FetchError> {
         let first_names = lock(&self.first_names);
-        for (ino, place, name) in lock(&self.links).iter() {
-            let Some((first_place, first_name)) = first_names.get(ino) else {
+        for (ino, Name { place, name }) in lock(&self.links).iter() {
+            let Some(first) = first_names.get(ino) else {
                 continue;
             };
             let path = place.path_of(name);
             let linked = (|| {
-                let from = input::open_beneath(root, &first_place.path())?;
+                let from = input::open_beneath(root, &first.place.path())?;
                 let to = input::open_beneath(root, &place.path())?;
-                let (old, new) = (input::c_name(first_name)?, input::c_name(name)?);
+                let (old, new) = (input::c_name(&first.name)?, input::c_name(name)?);
                 rustix::fs::linkat(from, old, to, new, AtFlags::empty())
             })();
             match linked {

@@ -7,13 +7,19 @@
 //! | count | `home(ino)` | `INODES` | ino | `n` | one little-endian i64 |
 //! | parent | `home(ino)` | `INODES` | ino | `p` | [`Parent`], directories only |
 //! | chunk | `chunk_home(ino, i)` | `DATA` | ino | `i`, 8 bytes big-endian | [`Chunk`] |
+//! | removed note | `home(directory)` | `NAMES` + directory's ino | [`REMOVED_SLOT`] | empty | version byte 1 |
 //! | unfinished file | `home(directory)` | `PENDING` | hash of directory and name | directory's ino, 8 bytes big-endian, then the name | [`Pending`] |
 //! | freed file | `home(ino)` | `FREEING` | ino | empty | [`Freeing`] |
 //!
 //! The *count* of a directory is how many entries it has, of anything else how many names. It is
-//! changed by commutative additions; it shares its slot with the inode, so one lock covers both
-//! and a count that decides something (the last name, an empty directory) is compared under the
-//! exclusive lock of the inode, which every change of the count holds at least shared.
+//! changed by commutative additions.
+//!
+//! A *removed note* is all that stays of a removed directory, for good: who adds a name demands
+//! its absence, so somebody who still knows the number cannot bring entries into it. That
+//! absence, other than the presence of an inode, is proven by the same lock on a range of fresh
+//! names that proves the absence of the name itself, so creating in a new directory asks nobody.
+//! The note's slot is the last one: locks are taken in the order of slots, and the lock on the
+//! name, widened as far as nobody minds, then covers it too.
 //!
 //! An inode number is unique without coordination: it is made of the life that allocates it and
 //! a counter of that life.
@@ -34,7 +40,7 @@
 //! Deliberately absent: locks and requests (`plan`), and anything that changes with the number
 //! of servers, which is fixed for the life of a cluster.
 
-use lowtide_engine_core::ids::{Life, NodeId};
+use lowtide_engine_core::ids::{Incarnation, Life, NodeId};
 use lowtide_engine_core::op::{Key, Range};
 use lowtide_engine_core::session::Placement;
 
@@ -44,7 +50,7 @@ mod value;
 
 pub use value::{
     Attributes, Chunk, Entry, Freeing, Inode, Kind, Malformed, Parent, Pending, TARGET_MAX,
-    count_value, read_count,
+    count_value, read_count, removed_value,
 };
 
 /// Longest file name, in bytes (Linux's `NAME_MAX`).
@@ -74,6 +80,9 @@ pub const DATA: u64 = 4;
 /// Bit that, with the number of a directory, makes the space of that directory's entries.
 pub const NAMES: u64 = 1 << 63;
 
+/// Slot of the note that a directory is removed, in the space of its entries.
+pub const REMOVED_SLOT: u64 = u64::MAX;
+
 const COUNT_NAME: &[u8] = b"n";
 const PARENT_NAME: &[u8] = b"p";
 
@@ -95,6 +104,16 @@ impl Ino {
     #[must_use]
     pub fn get(self) -> u64 {
         self.0
+    }
+
+    /// The life that handed out the number.
+    #[must_use]
+    pub fn life(self) -> Life {
+        let life = self.0 >> COUNTER_BITS;
+        Life {
+            node: NodeId((life >> INCARNATION_BITS) as u32),
+            incarnation: Incarnation(life & ((1 << INCARNATION_BITS) - 1)),
+        }
     }
 }
 
@@ -197,6 +216,12 @@ pub fn names_space(directory: Ino) -> u64 {
     NAMES | directory.0
 }
 
+/// Key of the note that a directory is removed. No entry has it, as no name is empty.
+#[must_use]
+pub fn removed_key(directory: Ino) -> Key {
+    Key::at(names_space(directory), REMOVED_SLOT)
+}
+
 /// Key of an inode.
 #[must_use]
 pub fn inode_key(ino: Ino) -> Key {
@@ -209,7 +234,7 @@ pub fn count_key(ino: Ino) -> Key {
     named(INODES, ino.0, COUNT_NAME)
 }
 
-/// Key of a directory's link to its parent. Present exactly while the directory lives.
+/// Key of a directory's link to its parent.
 #[must_use]
 pub fn parent_key(ino: Ino) -> Key {
     named(INODES, ino.0, PARENT_NAME)
@@ -327,8 +352,6 @@ fn named(space: u64, slot: u64, name: &[u8]) -> Key {
 
 #[cfg(test)]
 mod tests {
-    use lowtide_engine_core::ids::Incarnation;
-
     use super::*;
 
     fn life(node: u32, incarnation: u64) -> Life {
@@ -348,15 +371,20 @@ mod tests {
 
     #[test]
     fn regions_of_lives_do_not_overlap() {
-        let mut regions: Vec<Region> = [(0, 0), (0, 1), (1, 0), (7, 3), (65535, 0xf_ffff)]
-            .iter()
-            .map(|&(n, i)| Region::of(life(n, i)).unwrap())
-            .collect();
+        let lives = [(0, 0), (0, 1), (1, 0), (7, 3), (65535, 0xf_ffff)];
+        let mut regions = Vec::new();
+        for (node, incarnation) in lives {
+            let region = Region::of(life(node, incarnation)).unwrap();
+            for number in [region.first, region.last] {
+                let ino = Ino::new(number).unwrap();
+                assert_eq!(ino.life(), life(node, incarnation));
+            }
+            regions.push(region);
+        }
         regions.sort_by_key(|r| r.first);
         for pair in regions.windows(2) {
             assert!(pair[0].last < pair[1].first);
         }
-        assert!(Ino::new(regions.last().unwrap().last).is_some());
         assert!(Ino::ROOT.get() < regions[0].first);
     }
 

@@ -17,6 +17,7 @@
 //! sets them); extended attributes.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod compare;
 mod error;
 pub mod fetch;

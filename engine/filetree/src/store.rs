@@ -174,6 +174,11 @@ pub fn store<S: Session + ?Sized>(
         links: Mutex::default(),
         later: Mutex::default(),
     };
+    // What earlier lives of this very client left half-done nobody goes on with.
+    let life = tree.session().life();
+    tree.reclaim(|other| other.node == life.node && other.incarnation < life.incarnation)
+        .map_err(|why| failed(b".", why))?;
+
     let place = Place::root(Made::new(0));
     let seed = Task::Directory(Unopened::Root(root), place);
     let workers = run_workers(&run, vec![seed])?;

@@ -14,15 +14,16 @@
 //! - T5 a file's chunks are exactly those that its size demands, each as long as that demands;
 //! - T6 chunks of no file belong to a pending or a freeing note.
 //!
-//! A live directory is one that has a parent object; whoever adds a name checks it under a
-//! shared lock, whoever removes the directory holds that lock exclusively. Counts change by
-//! commutative additions under at least that shared lock, hence a count compared under the
-//! exclusive one is exact. (The engine must not answer reads of such an object from a cache that
-//! a concurrent addition does not reach.)
+//! Whoever changes an entry holds its slot exclusively and changes the directory's count in the
+//! same operation; whoever removes the directory holds all its slots exclusively. Hence a count
+//! compared then is exact. (The engine must not answer such a comparison from a cache that a
+//! concurrent addition does not reach.) A removed directory leaves a note that whoever adds a name
+//! demands to be absent.
 //!
 //! Deliberately absent: permission checks, open files (a file without a name is gone), and
 //! implicit changes of modification times.
 
+use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -50,6 +51,10 @@ pub use content::Reader;
 
 /// How often an operation is planned anew before [`TreeError::Contended`].
 const ATTEMPTS_MAX: u32 = 1000;
+/// How often an operation is planned anew before objects that contradict each other are corrupt.
+const LOOKS_MAX: u32 = 4;
+/// How many directories are remembered as such.
+const DIRECTORIES_MAX: usize = 1 << 16;
 /// How long a full server is asked again before its refusal is reported.
 const FULL_PATIENCE: Duration = Duration::from_secs(60);
 const FULL_PAUSE_FIRST: Duration = Duration::from_millis(10);
@@ -68,6 +73,8 @@ pub struct Tree<'s, S: Session + ?Sized> {
     region: Region,
     /// Next inode number to hand out; `None` until the first is needed.
     next: Mutex<Option<u64>>,
+    /// Inodes that are or were directories, as far as remembered.
+    directories: Mutex<HashSet<Ino>>,
 }
 
 /// What [`Tree::stat`] tells.
@@ -77,6 +84,8 @@ pub struct Stat {
     pub inode: Inode,
     /// Names of a file or symbolic link; entries of a directory.
     pub count: i64,
+    /// The directory that holds a directory; the root is its own.
+    pub parent: Option<Ino>,
 }
 
 /// One entry of a directory.
@@ -93,6 +102,8 @@ pub struct DirEntry {
 pub struct DirPage {
     /// The entries.
     pub entries: Vec<DirEntry>,
+    /// Objects in the place of entries that are none.
+    pub damaged: Vec<Key>,
     /// Where the next page begins; `None` after the last.
     pub next: Option<Cursor>,
 }
@@ -125,6 +136,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             chunk_log2,
             region: Region::of(session.life())?,
             next: Mutex::new(None),
+            directories: Mutex::default(),
         };
         tree.create_root()?;
         Ok(tree)
@@ -184,7 +196,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     /// An entry that exists throughout is seen exactly once by a walk over all pages.
     ///
     /// # Errors
-    /// [`TreeError::NotFound`], [`TreeError::NotADirectory`], [`TreeError::Corrupt`].
+    /// [`TreeError::NotFound`], [`TreeError::NotADirectory`]. What is corrupt is in the page.
     pub fn readdir(
         &self,
         directory: Ino,
@@ -204,19 +216,31 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         if page.entries.is_empty() && from.is_none() {
             self.demand_directory(directory)?;
         }
+        let removed = layout::removed_key(directory);
+        if page.entries.last().is_some_and(|(key, _)| *key == removed) {
+            return Err(TreeError::NotFound);
+        }
         let next = match page.entries.last() {
             Some((key, _)) if page.more => Some(Cursor(key.clone())),
             _ => None,
         };
-        let mut entries = Vec::with_capacity(page.entries.len());
+        let mut listed = DirPage {
+            entries: Vec::with_capacity(page.entries.len()),
+            damaged: Vec::new(),
+            next,
+        };
         for (key, value) in page.entries {
-            let entry = Entry::decode(&value).map_err(|why| corrupt(home, &key, why))?;
-            entries.push(DirEntry {
-                name: key.name,
-                entry,
-            });
+            let is_entry_key =
+                layout::is_file_name(&key.name) && key.slot == layout::name_slot(&key.name);
+            match Entry::decode(&value) {
+                Ok(entry) if is_entry_key => listed.entries.push(DirEntry {
+                    name: key.name,
+                    entry,
+                }),
+                _ => listed.damaged.push(key),
+            }
         }
-        Ok(DirPage { entries, next })
+        Ok(listed)
     }
 
     /// The directory that holds `directory`; the root is its own.
@@ -241,6 +265,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             },
             size: 0,
             chunk_log2: 0,
+            writes: 0,
             target: Vec::new(),
         };
         let mut plan = Plan::default();
@@ -346,8 +371,13 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         &self,
         mut plan: impl FnMut() -> Result<(Plan, T), TreeError>,
     ) -> Result<T, TreeError> {
-        for _ in 0..ATTEMPTS_MAX {
-            let (plan, outcome) = plan()?;
+        for attempt in 1..=ATTEMPTS_MAX {
+            let (plan, outcome) = match plan() {
+                // Two objects may contradict each other because one was read before and one
+                // after somebody else's operation.
+                Err(TreeError::Corrupt { .. }) if attempt < LOOKS_MAX => continue,
+                planned => planned?,
+            };
             match self.run(plan) {
                 Ok(()) => return Ok(outcome),
                 Err(e) if e.is_check_failed() => {}
@@ -391,11 +421,15 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         let home = self.layout.home(ino);
         let mut inode = None;
         let mut count = None;
+        let mut parent = None;
         for (key, value) in objects {
             match layout::inode_part(&key) {
                 Some(InodePart::Inode) => inode = Some(value),
                 Some(InodePart::Count) => count = Some(value),
-                Some(InodePart::Parent) => {}
+                Some(InodePart::Parent) => {
+                    let decoded = Parent::decode(&value);
+                    parent = Some(decoded.map_err(|why| corrupt(home, &key, why))?.0);
+                }
                 None => return Err(corrupt(home, &key, Malformed::Key)),
             }
         }
@@ -407,7 +441,11 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         let count = layout::read_count(&count_bytes)
             .map_err(|why| corrupt(home, &layout::count_key(ino), why))?;
         Ok(StatRead {
-            stat: Stat { inode, count },
+            stat: Stat {
+                inode,
+                count,
+                parent,
+            },
             inode_bytes,
             count_bytes,
         })
@@ -416,13 +454,40 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     /// Fails with the reason why nothing can be named in `directory`.
     fn demand_directory(&self, directory: Ino) -> Result<(), TreeError> {
         match self.read_parent(directory) {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                self.remember_directory(directory);
+                Ok(())
+            }
             Err(TreeError::NotFound) => {
                 self.read_stat(directory)?;
                 Err(TreeError::NotADirectory)
             }
             Err(e) => Err(e),
         }
+    }
+
+    /// Fails unless `directory` is or was one. No operation brings entries into a removed
+    /// directory, so what was one once need not be asked for again.
+    fn demand_ever_directory(&self, directory: Ino) -> Result<(), TreeError> {
+        let known = self.directories.lock();
+        if known
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&directory)
+        {
+            return Ok(());
+        }
+        self.demand_directory(directory)
+    }
+
+    fn remember_directory(&self, directory: Ino) {
+        let mut known = self
+            .directories
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if known.len() == DIRECTORIES_MAX {
+            known.clear();
+        }
+        known.insert(directory);
     }
 }
 

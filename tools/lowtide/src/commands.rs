@@ -1,6 +1,7 @@
 //! What the subcommands do, and how they fail.
 
 use std::fmt::Display;
+use std::io;
 
 use crate::cli::{Cli, Command, RunArgs};
 use crate::control::{FileJob, RawPath};
@@ -25,6 +26,8 @@ pub enum Kind {
     Unreadable = 4,
     /// Ctrl-C or SIGTERM.
     Interrupted = 130,
+    /// Whoever read our output went away; as if SIGPIPE had ended us, and nobody to tell.
+    Unread = 141,
 }
 
 /// A command's failure, in words for the user.
@@ -48,6 +51,14 @@ impl Failure {
     /// For `map_err` on mistakes of the user.
     fn usage(message: impl Display) -> Failure {
         Failure::new(Kind::Usage, message)
+    }
+
+    /// For `map_err` on writes to standard output.
+    fn output(error: io::Error) -> Failure {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::new(Kind::Unread, error),
+            _ => Failure::new(Kind::Cluster, error),
+        }
     }
 
     /// For `map_err` on failures of machines.

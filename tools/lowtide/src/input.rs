@@ -11,8 +11,8 @@ const ENTRIES_MIN: u64 = 300;
 const ENTRIES_MAX: u64 = 60_000;
 /// … and bytes, so that a first run takes seconds to minutes.
 const BYTES_MAX: u64 = 512 << 20;
-/// Bytes that count as much work as one entry.
-const BYTES_PER_WORK: u64 = 1 << 20;
+/// Bytes of contents that one operation carries at most, so that they are work of their own.
+const BYTES_PER_OPERATION: u64 = 8 << 20;
 
 /// Size of a tree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,10 +24,10 @@ pub struct Survey {
 }
 
 impl Survey {
-    /// A measure of work for percentages: entries and, for large files, bytes.
+    /// About how many operations it takes to store so many entries and bytes.
     #[must_use]
-    pub fn work(entries: u64, bytes: u64) -> u64 {
-        entries + bytes / BYTES_PER_WORK
+    pub fn operations(entries: u64, bytes: u64) -> u64 {
+        entries + bytes / BYTES_PER_OPERATION
     }
 }
 

@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, UNIX_EPOCH};
 
 use lowtide_engine_core::session::Session;
+use lowtide_filetree::check;
 use lowtide_filetree::compare::{self, CompareOptions};
 use lowtide_filetree::store::{self, Share, StoreOptions};
 use lowtide_filetree::tree::Tree;
@@ -214,12 +215,16 @@ fn verify<S: Session + ?Sized>(
         ..CompareOptions::default()
     };
     let compared = compare::compare(tree, input, &options, progress).map_err(words)?;
+    let checked = check::check(tree).map_err(words)?;
+    let findings = checked.findings.iter().take(NOTES_MAX);
+    let mut problems = lines(&compared.mismatches);
+    problems.extend(findings.map(ToString::to_string));
     Ok(Outcome::Verified {
         entries: compared.entries,
         bytes: compared.bytes,
         mismatches: compared.mismatches.count,
-        partial_operations: 0,
-        problems: lines(&compared.mismatches),
+        partial_operations: checked.finding_count,
+        problems,
         changed: lines(&compared.changed),
     })
 }

@@ -4,13 +4,15 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use lowtide_cli::cli::Cli;
-use lowtide_cli::commands;
+use lowtide_cli::commands::{self, Kind};
 
 fn main() -> ExitCode {
     match commands::execute(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("lowtide: {failure}");
+            if failure.kind != Kind::Unread {
+                eprintln!("lowtide: {failure}");
+            }
             ExitCode::from(failure.kind as u8)
         }
     }

@@ -39,6 +39,8 @@ pub struct Report {
     pub undo: UndoReport,
     /// Time from submission to execution of an operation, at the clients.
     pub latency_us: LatencyReport,
+    /// Seed of everything random in the run.
+    pub seed: u64,
     /// Entries of the input that could not be read.
     pub unreadable: u64,
     /// Input that could not be read, was skipped or changed meanwhile; each with its reason.
@@ -311,6 +313,7 @@ mod tests {
     fn the_stable_keys_are_there() {
         let mut full = stable();
         for (key, empty) in [
+            ("seed", json!(7)),
             ("unreadable", json!(0)),
             ("input_notes", json!([])),
             ("problems", json!([])),

@@ -5,6 +5,7 @@
 //!   lowtide.toml      marks the directory and its version
 //!   lock              held (flock) by the one process that uses it
 //!   cluster.toml      the cluster
+//!   status.json       every node's last status, after a run that failed
 //!   NAME/node.toml    one directory per node
 //!   NAME/log          what the node's process printed, all lives appended
 //!   NAME/control.sock where a running node takes orders

@@ -4,7 +4,7 @@
 //! break things meanwhile, wait until the cluster has recovered, have a client read everything
 //! back and compare, stop the cluster, report.
 //!
-//! One thread does all of it in small steps, twenty-five milliseconds apart; whatever could block
+//! One thread does all of it in small steps, ten milliseconds apart; whatever could block
 //! (a node that is stopped, say) is asked by [`child`]'s threads. Nodes tell how they are only when
 //! asked, so that the supervisor's death needs no protocol.
 //!
@@ -23,10 +23,11 @@ use crate::control::{Job, Outcome, Progress};
 use crate::engine;
 use crate::fault::{Fault, Shape};
 use crate::input::{self, Survey};
-use crate::report::{LatencyReport, MinimumReport, Report, UndoReport, WindowReport};
+use crate::report::Report;
 use crate::state::State;
 use crate::{address, state};
 
+pub mod accounts;
 pub mod chaos;
 pub mod child;
 pub mod display;
@@ -34,21 +35,16 @@ pub mod layout;
 pub mod nodes;
 pub mod tasks;
 
+use accounts::Standstill;
 use chaos::Chaos;
-use display::{Display, Moment};
+use display::{Display, Moment, Phase};
 use nodes::{Nodes, NodesError};
 use tasks::Task;
 
 /// Time between two steps.
-const TICK: Duration = Duration::from_millis(25);
+const TICK: Duration = Duration::from_millis(10);
 /// Time for all processes to come up.
 const START_PATIENCE: Duration = Duration::from_secs(60);
-/// Roles that are started together, in order.
-const START_WAVES: [&[Role]; 3] = [
-    &[Role::Root, Role::Meta, Role::Object],
-    &[Role::Proxy],
-    &[Role::Client],
-];
 /// Time for one process to end in good order.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
 /// A minimum that stands still for this long gets an explanation on the screen.
@@ -107,7 +103,7 @@ pub enum RunError {
     #[error("{what}: {reason}")]
     Job {
         /// The work.
-        what: &'static str,
+        what: Phase,
         /// Why.
         reason: String,
     },
@@ -148,6 +144,11 @@ pub fn run(
     let mut run = Run::prepare(options, state, executable, interrupted)?;
     let result = run.all_phases();
     run.display.finish();
+    if result.is_err()
+        && let Err(error) = accounts::leave_status(run.state, &run.nodes)
+    {
+        run.display.event(&error);
+    }
     result
 }
 
@@ -162,14 +163,6 @@ struct Run<'a> {
     minimum: Standstill,
     moved: Movement,
     report: Report,
-}
-
-/// Longest time the minimum stood still while operations waited for it.
-#[derive(Debug, Default)]
-struct Standstill {
-    value: u64,
-    since: Option<Instant>,
-    longest: Duration,
 }
 
 /// When the work moved last.
@@ -218,9 +211,10 @@ impl<'a> Run<'a> {
             crate::report::Size(survey.bytes)
         ));
         display.event(&format!(
-            "cluster of {count} processes at {} and above, state in {}",
+            "cluster of {count} processes at {} and above, state in {}, seed {}",
             addresses[0],
-            state.dir().display()
+            state.dir().display(),
+            options.seed
         ));
         Ok(Run {
             options,
@@ -247,7 +241,10 @@ impl<'a> Run<'a> {
         self.store()?;
         self.recover()?;
         self.verify(since)?;
-        self.account();
+        let provider = engine::provider_name(self.options.provider);
+        provider.clone_into(&mut self.report.provider);
+        self.report.seed = self.options.seed;
+        accounts::close(&mut self.report, &self.nodes, &self.minimum);
         if self.options.stay {
             self.stay()?;
         }
@@ -261,14 +258,11 @@ impl<'a> Run<'a> {
     /// Starts all processes and waits until they are a cluster.
     fn start(&mut self) -> Result<(), RunError> {
         let began = Instant::now();
-        // Who depends on others comes after them, so that nobody waits for a retry.
-        for wave in START_WAVES {
-            self.nodes.start(wave)?;
-            while !self.nodes.is_well_since(began) {
-                self.step("starting", 0.0, Progress::default())?;
-                if began.elapsed() > START_PATIENCE {
-                    return Err(self.not_started());
-                }
+        self.nodes.start_all()?;
+        while !self.nodes.is_well_since(began) {
+            self.step(Phase::Starting, 0.0, Progress::default())?;
+            if began.elapsed() > START_PATIENCE {
+                return Err(self.not_started());
             }
         }
         self.display.event(&format!(
@@ -280,9 +274,8 @@ impl<'a> Run<'a> {
 
     /// Names a node that is to blame, with the end of its log.
     fn not_started(&self) -> RunError {
-        let is_down = |node: &nodes::Node| {
-            node.life > 0 && !(node.is_answering() && engine::is_complete(&node.last().status))
-        };
+        let is_down =
+            |node: &nodes::Node| !node.is_answering() || !engine::is_complete(&node.last().status);
         let (_, node) = self
             .nodes
             .iter()
@@ -308,7 +301,7 @@ impl<'a> Run<'a> {
             };
             Task::new(job, client)
         });
-        for outcome in self.finish_tasks("storing", tasks.collect())? {
+        for outcome in self.finish_tasks(Phase::Storing, tasks.collect())? {
             if let Outcome::Stored {
                 unreadable_count,
                 unreadable,
@@ -332,8 +325,8 @@ impl<'a> Run<'a> {
     fn recover(&mut self) -> Result<(), RunError> {
         self.moved.at = Instant::now();
         while !self.chaos.is_over() {
-            self.step("recovering", 100.0, Progress::default())?;
-            self.give_up_if_stalled("recovering", Progress::default())?;
+            self.step(Phase::Recovering, 100.0, Progress::default())?;
+            self.give_up_if_stalled(Phase::Recovering, Progress::default())?;
         }
         Ok(())
     }
@@ -350,7 +343,7 @@ impl<'a> Run<'a> {
             input: self.options.input.as_path().into(),
             since,
         };
-        for outcome in self.finish_tasks("verifying", vec![Task::new(job, reader)])? {
+        for outcome in self.finish_tasks(Phase::Verifying, vec![Task::new(job, reader)])? {
             if let Outcome::Verified {
                 entries,
                 bytes,
@@ -384,7 +377,7 @@ impl<'a> Run<'a> {
             self.state.display()
         ));
         while !self.interrupted.load(Ordering::Relaxed) {
-            self.step("staying", 100.0, Progress::default())
+            self.step(Phase::Staying, 100.0, Progress::default())
                 .or_else(|error| match error {
                     RunError::Interrupted => Ok(()),
                     error => Err(error),
@@ -411,58 +404,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Takes the figures of the finished work from the nodes.
-    fn account(&mut self) {
-        let totals = self.nodes.totals();
-        let report = &mut self.report;
-        report.provider = engine::provider_name(self.options.provider).to_owned();
-        report.operations = totals.operations;
-        report.ops_per_s = totals.operations as f64 / report.elapsed_s.max(1e-9);
-        report.minimum = MinimumReport {
-            final_lag: match totals.in_flight {
-                0 => 0,
-                _ => self.nodes.epoch().saturating_sub(self.nodes.root().minimum),
-            },
-            // The root's own measure is finer but ends with its life.
-            max_lag_ms: (self.minimum.longest.as_millis() as u64).max(totals.minimum_lag_max_ms),
-        };
-        report.windows = WindowReport {
-            sent: totals.windows_sent,
-            discarded: totals.windows_discarded,
-            held_max: totals.windows_held_max,
-        };
-        report.undo = UndoReport {
-            appended: totals.undo_appended,
-            purged: totals.undo_purged,
-            rolled_back: totals.undo_rolled_back,
-        };
-        // Percentiles cannot be added up; the slowest client's are an upper bound.
-        for (_, client) in self.nodes.of_role(Role::Client) {
-            let latency = client.last().status.latency;
-            report.latency_us = LatencyReport {
-                p50: report.latency_us.p50.max(latency.p50),
-                p99: report.latency_us.p99.max(latency.p99),
-                p999: report.latency_us.p999.max(latency.p999),
-            };
-        }
-        for (_, node) in self.nodes.iter() {
-            let name = node.member.name.clone();
-            report.memory.insert(name.clone(), node.memory());
-            let status = serde_json::json!({
-                "lives": node.life,
-                "status": node.last().status,
-                "counters_of_all_lives": node.counters(),
-            });
-            report.nodes.insert(name, status);
-        }
-        if report.minimum.final_lag > 0 {
-            report.problems.push(format!(
-                "{} operations are not stable although all work is done",
-                totals.in_flight
-            ));
-        }
-    }
-
     fn note_input(&mut self, what: &str, notes: &[String]) {
         let list = &mut self.report.input_notes;
         list.extend(notes.iter().map(|note| format!("{what}: {note}")));
@@ -472,7 +413,7 @@ impl<'a> Run<'a> {
     /// Steps until every task has its outcome.
     fn finish_tasks(
         &mut self,
-        phase: &'static str,
+        phase: Phase,
         mut tasks: Vec<Task>,
     ) -> Result<Vec<Outcome>, RunError> {
         self.moved.at = Instant::now();
@@ -501,25 +442,26 @@ impl<'a> Run<'a> {
                     .filter_map(|task| task.outcome().cloned())
                     .collect());
             }
-            let percent = self.percent(progress);
+            let percent = self.percent(phase, progress);
             self.step(phase, percent, progress)?;
             self.give_up_if_stalled(phase, progress)?;
         }
     }
 
-    fn percent(&self, done: Progress) -> f64 {
-        let all = Survey::work(self.survey.entries, self.survey.bytes).max(1);
-        let done = Survey::work(done.entries, done.bytes);
+    /// Share of a phase's operations that are done.
+    fn percent(&self, phase: Phase, done: Progress) -> f64 {
+        let all = Survey::operations(self.survey.entries, self.survey.bytes).max(1);
+        let mut done = Survey::operations(done.entries, done.bytes);
+        if phase == Phase::Storing {
+            // Large files make progress long before they are whole entries.
+            let totals = self.nodes.totals();
+            done = done.max(totals.operations.saturating_sub(totals.in_flight));
+        }
         (done as f64 * 100.0 / all as f64).min(100.0)
     }
 
     /// One step of everything that goes on by itself.
-    fn step(
-        &mut self,
-        phase: &'static str,
-        percent: f64,
-        progress: Progress,
-    ) -> Result<(), RunError> {
+    fn step(&mut self, phase: Phase, percent: f64, progress: Progress) -> Result<(), RunError> {
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(RunError::Interrupted);
         }
@@ -531,14 +473,10 @@ impl<'a> Run<'a> {
             self.chaos.note_death(&self.nodes, death.node, &death.exit);
         }
         // Faults belong to the storing; whatever is left strikes right after it.
-        if matches!(phase, "storing" | "recovering") {
-            for event in self.chaos.tick(&mut self.nodes, percent, now)? {
-                self.display.event(&event);
-            }
-        } else {
-            for event in self.chaos.tick(&mut self.nodes, -1.0, now)? {
-                self.display.event(&event);
-            }
+        let is_time = matches!(phase, Phase::Storing | Phase::Recovering);
+        let stored = is_time.then_some(percent);
+        for event in self.chaos.tick(&mut self.nodes, stored, now)? {
+            self.display.event(&event);
         }
         for node in self.chaos.take_powerless() {
             let dir = state::data_dir(self.state, &self.nodes.get(node).member.name);
@@ -555,16 +493,12 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn moment(&self, phase: &'static str, percent: f64, progress: Progress) -> Moment {
+    fn moment(&self, phase: Phase, percent: f64, progress: Progress) -> Moment {
         let is_held = self.minimum.is_longer_than(HELD_AFTER);
         Moment::of(phase, percent, progress, &self.nodes, is_held)
     }
 
-    fn give_up_if_stalled(
-        &mut self,
-        phase: &'static str,
-        progress: Progress,
-    ) -> Result<(), RunError> {
+    fn give_up_if_stalled(&mut self, phase: Phase, progress: Progress) -> Result<(), RunError> {
         let seen = (progress, self.nodes.totals().operations);
         if seen != self.moved.seen {
             self.moved = Movement {
@@ -577,42 +511,7 @@ impl<'a> Run<'a> {
         }
         Err(RunError::Stalled {
             patience: self.options.patience,
-            moment: Box::new(self.moment(phase, self.percent(progress), progress)),
+            moment: Box::new(self.moment(phase, self.percent(phase, progress), progress)),
         })
-    }
-}
-
-impl Standstill {
-    fn is_longer_than(&self, time: Duration) -> bool {
-        self.since.is_some_and(|since| since.elapsed() > time)
-    }
-
-    fn observe(&mut self, minimum: u64, in_flight: u64, now: Instant) {
-        if minimum != self.value || in_flight == 0 {
-            self.value = minimum;
-            self.since = None;
-            return;
-        }
-        let since = *self.since.get_or_insert(now);
-        self.longest = self.longest.max(now - since);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_minimum_stands_still_only_while_somebody_waits() {
-        let t = Instant::now();
-        let ms = |n| t + Duration::from_millis(n);
-        let mut minimum = Standstill::default();
-        minimum.observe(5, 1, ms(0));
-        minimum.observe(5, 1, ms(10));
-        minimum.observe(5, 1, ms(40));
-        minimum.observe(5, 0, ms(500));
-        minimum.observe(6, 1, ms(1000));
-        minimum.observe(6, 1, ms(1010));
-        assert_eq!(minimum.longest, Duration::from_millis(30));
     }
 }

@@ -5,7 +5,8 @@
 //!
 //! Inode     0 version=1  1 kind  2..4 mode  4..8 uid  8..12 gid  12..16 mtime ns
 //!          16..24 mtime s (signed)  24..32 size  32 chunk size, log2 (files; else 0)
-//!          33 checksum kind = 0 (none)  34..40 zero  40.. target (symlinks: `size` bytes)
+//!          33 checksum kind = 0 (none)  34..36 zero  36..40 writes (files; else 0)
+//!          40.. target (symlinks: `size` bytes)
 //!
 //! Parent    0 version=1  1..8 zero  8..16 ino of the parent (the root's is its own)
 //!
@@ -14,7 +15,7 @@
 //!
 //! Pending   0 version=1  1..8 zero  8..16 ino that the file will have
 //!
-//! Freeing   0 version=1  1..8 zero  8..16 chunks still to be deleted: 0 .. this
+//! Freeing   0 version=1  1..8 zero  8..16 chunks that the file had
 //! ```
 //!
 //! A count is the engine's own word of eight bytes and has no version: the engine adds to it.
@@ -52,7 +53,9 @@ mod field {
     pub const MTIME_SEC: Range<usize> = 16..24;
     pub const SIZE: Range<usize> = 24..32;
     pub const CHUNK_LOG2: usize = 32;
-    pub const CHECKSUM: usize = 33;
+    /// Checksum kind and two more bytes that are zero.
+    pub const RESERVED: Range<usize> = 33..36;
+    pub const WRITES: Range<usize> = 36..40;
     pub const INODE_END: usize = 40;
 }
 
@@ -182,6 +185,9 @@ pub struct Inode {
     pub size: u64,
     /// Size of a file's chunks as a power of two; 0 for anything else.
     pub chunk_log2: u8,
+    /// How often bytes were written into the file, modulo 2^32: tells contents of equal size
+    /// apart.
+    pub writes: u32,
     /// Target of a symbolic link; empty for anything else.
     pub target: Vec<u8>,
 }
@@ -200,6 +206,7 @@ impl Inode {
         bytes[field::MTIME_SEC].copy_from_slice(&self.attributes.mtime_sec.to_le_bytes());
         bytes[field::SIZE].copy_from_slice(&self.size.to_le_bytes());
         bytes[field::CHUNK_LOG2] = self.chunk_log2;
+        bytes[field::WRITES].copy_from_slice(&self.writes.to_le_bytes());
         bytes[field::INODE_END..].copy_from_slice(&self.target);
         debug_assert!(Inode::decode(&bytes).as_ref() == Ok(self));
         Arc::from(bytes)
@@ -216,7 +223,7 @@ impl Inode {
         if head[field::VERSION] != VERSION {
             return Err(Malformed::Version(head[field::VERSION]));
         }
-        if head[field::CHECKSUM..].iter().any(|&b| b != 0) {
+        if head[field::RESERVED].iter().any(|&b| b != 0) {
             return Err(Malformed::Reserved);
         }
         let inode = Inode {
@@ -230,6 +237,7 @@ impl Inode {
             },
             size: u64::from_le_bytes(array(head, field::SIZE)),
             chunk_log2: head[field::CHUNK_LOG2],
+            writes: u32::from_le_bytes(array(head, field::WRITES)),
             target: target.to_vec(),
         };
         inode.validate()?;
@@ -268,12 +276,14 @@ impl Inode {
             return Err(Malformed::Range);
         }
         let chunked = (CHUNK_LOG2_MIN..=CHUNK_LOG2_MAX).contains(&self.chunk_log2);
+        if self.kind != Kind::File && (self.chunk_log2, self.writes) != (0, 0) {
+            return Err(Malformed::Range);
+        }
         let fits = match self.kind {
             Kind::File => chunked && self.target.is_empty(),
-            Kind::Directory => self.chunk_log2 == 0 && self.size == 0 && self.target.is_empty(),
+            Kind::Directory => self.size == 0 && self.target.is_empty(),
             Kind::Symlink => {
-                self.chunk_log2 == 0
-                    && self.size == self.target.len() as u64
+                self.size == self.target.len() as u64
                     && (1..=TARGET_MAX).contains(&self.target.len())
                     && !self.target.contains(&0)
             }
@@ -332,14 +342,17 @@ impl Pending {
     }
 }
 
-/// Note that a file is gone except for its first chunks.
+/// Note that a file is gone except for chunks of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Freeing {
-    /// Chunks `0 .. chunks` are still to be deleted.
+    /// How many chunks the file had; some of `0 .. chunks` are still to be deleted.
     pub chunks: u64,
 }
 
 impl Freeing {
+    /// No file has more chunks.
+    pub const CHUNKS_MAX: u64 = (i64::MAX as u64 >> CHUNK_LOG2_MIN) + 1;
+
     /// The value of a freeing note.
     #[must_use]
     pub fn encode(self) -> Bytes {
@@ -352,7 +365,7 @@ impl Freeing {
     /// The reason why the bytes are no freeing note.
     pub fn decode(bytes: &[u8]) -> Result<Freeing, Malformed> {
         let chunks = read_word(bytes, 1)?;
-        if chunks > (i64::MAX as u64) >> CHUNK_LOG2_MIN {
+        if chunks > Self::CHUNKS_MAX {
             return Err(Malformed::Range);
         }
         Ok(Freeing { chunks })
@@ -461,6 +474,12 @@ impl Chunk {
             None => bytes.len() == self.len() && bytes.iter().all(|&b| b == 0),
         }
     }
+}
+
+/// The value of the note that a directory is removed.
+#[must_use]
+pub fn removed_value() -> Bytes {
+    Arc::from([VERSION])
 }
 
 /// A count, or an amount to add to one, as the engine's word.

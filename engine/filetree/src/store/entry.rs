@@ -17,7 +17,7 @@ use super::{Later, Place, StoreError, Thread, failed, lock};
 use crate::error::TreeError;
 use crate::input::{self, Listing, Sort};
 use crate::layout::{Chunk, Entry, Ino, Inode, Kind, mix};
-use crate::tree::symlink_inode;
+use crate::tree::{Stat, symlink_inode};
 
 /// How often a file that changes while it is read is read.
 const READS_MAX: u32 = 3;
@@ -106,6 +106,8 @@ struct Here<'e> {
     entries: &'e Entries,
     name: &'e [u8],
     known: Option<Entry>,
+    /// Attributes of what is known.
+    stored: Option<&'e Stat>,
 }
 
 impl Here<'_> {
@@ -117,6 +119,19 @@ impl Here<'_> {
 impl<S: Session + ?Sized> Thread<'_, '_, S> {
     pub(super) fn entries(&mut self, entries: &Entries) -> Result<(), StoreError> {
         let share = self.run.options.share;
+        let known = |index: usize| entries.known.as_ref().and_then(|known| known[index]);
+        let inos: Vec<Ino> = entries
+            .range
+            .clone()
+            .filter_map(known)
+            .filter(|known| known.kind != Kind::Directory)
+            .map(|known| known.ino)
+            .collect();
+        let stats = self
+            .run
+            .tree
+            .stat_many(&inos)
+            .map_err(|why| failed(&entries.place.path(), why))?;
         for index in entries.range.clone() {
             let found = entries.listing.at(index);
             let is_mine = if entries.is_split {
@@ -128,7 +143,10 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             let here = Here {
                 entries,
                 name: found.name,
-                known: entries.known.as_ref().and_then(|known| known[index]),
+                known: known(index),
+                stored: known(index)
+                    .and_then(|known| stats.get(&known.ino))
+                    .and_then(|stat| stat.as_ref().ok()),
             };
             match found.sort {
                 Sort::Kind(Kind::Directory) => {}
@@ -184,7 +202,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         };
         let inode = symlink_inode(&target, &input::attributes(&stat))
             .map_err(|why| failed(&here.path(), why))?;
-        if self.is_elsewhere(here, &stat) || self.is_equal(here, &stat, &inode)? {
+        if self.is_elsewhere(here, &stat) || self.is_equal(here, &stat, &inode) {
             return Ok(());
         }
         let identity = (stat.st_nlink > 1).then(|| input::identity(&stat));
@@ -220,7 +238,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             .tree
             .file_inode(stat.st_size as u64, &input::attributes(&stat))
             .map_err(|why| failed(&here.path(), why))?;
-        if self.is_equal(here, &stat, &expected)? {
+        if self.is_equal(here, &stat, &expected) {
             return Ok(());
         }
         if expected.chunks() > 1 {
@@ -286,25 +304,11 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
     }
 
     /// Whether the tree has this entry already; it is done then.
-    fn is_equal(
-        &mut self,
-        here: &Here<'_>,
-        stat: &FileStat,
-        expected: &Inode,
-    ) -> Result<bool, StoreError> {
-        let Some(known) = here.known else {
-            return Ok(false);
+    fn is_equal(&mut self, here: &Here<'_>, stat: &FileStat, expected: &Inode) -> bool {
+        let (Some(known), Some(stored)) = (here.known, here.stored) else {
+            return false;
         };
-        if known.kind != expected.kind {
-            return Ok(false);
-        }
-        let is_equal = match self.run.tree.stat(known.ino) {
-            Ok(stored) => {
-                is_same(&stored.inode, expected) && (stored.count == 1 || stat.st_nlink > 1)
-            }
-            Err(TreeError::NotFound) => false,
-            Err(why) => return Err(failed(&here.path(), why)),
-        };
+        let is_equal = is_same(&stored.inode, expected) && (stored.count == 1 || stat.st_nlink > 1);
         if is_equal {
             if stat.st_nlink > 1 {
                 lock(&self.run.links).insert(input::identity(stat), Some(known));
@@ -312,7 +316,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             self.report.skipped += 1;
             self.run.progress.equal();
         }
-        Ok(is_equal)
+        is_equal
     }
 
     /// Reads a file of at most one chunk, again if it changes meanwhile.
@@ -462,6 +466,11 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         };
         let (directory, is_fresh) = self.ensure(&later.place)?;
         if !is_fresh {
+            // An interrupted run may have begun to store the file under this name.
+            self.run
+                .tree
+                .abandon(directory, &later.name)
+                .map_err(|why| failed(&path, why))?;
             return self
                 .replace_with_link(directory, &later.name, target)
                 .map_err(|why| failed(&path, why));

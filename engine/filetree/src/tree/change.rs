@@ -122,8 +122,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     /// Creates an inode with one name. The name must be free.
     fn make(&self, directory: Ino, name: &[u8], inode: &Inode) -> Result<Ino, TreeError> {
         demand_name(name)?;
-        let ino = self.allocate()?;
-        self.create_whole(directory, name, ino, inode, None)
+        self.create_whole(directory, name, inode, None)
     }
 
     /// Creates an inode, with its contents where it is a file of one chunk, and its name, which
@@ -132,14 +131,18 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         &self,
         directory: Ino,
         name: &[u8],
-        ino: Ino,
         inode: &Inode,
         chunk: Option<&Chunk>,
     ) -> Result<Ino, TreeError> {
+        self.demand_ever_directory(directory)?;
+        let ino = self.allocate()?;
         self.attempt_optimistic(
             || self.plan_create(directory, name, ino, inode, chunk),
             || self.demand_free(directory, name),
         )?;
+        if inode.kind == Kind::Directory {
+            self.remember_directory(ino);
+        }
         Ok(ino)
     }
 
@@ -221,7 +224,8 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         plan
     }
 
-    /// Lets `name` stand for `entry`, where `before` stood, in a directory that must be alive.
+    /// Lets `name` stand for `entry`, where `before` stood, in a directory that must not have been
+    /// removed; that it has been one the caller knows.
     pub(super) fn plan_entry(
         &self,
         plan: &mut Plan,
@@ -232,7 +236,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     ) {
         let home = self.layout.home(directory);
         let key = layout::entry_key(directory, name);
-        plan.present(home, layout::parent_key(directory));
+        plan.absent(home, layout::removed_key(directory));
         if before.is_none() {
             plan.add(home, layout::count_key(directory), 1);
         }
@@ -265,13 +269,13 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     pub(super) fn plan_release(&self, plan: &mut Plan, entry: Entry) -> Result<bool, TreeError> {
         let ino = entry.ino;
         let home = self.layout.home(ino);
-        let read = self.read_stat(ino)?;
+        let broken = |why| corrupt(home, &layout::inode_key(ino), why);
+        let read = match self.read_stat(ino) {
+            Err(TreeError::NotFound) => return Err(broken(Malformed::Missing)),
+            other => other?,
+        };
         if read.stat.inode.kind != entry.kind {
-            return Err(corrupt(
-                home,
-                &layout::inode_key(ino),
-                Malformed::Contradiction,
-            ));
+            return Err(broken(Malformed::Contradiction));
         }
         plan.lock(home, layout::inode_range(ino), Mode::Exclusive);
         plan.equal(home, layout::count_key(ino), read.count_bytes);
@@ -316,6 +320,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             attributes: *attributes,
             size,
             chunk_log2: self.chunk_log2,
+            writes: 0,
             target: Vec::new(),
         })
     }
@@ -329,6 +334,7 @@ pub(crate) fn directory_inode(attributes: &Attributes) -> Result<Inode, TreeErro
         attributes: *attributes,
         size: 0,
         chunk_log2: 0,
+        writes: 0,
         target: Vec::new(),
     })
 }
@@ -344,6 +350,7 @@ pub(crate) fn symlink_inode(target: &[u8], attributes: &Attributes) -> Result<In
         attributes: *attributes,
         size: target.len() as u64,
         chunk_log2: 0,
+        writes: 0,
         target: target.to_vec(),
     })
 }

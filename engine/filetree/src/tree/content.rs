@@ -174,8 +174,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         if may_replace {
             return self.replace_whole(directory, name, &inode, chunk.as_ref());
         }
-        let ino = self.allocate()?;
-        self.create_whole(directory, name, ino, &inode, chunk.as_ref())
+        self.create_whole(directory, name, &inode, chunk.as_ref())
     }
 
     fn place_large(
@@ -307,6 +306,8 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             contents.resize(contents.len().max(end), 0);
             contents[begin..end].copy_from_slice(bytes);
 
+            // So that a write planned on the same old contents is planned anew.
+            inode.writes = inode.writes.wrapping_add(1);
             inode.size = inode.size.max(at + bytes.len() as u64);
             let home = self.layout.home(ino);
             let data_home = self.layout.chunk_home(ino, number);

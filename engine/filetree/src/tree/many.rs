@@ -4,17 +4,19 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use lowtide_engine_core::ids::NodeId;
-use lowtide_engine_core::op::{Key, Range};
+use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::session::Session;
 
 use super::{StatRead, Tree};
 use crate::error::TreeError;
-use crate::layout::{self, DATA, INODES, Ino};
-use crate::layout::{Chunk, Inode};
+use crate::layout::{self, Chunk, DATA, INODES, Ino, Inode};
 use crate::tree::Stat;
 
-/// Numbers at most this far apart are scanned together.
-const GAP_MAX: u64 = 8;
+/// Inodes whose numbers are at most this far apart are scanned together: what lies between is
+/// cheaper than another question.
+const INODE_GAP_MAX: u64 = 64;
+/// The same for contents.
+const DATA_GAP_MAX: u64 = 4;
 /// Bytes of values per page of inodes.
 const INODE_PAGE_BYTES: usize = 256 << 10;
 /// Bytes of values per page of small files.
@@ -29,10 +31,10 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         &self,
         inos: &[Ino],
     ) -> Result<HashMap<Ino, Result<Stat, TreeError>>, TreeError> {
-        let mut parts: HashMap<Ino, Vec<(Key, lowtide_engine_core::op::Bytes)>> = HashMap::new();
+        let mut parts: HashMap<Ino, Vec<(Key, Bytes)>> = HashMap::new();
         let wanted: HashSet<Ino> = inos.iter().copied().collect();
         self.scan_runs(
-            INODES,
+            (INODES, INODE_GAP_MAX),
             inos,
             |ino| self.layout.home(ino),
             INODE_PAGE_BYTES,
@@ -67,7 +69,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         let inodes: HashMap<Ino, &Inode> = files.iter().copied().collect();
         let mut chunks = HashMap::with_capacity(files.len());
         self.scan_runs(
-            DATA,
+            (DATA, DATA_GAP_MAX),
             &inos,
             |ino| self.layout.chunk_home(ino, 0),
             DATA_PAGE_BYTES,
@@ -88,16 +90,16 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     /// Scans a space on the homes of `inos`, around their numbers.
     fn scan_runs(
         &self,
-        space: u64,
+        (space, gap_max): (u64, u64),
         inos: &[Ino],
         home: impl Fn(Ino) -> NodeId,
         page_bytes: usize,
-        mut found: impl FnMut(Key, lowtide_engine_core::op::Bytes),
+        mut found: impl FnMut(Key, Bytes),
     ) -> Result<(), TreeError> {
         let mut sorted = inos.to_vec();
         sorted.sort_unstable();
         sorted.dedup();
-        let is_close = |a: &Ino, b: &Ino| b.get() - a.get() <= GAP_MAX;
+        let is_close = |a: &Ino, b: &Ino| b.get() - a.get() <= gap_max;
         for run in sorted.chunk_by(is_close) {
             let (Some(first), Some(last)) = (run.first(), run.last()) else {
                 continue;

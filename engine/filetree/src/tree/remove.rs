@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::op::{Mode, Range};
 use lowtide_engine_core::session::Session;
 
-use super::{Tree, corrupt, demand_name};
+use super::{DirPage, Tree, corrupt, demand_name};
 use crate::error::TreeError;
 use crate::layout::{self, Ino, Kind, Malformed, Parent};
 use crate::plan::Plan;
 
 /// Most directories between a directory and the root when a directory is moved there.
 const DEPTH_MAX: usize = 100_000;
+/// How often a directory without entries may turn out not to be empty.
+const FUTILE_MAX: u32 = 1000;
 /// Entries of a directory that are removed at a time.
 const REMOVE_PAGE: usize = 1024;
 
@@ -34,7 +36,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             let key = layout::entry_key(directory, name);
             plan.equal(home, key.clone(), bytes);
             plan.delete(home, key);
-            self.plan_less_entries(&mut plan, directory);
+            self.plan_entries(&mut plan, directory, -1);
             let is_left = self.plan_release(&mut plan, entry)?;
             Ok((plan, is_left.then_some(entry.ino)))
         })?;
@@ -59,7 +61,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             let key = layout::entry_key(directory, name);
             plan.equal(home, key.clone(), bytes);
             plan.delete(home, key);
-            self.plan_less_entries(&mut plan, directory);
+            self.plan_entries(&mut plan, directory, -1);
             self.plan_rmdir(&mut plan, entry.ino)?;
             Ok((plan, ()))
         })
@@ -69,7 +71,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
     /// adds to the directory meanwhile sees his entries removed too, or has this start again.
     ///
     /// # Errors
-    /// [`TreeError::NotFound`], [`TreeError::InvalidName`].
+    /// [`TreeError::NotFound`], [`TreeError::InvalidName`], [`TreeError::Corrupt`].
     pub fn remove_all(&self, directory: Ino, name: &[u8]) -> Result<(), TreeError> {
         let top = self.lookup(directory, name)?;
         if top.kind != Kind::Directory {
@@ -78,11 +80,16 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         // A stack of (directory that holds the name, name, inode), not a recursion: trees may be
         // deeper than a thread's stack.
         let mut stack = vec![(directory, name.to_vec(), top.ino)];
+        let mut futile = 0;
         while let Some((holder, name, ino)) = stack.last().cloned() {
             let page = match self.readdir(ino, None, REMOVE_PAGE) {
-                Err(TreeError::NotFound) => Default::default(),
+                Err(TreeError::NotFound) => DirPage::default(),
                 other => other?,
             };
+            if let Some(key) = page.damaged.first() {
+                return Err(corrupt(self.layout.home(ino), key, Malformed::Key));
+            }
+            let is_empty = page.entries.is_empty();
             let mut child = None;
             for e in page.entries {
                 if e.entry.kind == Kind::Directory {
@@ -92,11 +99,19 @@ impl<S: Session + ?Sized> Tree<'_, S> {
                 }
             }
             if let Some(child) = child {
+                self.demand_parent(child.2, ino)?;
                 stack.push(child);
                 continue;
             }
             match ignore_absent(self.rmdir(holder, &name)) {
-                Err(TreeError::NotEmpty) => {} // filled again meanwhile, or another page
+                Err(TreeError::NotEmpty) if is_empty => {
+                    // Somebody keeps adding entries, or the count of entries is wrong.
+                    futile += 1;
+                    if futile == FUTILE_MAX {
+                        return Err(TreeError::NotEmpty);
+                    }
+                }
+                Err(TreeError::NotEmpty) => {} // there is another page
                 other => {
                     other?;
                     stack.pop();
@@ -104,6 +119,19 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             }
         }
         Ok(())
+    }
+
+    /// Fails when a directory says that it belongs elsewhere: damaged directories could hold each
+    /// other, and walking down would never end.
+    fn demand_parent(&self, directory: Ino, parent: Ino) -> Result<(), TreeError> {
+        match self.parent(directory) {
+            Ok(found) if found != parent => {
+                let home = self.layout.home(directory);
+                let key = layout::parent_key(directory);
+                Err(corrupt(home, &key, Malformed::Contradiction))
+            }
+            other => ignore_absent(other.map(|_| ())),
+        }
     }
 
     /// Renames `from.1` in directory `from.0` to `to.1` in `to.0`, replacing what stands there
@@ -158,7 +186,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         }
         plan.equal(from_home, from_key.clone(), moved_bytes);
         plan.delete(from_home, from_key);
-        plan.present(to_home, layout::parent_key(to.0));
+        plan.absent(to_home, layout::removed_key(to.0));
         plan.as_read(to_home, to_key.clone(), target.map(|(_, bytes)| bytes));
         plan.put(to_home, to_key, moved.encode());
         for (directory, change) in entries {
@@ -169,7 +197,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         Ok((plan, freed))
     }
 
-    /// Makes `to` the parent of directory `moved`, provided that `moved` is not among the
+    /// Makes `to` the parent of directory `moved`, whose name the plan moves, provided that `moved` is not among the
     /// ancestors of `to`. The ancestors are checked, so no concurrent move closes a ring.
     fn plan_reparent(&self, plan: &mut Plan, moved: Ino, to: Ino) -> Result<(), TreeError> {
         let mut at = to;
@@ -179,10 +207,7 @@ impl<S: Session + ?Sized> Tree<'_, S> {
             }
             if at == Ino::ROOT {
                 let home = self.layout.home(moved);
-                let key = layout::parent_key(moved);
-                let (_, before) = self.read_parent(moved)?;
-                plan.equal(home, key.clone(), before);
-                plan.put(home, key, Parent(to).encode());
+                plan.put(home, layout::parent_key(moved), Parent(to).encode());
                 return Ok(());
             }
             let (parent, bytes) = self.read_parent(at)?;
@@ -197,34 +222,36 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         ))
     }
 
-    /// Removes the inode of an empty directory.
+    /// Removes the inode of an empty directory, whose name the plan removes too.
     fn plan_rmdir(&self, plan: &mut Plan, ino: Ino) -> Result<(), TreeError> {
         let home = self.layout.home(ino);
         let names = Range::whole(layout::names_space(ino));
         if !self.session.scan(home, names, None, 1)?.entries.is_empty() {
             return Err(TreeError::NotEmpty);
         }
-        let read = self.read_stat(ino)?;
+        let read = match self.read_stat(ino) {
+            Err(TreeError::NotFound) => {
+                return Err(corrupt(home, &layout::inode_key(ino), Malformed::Missing));
+            }
+            other => other?,
+        };
         if read.stat.count != 0 {
             return Err(TreeError::NotEmpty);
         }
+        // Whoever changes the count changes an entry in the same operation: it is exact here.
+        plan.lock(home, names, Mode::Exclusive);
         plan.lock(home, layout::inode_range(ino), Mode::Exclusive);
         plan.equal(home, layout::count_key(ino), read.count_bytes);
-        plan.present(home, layout::parent_key(ino));
+        plan.put(home, layout::removed_key(ino), layout::removed_value());
         plan.delete(home, layout::inode_key(ino));
         plan.delete(home, layout::count_key(ino));
         plan.delete(home, layout::parent_key(ino));
         Ok(())
     }
 
-    fn plan_less_entries(&self, plan: &mut Plan, directory: Ino) {
-        self.plan_entries(plan, directory, -1);
-    }
-
-    /// Changes a directory's count, under the shared lock that whoever removes it waits for.
+    /// Changes a directory's count, along with an entry of it.
     fn plan_entries(&self, plan: &mut Plan, directory: Ino, change: i64) {
         let home = self.layout.home(directory);
-        plan.lock(home, layout::inode_range(directory), Mode::Shared);
         plan.add(home, layout::count_key(directory), change);
     }
 }

@@ -6,12 +6,12 @@
 //! died deletes its chunks ([`Tree::abandon`]) and begins anew; somebody who was only slow is then
 //! refused with [`TreeError::Contended`] and leaves nothing behind.
 //!
-//! A file too large to be deleted in one operation leaves a *freeing* note that shrinks with its
-//! chunks; anybody may go on with it ([`Tree::reclaim`]).
+//! A file too large to be deleted in one operation leaves a *freeing* note until its chunks are
+//! gone; anybody may go on with it ([`Tree::reclaim`]).
 
 use std::collections::VecDeque;
 
-use lowtide_engine_core::ids::NodeId;
+use lowtide_engine_core::ids::{Life, NodeId};
 use lowtide_engine_core::op::{Bytes, Key, Range, Refusal, Request};
 use lowtide_engine_core::session::{Session, SessionError, Ticket};
 
@@ -179,61 +179,97 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         Ok(true)
     }
 
-    /// Finishes interrupted deletions of large files, whoever began them. Returns how many.
+    /// Finishes interrupted deletions of large files, whoever began them, and undoes creations
+    /// that were interrupted by the death of a life: `is_dead` tells which lives are. Returns how
+    /// many files it was about.
     ///
     /// # Errors
     /// Failures of the session, [`TreeError::Corrupt`].
-    pub fn reclaim(&self) -> Result<u64, TreeError> {
-        let mut freed = 0;
+    pub fn reclaim(&self, is_dead: impl Fn(Life) -> bool) -> Result<u64, TreeError> {
+        let mut files = 0;
         for &home in self.layout.meta() {
-            loop {
-                let range = Range::whole(layout::FREEING);
-                let page = self.session.scan(home, range, None, 1 << 12)?;
-                for (key, _) in &page.entries {
-                    let ino = Ino::new(key.slot)
-                        .filter(|&ino| key == &layout::freeing_key(ino))
-                        .ok_or_else(|| corrupt(home, key, Malformed::Key))?;
-                    self.free(ino)?;
-                    freed += 1;
-                }
-                if page.entries.is_empty() {
-                    break;
+            for (key, _) in self.notes(home, layout::FREEING)? {
+                let ino = Ino::new(key.slot)
+                    .filter(|&ino| key == layout::freeing_key(ino))
+                    .ok_or_else(|| corrupt(home, &key, Malformed::Key))?;
+                self.free(ino)?;
+                files += 1;
+            }
+            for (key, note) in self.notes(home, layout::PENDING)? {
+                let Pending(ino) =
+                    Pending::decode(&note).map_err(|why| corrupt(home, &key, why))?;
+                if is_dead(ino.life()) {
+                    self.delete_pending(home, &key, &note, ino)?;
+                    files += 1;
                 }
             }
         }
-        Ok(freed)
+        Ok(files)
     }
 
-    /// Deletes the chunks that the freeing note of `ino` names, then the note.
+    /// All objects of a space that holds few.
+    fn notes(&self, home: NodeId, space: u64) -> Result<Vec<(Key, Bytes)>, TreeError> {
+        let mut notes: Vec<(Key, Bytes)> = Vec::new();
+        loop {
+            let after = notes.last().map(|(key, _)| key);
+            let page = self
+                .session
+                .scan(home, Range::whole(space), after, KEY_SCAN_BYTES)?;
+            notes.extend(page.entries);
+            if !page.more {
+                return Ok(notes);
+            }
+        }
+    }
+
+    /// Deletes the chunks that are left of `ino`, then its freeing note. The effort follows from
+    /// the chunks that there are, not from what a damaged inode or note says about them.
     pub(super) fn free(&self, ino: Ino) -> Result<(), TreeError> {
         let home = self.layout.home(ino);
         let key = layout::freeing_key(ino);
         loop {
-            let more = self.attempt(|| {
+            let is_done = self.attempt(|| {
                 let mut plan = Plan::default();
                 let Some(note) = self.session.read(home, &key)? else {
-                    return Ok((plan, false)); // somebody else was faster
+                    return Ok((plan, true)); // somebody else was faster
                 };
-                let Freeing { chunks } =
-                    Freeing::decode(&note).map_err(|why| corrupt(home, &key, why))?;
-                let rest = chunks.saturating_sub(CHUNKS_PER_OP_MAX);
                 plan.equal(home, key.clone(), note);
-                self.plan_delete_chunks(&mut plan, ino, rest..chunks);
-                if rest == 0 {
-                    plan.delete(home, key.clone());
-                } else {
-                    let less = Freeing { chunks: rest };
-                    plan.put(home, key.clone(), less.encode());
+                let first = self.first_chunk(ino)?;
+                match first {
+                    Some(first) => {
+                        let end = first.saturating_add(CHUNKS_PER_OP_MAX);
+                        self.plan_delete_chunks(&mut plan, ino, first..end);
+                    }
+                    None => plan.delete(home, key.clone()),
                 }
-                Ok((plan, rest > 0))
+                Ok((plan, first.is_none()))
             })?;
-            if !more {
+            if is_done {
                 return Ok(());
             }
         }
     }
 
-    /// Deletes the chunks of a pending file, then its note, while the note has this value.
+    /// Smallest number among the chunks that there are of a file.
+    fn first_chunk(&self, ino: Ino) -> Result<Option<u64>, TreeError> {
+        let mut first = None;
+        for &server in self.layout.object() {
+            let page = self
+                .session
+                .scan(server, layout::data_range(ino), None, 1)?;
+            if let Some((key, _)) = page.entries.first() {
+                let number = layout::chunk_number(key)
+                    .filter(|&n| self.layout.chunk_home(ino, n) == server)
+                    .ok_or_else(|| corrupt(server, key, Malformed::Key))?;
+                first = Some(first.map_or(number, |other: u64| other.min(number)));
+            }
+        }
+        Ok(first)
+    }
+
+    /// Undoes the creation that left this pending note, unless the note is no longer there. In one
+    /// operation the note turns into a freeing one: whoever still writes chunks or would finish
+    /// is refused from then on, so no chunk appears behind the back of the deletion.
     fn delete_pending(
         &self,
         home: NodeId,
@@ -241,33 +277,20 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         note: &Bytes,
         ino: Ino,
     ) -> Result<(), TreeError> {
-        for &server in self.layout.object() {
-            // The note does not say how many chunks there are, hence a scan.
-            loop {
-                let range = layout::data_range(ino);
-                let page = self.session.scan(server, range, None, KEY_SCAN_BYTES)?;
-                for chunks in page.entries.chunks(CHUNKS_PER_OP_MAX as usize) {
-                    let mut plan = Plan::default();
-                    plan.equal(home, key.clone(), note.clone());
-                    for (chunk, _) in chunks {
-                        plan.delete(server, chunk.clone());
-                    }
-                    match self.run(plan) {
-                        Err(e) if e.is_check_failed() => return Ok(()), // somebody else did it
-                        other => other?,
-                    }
-                }
-                if !page.more {
-                    break;
-                }
-            }
-        }
         let mut plan = Plan::default();
         plan.equal(home, key.clone(), note.clone());
         plan.delete(home, key.clone());
+        let freeing = Freeing {
+            chunks: Freeing::CHUNKS_MAX, // as many as there are
+        };
+        plan.put(
+            self.layout.home(ino),
+            layout::freeing_key(ino),
+            freeing.encode(),
+        );
         match self.run(plan) {
-            Err(e) if e.is_check_failed() => Ok(()),
-            other => other,
+            Err(e) if e.is_check_failed() => Ok(()), // somebody else was faster
+            other => other.and_then(|()| self.free(ino)),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! local cluster, or done by this process as a client of its own.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use super::{Failure, Kind};
@@ -35,7 +35,7 @@ pub(super) fn run(cluster: &Where, job: FileJob) -> Result<(), Failure> {
             lines
                 .iter()
                 .try_for_each(|line| writeln!(out, "{line}"))
-                .map_err(Failure::cluster)
+                .map_err(Failure::output)
         }
         Outcome::Failed { reason } => Err(Failure::cluster(reason)),
         other => Err(Failure::cluster(format!("unexpected outcome {other:?}"))),
@@ -67,7 +67,7 @@ fn on_running_client(dir: &Path, job: FileJob) -> Result<Outcome, Failure> {
     follow(&mut control).map_err(Failure::cluster)
 }
 
-fn as_client(file: &PathBuf, name: Option<&str>, job: FileJob) -> Result<Outcome, Failure> {
+fn as_client(file: &Path, name: Option<&str>, job: FileJob) -> Result<Outcome, Failure> {
     let cluster = Cluster::load(file).map_err(Failure::usage)?;
     let client = match name {
         Some(name) => cluster.member(name).filter(|m| m.role == Role::Client),

@@ -10,6 +10,7 @@ use std::io::{BufWriter, Write};
 
 use lowtide_engine::log::inspect::{self, Entry, Verdict};
 use lowtide_engine::log::record::{ClaimBody, KIND_CLAIM, SegmentHeader};
+use lowtide_engine_core::record::{OpRecord, Record};
 
 use super::{Failure, Kind};
 use crate::cli::LogArgs;
@@ -17,7 +18,7 @@ use crate::cli::LogArgs;
 pub(super) fn log(args: &LogArgs) -> Result<(), Failure> {
     let mut out = BufWriter::new(std::io::stdout().lock());
     let found = walk(args, &mut out);
-    out.flush().map_err(Failure::cluster)?;
+    out.flush().map_err(Failure::output)?;
     found
 }
 
@@ -27,7 +28,7 @@ fn walk(args: &LogArgs, out: &mut impl Write) -> Result<(), Failure> {
         let entry = entry.map_err(Failure::cluster)?;
         audit.take(&entry);
         if !args.verify {
-            writeln!(out, "{}", line(&entry)).map_err(Failure::cluster)?;
+            writeln!(out, "{}", line(&entry)).map_err(Failure::output)?;
         }
     }
     if audit.segments.is_empty() && audit.headless.is_empty() {
@@ -38,7 +39,7 @@ fn walk(args: &LogArgs, out: &mut impl Write) -> Result<(), Failure> {
     }
     let problems = audit.problems();
     for text in audit.summary() {
-        writeln!(out, "{text}").map_err(Failure::cluster)?;
+        writeln!(out, "{text}").map_err(Failure::output)?;
     }
     match problems.as_slice() {
         [] => Ok(()),
@@ -65,18 +66,14 @@ fn line(entry: &Entry) -> String {
             body,
             ..
         } => {
-            let kind = match inspect::own_kind(header.kind) {
-                Some(kind) => kind.to_owned(),
-                None => format!("kind {}", header.kind),
+            let what = match (inspect::own_kind(header.kind), body) {
+                (_, None) => "BODY DAMAGED".to_owned(),
+                (Some(kind), Some(_)) => kind.to_owned(),
+                (None, Some(body)) => meaning(header.kind, body),
             };
             format!(
-                "  {offset:>10}  lsn {} {kind}, epoch {}, group {}, generation {}, {} bytes{}",
-                header.lsn,
-                header.epoch,
-                header.group,
-                header.generation,
-                header.body_len,
-                if body.is_some() { "" } else { ", BODY DAMAGED" },
+                "  {offset:>10}  lsn {} epoch {} group {} generation {} {:>6} bytes  {what}",
+                header.lsn, header.epoch, header.group, header.generation, header.body_len,
             )
         }
         Entry::End {
@@ -86,6 +83,35 @@ fn line(entry: &Entry) -> String {
         } => format!("  {offset:>10}  {file} ends here: {}", words(*verdict)),
         _ => String::new(),
     }
+}
+
+/// What a record of the engine says.
+fn meaning(kind: u8, body: &[u8]) -> String {
+    match Record::from_parts(kind, body) {
+        Ok(Record::Op(op)) => operation(&op),
+        Ok(Record::Undone(undone)) => format!("undone {}{}", undone.source, undone.seq),
+        Ok(Record::Fence(life)) => format!("fence {life}"),
+        Ok(Record::Row(life)) => format!("row {life}"),
+        Ok(Record::Gone(life)) => format!("gone {life}"),
+        Ok(Record::Base(base)) => format!("stream {base:?}"),
+        Ok(Record::Marks { minimum, ceiling }) => format!("minimum {minimum} ceiling {ceiling}"),
+        Err(error) => format!("kind {kind}: {error:?}"),
+    }
+}
+
+fn operation(op: &OpRecord) -> String {
+    let participants: Vec<String> = op
+        .participants
+        .iter()
+        .map(|p| format!("{}{}", p.node, p.at))
+        .collect();
+    format!(
+        "op {} on {}: {} writes here, {} carried",
+        op.id,
+        participants.join(" "),
+        op.writes.len(),
+        op.carried.len(),
+    )
 }
 
 fn words(verdict: Verdict) -> String {

@@ -7,10 +7,10 @@ use lowtide_engine::offline::{self, OfflineConfig, OfflineError, OfflineState};
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::session::{Page, Placement, SessionError};
-use lowtide_filetree::Progress;
 use lowtide_filetree::fetch::{self, FetchOptions};
 use lowtide_filetree::local::{Objects, Offline};
 use lowtide_filetree::tree::Tree;
+use lowtide_filetree::{Progress, check};
 
 use super::{Failure, Kind};
 use crate::cli::{ExportArgs, VerifyArgs};
@@ -48,8 +48,18 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let state = State::open(&args.state).map_err(Failure::usage)?;
     let session = recover(&state)?;
     let tree = Tree::open(&session).map_err(|e| Failure::cluster(words(e)))?;
-    drop(tree);
-    Ok(())
+    let report = check::check(&tree).map_err(|e| Failure::cluster(words(e)))?;
+    println!(
+        "checked   {} inodes, {} entries, {} chunks, {}; {} interrupted creations, {} interrupted deletions",
+        report.inodes,
+        report.entries,
+        report.chunks,
+        Size(report.bytes),
+        report.unfinished.len(),
+        report.unfreed.len(),
+    );
+    let findings = report.findings.iter().map(ToString::to_string);
+    judge("violations", report.finding_count, findings)
 }
 
 /// Prints what was found and fails if there was anything.

@@ -102,17 +102,11 @@ fn seed_from_clock() -> u64 {
         & i64::MAX as u64
 }
 
-/// The first signal asks the run to end, the second ends the process (and with it, all nodes).
+/// A signal asks the run to end; it looks every few milliseconds, so none is needed to insist.
 fn catch_signals() -> Result<Arc<AtomicBool>, Failure> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(
-            signal,
-            Kind::Interrupted as i32,
-            Arc::clone(&interrupted),
-        )
-        .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
-        .map_err(Failure::cluster)?;
+        signal_hook::flag::register(signal, Arc::clone(&interrupted)).map_err(Failure::cluster)?;
     }
     Ok(interrupted)
 }

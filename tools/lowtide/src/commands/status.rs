@@ -64,7 +64,7 @@ fn look(sockets: &[(String, PathBuf)], json: bool) -> Result<usize, Failure> {
             })
             .and_then(|()| writeln!(out))
     };
-    written.map_err(Failure::cluster)?;
+    written.map_err(Failure::output)?;
     Ok(answered)
 }
 

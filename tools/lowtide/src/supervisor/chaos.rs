@@ -3,8 +3,9 @@
 //! A fault strikes when its share of the work is done, whatever the cluster does at that moment.
 //! It is *detected* when the root's view shows it (a victim not live, or in a new life), and
 //! *recovered* when its cause is over, every process that should live does and says that nothing
-//! is left to recover, and the root knows each of them in its present life. What is not detected
-//! by then never will be: short pauses and partitions evict nobody.
+//! is left to recover, the root knows each of them in its present life, and the minimum has passed
+//! every operation that was stamped when the fault struck. What is not detected by then never will
+//! be: short pauses and partitions evict nobody.
 //!
 //! Deaths that nobody ordered are measured in the same way.
 
@@ -35,6 +36,8 @@ struct Injected {
     /// When its cause was over; recovery is judged by reports that arrive later.
     over: Option<Instant>,
     before: NodeCounters,
+    /// Largest epoch in the cluster when it struck.
+    epoch: u64,
 }
 
 /// A node that a fault strikes, and its life in the root's view when that happened.
@@ -95,30 +98,30 @@ impl Chaos {
                 effect: Effect::Death { tell_root: false },
                 over: Some(now),
                 before: NodeCounters::default(),
+                epoch: 0,
             });
         }
         self
     }
 
-    /// Injects what is due at `percent`, ends what has lasted long enough, and measures. Returns
-    /// what happened, in words.
+    /// Injects what is due when `stored` percent of the work are done (`None`: it is not the time
+    /// for faults), ends what has lasted long enough, and measures. Returns what happened, in
+    /// words.
     ///
     /// # Errors
     /// A process cannot be killed or signalled.
     pub fn tick(
         &mut self,
         nodes: &mut Nodes,
-        percent: f64,
+        stored: Option<f64>,
         now: Instant,
     ) -> Result<Vec<String>, NodesError> {
         let mut events = Vec::new();
-        while self
-            .pending
-            .last()
-            .and_then(Fault::at)
-            .is_some_and(|Percent(at)| at <= percent)
+        while let Some(percent) = stored
+            && let Some(fault) = self
+                .pending
+                .pop_if(|f| f.at().is_some_and(|at| at.0 <= percent))
         {
-            let fault = self.pending.pop().expect("just seen");
             events.push(format!("fault {fault} at {percent:.1}%"));
             self.inject(&fault, nodes)?;
         }
@@ -217,6 +220,7 @@ impl Chaos {
             effect,
             over,
             before,
+            epoch: nodes.epoch(),
         });
     }
 }
@@ -299,7 +303,8 @@ impl Injected {
         self.report.undone = total.undone.saturating_sub(self.before.undone);
         let was_killed = matches!(self.effect, Effect::Death { .. });
         let noticed = !was_killed || self.report.detected_ms.is_some();
-        if noticed && self.over.is_some_and(|over| nodes.is_well_since(over)) {
+        let passed = nodes.root().minimum > self.epoch;
+        if noticed && passed && self.over.is_some_and(|over| nodes.is_well_since(over)) {
             self.report.recovered_ms = Some(elapsed_ms);
             events.push(format!(
                 "{} recovered after {elapsed_ms} ms: {} in flight, {} replayed, {} completed, {} undone",

@@ -2,7 +2,7 @@
 //!
 //! Each life of a node is a process in a process group of its own (Ctrl-C on the terminal reaches
 //! only the supervisor) that dies with the supervisor (`node` asks for the parent's death signal).
-//! A watching thread asks the node for its report ten times a second, so that a node that is
+//! A watching thread asks the node for its report thirty times a second, so that a node that is
 //! paused, dead or slow never delays the supervisor.
 
 use std::fs::File;
@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::control::{Control, NodeReport};
 
 /// Time between two reports.
-const WATCH_INTERVAL: Duration = Duration::from_millis(100);
+const WATCH_INTERVAL: Duration = Duration::from_millis(30);
 
 /// A running node process.
 #[derive(Debug)]

@@ -23,11 +23,38 @@ pub struct Display {
     began: Instant,
 }
 
+/// What a run is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Processes come up and join.
+    Starting,
+    /// Clients store the input.
+    Storing,
+    /// Everything is stored; faults are not yet over.
+    Recovering,
+    /// A client reads everything back.
+    Verifying,
+    /// The cluster stays for the user.
+    Staying,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Phase::Starting => "starting",
+            Phase::Storing => "storing",
+            Phase::Recovering => "recovering",
+            Phase::Verifying => "verifying",
+            Phase::Staying => "staying",
+        })
+    }
+}
+
 /// One moment of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moment {
-    /// What is going on: `storing`, `verifying`.
-    pub phase: &'static str,
+    /// What is going on.
+    pub phase: Phase,
     /// Share of the phase's work that is done, 0 to 100.
     pub percent: f64,
     /// What the phase has done.
@@ -49,7 +76,7 @@ impl Moment {
     /// long enough to say why.
     #[must_use]
     pub fn of(
-        phase: &'static str,
+        phase: Phase,
         percent: f64,
         progress: Progress,
         nodes: &Nodes,
@@ -89,17 +116,19 @@ impl Moment {
     }
 }
 
-impl std::fmt::Display for Moment {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} {:.1}%: {} entries, {}, {} operations ({} unstable), epoch {}, minimum {} (lag {}), {}",
-            self.phase,
-            self.percent,
-            self.progress.entries,
-            Size(self.progress.bytes),
+impl Moment {
+    /// What happens and how far it is.
+    fn headline(&self) -> String {
+        format!("{} {:.1}%", self.phase, self.percent)
+    }
+
+    fn details(&self) -> String {
+        format!(
+            "{} operations ({} unstable), {} entries, {}, epoch {}, minimum {} (lag {}), {}",
             self.operations,
             self.in_flight,
+            self.progress.entries,
+            Size(self.progress.bytes),
             self.epoch,
             self.minimum,
             self.epoch.saturating_sub(self.minimum),
@@ -112,13 +141,20 @@ impl std::fmt::Display for Moment {
     }
 }
 
+impl std::fmt::Display for Moment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.headline(), self.details())
+    }
+}
+
 impl Display {
     /// A bar if standard error is a terminal.
     #[must_use]
     pub fn new() -> Display {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{bar:24.cyan/blue} {elapsed} {wide_msg}")
-                .expect("a constant template");
+            let style =
+                ProgressStyle::with_template("{bar:32.cyan/blue} {elapsed} {prefix}\n{msg}")
+                    .expect("a constant template");
             ProgressBar::new(1000).with_style(style)
         });
         Display {
@@ -141,7 +177,8 @@ impl Display {
     pub fn show(&mut self, moment: &Moment, now: Instant) {
         if let Some(bar) = &self.bar {
             bar.set_position((moment.percent * 10.0) as u64);
-            bar.set_message(moment.to_string());
+            bar.set_prefix(moment.headline());
+            bar.set_message(moment.details());
         } else if self
             .last_line
             .is_none_or(|last| now - last >= LINE_INTERVAL)

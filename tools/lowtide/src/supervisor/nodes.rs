@@ -137,17 +137,12 @@ impl Nodes {
         }
     }
 
-    /// Starts every node of these roles for the first time.
+    /// Starts every node.
     ///
     /// # Errors
     /// A process cannot be started.
-    pub fn start(&mut self, roles: &[Role]) -> Result<(), NodesError> {
-        for node in &mut self.nodes {
-            if roles.contains(&node.member.role) && node.life == 0 {
-                node.start()?;
-            }
-        }
-        Ok(())
+    pub fn start_all(&mut self) -> Result<(), NodesError> {
+        self.nodes.iter_mut().try_for_each(Node::start)
     }
 
     /// Notices deaths, restarts what is due and takes in reports. To be called often.
@@ -272,13 +267,12 @@ impl Nodes {
             .unwrap_or(0)
     }
 
-    /// Whether every node that was started and should live does, says that nothing is left to
-    /// recover in a report that arrived after `since`, and is known to the root in its present
-    /// life.
+    /// Whether every node that should live does, says that nothing is left to recover in a report
+    /// that arrived after `since`, and is known to the root in its present life.
     #[must_use]
     pub fn is_well_since(&self, since: Instant) -> bool {
         let members = &self.root().members;
-        self.nodes.iter().filter(|node| node.life > 0).all(|node| {
+        self.nodes.iter().all(|node| {
             let seen = members.iter().find(|m| m.id == node.member.id);
             if node.gone {
                 return seen.is_none_or(|m| !m.live);
@@ -352,10 +346,15 @@ impl Node {
         &self.last
     }
 
-    /// Counts of all its lives.
+    /// Counts of all its lives. A dead life has nothing in flight: its work is its successor's or
+    /// that of the resolver.
     #[must_use]
     pub fn counters(&self) -> NodeCounters {
-        engine::together(self.past, self.last.status.counters)
+        let mut counters = engine::together(self.past, self.last.status.counters);
+        if self.child.is_none() {
+            counters.in_flight = 0;
+        }
+        counters
     }
 
     /// Its memory at its largest over all lives.

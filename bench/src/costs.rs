@@ -1,0 +1,106 @@
+//! What a run of the small files costs beside time: memory of each process, and messages.
+//!
+//! The yardsticks here are limits, not programs: the memory a process may have, and the bytes that
+//! have to travel at least.
+
+use serde_json::{Map, Value};
+
+use crate::row::{Better, Pick, Rounds, Row};
+use crate::{Bench, Failure, small, tree};
+
+/// Most memory of one process, MiB.
+const MEMORY_MIB: f64 = 256.0;
+/// Ways that a file's bytes have to go: to the proxy, and from there to the server.
+const HOPS: f64 = 2.0;
+
+/// Memory of every process, also while a paused client holds the minimum; and messages.
+///
+/// # Errors
+/// A run fails.
+pub fn costs(bench: &Bench) -> Result<Vec<Row>, Failure> {
+    let (input, bytes) = small::input(bench)?;
+    let shape = ["--proxy", bench.proxies.as_str()];
+    let quiet = bench.lowtide.store(&input, &bench.scratch, &shape)?;
+    let pause = ["--fault", "pause:client0@50%:30000"];
+    let options = [shape, pause].concat();
+    let paused = bench.lowtide.store(&input, &bench.scratch, &options)?;
+    let rows = vec![
+        memory(bench, "memory", &quiet),
+        memory(bench, "memory-paused", &paused),
+        messages(bench, &quiet, bytes),
+    ];
+    let finish = |row: Row| {
+        row.reduced(bench.files < tree::FILES)
+            .with("files", bench.files)
+            .with("proxies", bench.proxies.as_str())
+    };
+    Ok(rows.into_iter().map(finish).collect())
+}
+
+fn memory(bench: &Bench, name: &str, report: &Value) -> Row {
+    let mib = |v: &Value| v.as_f64().unwrap_or(f64::NAN) / f64::from(1 << 20);
+    let mut own = Map::new();
+    let mut mapped = Map::new();
+    let mut most = 0.0f64;
+    for (node, memory) in report["memory"].as_object().into_iter().flatten() {
+        let sum = mib(&memory["rss_anon"]) + mib(&memory["rss_shmem"]);
+        most = most.max(sum);
+        own.insert(node.clone(), round(sum));
+        mapped.insert(node.clone(), round(mib(&memory["rss_file"])));
+    }
+    let figures = Rounds {
+        unit: "MiB",
+        better: Better::Lower,
+        yardstick_is: "the limit for RssAnon + RssShmem of one process; ours is the largest one",
+        ours: vec![most],
+        yardstick: vec![MEMORY_MIB],
+    };
+    figures
+        .row(name, Pick::Median, &bench.machine)
+        .aim(1.0)
+        .with("anon_and_shmem_mib", own)
+        .with("mapped_files_mib", mapped)
+}
+
+fn round(x: f64) -> Value {
+    ((x * 10.0).round() / 10.0).into()
+}
+
+/// Bytes of messages for each byte stored, by whom, and how many messages carry nothing but life
+/// signs. There is no kind of message for the minimum: it travels in every header.
+fn messages(bench: &Bench, report: &Value, bytes: u64) -> Row {
+    let count =
+        |node: &Value, key: &str| node["counters_of_all_lives"][key].as_f64().unwrap_or(0.0);
+    let nodes = report["nodes"].as_object();
+    let total = |key: &str| -> f64 {
+        nodes
+            .into_iter()
+            .flatten()
+            .map(|(_, node)| count(node, key))
+            .sum()
+    };
+    let mut mean = Map::new();
+    for (name, node) in nodes.into_iter().flatten() {
+        let of_one = count(node, "message_bytes_sent") / count(node, "messages_sent").max(1.0);
+        mean.insert(name.clone(), round(of_one));
+    }
+    let (messages, pings) = (total("messages_sent"), total("pings_sent"));
+    let sent = total("message_bytes_sent");
+    let operations = report["operations"].as_f64().unwrap_or(0.0).max(1.0);
+    let figures = Rounds {
+        unit: "B/B",
+        better: Better::Lower,
+        yardstick_is: "every byte of the files once to a proxy and once to a server; ours also \
+                       has what reading back sends",
+        ours: vec![sent / bytes.max(1) as f64],
+        yardstick: vec![HOPS],
+    };
+    figures
+        .row("message-bytes", Pick::Median, &bench.machine)
+        .with("messages", messages)
+        .with("messages_per_operation", round(messages / operations))
+        .with("bytes_per_message", round(sent / messages.max(1.0)))
+        .with("bytes_per_message_by_node", mean)
+        .with("pings", pings)
+        .with("pings_percent", round(100.0 * pings / messages.max(1.0)))
+}

@@ -1,0 +1,254 @@
+//! The log: appending without sync against memcpy into a mapped file of the same kind, and group
+//! commit against sequential write and fdatasync of the same blocks.
+//!
+//! Both sides of `log-append` work on files that were made and mapped the same way (allocated,
+//! zero-filled, durable, populated), so that page faults and write-back cost both the same. A
+//! record's body has 256 bytes; its header comes on top, on our side only.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
+
+use lowtide_engine::log::commit::ShardLog;
+use lowtide_engine::log::set::{LogSet, SetConfig};
+use lowtide_engine::log::{Append, Log, LogConfig, LogIdentity, record_len};
+use lowtide_engine::medium::dir::{DirOptions, DirVolume};
+use lowtide_engine::medium::{Access, Volume};
+use memmap2::{MmapMut, MmapOptions};
+
+use crate::programs::{remove, settle};
+use crate::row::{Better, Pick, Rounds, Row};
+use crate::{Bench, Failure};
+
+const ROUNDS: u32 = 11;
+/// Bytes in the body of a record.
+const BODY: usize = 256;
+/// Records of an append round: they fit into one segment.
+const RECORDS: usize = 150_000;
+const SEGMENT: u64 = 64 << 20;
+/// Bytes made durable at a time.
+const BLOCKS: [(&str, usize); 3] = [("4k", 4 << 10), ("64k", 64 << 10), ("1m", 1 << 20)];
+/// Bytes of a commit round at most …
+const COMMIT_BYTES: usize = 32 << 20;
+/// … and blocks.
+const COMMITS: usize = 200;
+/// Within twice the yardstick.
+const AIM: f64 = 2.0;
+
+const _: () = assert!(RECORDS as u64 * record_len(BODY as u64) + (1 << 20) < SEGMENT);
+
+/// ns per record, without sync.
+///
+/// # Errors
+/// The disk refuses.
+pub fn append(bench: &Bench) -> Result<Vec<Row>, Failure> {
+    let bodies = bodies();
+    let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
+    for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
+        let dir = bench.scratch.join("log");
+        let volume = open_volume(&dir)?;
+        yardstick.push(copy_round(&*volume, &dir, &bodies)?);
+        ours.push(append_round(volume, &bodies)?);
+        remove(&dir)?;
+    }
+    let rounds = Rounds {
+        unit: "ns",
+        better: Better::Lower,
+        yardstick_is: "memcpy of the same bodies, one after another, into a mapped file",
+        ours,
+        yardstick,
+    };
+    let row = rounds
+        .row("log-append", Pick::Median, &bench.machine)
+        .aim(AIM)
+        .with("body_bytes", BODY)
+        .with("log_bytes_per_record", record_len(BODY as u64));
+    Ok(vec![row])
+}
+
+/// MB/s through group commit.
+///
+/// # Errors
+/// The disk refuses.
+pub fn commit(bench: &Bench) -> Result<Vec<Row>, Failure> {
+    let mut rows = Vec::new();
+    for (name, block) in BLOCKS {
+        let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
+        for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
+            let dir = bench.scratch.join("log");
+            settle(&bench.scratch)?;
+            yardstick.push(write_round(&dir, block)?);
+            remove(&dir)?;
+            settle(&bench.scratch)?;
+            ours.push(commit_round(&dir, block)?);
+            remove(&dir)?;
+        }
+        let rounds = Rounds {
+            unit: "MB/s",
+            better: Better::Higher,
+            yardstick_is: "write and fdatasync of the same blocks, one after another, into an \
+                           allocated file",
+            ours,
+            yardstick,
+        };
+        rows.push(
+            rounds
+                .row(format!("log-commit-{name}"), Pick::Median, &bench.machine)
+                .aim(1.0 / AIM)
+                .with("block_bytes", block),
+        );
+    }
+    Ok(rows)
+}
+
+fn open_volume(dir: &Path) -> Result<Arc<dyn Volume>, Failure> {
+    let volume = DirVolume::open(dir, DirOptions::default()).map_err(Failure::broken)?;
+    Ok(Arc::new(volume))
+}
+
+/// Bodies that no cache prediction can turn into one: 1 MiB of them, used in turn.
+fn bodies() -> Vec<[u8; BODY]> {
+    (0..(1 << 20) / BODY).map(|n| [n as u8; BODY]).collect()
+}
+
+fn identity() -> LogIdentity {
+    LogIdentity {
+        storage: 0xbe9c,
+        number: 0,
+    }
+}
+
+/// ns per record of the log.
+fn append_round(volume: Arc<dyn Volume>, bodies: &[[u8; BODY]]) -> Result<f64, Failure> {
+    let config = LogConfig {
+        segment_bytes: SEGMENT,
+        ..LogConfig::new("bench", identity())
+    };
+    let (mut log, _) = Log::open(volume, config).map_err(Failure::broken)?;
+    let began = Instant::now();
+    for n in 0..RECORDS {
+        let parts: [&[u8]; 1] = [&bodies[n % bodies.len()]];
+        log.append(record(1, &parts)).map_err(Failure::broken)?;
+    }
+    Ok(began.elapsed().as_nanos() as f64 / RECORDS as f64)
+}
+
+/// ns per body copied.
+fn copy_round(volume: &dyn Volume, dir: &Path, bodies: &[[u8; BODY]]) -> Result<f64, Failure> {
+    // Made by the same volume: same allocation, same state of the page cache.
+    let name = "memcpy";
+    volume
+        .create(name, SEGMENT, Access::Mapped)
+        .map_err(Failure::broken)?;
+    let path = dir.join(name);
+    let mut map = map(&path).map_err(Failure::io(path.display()))?;
+    let began = Instant::now();
+    for (n, place) in map.chunks_exact_mut(BODY).take(RECORDS).enumerate() {
+        place.copy_from_slice(&bodies[n % bodies.len()]);
+    }
+    let took = began.elapsed().as_nanos() as f64 / RECORDS as f64;
+    drop(map);
+    volume.remove(name).map_err(Failure::broken)?;
+    Ok(took)
+}
+
+fn map(path: &Path) -> std::io::Result<MmapMut> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    // SAFETY: the file lies in this benchmark's own locked scratch directory; nobody else writes
+    // or truncates it while the mapping lives.
+    unsafe { MmapOptions::new().populate().map_mut(&file) }
+}
+
+/// Blocks in a round.
+fn commits(block: usize) -> usize {
+    (COMMIT_BYTES / block).min(COMMITS)
+}
+
+/// MB/s of records, each block committed before the next begins.
+fn commit_round(dir: &Path, block: usize) -> Result<f64, Failure> {
+    let config = SetConfig {
+        storage: 0xbe9c,
+        shards: 1,
+        shard: LogConfig::new("shard", identity()),
+        must_reach: Vec::new(),
+    };
+    let (set, _) = LogSet::open(open_volume(dir)?, &config).map_err(Failure::broken)?;
+    let (tell, told) = channel();
+    let (mut logs, committer) = set
+        .start(move |news| {
+            let news = news.map(|c| c.group).map_err(ToString::to_string);
+            // Nobody listens any more once the round is over.
+            let _ = tell.send(news);
+        })
+        .map_err(Failure::broken)?;
+    let mut shard = logs.remove(0);
+    let body = [7u8; BODY - 64];
+    let per_block = block as u64 / record_len(body.len() as u64);
+    let count = commits(block);
+    let began = Instant::now();
+    for _ in 0..count {
+        commit_block(&mut shard, &told, &body, per_block)?;
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    committer.stop();
+    Ok((count * block) as f64 / seconds / 1e6)
+}
+
+fn commit_block(
+    shard: &mut ShardLog,
+    told: &Receiver<Result<u64, String>>,
+    body: &[u8],
+    records: u64,
+) -> Result<(), Failure> {
+    let pin = shard.publisher.clock().pin();
+    let group = pin.group();
+    for _ in 0..records {
+        let parts = [body];
+        shard
+            .log
+            .append(record(group, &parts))
+            .map_err(Failure::broken)?;
+    }
+    shard.publisher.publish(pin, shard.log.end());
+    loop {
+        let news = told.recv().map_err(Failure::broken)?;
+        if news.map_err(Failure::broken)? >= group {
+            return Ok(());
+        }
+    }
+}
+
+fn record<'a>(group: u64, parts: &'a [&'a [u8]]) -> Append<'a> {
+    Append {
+        kind: 1,
+        flags: 0,
+        epoch: 1,
+        group,
+        parts,
+    }
+}
+
+/// MB/s of blocks written and synced.
+fn write_round(dir: &Path, block: usize) -> Result<f64, Failure> {
+    let count = commits(block);
+    let volume = open_volume(dir)?;
+    volume
+        .create("blocks", (count * block) as u64, Access::Mapped)
+        .map_err(Failure::broken)?;
+    let path = dir.join("blocks");
+    let bytes = vec![7u8; block];
+    let write = || -> std::io::Result<f64> {
+        let file: File = OpenOptions::new().write(true).open(&path)?;
+        let began = Instant::now();
+        for n in 0..count {
+            file.write_all_at(&bytes, (n * block) as u64)?;
+            file.sync_data()?;
+        }
+        Ok(began.elapsed().as_secs_f64())
+    };
+    let seconds = write().map_err(Failure::io(path.display()))?;
+    Ok((count * block) as f64 / seconds / 1e6)
+}

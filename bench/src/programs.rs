@@ -1,0 +1,156 @@
+//! Programs that are measured: the lowtide command, and those of the yardsticks.
+
+use std::env;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::Failure;
+
+/// Bytes of a failed program's output that are shown.
+const TAIL: usize = 2000;
+
+/// The directory that this program lies in.
+///
+/// # Errors
+/// The system does not say.
+pub fn own_dir() -> Result<PathBuf, Failure> {
+    let own = env::current_exe().map_err(Failure::io("this program"))?;
+    Ok(own.parent().unwrap_or(Path::new(".")).to_owned())
+}
+
+/// Checks that a yardstick's program can be found.
+///
+/// # Errors
+/// [`Failure::NoYardstick`], with the package.
+pub fn require(program: &'static str, package: &'static str) -> Result<(), Failure> {
+    let paths = env::var_os("PATH").unwrap_or_default();
+    if env::split_paths(&paths).any(|dir| dir.join(program).is_file()) {
+        return Ok(());
+    }
+    Err(Failure::NoYardstick { program, package })
+}
+
+/// Runs a program to its end and says how long it took; its output goes to `log`.
+///
+/// # Errors
+/// It cannot be started or fails.
+pub fn run(command: &mut Command, log: &Path) -> Result<Duration, Failure> {
+    let name = command.get_program().display().to_string();
+    let out = File::create(log).map_err(Failure::io(log.display()))?;
+    let err = out.try_clone().map_err(Failure::io(log.display()))?;
+    let began = Instant::now();
+    let status = command
+        .stdout(out)
+        .stderr(err)
+        .status()
+        .map_err(Failure::io(&name))?;
+    let took = began.elapsed();
+    if status.success() {
+        return Ok(took);
+    }
+    let said = std::fs::read(log).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said[said.len().saturating_sub(TAIL)..]).into_owned();
+    Err(Failure::Broken(format!("{name}: {status}\n{said}")))
+}
+
+/// Writes everything back that is dirty on the disk of `dir`, so that no round pays for another.
+///
+/// # Errors
+/// `sync` cannot be run or fails.
+pub fn settle(dir: &Path) -> Result<Duration, Failure> {
+    run(
+        Command::new("sync").arg("-f").arg(dir),
+        &dir.join("sync.log"),
+    )
+}
+
+/// The lowtide command.
+#[derive(Debug)]
+pub struct Lowtide {
+    given: Option<PathBuf>,
+    found: OnceLock<PathBuf>,
+}
+
+impl Lowtide {
+    /// The command `given`, or the one beside this program.
+    pub fn new(given: Option<PathBuf>) -> Lowtide {
+        Lowtide {
+            given,
+            found: OnceLock::new(),
+        }
+    }
+
+    /// Where the command is. Under `cargo run` it is brought up to date first, otherwise only
+    /// built if it is not there.
+    fn path(&self) -> Result<&Path, Failure> {
+        if let Some(given) = &self.given {
+            return Ok(given);
+        }
+        if let Some(found) = self.found.get() {
+            return Ok(found);
+        }
+        let path = own_dir()?.join("lowtide");
+        let cargo = env::var_os("CARGO");
+        if cargo.is_some() || !path.is_file() {
+            let mut build = Command::new(cargo.unwrap_or("cargo".into()));
+            build
+                .args(["build", "--release", "-p", "lowtide"])
+                .current_dir(env!("CARGO_MANIFEST_DIR"));
+            let status = build.status().map_err(Failure::io("cargo"))?;
+            if !status.success() {
+                return Err(Failure::broken("cargo build --release -p lowtide failed"));
+            }
+        }
+        if !path.is_file() {
+            return Err(Failure::Broken(format!("no {}", path.display())));
+        }
+        Ok(self.found.get_or_init(|| path))
+    }
+
+    /// Stores `input` in a new cluster whose state lies in `scratch`, reads it back, and returns
+    /// the verified report. `elapsed_s` in it runs from the order to store until all is stable;
+    /// starting the cluster and reading back are not in it.
+    ///
+    /// # Errors
+    /// The run fails, or what it read back differs.
+    pub fn store(&self, input: &Path, scratch: &Path, options: &[&str]) -> Result<Value, Failure> {
+        let (state, report) = (scratch.join("state"), scratch.join("report.json"));
+        let mut command = Command::new(self.path()?);
+        command
+            .args(["run", "--seed", "1", "--input"])
+            .arg(input)
+            .arg("--state")
+            .arg(&state)
+            .arg("--report")
+            .arg(&report)
+            .args(options);
+        let ran = run(&mut command, &scratch.join("run.log"));
+        // Keeps nothing of a failed run either: what it said is in the error.
+        remove(&state)?;
+        ran?;
+        let text = std::fs::read(&report).map_err(Failure::io(report.display()))?;
+        let report: Value = serde_json::from_slice(&text).map_err(Failure::broken)?;
+        if report["verified"] != true {
+            return Err(Failure::broken("the run did not verify"));
+        }
+        Ok(report)
+    }
+}
+
+/// Removes a directory that may not be there.
+///
+/// # Errors
+/// The file system refuses.
+pub fn remove(dir: &Path) -> Result<(), Failure> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Failure::io(dir.display())(error))
+        }
+        _ => Ok(()),
+    }
+}

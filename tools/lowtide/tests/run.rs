@@ -1,0 +1,394 @@
+//! The command as its users meet it: real processes on loopback addresses.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+fn lowtide(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lowtide"));
+    command.args(args);
+    command
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("temporary paths are UTF-8")
+}
+
+/// Some files of each kind.
+fn make_input(dir: &Path, files: u32) {
+    for i in 0..files {
+        let sub = dir.join(format!("d{}", i % 10));
+        fs::create_dir_all(&sub).unwrap();
+        let contents = vec![i as u8; (i as usize * 977) % 50_000];
+        fs::write(sub.join(format!("f{i}")), contents).unwrap();
+    }
+    fs::write(dir.join("large"), vec![0xa5; 3 << 20]).unwrap();
+    fs::set_permissions(dir.join("large"), fs::Permissions::from_mode(0o640)).unwrap();
+    symlink("d0/f0", dir.join("link")).unwrap();
+    fs::hard_link(dir.join("large"), dir.join("d1/also-large")).unwrap();
+    fs::create_dir(dir.join("empty")).unwrap();
+}
+
+fn check(output: &Output, status: i32) {
+    assert_eq!(
+        output.status.code(),
+        Some(status),
+        "{}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn diff(a: &Path, b: &Path) {
+    let output = Command::new("diff")
+        .args(["-r", "--no-dereference"])
+        .args([a, b])
+        .output()
+        .unwrap();
+    check(&output, 0);
+}
+
+/// Processes of this state directory.
+fn processes(state: &Path) -> BTreeSet<u32> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            line.contains("node.toml") && line.contains(text(state))
+        })
+        .collect()
+}
+
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A `run` that stays, once it says so; its output goes on to be read by a thread.
+fn start_staying(input: &Path, state: &Path) -> Child {
+    let mut child = lowtide(&["run", "--stay", "--clients", "1", "--input", text(input)])
+        .args(["--state", text(state)])
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut seen = Vec::new();
+    loop {
+        let line = lines.next().expect("the run ended early").unwrap();
+        let stays = line.contains("staying;");
+        seen.push(line);
+        if stays {
+            break;
+        }
+        assert!(seen.len() < 1000, "{seen:?}");
+    }
+    std::thread::spawn(move || lines.for_each(drop));
+    child
+}
+
+#[test]
+fn a_killed_server_is_restarted_and_everything_is_there() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (input, state, out) = (
+        tmp.path().join("in"),
+        tmp.path().join("state"),
+        tmp.path().join("out"),
+    );
+    make_input(&input, 300);
+    let report_file = tmp.path().join("report.json");
+    let output = lowtide(&["run", "--clients", "1", "--fault", "kill:meta1@40%"])
+        .args(["--input", text(&input), "--state", text(&state)])
+        .args(["--report", text(&report_file)])
+        .output()
+        .unwrap();
+    check(&output, 0);
+    let report: Value = serde_json::from_slice(&fs::read(&report_file).unwrap()).unwrap();
+    assert_eq!(report["verified"], true);
+    assert_eq!(report["mismatches"], 0);
+    // 300 files, 10 directories, and the six others with the top.
+    assert_eq!(report["entries"], 315);
+    assert!(report["operations"].as_u64().unwrap() >= 300);
+    assert_eq!(report["faults"][0]["spec"], "kill:meta1@40%");
+    assert!(report["faults"][0]["detected_ms"].is_u64());
+    assert!(report["faults"][0]["recovered_ms"].is_u64());
+    assert_eq!(report["nodes"]["meta1"]["lives"], 2);
+    assert_eq!(report["nodes"]["meta0"]["lives"], 1);
+    assert_eq!(report["minimum"]["final_lag"], 0);
+    assert!(report["memory"]["meta1"]["rss_anon"].as_u64().unwrap() > 0);
+    assert!(processes(&state).is_empty());
+
+    check(
+        &lowtide(&["export", "--state", text(&state), "--to", text(&out)])
+            .output()
+            .unwrap(),
+        0,
+    );
+    diff(&input, &out);
+    for node in ["meta0", "object1"] {
+        let data = state.join(node).join("data");
+        let output = lowtide(&["log", "--verify", text(&data)]).output().unwrap();
+        check(&output, 0);
+        assert!(String::from_utf8_lossy(&output.stdout).contains("intact up to byte"));
+    }
+    // The state is somebody's work now; another run must not touch it.
+    let again = lowtide(&["run", "--input", text(&input), "--state", text(&state)])
+        .output()
+        .unwrap();
+    check(&again, 2);
+    assert!(String::from_utf8_lossy(&again.stderr).contains("not empty"));
+}
+
+/// Runs with these faults and returns the report of a run that succeeded.
+fn run_with(faults: &[&str], files: u32) -> Value {
+    let tmp = tempfile::tempdir().unwrap();
+    let input = tmp.path().join("in");
+    make_input(&input, files);
+    let report = tmp.path().join("report.json");
+    let mut run = lowtide(&["run", "--patience", "30", "--input", text(&input)]);
+    run.args(["--report", text(&report)]);
+    for fault in faults {
+        run.args(["--fault", fault]);
+    }
+    check(&run.output().unwrap(), 0);
+    let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    let specs: Vec<&str> = report["faults"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|fault| fault["spec"].as_str().unwrap())
+        .collect();
+    assert_eq!(specs.len(), faults.len());
+    assert!(
+        faults.iter().all(|fault| specs.contains(fault)),
+        "{specs:?}"
+    );
+    report
+}
+
+#[test]
+fn another_client_finishes_the_work_of_one_that_never_returns() {
+    let report = run_with(&["kill:client1@20%!"], 400);
+    assert_eq!(report["entries"], 415);
+    assert_eq!(report["nodes"]["client1"]["lives"], 1);
+    assert!(report["faults"][0]["recovered_ms"].is_u64());
+}
+
+#[test]
+fn a_pause_and_a_partition_evict_nobody() {
+    let faults = ["pause:meta0@20%:1500", "partition:proxy0,meta1@50%:1500"];
+    let report = run_with(&faults, 300);
+    for fault in report["faults"].as_array().unwrap() {
+        assert_eq!(fault["detected_ms"], Value::Null, "{fault}");
+        assert!(fault["recovered_ms"].as_u64().unwrap() >= 1500, "{fault}");
+    }
+    for (name, node) in report["nodes"].as_object().unwrap() {
+        assert_eq!(node["lives"], 1, "{name}");
+    }
+    assert_eq!(report["nodes"]["root"]["status"]["counters"]["evicted"], 0);
+}
+
+#[test]
+fn power_loss_and_lost_datagrams_are_survived_together() {
+    let report = run_with(&["loss:3", "poweroff:object0@50%"], 300);
+    assert_eq!(report["nodes"]["object0"]["lives"], 2);
+}
+
+#[test]
+fn two_runs_at_once_do_not_meet() {
+    let tmp = tempfile::tempdir().unwrap();
+    let input = tmp.path().join("in");
+    make_input(&input, 60);
+    let runs: Vec<Child> = (0..2)
+        .map(|_| {
+            lowtide(&["run", "--clients", "1", "--proxy", "1", "--meta", "1"])
+                .args(["--input", text(&input), "--report", "-"])
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for run in runs {
+        check(&run.wait_with_output().unwrap(), 0);
+    }
+}
+
+#[test]
+fn a_cluster_that_stays_serves_commands_until_it_is_told_to_end() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (input, state) = (tmp.path().join("in"), tmp.path().join("state"));
+    make_input(&input, 30);
+    let mut run = start_staying(&input, &state);
+    let on = |args: &[&str]| {
+        let (command, rest) = args.split_first().unwrap();
+        lowtide(&[command, "--state", text(&state)])
+            .args(rest)
+            .output()
+            .unwrap()
+    };
+    let listed = on(&["ls", "/"]);
+    check(&listed, 0);
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    assert!(listed.lines().any(|line| line == "large"), "{listed}");
+    check(&on(&["mkdir", "/new"]), 0);
+    check(&on(&["put", text(&input.join("large")), "/new/copy"]), 0);
+    check(&on(&["mv", "/new/copy", "/new/moved"]), 0);
+    let fetched = tmp.path().join("fetched");
+    check(&on(&["get", "/new/moved", text(&fetched)]), 0);
+    assert_eq!(
+        fs::read(&fetched).unwrap(),
+        fs::read(input.join("large")).unwrap()
+    );
+    check(&on(&["get", "/nope", text(&tmp.path().join("x"))]), 3);
+
+    let status = on(&["status", "--json"]);
+    check(&status, 0);
+    let status: Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!(status["root"]["status"]["stage"], "COMPLETE");
+    assert_eq!(status.as_object().unwrap().len(), 8);
+    // In use: nobody else may open it.
+    check(&on(&["export", "--to", "/nonexistent"]), 2);
+
+    let nodes = processes(&state);
+    assert_eq!(nodes.len(), 8);
+    let killed = Command::new("kill").arg(run.id().to_string()).status();
+    assert!(killed.unwrap().success());
+    assert_eq!(run.wait().unwrap().code(), Some(0));
+    assert!(processes(&state).is_empty());
+}
+
+#[test]
+fn nodes_die_with_their_supervisor() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (input, state) = (tmp.path().join("in"), tmp.path().join("state"));
+    make_input(&input, 10);
+    let mut run = start_staying(&input, &state);
+    assert_eq!(processes(&state).len(), 8);
+    run.kill().unwrap();
+    run.wait().unwrap();
+    wait_until("nodes outlive their supervisor", || {
+        processes(&state).is_empty()
+    });
+}
+
+#[test]
+fn an_unplanned_death_is_noticed_and_repaired() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (input, state) = (tmp.path().join("in"), tmp.path().join("state"));
+    make_input(&input, 10);
+    let mut run = start_staying(&input, &state);
+    let before = processes(&state);
+    let victim = before
+        .iter()
+        .find(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+            String::from_utf8_lossy(&line).contains("object0")
+        })
+        .unwrap();
+    let killed = Command::new("kill")
+        .args(["-9", &victim.to_string()])
+        .status();
+    assert!(killed.unwrap().success());
+    wait_until("the server is not restarted", || {
+        let now = processes(&state);
+        now.len() == before.len() && !now.contains(victim)
+    });
+    let copy = tmp.path().join("copy");
+    let got = lowtide(&["get", "--state", text(&state), "/large", text(&copy)])
+        .output()
+        .unwrap();
+    check(&got, 0);
+    assert_eq!(fs::read(&copy).unwrap().len(), 3 << 20);
+    run.kill().unwrap();
+    run.wait().unwrap();
+}
+
+#[test]
+fn an_interrupted_run_says_where_its_state_is() {
+    let tmp = tempfile::tempdir().unwrap();
+    let input = tmp.path().join("in");
+    make_input(&input, 10);
+    let mut run = lowtide(&["run", "--clients", "1", "--input", text(&input)])
+        .args(["--fault", "pause:client0@0%:600000"])
+        .env("TMPDIR", tmp.path())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(run.stderr.take().unwrap()).lines();
+    let struck = lines.any(|line| line.unwrap().contains("fault pause:client0@0%"));
+    assert!(struck, "the pause begins");
+    let killed = Command::new("kill").arg(run.id().to_string()).status();
+    assert!(killed.unwrap().success());
+    let rest: Vec<String> = lines.map(Result::unwrap).collect();
+    assert_eq!(run.wait().unwrap().code(), Some(130));
+    let state = rest
+        .iter()
+        .find_map(|line| line.strip_prefix("state     "))
+        .expect("the state is named");
+    assert!(Path::new(state).join("lowtide.toml").exists());
+    assert!(processes(Path::new(state)).is_empty());
+}
+
+#[test]
+fn mistakes_are_usage_errors() {
+    let tmp = tempfile::tempdir().unwrap();
+    let bad = tmp.path().join("node.toml");
+    fs::write(&bad, "version = 1\nrole = 3\n").unwrap();
+    let table: [(&[&str], &str); 5] = [
+        (&["run", "--fault", "kill:meta9@1%"], "meta0 to meta1"),
+        (&["run", "--fault", "kill:meta0"], "the moment is missing"),
+        (&["run", "--provider", "verbs"], "use softroce"),
+        (
+            &["node", "--config", text(&bad)],
+            "node.toml:2:1: unknown field",
+        ),
+        (
+            &["export", "--state", text(tmp.path()), "--to", "x"],
+            "no lowtide state here",
+        ),
+    ];
+    for (args, message) in table {
+        let output = lowtide(args).output().unwrap();
+        check(&output, 2);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(message), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_named_and_decides_the_exit_status() {
+    let tmp = tempfile::tempdir().unwrap();
+    let input = tmp.path().join("in");
+    make_input(&input, 10);
+    // A socket is skipped; a file without permissions is unreadable for all but the superuser.
+    let _socket = std::os::unix::net::UnixListener::bind(input.join("socket")).unwrap();
+    let secret = input.join("secret");
+    fs::write(&secret, "x").unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o0)).unwrap();
+    let is_secret = fs::File::open(&secret).is_err();
+    let run = |extra: &[&str]| {
+        lowtide(&["run", "--clients", "1", "--input", text(&input)])
+            .args(extra)
+            .output()
+            .unwrap()
+    };
+    let output = run(&[]);
+    check(&output, if is_secret { 4 } else { 0 });
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("skipped: socket"), "{said}");
+    assert_eq!(said.contains("cannot be read: secret"), is_secret, "{said}");
+    check(&run(&["--skip-unreadable"]), 0);
+}
