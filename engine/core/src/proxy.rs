@@ -340,6 +340,12 @@ impl Proxy {
         self.outbox.bytes()
     }
 
+    /// Windows held now.
+    #[must_use]
+    pub fn windows_held(&self) -> usize {
+        self.outbox.windows_held()
+    }
+
     /// The lock table, for invariant checks and status.
     #[must_use]
     pub fn locks(&self) -> &LockServer {
@@ -487,7 +493,7 @@ impl Proxy {
         for request in again {
             self.send_asked(request);
         }
-        Self::repeat_pins(&mut self.port, &self.own, life.node);
+        Self::repeat_pins(&mut self.port, &mut self.own, life.node);
         self.serve_waiting();
         self.hurry = true;
     }
@@ -505,6 +511,7 @@ impl Proxy {
         }
         self.sessions.insert(from.node, from);
         self.waiting.retain(|w| w.holder != from);
+        self.own.drop_pins_of(from);
         let own = self.port.life();
         // Claims on an earlier life of this proxy are void: it does not hold those locks.
         let claims = if known == Some(own) { reclaim } else { &[] };
