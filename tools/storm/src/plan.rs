@@ -228,6 +228,13 @@ impl Plan {
         }
     }
 
+    /// The same plan with every home reached directly.
+    #[must_use]
+    pub fn direct(mut self) -> Plan {
+        self.clients.iter_mut().for_each(|c| c.via.clear());
+        self
+    }
+
     /// The plan of a seed. Every second one is short.
     #[must_use]
     pub fn of(seed: u64) -> Plan {
