@@ -682,7 +682,8 @@ impl Proxy {
                 mode,
                 empty,
             } => {
-                if self.asked.remove(&request).is_some() {
+                let asked = self.asked.remove(&request);
+                if asked.is_some() {
                     self.holdings.granted(home, grant, range, mode, empty);
                     if empty {
                         // What is on its way was not there when the home looked.
@@ -712,11 +713,11 @@ impl Proxy {
                 }
             }
             Message::ReadReply { request, value } => {
-                if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request) {
-                    if self.sessions.get(&to.node) == Some(&to) {
-                        self.port
-                            .send(to.node, Message::ReadReply { request, value });
-                    }
+                if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request)
+                    && self.sessions.get(&to.node) == Some(&to)
+                {
+                    self.port
+                        .send(to.node, Message::ReadReply { request, value });
                 }
             }
             Message::ScanReply {
@@ -724,17 +725,17 @@ impl Proxy {
                 entries,
                 more,
             } => {
-                if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request) {
-                    if self.sessions.get(&to.node) == Some(&to) {
-                        self.port.send(
-                            to.node,
-                            Message::ScanReply {
-                                request,
-                                entries,
-                                more,
-                            },
-                        );
-                    }
+                if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request)
+                    && self.sessions.get(&to.node) == Some(&to)
+                {
+                    self.port.send(
+                        to.node,
+                        Message::ScanReply {
+                            request,
+                            entries,
+                            more,
+                        },
+                    );
                 }
             }
             _ => {}
