@@ -202,6 +202,12 @@ impl Root {
     /// Time passed.
     pub fn handle_timeout(&mut self, now: Time) {
         if now >= self.next_step {
+            // What arrived while the root itself did nothing is not processed yet: its own absence
+            // is nobody's silence.
+            let absent = now.since(self.next_step.after(self.config.interval));
+            for bound in self.bounds.values_mut() {
+                bound.last_heard = bound.last_heard.after(absent);
+            }
             self.next_step = now.after(self.config.interval);
             self.port.tick();
             let silent: Vec<Life> = self
@@ -266,6 +272,12 @@ impl Root {
             id: self.state.view,
             seats,
         }
+    }
+
+    /// Number of the current membership.
+    #[must_use]
+    pub fn view_id(&self) -> ViewId {
+        self.state.view
     }
 
     /// The life that holds m back, with its bound.
