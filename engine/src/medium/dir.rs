@@ -20,8 +20,9 @@ use std::sync::Arc;
 pub const LOCK_FILE: &str = "LOCK";
 /// Suffix of a file that does not have its name yet.
 const NEW: &str = ".new";
-/// Zero-fill granule, bytes.
-const CHUNK: usize = 1 << 20;
+/// Zero-fill granule, bytes. The page cache makes folios of this size, and syncing or dirtying one
+/// page of a folio costs the whole of it; a system call for each page would cost more.
+const PIECE: usize = 16 << 10;
 
 /// How a mapped range is made durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -225,10 +226,10 @@ fn allocate(file: &File, from: u64, to: u64) -> std::io::Result<()> {
 /// Turns allocated but unwritten extents into written ones, so that a later sync of a mapped page
 /// changes no metadata.
 fn zero_fill(file: &File, len: u64) -> std::io::Result<()> {
-    let zeros = vec![0u8; CHUNK];
+    let zeros = [0u8; PIECE];
     let mut at = 0;
     while at < len {
-        let n = (len - at).min(CHUNK as u64);
+        let n = (len - at).min(PIECE as u64);
         file.write_all_at(&zeros[..n as usize], at)?;
         at += n;
     }
