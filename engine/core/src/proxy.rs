@@ -341,6 +341,12 @@ impl Proxy {
         self.outbox.bytes()
     }
 
+    /// Windows held now.
+    #[must_use]
+    pub fn windows_held(&self) -> usize {
+        self.outbox.windows_held()
+    }
+
     /// The lock table, for invariant checks and status.
     #[must_use]
     pub fn locks(&self) -> &LockServer {
@@ -488,7 +494,7 @@ impl Proxy {
         for request in again {
             self.send_asked(request);
         }
-        Self::repeat_pins(&mut self.port, &self.own, life.node);
+        Self::repeat_pins(&mut self.port, &mut self.own, life.node);
         self.serve_waiting();
         self.hurry = true;
     }
@@ -506,6 +512,7 @@ impl Proxy {
         }
         self.sessions.insert(from.node, from);
         self.waiting.retain(|w| w.holder != from);
+        self.own.drop_pins_of(from);
         let own = self.port.life();
         // Claims on an earlier life of this proxy are void: it does not hold those locks.
         let claims = if known == Some(own) { reclaim } else { &[] };
@@ -675,7 +682,8 @@ impl Proxy {
                 mode,
                 empty,
             } => {
-                if self.asked.remove(&request).is_some() {
+                let asked = self.asked.remove(&request);
+                if asked.is_some() {
                     self.holdings.granted(home, grant, range, mode, empty);
                     if empty {
                         // What is on its way was not there when the home looked.
@@ -705,11 +713,11 @@ impl Proxy {
                 }
             }
             Message::ReadReply { request, value } => {
-                if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request) {
-                    if self.sessions.get(&to.node) == Some(&to) {
-                        self.port
-                            .send(to.node, Message::ReadReply { request, value });
-                    }
+                if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request)
+                    && self.sessions.get(&to.node) == Some(&to)
+                {
+                    self.port
+                        .send(to.node, Message::ReadReply { request, value });
                 }
             }
             Message::ScanReply {
@@ -717,17 +725,17 @@ impl Proxy {
                 entries,
                 more,
             } => {
-                if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request) {
-                    if self.sessions.get(&to.node) == Some(&to) {
-                        self.port.send(
-                            to.node,
-                            Message::ScanReply {
-                                request,
-                                entries,
-                                more,
-                            },
-                        );
-                    }
+                if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request)
+                    && self.sessions.get(&to.node) == Some(&to)
+                {
+                    self.port.send(
+                        to.node,
+                        Message::ScanReply {
+                            request,
+                            entries,
+                            more,
+                        },
+                    );
                 }
             }
             _ => {}
