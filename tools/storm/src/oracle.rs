@@ -505,6 +505,24 @@ impl Oracle {
         }
     }
 
+    /// How an operation stands at a home.
+    #[must_use]
+    pub fn place(&self, id: OpId, home: NodeId) -> Place {
+        let state = self.ops.get(&id);
+        let places = state.and_then(|s| {
+            let mut all = s.op.participants.iter().zip(&s.places);
+            all.find(|(p, _)| p.node == home).map(|(_, place)| *place)
+        });
+        places.unwrap_or(Place::Absent)
+    }
+
+    /// Whether an operation's record is durable at a home.
+    #[must_use]
+    pub fn is_committed(&self, id: OpId, home: NodeId) -> bool {
+        let synced = self.homes.get(&home).map_or(Lsn(0), |h| h.synced);
+        matches!(self.place(id, home), Place::Executed(lsn) if lsn <= synced)
+    }
+
     /// Whether an operation up to `seq` of `life` has not executed at `home`.
     #[must_use]
     pub fn is_unmerged(&self, life: Life, seq: Seq, home: NodeId) -> bool {
@@ -687,6 +705,12 @@ impl Oracle {
     #[must_use]
     pub fn frozen_locks(&self) -> &BTreeMap<Life, Vec<Reclaim>> {
         &self.frozen
+    }
+
+    /// Lives that stamped something or left locks behind, and are not GONE.
+    pub fn unresolved(&self) -> impl Iterator<Item = Life> + '_ {
+        let known = self.known.keys().chain(self.frozen.keys()).copied();
+        known.filter(|life| !self.gone.contains(life))
     }
 
     /// The root finished an eviction: each operation holds everywhere or nowhere (I21), durably,

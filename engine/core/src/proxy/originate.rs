@@ -47,6 +47,8 @@ struct Pending {
     request: Option<u64>,
     /// Proxies whose pin is awaited; `None` before the round began.
     awaiting: Option<BTreeSet<NodeId>>,
+    /// Proxies that were asked to pin.
+    peers: BTreeSet<NodeId>,
     round: u64,
     at: Epoch,
 }
@@ -87,8 +89,11 @@ impl Own {
 
     /// Pins are not awaited from proxies that `dead` selects; their parts take another path.
     pub(super) fn forget_pins_of(&mut self, dead: impl Fn(NodeId) -> bool) {
-        for awaiting in self.queue.iter_mut().filter_map(|p| p.awaiting.as_mut()) {
-            awaiting.retain(|proxy| !dead(*proxy));
+        for pending in &mut self.queue {
+            pending.peers.retain(|proxy| !dead(*proxy));
+            if let Some(awaiting) = &mut pending.awaiting {
+                awaiting.retain(|proxy| !dead(*proxy));
+            }
         }
     }
 
@@ -108,6 +113,7 @@ impl Proxy {
             granted: Vec::new(),
             request: None,
             awaiting: None,
+            peers: BTreeSet::new(),
             round: self.own.next,
             at: Epoch(0),
         });
@@ -233,6 +239,7 @@ impl Proxy {
             for &peer in &peers {
                 self.port.send(peer, Message::Pin { round: head.round });
             }
+            head.peers.clone_from(&peers);
             head.awaiting = Some(peers);
         }
         if head.awaiting.as_ref().is_some_and(BTreeSet::is_empty) {
@@ -240,12 +247,18 @@ impl Proxy {
         }
     }
 
-    /// Pins that were asked for before a connection broke are asked for again.
-    pub(super) fn repeat_pins(port: &mut Port, own: &Own, peer: NodeId) {
-        let Some(head) = own.queue.front() else {
+    /// A peer drops the pins of a coordinator that opens a session, because the word to let go
+    /// may have been lost with the last one. The round that is not over asks again.
+    pub(super) fn repeat_pins(port: &mut Port, own: &mut Own, peer: NodeId) {
+        let Some(head) = own.queue.front_mut() else {
             return;
         };
-        if head.awaiting.as_ref().is_some_and(|a| a.contains(&peer)) {
+        if let Some(awaiting) = head
+            .awaiting
+            .as_mut()
+            .filter(|_| head.peers.contains(&peer))
+        {
+            awaiting.insert(peer);
             port.send(peer, Message::Pin { round: head.round });
         }
     }
@@ -256,12 +269,6 @@ impl Proxy {
         };
         let epoch = self.port.epoch().max(head.at);
         self.port.raise(epoch);
-        let peers: BTreeSet<NodeId> = head
-            .asked
-            .updates
-            .iter()
-            .filter_map(|u| self.via.get(&u.home).copied())
-            .collect();
         for u in &head.asked.updates {
             self.holdings.occupy(u.home, &u.key);
         }
@@ -278,7 +285,7 @@ impl Proxy {
         // The parts leave before the pins are let go: same connection, in order. A part that has
         // to wait for the stream to be ready is still covered by this coordinator's own redo.
         self.merge();
-        for peer in peers {
+        for peer in head.peers {
             self.port.send(peer, Message::Unpin { round: head.round });
         }
     }
