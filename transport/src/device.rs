@@ -53,6 +53,8 @@ use crate::udp::{Frame, ReceiveBatch, Socket, SocketOptions, TransmitBatch};
 
 /// Queue pairs a device may have.
 pub(crate) const QUEUE_PAIRS_MAX: usize = 32_768;
+/// Work requests in one queue of a queue pair: their memory is reserved when it is made.
+pub(crate) const WORK_REQUESTS_MAX: u32 = 1 << 16;
 /// The lowest queue pair number given out, as Linux rxe's; 0 and 1 are special.
 const QPN_FIRST: u32 = 16;
 /// Local key of receives whose bytes are not stored but handed up where they arrived.
@@ -253,8 +255,11 @@ impl Device {
 
     // Queue pairs.
 
-    /// Creates a queue pair in the Reset state; none when there are too many.
+    /// Creates a queue pair in the Reset state; none when there are too many or it is too deep.
     pub(crate) fn create_qp(&mut self, domain: u32, caps: QpCaps) -> Option<(QpId, Qpn)> {
+        if caps.send_wr_max.max(caps.recv_wr_max) > WORK_REQUESTS_MAX {
+            return None;
+        }
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.slots.len() >= QUEUE_PAIRS_MAX => return None,
@@ -392,6 +397,8 @@ impl Device {
         self.counters.rx_bytes += bytes as u64;
         self.counters.rx_datagrams += datagrams;
         self.counters.gro_receives += u64::from(datagrams > 1);
+        // A datagram without a byte is one that `handle` never sees.
+        self.counters.rx_malformed += u64::from(datagrams == 0);
         if let Some(overflow) = overflow {
             self.counters.rx_overflow = u64::from(overflow);
         }
