@@ -229,6 +229,17 @@ impl Memory {
         Some(region)
     }
 
+    /// Takes a region out of service because a peer of `domain` asks for it. It must be one that
+    /// peers of this domain were given some right to: slots, and what belongs to others, stay.
+    pub fn invalidate(&mut self, domain: u32, key: Key) -> bool {
+        let may = self.entries.get(key.index()).is_some_and(|entry| {
+            entry.generation == key.generation()
+                && entry.domain == domain
+                && entry.access.is_remote()
+        });
+        may && self.deregister(key).is_some()
+    }
+
     /// Checks an access of `len` bytes at `offset` from the start of the region.
     ///
     /// # Errors

@@ -27,7 +27,9 @@ use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, Lsn, NodeId, Seq, StreamSeq, Time, Version};
 use crate::lock::{LockServer, Notice};
 use crate::member::{Joined, Member};
-use crate::message::{Envelope, LockRefusal, Message, Reclaim, Role, StreamBase, StreamState};
+use crate::message::{
+    Envelope, LockRefusal, Message, Parts, Reclaim, Role, StreamBase, StreamState,
+};
 use crate::op::{Bytes, Change, Operation, Range, Update};
 use crate::record::{OpRecord, Record, Recorded, Storage, Stored, Value, Write};
 
@@ -236,7 +238,7 @@ impl Destination {
                     self.counters.refused_fenced += parts.len() as u64;
                 } else {
                     for part in parts {
-                        self.reintegrate(&part.op, storage);
+                        self.reintegrate(&part, storage);
                     }
                 }
             }
@@ -476,8 +478,9 @@ impl Destination {
     }
 
     /// O2.
-    fn reintegrate<S: Storage>(&mut self, op: &Arc<Operation>, storage: &mut S) {
-        let Some(at) = op.at(self.port.node()) else {
+    fn reintegrate<S: Storage>(&mut self, parts: &Parts, storage: &mut S) {
+        let (own, op) = (self.port.node(), &parts.op);
+        let Some(at) = op.at(own).filter(|_| parts.homes.contains(&own)) else {
             self.counters.refused_order += 1;
             return;
         };
@@ -512,6 +515,9 @@ impl Destination {
             .updates_for(own)
             .map(|u| write(u, op.epoch, storage))
             .collect();
+        let homes = op.carried(|home| home == own, self.config.carry_bytes);
+        let others = op.updates.iter().filter(|u| homes.contains(&u.home));
+        let carried = others.cloned().collect();
         let record = Record::Op(OpRecord {
             id: op.id,
             epoch: op.epoch,
@@ -519,7 +525,7 @@ impl Destination {
             participants: op.participants.clone(),
             at,
             writes,
-            carried: carry(op, own, self.config.carry_bytes),
+            carried,
         });
         let lsn = self.log(&record, op.epoch, storage);
         let source = self.sources.entry(op.id.source).or_default();
@@ -786,22 +792,4 @@ pub fn negate_words(words: &[u8]) -> Bytes {
         negated.extend_from_slice(&word.wrapping_neg().to_le_bytes());
     }
     Arc::from(negated)
-}
-
-/// Other participants' updates for the record, as far as they fit the budget. A participant's
-/// updates are carried all or not at all: half of a part completes nothing.
-fn carry(op: &Operation, own: NodeId, budget: usize) -> Vec<Update> {
-    let mut left = budget;
-    let mut carried = Vec::new();
-    for p in op.participants.iter().filter(|p| p.node != own) {
-        let weight: usize = op
-            .updates_for(p.node)
-            .map(|u| u.change.weight() + u.key.name.len())
-            .sum();
-        if weight <= left {
-            left -= weight;
-            carried.extend(op.updates_for(p.node).cloned());
-        }
-    }
-    carried
 }

@@ -18,6 +18,7 @@
 mod originate;
 
 use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 pub use originate::Originate;
@@ -27,9 +28,9 @@ use crate::ids::{Epoch, Incarnation, Life, NodeId, Time};
 use crate::lock::{Holdings, LockServer, Notice};
 use crate::member::{Joined, Member};
 use crate::message::{
-    Envelope, Held, LockRefusal, Message, Part, Reclaim, Role, StreamBase, StreamState,
+    Envelope, Held, LockRefusal, Message, Parts, Reclaim, Role, StreamBase, StreamState,
 };
-use crate::op::{Key, Mode, Range};
+use crate::op::{Key, Mode, Operation, Range};
 use crate::source::{Outbox, WindowCounters};
 
 /// Settings of a proxy.
@@ -550,29 +551,35 @@ impl Proxy {
         self.dirty.insert((base.source, base.home));
     }
 
-    fn accept(&mut self, from: Life, parts: Vec<Part>) {
-        for Part { home, op } in parts {
+    fn accept(&mut self, from: Life, batch: Vec<Parts>) {
+        for Parts { homes, op } in batch {
             let source = op.id.source;
             if self.is_fenced(source) || self.is_fenced(from) {
-                self.counters.refused_fenced += 1;
+                self.counters.refused_fenced += homes.len() as u64;
                 continue;
             }
-            let (Some(last), Some(at)) = (self.outbox.last(source, home), op.at(home)) else {
-                self.counters.refused_order += 1;
-                continue;
-            };
-            self.dirty.insert((source, home));
-            if at <= last {
-                self.counters.duplicates += 1;
-            } else if at.0 > last.0 + 1 {
-                self.counters.refused_order += 1;
-            } else {
-                for u in op.updates_for(home) {
-                    self.holdings.occupy(home, &u.key);
-                }
-                self.outbox.push(home, op);
-                self.counters.accepted += 1;
+            for home in homes {
+                self.accept_part(source, home, &op);
             }
+        }
+    }
+
+    fn accept_part(&mut self, source: Life, home: NodeId, op: &Arc<Operation>) {
+        let (Some(last), Some(at)) = (self.outbox.last(source, home), op.at(home)) else {
+            self.counters.refused_order += 1;
+            return;
+        };
+        self.dirty.insert((source, home));
+        if at <= last {
+            self.counters.duplicates += 1;
+        } else if at.0 > last.0 + 1 {
+            self.counters.refused_order += 1;
+        } else {
+            for u in op.updates_for(home) {
+                self.holdings.occupy(home, &u.key);
+            }
+            self.outbox.push(home, op.clone());
+            self.counters.accepted += 1;
         }
     }
 
@@ -696,7 +703,8 @@ impl Proxy {
                 mode,
                 empty,
             } => {
-                if self.asked.remove(&request).is_some() {
+                let asked = self.asked.remove(&request);
+                if asked.is_some() {
                     self.holdings.granted(home, grant, range, mode, empty);
                     if empty {
                         // What is on its way was not there when the home looked.
@@ -726,11 +734,11 @@ impl Proxy {
                 }
             }
             Message::ReadReply { request, value } => {
-                if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request) {
-                    if self.sessions.get(&to.node) == Some(&to) {
-                        self.port
-                            .send(to.node, Message::ReadReply { request, value });
-                    }
+                if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request)
+                    && self.sessions.get(&to.node) == Some(&to)
+                {
+                    self.port
+                        .send(to.node, Message::ReadReply { request, value });
                 }
             }
             Message::ScanReply {
@@ -738,17 +746,17 @@ impl Proxy {
                 entries,
                 more,
             } => {
-                if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request) {
-                    if self.sessions.get(&to.node) == Some(&to) {
-                        self.port.send(
-                            to.node,
-                            Message::ScanReply {
-                                request,
-                                entries,
-                                more,
-                            },
-                        );
-                    }
+                if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request)
+                    && self.sessions.get(&to.node) == Some(&to)
+                {
+                    self.port.send(
+                        to.node,
+                        Message::ScanReply {
+                            request,
+                            entries,
+                            more,
+                        },
+                    );
                 }
             }
             _ => {}
@@ -992,8 +1000,8 @@ impl Proxy {
         let held = self.outbox.held_of(victim);
         held.iter()
             .map(|op| {
-                let whole = !op.updates.is_empty();
-                let homes = op.participants.iter().map(|p| p.node).filter(|_| whole);
+                let has = |home: &NodeId| op.updates_for(*home).next().is_some();
+                let homes = op.participants.iter().map(|p| p.node).filter(has);
                 Held {
                     seq: op.id.seq,
                     epoch: op.epoch,

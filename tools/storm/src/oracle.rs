@@ -188,11 +188,11 @@ impl Oracle {
     /// I11: a live source's bound covers its unfinished operations.
     pub fn covered(&mut self, life: Life, bound: Epoch) {
         let mut first = self.unfinished.iter().filter(|(_, id)| id.source == life);
-        if let Some((epoch, id)) = first.next() {
-            if *epoch < bound {
-                let text = format!("I11: {id} at {epoch} is not covered by bound {bound}");
-                self.fail(text);
-            }
+        if let Some((epoch, id)) = first.next()
+            && *epoch < bound
+        {
+            let text = format!("I11: {id} at {epoch} is not covered by bound {bound}");
+            self.fail(text);
         }
     }
 
@@ -208,12 +208,12 @@ impl Oracle {
             return;
         }
         self.minimum = minimum;
-        if let Some((epoch, id)) = self.unfinished.first() {
-            if *epoch < minimum {
-                let places = &self.ops[id].places;
-                let text = format!("I10: m rises to {minimum} above {id} at {epoch}: {places:?}");
-                self.fail(text);
-            }
+        if let Some((epoch, id)) = self.unfinished.first()
+            && *epoch < minimum
+        {
+            let places = &self.ops[id].places;
+            let text = format!("I10: m rises to {minimum} above {id} at {epoch}: {places:?}");
+            self.fail(text);
         }
     }
 
@@ -845,10 +845,12 @@ impl Oracle {
         if let (Some(range), Some(home)) = (&seen.whole, self.homes.get(&seen.home)) {
             for (key, history) in &home.objects {
                 let listed = seen.values.iter().any(|(k, _)| k == key);
-                if let Some((id, _, Some(_))) = history.last() {
-                    if range.holds(key) && !listed && id.source != life {
-                        text = Some(format!("{life} scans {range:?} and misses {key:?} of {id}"));
-                    }
+                if let Some((id, _, Some(_))) = history.last()
+                    && range.holds(key)
+                    && !listed
+                    && id.source != life
+                {
+                    text = Some(format!("{life} scans {range:?} and misses {key:?} of {id}"));
                 }
             }
         }

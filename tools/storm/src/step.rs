@@ -288,10 +288,10 @@ impl World {
                 let home = self.is_destination(node);
                 self.oracle
                     .sent(envelope.from, home, envelope.epoch, envelope.minimum);
-                if let Message::Progress { streams, .. } = &envelope.body {
-                    if home {
-                        self.oracle.committed(self.nodes[node].id, streams);
-                    }
+                if let Message::Progress { streams, .. } = &envelope.body
+                    && home
+                {
+                    self.oracle.committed(self.nodes[node].id, streams);
                 }
                 let Some(&peer) = self.by_id.get(&to) else {
                     return self

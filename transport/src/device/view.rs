@@ -81,9 +81,9 @@ impl qp::Memory for View<'_> {
     }
 
     fn invalidate(&mut self, rkey: Rkey) -> Result<(), AccessError> {
-        self.memory
-            .deregister(Key(rkey.0))
-            .map(drop)
-            .ok_or(AccessError)
+        match self.memory.invalidate(self.domain, Key(rkey.0)) {
+            true => Ok(()),
+            false => Err(AccessError),
+        }
     }
 }

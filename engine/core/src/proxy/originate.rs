@@ -53,13 +53,16 @@ struct Pending {
     at: Epoch,
 }
 
+/// Grants of this proxy's own lock server to itself.
+type Grants = Vec<(NodeId, GrantId, Range)>;
+
 /// What the proxy keeps for its own operations and for pins of others.
 #[derive(Debug)]
 pub(super) struct Own {
     redo: Redo,
     queue: VecDeque<Pending>,
     /// Stamped operations whose locks are still held.
-    holding: VecDeque<(Ticket, Stamp, Vec<(NodeId, GrantId, Range)>)>,
+    holding: VecDeque<(Ticket, Stamp, Grants)>,
     /// Pins held for coordinators.
     pins: BTreeMap<(Life, u64), Epoch>,
     next: u64,
@@ -166,12 +169,11 @@ impl Proxy {
     }
 
     pub(super) fn own_granted(&mut self, request: u64, home: NodeId, grant: GrantId, range: Range) {
-        if let Some(head) = self.own.queue.front_mut() {
-            if head.request == Some(request) {
-                head.request = None;
-                head.granted.push((home, grant, range));
-                return;
-            }
+        let head = self.own.queue.front_mut();
+        if let Some(head) = head.filter(|head| head.request == Some(request)) {
+            head.request = None;
+            head.granted.push((home, grant, range));
+            return;
         }
         self.locks
             .unlock(home, self.port.life(), grant, range, &mut self.notices);
