@@ -76,6 +76,8 @@ impl Scenario {
     pub fn new(plan: Plan) -> Scenario {
         let mut scenario = Scenario::starting(plan);
         scenario.until("every node joined", |s| s.is_settled());
+        // Sessions are opened.
+        scenario.run(150);
         scenario
     }
 
@@ -471,10 +473,19 @@ impl Scenario {
     /// When an invariant is violated.
     #[track_caller]
     pub fn finish(mut self) -> Report {
+        self.converge();
+        self.world.into_report()
+    }
+
+    /// As [`Scenario::finish`], with the cluster to look at afterwards.
+    ///
+    /// # Panics
+    /// When an invariant is violated.
+    #[track_caller]
+    pub fn converge(&mut self) {
         self.world.stalled.clear();
         self.world.converge();
         self.check();
-        self.world.into_report()
     }
 
     /// Values of all registers at a home, by slot.

@@ -91,12 +91,13 @@ impl Client {
         self.port.send(hop, Message::Open { known, reclaim });
     }
 
-    /// Whether a bypassed proxy may hear that nothing is claimed from it any more: what was stamped
-    /// under its grants is everywhere committed, so nobody can overtake it. If it lives after all,
-    /// others wait for those grants.
+    /// Whether a bypassed proxy may hear that nothing is claimed from it any more: it lives after
+    /// all, so others wait for what it granted, and what was stamped under those grants is
+    /// everywhere committed, so nobody can overtake it.
     fn may_release(&self, hop: NodeId) -> bool {
-        let mut voided = self.voided.iter().filter(|(l, _)| l.node == hop).peekable();
-        voided.peek().is_some() && voided.all(|(_, &seq)| seq <= self.redo.done())
+        let of_hop = self.voided.iter().filter(|(l, _)| l.node == hop);
+        let mut living = of_hop.filter(|(l, _)| !self.is_dead(**l)).peekable();
+        living.peek().is_some() && living.all(|(_, &seq)| seq <= self.redo.done())
     }
 
     /// Opens sessions with bypassed proxies, to release what they granted.
