@@ -131,6 +131,14 @@ impl Loans {
             && pool.bytes + len <= pool.bytes_max
     }
 
+    /// The same with half of the share empty, so that who was refused is not called for every
+    /// single message that is taken.
+    pub(crate) fn is_roomy(&self, pool: &LoanPool, len: usize) -> bool {
+        self.admits(pool, len)
+            && self.open.len() <= OFFERS_MAX / 2
+            && (self.is_empty() || self.bytes + len <= pool.share_max / 2)
+    }
+
     /// Lends an admitted message under `key`; returns the offer to make.
     ///
     /// # Errors

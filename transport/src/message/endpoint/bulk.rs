@@ -203,7 +203,7 @@ impl EndpointCtx {
         let (Some(len), Some(stream)) = (connection.refused, &connection.stream) else {
             return;
         };
-        let is_lendable = len <= MESSAGE_MAX || stream.loans.admits(&self.lending, len);
+        let is_lendable = len <= MESSAGE_MAX || stream.loans.is_roomy(&self.lending, len);
         if stream.outbox.is_roomy() && is_lendable {
             connection.refused = None;
             self.lending.refused.retain(|other| *other != index);
