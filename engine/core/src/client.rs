@@ -397,10 +397,11 @@ impl Client {
             }
             Message::Refused { request, reason } => self.lock_refused(request, reason),
             Message::Revoke { home, grant, range } => {
-                if !self.holdings.revoke(home, grant, range) {
-                    // The grant is not held here any more; say so again, the word was lost.
-                    self.port
-                        .send(from.node, Message::Unlock { home, grant, range });
+                let held = self.holdings.revoke(home, grant, range);
+                if !held {
+                    // Say so again, the word was lost.
+                    let unlock = Message::Unlock { home, grant, range };
+                    self.port.send(from.node, unlock);
                 }
             }
             Message::ReadReply { request, value } => self.read_replied(request, value),

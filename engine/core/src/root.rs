@@ -409,12 +409,12 @@ impl Root {
             return;
         }
         let hold = self.effective(&bound);
-        if let Some(bound) = self.bounds.get_mut(&life) {
-            if bound.attach != (attach, Some(via.node)) {
-                bound.hold = hold;
-                bound.covered = None;
-                bound.attach = (attach, Some(via.node));
-            }
+        if let Some(bound) = self.bounds.get_mut(&life)
+            && bound.attach != (attach, Some(via.node))
+        {
+            bound.hold = hold;
+            bound.covered = None;
+            bound.attach = (attach, Some(via.node));
         }
         self.port.send(
             via.node,

@@ -180,7 +180,7 @@ impl<'a> Run<'a> {
         interrupted: &'a AtomicBool,
     ) -> Result<Run<'a>, RunError> {
         let shape = &options.shape;
-        let count = 1 + shape.meta + shape.object + shape.proxy + shape.client;
+        let count = shape.total();
         let addresses = address::choose(std::process::id(), count as usize)?;
         let cluster = layout::cluster(shape, &addresses);
         let loss_percent = options
@@ -391,6 +391,7 @@ impl<'a> Run<'a> {
         for role in [
             Role::Client,
             Role::Proxy,
+            Role::Router,
             Role::Object,
             Role::Meta,
             Role::Root,

@@ -306,10 +306,9 @@ impl Client {
         }
         let awaited = self.awaited();
         for (home, grant, range) in yielding {
-            if let Some((owner, want)) = awaited.filter(|(_, w)| w.home == home) {
-                if want.range.overlaps(&range) {
-                    self.give_back(owner, home, &range);
-                }
+            let blocked = |w: &Want| w.home == home && w.range.overlaps(&range);
+            if let Some((owner, _)) = awaited.filter(|(_, want)| blocked(want)) {
+                self.give_back(owner, home, &range);
             }
             let pinned = self
                 .pins

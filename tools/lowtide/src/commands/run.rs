@@ -41,11 +41,12 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
         object: args.object,
         proxy: args.proxy,
         client: args.clients,
+        router: args.routers,
     };
     for fault in &args.faults {
         fault.validate(&shape).map_err(Failure::usage)?;
     }
-    let count = 1 + (shape.meta + shape.object + shape.proxy + shape.client) as usize;
+    let count = shape.total() as usize;
     if count > address::NODES_MAX {
         return Err(Failure::usage(format!(
             "{count} nodes are too many for one machine, at most {}",
