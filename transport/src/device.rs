@@ -126,16 +126,38 @@ pub struct Counters {
     pub retransmitted_pkts: u64,
     /// Packets a queue pair had no use for.
     pub dropped_pkts: u64,
-    /// Messages handed up, and copies of whole messages made for sending or reassembly.
+    /// Messages handed up.
     pub messages: u64,
+    /// Copies of whole messages made by us, for whatever reason.
     pub copies: u64,
+    /// Bytes copied into registered memory to be sent in a parcel.
+    pub sent_copied_bytes: u64,
+    /// The same for messages that the peer fetches; none of those sent in pieces.
+    pub bulk_copied_bytes: u64,
+    /// Bytes put together from several packets.
+    pub assembled_copied_bytes: u64,
+    /// Bytes held back behind a message that was still being fetched.
+    pub held_copied_bytes: u64,
+    /// Bytes placed where they belong by READ: the one copy of a fetched message.
+    pub bulk_placed_bytes: u64,
+    /// Messages offered to be fetched, and messages fetched.
+    pub bulk_offered: u64,
+    pub bulk_fetched: u64,
+    /// The most bytes that were lent, and being fetched, at once.
+    pub lent_bytes_peak: u64,
+    pub fetched_bytes_peak: u64,
+    /// Connections closed because the peer did what is not allowed.
+    pub violations: u64,
 }
 
 struct Slot {
     qpn: Qpn,
     /// None while the slot is free.
     qp: Option<QueuePair>,
+    /// Protection domain of our own work requests.
     domain: u32,
+    /// Protection domain of what the peer names.
+    peer_domain: u32,
     peer: Option<u32>,
     /// Whether the slot is in `ready`.
     is_ready: bool,
@@ -268,6 +290,7 @@ impl Device {
                     qpn: Qpn::new(0),
                     qp: None,
                     domain,
+                    peer_domain: domain,
                     peer: None,
                     is_ready: false,
                     is_waiting: false,
@@ -284,6 +307,7 @@ impl Device {
         slot.qpn = qpn;
         slot.qp = Some(QueuePair::new(qp::QpKind::Rc, qpn, caps));
         slot.domain = domain;
+        slot.peer_domain = domain;
         slot.peer = None;
         slot.in_flight = 0;
         slot.losses = 0;
@@ -336,6 +360,11 @@ impl Device {
             self.peer_index.remove(&peer.address);
             self.free_peers.push(index);
         }
+    }
+
+    /// Lets the peer reach only memory of `domain`, whatever our own work requests reach.
+    pub(crate) fn set_peer_domain(&mut self, id: QpId, domain: u32) {
+        self.slots[id.0 as usize].peer_domain = domain;
     }
 
     pub(crate) fn destroy_qp(&mut self, id: QpId) {
@@ -476,6 +505,7 @@ impl Device {
         let mut view = View {
             memory: &mut self.memory,
             domain: slot.domain,
+            peer_domain: slot.peer_domain,
             placed: None,
         };
         let outcome = qp.handle_packet(now, packet, &mut view);

@@ -397,6 +397,7 @@ mod tests {
                 input: RawPath("/nonexistent/input".into()),
                 share: 0,
                 shares: 1,
+                journal: None,
             },
         );
         match failed {

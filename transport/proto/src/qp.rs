@@ -349,9 +349,12 @@ impl QueuePair {
     }
 
     /// The caller could not find the memory that a [`Transmit`] named. The queue pair goes to ERR:
-    /// the oldest send fails with [`Status::LocalProtection`], or the peer's READ is refused.
+    /// the oldest send fails with [`Status::LocalProtection`], or the peer's READ is refused. The
+    /// answer to a repeated READ is dropped instead: what was answered before may be deregistered.
     pub fn handle_transmit_failure(&mut self, transmit: &Transmit) {
-        if transmit.is_response {
+        if transmit.is_response && transmit.is_retransmission {
+            self.responder.forget_repeated(transmit.psn);
+        } else if transmit.is_response {
             self.responder.refuse_read(transmit.psn, &mut self.out);
             self.enter_error(None);
         } else {

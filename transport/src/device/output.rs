@@ -12,9 +12,9 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
 use super::view::{key_of, wanted};
-use super::{Device, QpId, flow};
+use super::{Device, QpId, Slot, flow};
 use crate::faults::Fate;
-use crate::memory::{self, Access, Memory};
+use crate::memory::{self, Access, Memory, Span};
 use crate::udp::{Frame, HEADER_MAX, Payload, TRAILER_MAX};
 
 /// Frames one queue pair sends before the next has its turn: one UDP_SEGMENT send.
@@ -65,11 +65,9 @@ impl Device {
                 return ControlFlow::Break(());
             }
             let room = self.peers[peer as usize].budget.room();
-            let allow = if room > 0 {
-                Allow::All
-            } else {
-                Allow::ControlOnly
-            };
+            // Answers need no room. The peer keeps room for the READ responses it asks for; and an
+            // ACK that waits behind one must not wait for the ACKs that we wait for.
+            let allow = if room > 0 { Allow::All } else { Allow::Answers };
             let slot = &mut self.slots[index as usize];
             let Some(qp) = slot.qp.as_mut() else {
                 return ControlFlow::Continue(());
@@ -88,10 +86,9 @@ impl Device {
             if losses > std::mem::replace(&mut slot.losses, losses) {
                 self.peers[peer as usize].budget.cut(now);
             }
-            let domain = slot.domain;
             self.settle(index);
             let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
-            match self.gather(domain, &transmit) {
+            match self.gather(index, &transmit) {
                 Ok(payload) => self.push(address, transmit.header(), payload, is_last),
                 Err(_) => {
                     // Memory that was deregistered under a posted request, or a peer's READ.
@@ -128,18 +125,23 @@ impl Device {
     }
 
     /// Finds a packet's payload: by reference where nobody else can change it, else as a copy.
-    fn gather(&mut self, domain: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
+    fn gather(&mut self, index: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
+        let Slot {
+            domain,
+            peer_domain,
+            ..
+        } = self.slots[index as usize];
         let fragments = transmit.payload.as_slice();
         let mut payload = Payload::EMPTY;
         for fragment in fragments {
-            let right = match fragment.key {
-                qp::Key::Local(_) => Access::default(),
-                qp::Key::Remote(_) => wanted(qp::Access::READ),
+            let (domain, right) = match fragment.key {
+                qp::Key::Local(_) => (domain, Access::default()),
+                qp::Key::Remote(_) => (peer_domain, wanted(qp::Access::READ)),
             };
             let span =
                 self.memory
                     .check(domain, key_of(fragment), fragment.addr, fragment.len, right)?;
-            if fragments.len() == 1 && self.memory.private(span.region).is_some() {
+            if fragments.len() == 1 && self.memory.stable(span).is_some() {
                 return Ok(Payload {
                     region: span.region,
                     offset: span.offset,
@@ -243,14 +245,17 @@ impl Device {
 }
 
 fn resolve<'m>(payload: &Payload, scratch: &'m [u8], memory: &'m Memory) -> &'m [u8] {
-    let bytes = match payload.region {
-        _ if payload.len == 0 => return &[],
-        SCRATCH => scratch,
+    match payload.region {
+        _ if payload.len == 0 => &[],
+        SCRATCH => &scratch[payload.offset as usize..][..payload.len as usize],
         region => memory
-            .private(region)
+            .stable(Span {
+                region,
+                offset: payload.offset,
+                len: payload.len,
+            })
             .expect("staged payload outlives its batch"),
-    };
-    &bytes[payload.offset as usize..][..payload.len as usize]
+    }
 }
 
 /// Writes pad and ICRC for the place in a run that the frame got.

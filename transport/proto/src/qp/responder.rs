@@ -482,6 +482,11 @@ impl Responder {
         self.nak(psn, Syndrome::Nak(NakCode::RemoteOperational), out);
     }
 
+    /// The memory of a READ response to a repeated request is gone.
+    pub fn forget_repeated(&mut self, psn: Psn) {
+        self.answers.forget_repeated(psn);
+    }
+
     /// The next answer, if there is one and `allow` admits it.
     pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
         self.answers.poll_transmit(allow, link)
