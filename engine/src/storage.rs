@@ -16,6 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use lowtide_engine_core::destination::{Image, RecoverError};
@@ -44,6 +45,13 @@ const STORE_CACHE: usize = 32 << 20;
 const EXTENTS_MAX: u64 = 1 << 40;
 /// Room that new work leaves in the log for what is already stamped, in bytes.
 const ROOM: u64 = 48 << 20;
+/// Disk space that new work leaves for the checkpoint store, whatever happens, in bytes.
+const DISK_STORE: u64 = 2 * CHECKPOINT_BYTES as u64;
+/// Disk space that new work leaves for what one client may have stamped, in bytes: a session lets
+/// it have [`crate::session::UNCOMMITTED_BYTES_MAX`] under way and one operation more.
+const DISK_CLIENT: u64 = crate::session::UNCOMMITTED_BYTES_MAX + (8 << 20);
+/// How often the disk is asked how much is free.
+const DISK_EVERY: Duration = Duration::from_millis(20);
 
 /// Why a destination's state cannot be opened or has failed.
 #[derive(Debug, thiserror::Error)]
@@ -175,7 +183,9 @@ pub struct ShardStorage {
     threads: Vec<JoinHandle<()>>,
     committer: Option<Committer>,
     failure: Option<StorageError>,
-    has_room: bool,
+    /// Why there is no room for new work, in words.
+    full: Option<String>,
+    disk: Disk,
     boots: u64,
     recovered_records: u64,
 }
@@ -275,7 +285,12 @@ impl ShardStorage {
             threads,
             committer: Some(committer),
             failure: None,
-            has_room: true,
+            full: None,
+            disk: Disk {
+                volume,
+                due: Instant::now(),
+                full: None,
+            },
             boots,
             recovered_records: 0,
         };
@@ -335,25 +350,35 @@ impl ShardStorage {
     }
 
     /// Ends a batch: hands what was appended to the committer, checkpoints and recycles when due.
-    /// `image` is the mind's image as of now, `undo_floor` its oldest kept undo record.
-    pub fn finish_batch(&mut self, image: impl FnOnce() -> Vec<u8>, undo_floor: Option<Lsn>) {
+    /// `image` is the mind's image as of now, `undo_floor` its oldest kept undo record; `clients`
+    /// tells how many may have stamped operations under way.
+    pub fn finish_batch(
+        &mut self,
+        image: impl FnOnce() -> Vec<u8>,
+        undo_floor: Option<Lsn>,
+        clients: impl FnOnce() -> u64,
+    ) {
         self.publish();
         if let Some(point) = self.overlay.retire() {
             self.checkpoint_lsn = point.lsn.0;
         }
         let keep = undo_floor.map_or(self.checkpoint_lsn, |lsn| lsn.0.min(self.checkpoint_lsn));
         self.log.recycle(log::Lsn(keep));
-        self.has_room = match self.log.reserve(ROOM) {
-            Ok(_reservation) => true,
-            Err(log::ReserveError::HighWater { .. } | log::ReserveError::DiskFull { .. }) => false,
+        let log_full = match self.log.reserve(ROOM) {
+            Ok(_reservation) => None,
+            Err(
+                error @ (log::ReserveError::HighWater { .. } | log::ReserveError::DiskFull { .. }),
+            ) => Some(format!("no room for new work in the log: {error}")),
             Err(error) => {
-                self.failure
-                    .get_or_insert(StorageError::Append(error.to_string()));
-                false
+                let error = StorageError::Append(error.to_string());
+                Some(self.failure.get_or_insert(error).to_string())
             }
         };
         let due = self.overlay.active_bytes() >= CHECKPOINT_BYTES
-            || (!self.has_room && self.overlay.active_bytes() > 0);
+            || (log_full.is_some() && self.overlay.active_bytes() > 0);
+        let asked = self.disk.ask(&self.extents, clients);
+        let disk_full = self.keep(asked).flatten();
+        self.full = log_full.or(disk_full);
         if due {
             let end = self.log.end();
             let point = FreezePoint {
@@ -382,6 +407,12 @@ impl ShardStorage {
         } else {
             self.publisher.publish(pin, end);
         }
+    }
+
+    /// Why new work is refused, in words, if it is.
+    #[must_use]
+    pub fn full(&self) -> Option<&str> {
+        self.full.as_deref()
     }
 
     /// Bytes of objects held in memory in front of the store.
@@ -414,6 +445,44 @@ impl ShardStorage {
         result
             .map_err(|error| self.failure.get_or_insert(error))
             .ok()
+    }
+}
+
+/// What is known of the disk under the files. Operations that are stamped may not be refused any
+/// more, so new ones are refused while the disk still holds whatever may be under way.
+#[derive(Debug)]
+struct Disk {
+    volume: Arc<dyn Volume>,
+    /// When to ask again.
+    due: Instant,
+    /// Why there is no room, in words, when asked last.
+    full: Option<String>,
+}
+
+impl Disk {
+    fn ask(
+        &mut self,
+        extents: &ExtentFile,
+        clients: impl FnOnce() -> u64,
+    ) -> Result<Option<String>, StorageError> {
+        let now = Instant::now();
+        if now >= self.due {
+            self.due = now + DISK_EVERY;
+            let wanted = DISK_STORE + clients() * DISK_CLIENT;
+            let free = self
+                .volume
+                .free_bytes()?
+                .saturating_add(extents.free_bytes());
+            self.full = (free < wanted).then(|| {
+                format!(
+                    "no room for new work on the disk: {} MiB are free, {} MiB are kept for what \
+                     is under way",
+                    free >> 20,
+                    wanted >> 20
+                )
+            });
+        }
+        Ok(self.full.clone())
     }
 }
 
@@ -699,6 +768,6 @@ impl Storage for ShardStorage {
     }
 
     fn has_room(&self) -> bool {
-        self.has_room
+        self.full.is_none()
     }
 }

@@ -30,7 +30,7 @@ use crate::member::{Joined, Member};
 use crate::message::{
     Envelope, LockRefusal, Message, Parts, Reclaim, Role, StreamBase, StreamState,
 };
-use crate::op::{Bytes, Change, Operation, Range, Update};
+use crate::op::{Bytes, Change, Mode, Operation, Range, Update};
 use crate::record::{OpRecord, Record, Recorded, Storage, Stored, Value, Write};
 
 /// Values at least this long are placed out of line and their record points to them, in bytes.
@@ -553,7 +553,10 @@ impl Destination {
             return;
         }
         match body {
-            Message::Lock { request, .. } if !storage.has_room() => {
+            // A shared lock brings no work, and what is stored can be read of a full home.
+            Message::Lock { request, mode, .. }
+                if mode == Mode::Exclusive && !storage.has_room() =>
+            {
                 let reason = LockRefusal::Full;
                 self.port
                     .send(from.node, Message::Refused { request, reason });

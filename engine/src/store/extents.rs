@@ -308,6 +308,11 @@ impl ExtentFile {
         Ok(())
     }
 
+    /// Bytes of the file that no extent occupies, in one piece or in many.
+    pub fn free_bytes(&self) -> u64 {
+        self.map().free.values().sum()
+    }
+
     /// Bytes in use, padding included.
     pub fn used_bytes(&self) -> u64 {
         self.map().used.values().sum()
