@@ -451,9 +451,14 @@ fn a_small_store_to_a_mapped_file_is_a_small_write() {
         for page in 0..16u64 {
             let before = dirtied_bytes();
             medium.store(page * 20 * 4096, &[1; 64]).unwrap();
-            medium.sync(page * 20 * 4096..page * 20 * 4096 + 64).unwrap();
+            medium
+                .sync(page * 20 * 4096..page * 20 * 4096 + 64)
+                .unwrap();
             let dirtied = dirtied_bytes() - before;
-            assert!(dirtied <= 16 << 10, "{what}: 64 B stored dirtied {dirtied} B");
+            assert!(
+                dirtied <= 16 << 10,
+                "{what}: 64 B stored dirtied {dirtied} B"
+            );
         }
     };
     let volume = DirVolume::open(dir.path(), DirOptions::default()).unwrap();

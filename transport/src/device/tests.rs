@@ -217,7 +217,19 @@ fn peers_that_have_gone_are_forgotten() {
 
 /// An extension with values that an attacker would try.
 fn extension(rng: &mut Rng, shape: Shape, keys: &[u32]) -> Extension {
-    let odd = [0, 1, 7, 8, 63, 64, 4095, 4096, u64::from(u32::MAX), u64::MAX - 7, u64::MAX];
+    let odd = [
+        0,
+        1,
+        7,
+        8,
+        63,
+        64,
+        4095,
+        4096,
+        u64::from(u32::MAX),
+        u64::MAX - 7,
+        u64::MAX,
+    ];
     let mut value = || odd[rng.below(odd.len() as u64) as usize];
     let va = value();
     let len = value() as u32;
@@ -396,9 +408,7 @@ fn whatever_a_peer_sends_reaches_nobody_else_and_is_bounded_work() {
         let mut live = None;
         let mut sent = 0;
         for round in 0..20_000u32 {
-            let (id, qpn) = *live.get_or_insert_with(|| {
-                connect(&mut device, ATTACKED, peer(1))
-            });
+            let (id, qpn) = *live.get_or_insert_with(|| connect(&mut device, ATTACKED, peer(1)));
             if rng.below(16) == 0 {
                 let local = SgList::one(Lkey(keys[0]), 0, 4096 + rng.below(4096) as u32);
                 let qp = device.qp(id).unwrap();
@@ -423,7 +433,11 @@ fn whatever_a_peer_sends_reaches_nobody_else_and_is_bounded_work() {
                 live = None;
             }
             let mine = Key(keys[0]);
-            if device.memory.check(ATTACKED, mine, 0, 1, Access::default()).is_err() {
+            if device
+                .memory
+                .check(ATTACKED, mine, 0, 1, Access::default())
+                .is_err()
+            {
                 // Its own region it may invalidate; a new one takes its place.
                 keys[0] = device
                     .memory
