@@ -12,6 +12,7 @@ use super::{Change, KeyRange, Store, StoreError};
 use crate::medium::{Access, Gated, Medium, MediumError, Poison, Volume};
 use redb::{Database, Durability, ReadableDatabase, StorageBackend, TableDefinition};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Name of the file.
@@ -56,12 +57,16 @@ impl RedbStore {
             medium,
             last_error: last_error.clone(),
         };
+        let is_repaired = Arc::new(AtomicBool::new(is_new));
+        let repaired = is_repaired.clone();
         let open = || {
             let mut database = Database::builder()
                 .set_cache_size(cache_bytes)
+                .set_repair_callback(move |_| repaired.store(true, Ordering::Relaxed))
                 .create_with_backend(backend)
                 .map_err(|e| error(&last_error, e.into()))?;
-            if !is_new {
+            // A repair has compared everything already.
+            if !is_repaired.load(Ordering::Relaxed) {
                 verify(&mut database, &last_error)?;
             }
             let store = RedbStore {
