@@ -286,11 +286,9 @@ impl ShardStorage {
     fn recover(&mut self, image: &[u8]) -> Result<Image, StorageError> {
         let mut image = Image::decode(image).map_err(|m| StorageError::Malformed(m.what))?;
         let mut next = log::Lsn(0);
-        loop {
-            // The log is read record by record, because replaying writes to the overlay.
-            let Some(record) = self.log.iter(next).next() else {
-                break;
-            };
+        // The log is read record by record, because replaying writes to the overlay.
+        let record_at = |storage: &Self, lsn| storage.log.iter(lsn).next();
+        while let Some(record) = record_at(self, next) {
             let record = record.map_err(|e| StorageError::Append(e.to_string()))?;
             let lsn = record.header.lsn;
             let fresh = lsn.0 >= self.checkpoint_lsn;

@@ -27,7 +27,9 @@ use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, Lsn, NodeId, Seq, StreamSeq, Time, Version};
 use crate::lock::{LockServer, Notice};
 use crate::member::{Joined, Member};
-use crate::message::{Envelope, LockRefusal, Message, Role, StreamBase, StreamState};
+use crate::message::{
+    Envelope, LockRefusal, Message, Parts, Reclaim, Role, StreamBase, StreamState,
+};
 use crate::op::{Bytes, Change, Operation, Range, Update};
 use crate::record::{OpRecord, Record, Recorded, Storage, Stored, Value, Write};
 
@@ -123,6 +125,8 @@ pub struct Destination {
     sessions: BTreeMap<NodeId, Life>,
     /// Sessions whose row is not durable yet.
     opening: Vec<Life>,
+    /// Sessions asked for before this process joined, with their claims.
+    early: BTreeMap<NodeId, (Life, Vec<Reclaim>)>,
     /// Lock requests that wait for the stage to pass.
     deferred: Vec<(Life, Message)>,
     stage: Stage,
@@ -179,6 +183,7 @@ impl Destination {
             returned: BTreeSet::new(),
             sessions: BTreeMap::new(),
             opening: Vec::new(),
+            early: BTreeMap::new(),
             deferred: Vec::new(),
             stage,
             end,
@@ -205,6 +210,7 @@ impl Destination {
             self.deferred.retain(|(asker, _)| *asker != life);
             self.opening.retain(|l| *l != life);
         }
+        self.early.remove(&peer);
         for source in self.sources.values_mut() {
             source.hops.remove(&peer);
         }
@@ -218,16 +224,21 @@ impl Destination {
         let from = envelope.from;
         match envelope.body {
             Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
-                let _: Joined = self.member.handle(&mut self.port, &envelope.body);
+                let said = self.member.handle(&mut self.port, &envelope.body);
+                if matches!(said, Joined::Entered { .. }) {
+                    for (_, (from, reclaim)) in core::mem::take(&mut self.early) {
+                        self.open(from, &reclaim, storage);
+                    }
+                }
             }
             Message::Open { reclaim, .. } => self.open(from, &reclaim, storage),
             Message::Stream { base } => self.announce(from, base, storage),
             Message::Reint { parts } => {
-                if self.is_fenced(from) {
+                if self.is_refused(from) {
                     self.counters.refused_fenced += parts.len() as u64;
                 } else {
                     for part in parts {
-                        self.reintegrate(&part.op, storage);
+                        self.reintegrate(&part, storage);
                     }
                 }
             }
@@ -403,20 +414,27 @@ impl Destination {
         self.is_gone(life) || self.sources.get(&life).is_some_and(|s| s.fenced)
     }
 
+    /// Whether nothing is taken from a life any more: it is fenced, or the view says that it is
+    /// dead. A home that joined after an eviction was never asked to fence; it has the view.
+    fn is_refused(&self, life: Life) -> bool {
+        self.is_fenced(life) || self.member.is_evicted(life)
+    }
+
     fn is_gone(&self, life: Life) -> bool {
         self.gone
             .get(&life.node)
             .is_some_and(|&gone| life.incarnation <= gone)
     }
 
-    /// A source opens its session: its grants are made to agree with what it claims.
-    fn open<S: Storage>(
-        &mut self,
-        from: Life,
-        reclaim: &[crate::message::Reclaim],
-        storage: &mut S,
-    ) {
-        if self.is_fenced(from) {
+    /// A source opens its session: its grants are made to agree with what it claims. Without a
+    /// view nobody is served, because the dead cannot be told from the living.
+    fn open<S: Storage>(&mut self, from: Life, reclaim: &[Reclaim], storage: &mut S) {
+        if !self.member.is_joined() {
+            // Said once per connection, so it is kept.
+            self.early.insert(from.node, (from, reclaim.to_vec()));
+            return;
+        }
+        if self.is_refused(from) {
             return;
         }
         self.sessions.insert(from.node, from);
@@ -442,7 +460,8 @@ impl Destination {
     }
 
     fn announce<S: Storage>(&mut self, from: Life, base: StreamBase, storage: &mut S) {
-        if base.home != self.port.node() || self.is_fenced(from) || self.is_fenced(base.source) {
+        let refused = self.is_refused(from) || self.is_refused(base.source);
+        if base.home != self.port.node() || refused || !self.member.is_joined() {
             return;
         }
         if !self.sources.contains_key(&base.source) && base.base.0 > 1 {
@@ -459,12 +478,13 @@ impl Destination {
     }
 
     /// O2.
-    fn reintegrate<S: Storage>(&mut self, op: &Arc<Operation>, storage: &mut S) {
-        let Some(at) = op.at(self.port.node()) else {
+    fn reintegrate<S: Storage>(&mut self, parts: &Parts, storage: &mut S) {
+        let (own, op) = (self.port.node(), &parts.op);
+        let Some(at) = op.at(own).filter(|_| parts.homes.contains(&own)) else {
             self.counters.refused_order += 1;
             return;
         };
-        if self.is_fenced(op.id.source) {
+        if self.is_refused(op.id.source) {
             self.counters.refused_fenced += 1;
             return;
         }
@@ -475,8 +495,12 @@ impl Destination {
         if at <= source.executed {
             self.counters.duplicates += 1;
             source.dirty = true;
-        } else if at.0 > source.executed.0 + 1 || op.epoch < self.port.minimum() {
-            // The second cannot be: m passes an epoch only when its operations are committed.
+        } else if at.0 > source.executed.0 + 1
+            || op.epoch < self.port.minimum()
+            || op.updates_for(self.port.node()).next().is_none()
+        {
+            // The second cannot be: m passes an epoch only when its operations are committed. Nor
+            // can the third: payloads are kept as long as anybody may need them.
             self.counters.refused_order += 1;
         } else {
             self.execute(op, at, storage);
@@ -491,6 +515,9 @@ impl Destination {
             .updates_for(own)
             .map(|u| write(u, op.epoch, storage))
             .collect();
+        let homes = op.carried(|home| home == own, self.config.carry_bytes);
+        let others = op.updates.iter().filter(|u| homes.contains(&u.home));
+        let carried = others.cloned().collect();
         let record = Record::Op(OpRecord {
             id: op.id,
             epoch: op.epoch,
@@ -498,7 +525,7 @@ impl Destination {
             participants: op.participants.clone(),
             at,
             writes,
-            carried: carry(op, own, self.config.carry_bytes),
+            carried,
         });
         let lsn = self.log(&record, op.epoch, storage);
         let source = self.sources.entry(op.id.source).or_default();
@@ -514,7 +541,7 @@ impl Destination {
     }
 
     fn lock_message<S: Storage>(&mut self, from: Life, body: Message, storage: &mut S) {
-        if self.is_fenced(from) {
+        if self.is_refused(from) {
             if let Message::Lock { request, .. } = body {
                 let reason = LockRefusal::Fenced;
                 self.port
@@ -765,22 +792,4 @@ pub fn negate_words(words: &[u8]) -> Bytes {
         negated.extend_from_slice(&word.wrapping_neg().to_le_bytes());
     }
     Arc::from(negated)
-}
-
-/// Other participants' updates for the record, as far as they fit the budget. A participant's
-/// updates are carried all or not at all: half of a part completes nothing.
-fn carry(op: &Operation, own: NodeId, budget: usize) -> Vec<Update> {
-    let mut left = budget;
-    let mut carried = Vec::new();
-    for p in op.participants.iter().filter(|p| p.node != own) {
-        let weight: usize = op
-            .updates_for(p.node)
-            .map(|u| u.change.weight() + u.key.name.len())
-            .sum();
-        if weight <= left {
-            left -= weight;
-            carried.extend(op.updates_for(p.node).cloned());
-        }
-    }
-    carried
 }

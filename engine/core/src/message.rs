@@ -189,15 +189,16 @@ impl Wire for LockRefusal {
     }
 }
 
-/// One operation's part for one home.
+/// One operation's parts for some of its homes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// The home that shall execute it.
-    pub home: NodeId,
-    /// The whole operation, so that whoever holds it can complete it elsewhere.
+pub struct Parts {
+    /// The homes that shall execute it, ascending.
+    pub homes: Vec<NodeId>,
+    /// The operation, with all updates for these homes and, if they are small, those for others,
+    /// so that whoever holds it can complete it elsewhere.
     pub op: Arc<Operation>,
 }
-wire_struct!(Part { home, op });
+wire_struct!(Parts { homes, op });
 
 /// A stream that a source (or a proxy for it) is about to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -346,7 +347,7 @@ messages! {
     /// Reintegrate: a batch of one source node's windows for one next tier.
     14 Reint {
         /// Parts, in stream order per stream.
-        parts: Vec<Part>,
+        parts: Vec<Parts>,
     }
     /// Asks for a lock.
     20 Lock {

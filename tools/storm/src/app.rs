@@ -204,10 +204,10 @@ impl App {
             values[index] = Some(value.clone());
             let (home, key) = keys[index].clone();
             let complete = values.iter().all(Option::is_some);
-            if let Some(tag) = own {
-                if !tags_of(value.as_deref().unwrap_or(&[])).any(|t| t == tag) {
-                    self.complaint = Some(format!("a read of {key:?} misses own append {tag:#x}"));
-                }
+            if let Some(tag) = own
+                && !tags_of(value.as_deref().unwrap_or(&[])).any(|t| t == tag)
+            {
+                self.complaint = Some(format!("a read of {key:?} misses own append {tag:#x}"));
             }
             if complete {
                 self.append(task);

@@ -100,11 +100,11 @@ impl World {
                 let disk = &mut self.nodes[node].disk;
                 self.oracle.compare(id, disk, "at the end");
             }
-            if let Core::Destination(d) = &self.nodes[node].core {
-                if d.counters().claims_refused > 0 {
-                    let life = self.nodes[node].life;
-                    self.oracle.fail(format!("{life} refused a claim"));
-                }
+            if let Core::Destination(d) = &self.nodes[node].core
+                && d.counters().claims_refused > 0
+            {
+                let life = self.nodes[node].life;
+                self.oracle.fail(format!("{life} refused a claim"));
             }
         }
     }
