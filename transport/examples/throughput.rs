@@ -16,9 +16,7 @@ use std::sync::Arc;
 use lowtide_transport::message::{
     ConnId, Counters, Endpoint, EndpointConfig, Event, Faults, Piece, SendError,
 };
-use lowtide_transport::verbs::{
-    Access, Buffer, Device, DeviceOptions, SendOp, Status,
-};
+use lowtide_transport::verbs::{Access, Buffer, Device, DeviceOptions, SendOp, Status};
 
 const LENS: [usize; 5] = [64, 4_000, 60_000, 65_536, 1 << 20];
 const ROUND_TRIPS: usize = 20_000;
@@ -126,9 +124,10 @@ fn send(endpoint: &mut Endpoint, conn: ConnId, bytes: &[u8]) {
     }
 }
 
-fn send_pieces(endpoint: &mut Endpoint, conn: ConnId, pieces: &[Piece]) {
+fn send_piece(endpoint: &mut Endpoint, conn: ConnId, piece: Piece) {
+    let mut pieces = vec![piece];
     loop {
-        match endpoint.send_pieces(conn, pieces) {
+        match endpoint.send_pieces(conn, &mut pieces) {
             Ok(()) => return,
             Err(SendError::WouldBlock) => {
                 endpoint.poll(None, &mut |_, _| {}).expect("poll");
@@ -178,10 +177,9 @@ fn messages(mib: usize, is_first: bool, samples: &mut Vec<Sample>) {
     }
     let len = 1 << 20;
     let shared: Arc<[u8]> = vec![0; len].into();
-    let pieces = [Piece::Shared(shared, 0..len)];
     samples.push(sample("message in pieces", len, mib, || {
         for _ in 0..mib {
-            send_pieces(&mut client, conn, &pieces);
+            send_piece(&mut client, conn, Piece::Shared(shared.clone(), 0..len));
         }
         send(&mut client, conn, &ping);
         await_message(&mut client);
@@ -203,13 +201,17 @@ fn verbs(mib: usize, samples: &mut Vec<Sample>) {
     let (near, far) = (open(5), open(6));
     let queue = near.completion_queue(64);
     let local = near.protection_domain();
-    let pair = local.queue_pair(&queue, &queue, 32, 32).expect("a queue pair");
+    let pair = local
+        .queue_pair(&queue, &queue, 32, 32)
+        .expect("a queue pair");
     let far_queue = far.completion_queue(64);
     let domain = far.protection_domain();
     let far_pair = domain
         .queue_pair(&far_queue, &far_queue, 32, 32)
         .expect("a queue pair");
-    let region = domain.memory_region(VERB_LEN, Access::ALL).expect("a region");
+    let region = domain
+        .memory_region(VERB_LEN, Access::ALL)
+        .expect("a region");
     pair.to_init(Access::LOCAL).expect("init");
     far_pair.to_init(Access::ALL).expect("init");
     pair.connect(&far_pair.address()).expect("connect");
@@ -338,10 +340,17 @@ fn print_table(samples: &[Sample]) {
     }
     let rate = |name| median(name, |sample| sample.mb_per_s);
     let cpu = |name| median(name, |sample| sample.cpu_ns_per_kb);
-    println!("{:28} {:>10} {:>8} {:>12}", "", "MB/s", "of TCP", "CPU ns/kB");
+    println!(
+        "{:28} {:>10} {:>8} {:>12}",
+        "", "MB/s", "of TCP", "CPU ns/kB"
+    );
     for name in &names {
         let part = rate(name) / rate(names[0]);
-        println!("{name:28} {:10.0} {part:8.2} {:12.0}", rate(name), cpu(name));
+        println!(
+            "{name:28} {:10.0} {part:8.2} {:12.0}",
+            rate(name),
+            cpu(name)
+        );
     }
 }
 
