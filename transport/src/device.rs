@@ -22,6 +22,8 @@
 mod budget;
 mod identity;
 mod output;
+#[cfg(test)]
+mod tests;
 mod timers;
 mod view;
 
@@ -51,6 +53,8 @@ use crate::udp::{Frame, ReceiveBatch, Socket, SocketOptions, TransmitBatch};
 
 /// Queue pairs a device may have.
 pub(crate) const QUEUE_PAIRS_MAX: usize = 32_768;
+/// Work requests in one queue of a queue pair: their memory is reserved when it is made.
+pub(crate) const WORK_REQUESTS_MAX: u32 = 1 << 16;
 /// The lowest queue pair number given out, as Linux rxe's; 0 and 1 are special.
 const QPN_FIRST: u32 = 16;
 /// Local key of receives whose bytes are not stored but handed up where they arrived.
@@ -163,10 +167,14 @@ struct Slot {
     in_flight: u32,
     /// Losses already answered by a cut.
     losses: u64,
+    /// Answers sent in this turn.
+    responses: u32,
 }
 
 struct Peer {
     address: SocketAddr,
+    /// Queue pairs connected to it; the entry is free without any.
+    users: u32,
     budget: Budget,
     /// Slots that have data to send and no budget for it.
     waiting: VecDeque<u32>,
@@ -189,7 +197,10 @@ pub(crate) struct Device {
     free: Vec<u32>,
     peers: Vec<Peer>,
     peer_index: HashMap<SocketAddr, u32>,
+    free_peers: Vec<u32>,
     ready: VecDeque<u32>,
+    /// What answers READs so long that input has its turn first; empty but within `transmit`.
+    later: Vec<u32>,
     timers: Timers,
     counters: Counters,
     salt: u32,
@@ -222,7 +233,9 @@ impl Device {
             free: Vec::new(),
             peers: Vec::new(),
             peer_index: HashMap::new(),
+            free_peers: Vec::new(),
             ready: VecDeque::new(),
+            later: Vec::new(),
             timers: Timers::default(),
             counters: Counters::default(),
             salt,
@@ -264,8 +277,11 @@ impl Device {
 
     // Queue pairs.
 
-    /// Creates a queue pair in the Reset state; none when there are too many.
+    /// Creates a queue pair in the Reset state; none when there are too many or it is too deep.
     pub(crate) fn create_qp(&mut self, domain: u32, caps: QpCaps) -> Option<(QpId, Qpn)> {
+        if caps.send_wr_max.max(caps.recv_wr_max) > WORK_REQUESTS_MAX {
+            return None;
+        }
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.slots.len() >= QUEUE_PAIRS_MAX => return None,
@@ -280,6 +296,7 @@ impl Device {
                     is_waiting: false,
                     in_flight: 0,
                     losses: 0,
+                    responses: 0,
                 });
                 self.slots.len() as u32 - 1
             }
@@ -294,25 +311,55 @@ impl Device {
         slot.peer = None;
         slot.in_flight = 0;
         slot.losses = 0;
+        slot.responses = 0;
         Some((QpId(index), qpn))
     }
 
-    /// Says whose packets the queue pair takes and where its own go.
+    /// Says whose packets the queue pair takes and where its own go: once, before it works.
     pub(crate) fn set_peer(&mut self, id: QpId, address: SocketAddr, budget: Option<u32>) {
-        let next = self.peers.len() as u32;
-        let index = *self.peer_index.entry(address).or_insert(next);
-        if index == next {
-            let budget = Budget::default();
-            self.peers.push(Peer {
-                address,
-                budget,
-                waiting: VecDeque::new(),
-            });
-        }
+        let index = match self.peer_index.get(&address) {
+            Some(index) => *index,
+            None => self.add_peer(address),
+        };
+        let peer = &mut self.peers[index as usize];
+        peer.users += 1;
         if let Some(datagrams) = budget {
-            self.peers[index as usize].budget.learn(datagrams);
+            peer.budget.learn(datagrams);
         }
-        self.slots[id.0 as usize].peer = Some(index);
+        let before = self.slots[id.0 as usize].peer.replace(index);
+        assert!(before.is_none(), "a queue pair has one peer for life");
+    }
+
+    fn add_peer(&mut self, address: SocketAddr) -> u32 {
+        let peer = Peer {
+            address,
+            users: 0,
+            budget: Budget::default(),
+            waiting: VecDeque::new(),
+        };
+        let index = match self.free_peers.pop() {
+            Some(index) => {
+                self.peers[index as usize] = peer;
+                index
+            }
+            None => {
+                self.peers.push(peer);
+                self.peers.len() as u32 - 1
+            }
+        };
+        self.peer_index.insert(address, index);
+        index
+    }
+
+    /// A queue pair to this peer is gone; a peer without any is forgotten, or strangers who come
+    /// and go would fill the table.
+    fn release_peer(&mut self, index: u32) {
+        let peer = &mut self.peers[index as usize];
+        peer.users -= 1;
+        if peer.users == 0 {
+            self.peer_index.remove(&peer.address);
+            self.free_peers.push(index);
+        }
     }
 
     /// Lets the peer reach only memory of `domain`, whatever our own work requests reach.
@@ -324,7 +371,7 @@ impl Device {
         let slot = &mut self.slots[id.0 as usize];
         let Some(qp) = slot.qp.take() else { return };
         add_counters(&mut self.counters, qp.counters());
-        if let Some(peer) = slot.peer {
+        if let Some(peer) = slot.peer.take() {
             let before = std::mem::take(&mut slot.in_flight);
             if std::mem::take(&mut slot.is_waiting) {
                 self.peers[peer as usize]
@@ -333,6 +380,7 @@ impl Device {
             }
             self.peers[peer as usize].budget.update(before, 0);
             self.wake_waiting(peer);
+            self.release_peer(peer);
         }
         self.free.push(id.0);
     }
@@ -378,6 +426,8 @@ impl Device {
         self.counters.rx_bytes += bytes as u64;
         self.counters.rx_datagrams += datagrams;
         self.counters.gro_receives += u64::from(datagrams > 1);
+        // A datagram without a byte is one that `handle` never sees.
+        self.counters.rx_malformed += u64::from(datagrams == 0);
         if let Some(overflow) = overflow {
             self.counters.rx_overflow = u64::from(overflow);
         }
@@ -458,7 +508,10 @@ impl Device {
             peer_domain: slot.peer_domain,
             placed: None,
         };
-        qp.handle_packet(now, packet, &mut view);
+        let outcome = qp.handle_packet(now, packet, &mut view);
+        if packet.row().class == Class::Cnp && outcome == qp::Outcome::Accepted {
+            self.peers[peer as usize].budget.cut(now);
+        }
         let placed = view.placed.map(|offset| (offset, packet.payload_range()));
         self.settle(index);
         self.mark_ready(index);

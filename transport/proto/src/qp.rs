@@ -186,6 +186,12 @@ impl QueuePair {
             || (self.state == QpState::Rts && self.requester.can_send(&self.timers))
     }
 
+    /// The PSN that the peer's next request must have (`rq_psn` of ibverbs).
+    #[must_use]
+    pub fn expected_psn(&self) -> crate::wire::Psn {
+        self.responder.expected()
+    }
+
     /// Receives posted and not yet used.
     #[must_use]
     pub fn receives_posted(&self) -> u32 {

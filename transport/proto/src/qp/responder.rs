@@ -109,6 +109,10 @@ impl Responder {
         (self.msn, self.nak_sent, self.unacknowledged) = (0, false, 0);
     }
 
+    pub fn expected(&self) -> Psn {
+        self.expected
+    }
+
     pub fn receives_posted(&self) -> u32 {
         self.recv.len() as u32
     }
