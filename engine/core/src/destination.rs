@@ -18,7 +18,6 @@ mod recover;
 mod resolve;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 pub use recover::{Image, RecoverError};
@@ -759,7 +758,7 @@ fn add<S: Storage>(before: Option<Stored>, words: &Bytes, storage: &mut S) -> St
     let version = Version(before.as_ref().map_or(0, |s| s.version.0) + 1);
     let old = before
         .and_then(|s| storage.fetch(&s.value))
-        .unwrap_or_else(|| Arc::from([]));
+        .unwrap_or_else(|| Bytes::from([]));
     let sum = add_words(&old, words);
     Stored {
         version,
@@ -783,7 +782,7 @@ pub fn add_words(a: &[u8], b: &[u8]) -> Bytes {
             .wrapping_add(word(b, i).unwrap_or(0));
         sum.extend_from_slice(&value.to_le_bytes());
     }
-    Arc::from(sum)
+    Bytes::from(sum)
 }
 
 /// The words whose addition undoes the addition of `words`.
@@ -794,5 +793,5 @@ pub fn negate_words(words: &[u8]) -> Bytes {
         let word = i64::from_le_bytes(chunk.try_into().unwrap_or_default());
         negated.extend_from_slice(&word.wrapping_neg().to_le_bytes());
     }
-    Arc::from(negated)
+    Bytes::from(negated)
 }

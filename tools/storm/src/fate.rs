@@ -6,7 +6,7 @@ use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::{Destination, DestinationConfig, Image, Stage};
 use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, Seq, ViewId};
-use lowtide_engine_core::op::{Change, Mode, Update, Want};
+use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
 use lowtide_engine_core::root::{Root, RootConfig, RootState};
 use lowtide_engine_core::session::Ticket;
@@ -221,7 +221,7 @@ impl World {
         }
         let left = n.originate.0;
         let tag = ((node as u64) << 40) + (n.boot << 20) + left;
-        let value = std::sync::Arc::from(tag.to_le_bytes());
+        let value = Bytes::from(tag.to_le_bytes());
         let mut asked = Originate {
             ticket: Ticket(left),
             locks: Vec::new(),
@@ -239,7 +239,7 @@ impl World {
                 range: key.range(),
                 mode: Mode::Exclusive,
             });
-            let change = Change::Put(std::sync::Arc::clone(&value));
+            let change = Change::Put(value.clone());
             asked.updates.push(Update { home, key, change });
         }
         self.hit(Probe::ProxyOriginated);

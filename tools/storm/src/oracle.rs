@@ -362,7 +362,7 @@ impl Oracle {
             if let (LISTS, Change::Put(value)) = (u.key.space, &u.change) {
                 let old = top
                     .and_then(|(_, _, v)| v.clone())
-                    .unwrap_or_else(|| Arc::from([]));
+                    .unwrap_or_else(|| Bytes::from([]));
                 if value.len() != old.len() + 8 || value[..old.len()] != old[..] {
                     let list: Vec<u64> = tags_of(&old).collect();
                     text = Some(format!(
@@ -417,7 +417,7 @@ impl Oracle {
                             let sum = home
                                 .counters
                                 .entry(u.key.clone())
-                                .or_insert_with(|| Arc::from([]));
+                                .or_insert_with(|| Bytes::from([]));
                             *sum = add_words(sum, words);
                             continue;
                         }
@@ -443,7 +443,7 @@ impl Oracle {
                         let sum = home
                             .counters
                             .entry(u.key.clone())
-                            .or_insert_with(|| Arc::from([]));
+                            .or_insert_with(|| Bytes::from([]));
                         *sum = add_words(sum, &negated);
                     } else if let Some(history) = home.objects.get_mut(&u.key) {
                         history.retain(|(other, ..)| *other != id);
@@ -677,7 +677,7 @@ impl Oracle {
                 .cloned()
                 .and_then(|s| disk.fetch(&s.value));
             let trim = |b: &[u8]| b.iter().rposition(|x| *x != 0).map_or(0, |i| i + 1);
-            let found = found.unwrap_or_else(|| Arc::from([]));
+            let found = found.unwrap_or_else(|| Bytes::from([]));
             if found[..trim(&found)] != sum[..trim(sum)] {
                 text = Some(format!(
                     "I17: {when}: {node} {key:?} is {found:?} and should be {sum:?}"

@@ -189,10 +189,10 @@ impl Loans {
     }
 
     /// Ends the loan made last, of which the peer has not been told.
-    pub(crate) fn end_newest(&mut self, pool: &mut LoanPool, memory: &mut Memory) {
+    pub(crate) fn end_newest(&mut self, pool: &mut LoanPool, memory: &mut Memory) -> Lent {
         self.made = self.made.wrapping_sub(1);
         let (key, len) = self.open.pop_back().expect("just made");
-        self.end(pool, memory, key, len);
+        self.end(pool, memory, key, len)
     }
 
     /// Ends everything; the queue pair must be gone.
@@ -204,14 +204,15 @@ impl Loans {
 
     fn end_oldest(&mut self, pool: &mut LoanPool, memory: &mut Memory) {
         let (key, len) = self.open.pop_front().expect("as many as were made");
-        self.end(pool, memory, key, len);
+        let lent = self.end(pool, memory, key, len);
+        pool.recycle(lent);
     }
 
-    fn end(&mut self, pool: &mut LoanPool, memory: &mut Memory, key: Key, len: usize) {
+    fn end(&mut self, pool: &mut LoanPool, memory: &mut Memory, key: Key, len: usize) -> Lent {
         let lent = memory.take_back(key).expect("a loan lasts until it ends");
         self.bytes -= len;
         pool.bytes -= len;
-        pool.recycle(lent);
+        lent
     }
 }
 
