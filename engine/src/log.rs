@@ -412,11 +412,6 @@ impl Log {
         Lsn(self.live[0].seq * self.shared.config.segment_bytes + SEGMENT_START)
     }
 
-    /// Whether the segment is there with which every log begins.
-    pub fn has_first_segment(&self) -> bool {
-        self.live[0].seq == 1
-    }
-
     /// Everything before this position is durable.
     pub fn durable(&self) -> Lsn {
         self.shared.durable()

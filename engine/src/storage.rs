@@ -78,17 +78,6 @@ pub enum StorageError {
     /// A record that cannot be replayed.
     #[error("recovery: {0}")]
     Recover(#[from] RecoverError),
-    /// Segments at the beginning of the log are missing.
-    #[error(
-        "log: records before position {first} are missing, and the checkpoint only reaches \
-         {checkpoint}; a segment file was removed"
-    )]
-    Headless {
-        /// Where the log begins.
-        first: u64,
-        /// Up to where the checkpoint reflects it.
-        checkpoint: u64,
-    },
     /// A stored value or checkpoint position does not decode.
     #[error("stored state does not decode: {0}")]
     Malformed(&'static str),
@@ -237,7 +226,6 @@ impl ShardStorage {
             must_reach,
         };
         let (set, _report) = LogSet::open(volume.clone(), &config)?;
-        demand_begin(&set.logs()[0], checkpoint_lsn)?;
         let live = live_extents(&*store, &set.logs()[0])?;
         let extents = Arc::new(ExtentFile::open(&*volume, EXTENTS_MAX, live)?);
         superblock.update(|s| s.boots += 1)?;
@@ -530,18 +518,6 @@ fn random_u128() -> Result<u128, StorageError> {
         .and_then(|mut f| f.read_exact(&mut bytes))
         .map_err(|e| StorageError::Append(format!("/dev/urandom: {e}")))?;
     Ok(u128::from_le_bytes(bytes))
-}
-
-/// A segment goes only when a checkpoint reflects all of it; a log that begins later has lost some.
-fn demand_begin(log: &Log, checkpoint: u64) -> Result<(), StorageError> {
-    let first = log.first();
-    if log.has_first_segment() || first.0 <= checkpoint {
-        return Ok(());
-    }
-    Err(StorageError::Headless {
-        first: first.0,
-        checkpoint,
-    })
 }
 
 /// Every extent that an object or a kept record refers to.
