@@ -729,8 +729,12 @@ fn write<S: Storage>(update: &Update, epoch: Epoch, storage: &mut S) -> Write {
             (Recorded::Delete, None, before)
         }
         Change::Add(words) => {
+            let existed = before.clone().map(|stored| Stored {
+                value: Value::Inline(Bytes::from([])),
+                ..stored
+            });
             let after = add(before, words, storage);
-            (Recorded::Add(words.clone()), Some(after), None)
+            (Recorded::Add(words.clone()), Some(after), existed)
         }
     };
     storage.put(&update.key, after);
