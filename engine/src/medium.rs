@@ -44,9 +44,6 @@ pub enum Access {
     Mapped,
     /// Stores are positioned writes: the length may change.
     Positioned,
-    /// The same, of long stretches that are written once: they go past the page cache where the file
-    /// system lets them, so they neither fill it nor wait for its pages.
-    Bulk,
 }
 
 /// The kinds of call a medium or volume gets; faults are injected by kind.

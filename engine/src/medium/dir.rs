@@ -1,8 +1,6 @@
 //! A volume of real files in one directory.
 //!
 //! Owns: the directory's lock file, creation of files that are whole or absent, positioned files.
-//! Bulk files are written past the page cache: what is written once and read rarely would only push
-//! other pages out, and getting a page for it costs more than the copy.
 //! Invariants: space is allocated (`posix_fallocate`), zero-filled and synced before a file is
 //! mapped, because a store to a hole on a full file system is a SIGBUS, not an error; a new file
 //! gets its name last and the directory is synced; nobody truncates a mapped file.
@@ -14,9 +12,9 @@ use crate::log::mapped::MappedFile;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Name of the advisory lock file.
 pub const LOCK_FILE: &str = "LOCK";
@@ -115,12 +113,9 @@ impl DirVolume {
             (Access::Mapped, Some(lock)) => {
                 Arc::new(MappedFile::map(name, file, self.options.sync, lock)?)
             }
-            (access, lock) => Arc::new(PositionedFile {
+            (_, lock) => Arc::new(PositionedFile {
                 name: name.to_owned(),
                 file,
-                direct: (access == Access::Bulk && lock.is_some())
-                    .then(|| Direct::open(&self.dir.join(name)))
-                    .flatten(),
                 _lock: lock,
             }),
         };
@@ -271,58 +266,11 @@ fn read_in(file: &File) -> std::io::Result<()> {
     }
 }
 
-/// A file opened once more, for stores past the page cache.
-#[derive(Debug)]
-struct Direct {
-    file: File,
-    /// What is stored goes through here, for its memory must be aligned too.
-    buffer: Mutex<Box<[u8]>>,
-}
-
-impl Direct {
-    /// `None` where the file system has no such access.
-    fn open(path: &Path) -> Option<Direct> {
-        let file = OpenOptions::new()
-            .write(true)
-            .custom_flags(nix::fcntl::OFlag::O_DIRECT.bits())
-            .open(path);
-        Some(Direct {
-            file: file.ok()?,
-            buffer: Mutex::new(vec![0; CHUNK + PAGE as usize].into()),
-        })
-    }
-
-    /// Stores the whole pages at the start of `bytes`; returns how many bytes that were. What a
-    /// device refuses to take directly is for the caller to store otherwise, so this has no error.
-    fn store(&self, offset: u64, bytes: &[u8]) -> usize {
-        if !offset.is_multiple_of(PAGE) {
-            return 0;
-        }
-        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        let skip = buffer.as_ptr().align_offset(PAGE as usize);
-        let mut stored = 0;
-        for chunk in bytes.chunks(CHUNK) {
-            let len = chunk.len() / PAGE as usize * PAGE as usize;
-            let Some(aligned) = buffer.get_mut(skip..skip.saturating_add(len)) else {
-                break;
-            };
-            aligned.copy_from_slice(&chunk[..len]);
-            let at = offset + stored as u64;
-            if self.file.write_all_at(aligned, at).is_err() {
-                break;
-            }
-            stored += len;
-        }
-        stored
-    }
-}
-
 /// A file accessed by `pread` and `pwrite`.
 #[derive(Debug)]
 struct PositionedFile {
     name: String,
     file: File,
-    direct: Option<Direct>,
     /// Keeps the directory ours while the file is open.
     _lock: Option<Arc<DirLock>>,
 }
@@ -358,10 +306,8 @@ impl Medium for PositionedFile {
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
-        let direct = self.direct.as_ref().filter(|_| bytes.len() as u64 >= PAGE);
-        let stored = direct.map_or(0, |direct| direct.store(offset, bytes));
         self.file
-            .write_all_at(&bytes[stored..], offset + stored as u64)
+            .write_all_at(bytes, offset)
             .map_err(|e| self.error(Call::Store, offset, bytes.len() as u64, e))
     }
 

@@ -153,9 +153,11 @@ impl ExtentFile {
         bytes_max: u64,
         live: impl IntoIterator<Item = ExtentRef>,
     ) -> Result<ExtentFile, ExtentError> {
-        let medium = match volume.open(EXTENTS_FILE, Access::Bulk) {
+        let medium = match volume.open(EXTENTS_FILE, Access::Positioned) {
             Ok(medium) => medium,
-            Err(MediumError::NotFound { .. }) => volume.create(EXTENTS_FILE, 0, Access::Bulk)?,
+            Err(MediumError::NotFound { .. }) => {
+                volume.create(EXTENTS_FILE, 0, Access::Positioned)?
+            }
             Err(e) => return Err(e.into()),
         };
         let medium = Gated::new(EXTENTS_FILE, medium, Arc::new(Poison::default()));
