@@ -833,3 +833,6 @@ impl Storage for ShardStorage {
         self.full.is_none()
     }
 }
+
+#[cfg(test)]
+mod tests;
