@@ -111,6 +111,8 @@ pub struct Counters {
     pub rx_overflow: u64,
     pub rx_malformed: u64,
     pub rx_bad_icrc: u64,
+    /// An ICRC that is right for an Identification which the sender would not have used.
+    pub rx_odd_identification: u64,
     pub rx_unknown_qp: u64,
     /// Right queue pair, wrong source.
     pub rx_wrong_peer: u64,
@@ -462,8 +464,12 @@ impl Device {
             let target = SocketAddr::new(target.unwrap_or(local.ip()), local.port());
             capture.record(source, target, identification, &[datagram]);
         }
-        if !solved.is_some_and(|solved| self.identities.believe(now, source.ip(), solved)) {
+        let Some(solved) = solved else {
             self.counters.rx_bad_icrc += 1;
+            return Input::Dropped;
+        };
+        if !self.identities.believe(now, source.ip(), solved) {
+            self.counters.rx_odd_identification += 1;
             return Input::Dropped;
         }
         if packet.dest() == Qpn::GSI {
