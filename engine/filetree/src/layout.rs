@@ -444,8 +444,12 @@ mod tests {
             .unwrap()
         };
         assert_eq!(fill(8, b""), None);
-        for (len_max, contents) in [(8, &b"full 8 b"[..]), (8, b"short"), (8, &[0; 8]), (8, &[0; 3])]
-        {
+        for (len_max, contents) in [
+            (8, &b"full 8 b"[..]),
+            (8, b"short"),
+            (8, &[0; 8]),
+            (8, &[0; 3]),
+        ] {
             let chunk = fill(len_max, contents).unwrap();
             assert_eq!(chunk, Chunk::new(contents));
             assert_eq!(Chunk::decode(&chunk.encode()), Ok(chunk));
