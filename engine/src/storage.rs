@@ -4,7 +4,7 @@
 //! Order of durability (D2): an extent is synced before the log record that points to it can
 //! commit; a checkpoint is written only once every record it reflects is durable (the overlay
 //! asserts it). Everything that blocks runs on other threads: the committer syncs logs, the bulk
-//! thread syncs extents, the checkpoint thread writes the store.
+//! thread writes and syncs extents, the checkpoint thread writes the store.
 //!
 //! A failure anywhere is kept in [`ShardStorage::failure`]; the node looks before it lets any
 //! effect out and leaves the cluster, so nothing is acknowledged after it.
@@ -12,9 +12,10 @@
 //! Deliberately absent: freeing of extents while the node runs; the map is rebuilt at each start
 //! from what the store and the log still refer to.
 
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,8 @@ const CHECKPOINT_BYTES: usize = 32 << 20;
 const STORE_CACHE: usize = 32 << 20;
 /// Largest extent file, in bytes.
 const EXTENTS_MAX: u64 = 1 << 40;
+/// Extents and batches that one sync serves at most.
+const BULK_PER_SYNC: usize = 64;
 /// Room that new work leaves in the log for what is already stamped, in bytes.
 const ROOM: u64 = 48 << 20;
 /// Disk space that new work leaves for the checkpoint store, whatever happens, in bytes.
@@ -174,7 +177,9 @@ pub struct ShardStorage {
     appended: bool,
     extents: Arc<ExtentFile>,
     placed: bool,
-    bulk: Sender<(GroupPin, log::Lsn)>,
+    bulk: Sender<Bulk>,
+    /// Bulk data that is not in its file yet.
+    unwritten: Arc<Unwritten>,
     /// Batches that the bulk thread has not handed to the committer.
     bulk_under_way: Arc<AtomicU64>,
     durability: Arc<Durability>,
@@ -251,8 +256,10 @@ impl ShardStorage {
             .store(committer.durable_group(), Ordering::Release);
 
         let bulk_under_way = Arc::new(AtomicU64::new(0));
+        let unwritten = Arc::new(Unwritten::default());
         let (bulk, batches) = unbounded();
         let bulk_thread = BulkSync {
+            unwritten: unwritten.clone(),
             extents: extents.clone(),
             publisher: shard.publisher.clone(),
             under_way: bulk_under_way.clone(),
@@ -278,6 +285,7 @@ impl ShardStorage {
             extents,
             placed: false,
             bulk,
+            unwritten,
             bulk_under_way,
             durability,
             checkpoints,
@@ -403,7 +411,7 @@ impl ShardStorage {
         // commit the earlier one's records too.
         if std::mem::take(&mut self.placed) || self.bulk_under_way.load(Ordering::Acquire) > 0 {
             self.bulk_under_way.fetch_add(1, Ordering::AcqRel);
-            let _ = self.bulk.send((pin, end));
+            let _ = self.bulk.send(Bulk::Batch(pin, end));
         } else {
             self.publisher.publish(pin, end);
         }
@@ -574,30 +582,75 @@ fn live_extents(store: &dyn Store, log: &Log) -> Result<Vec<ExtentRef>, StorageE
     Ok(live)
 }
 
-/// Syncs extents, then lets the committer have the records that point to them.
+/// Work of the bulk thread, done in the order given.
+enum Bulk {
+    /// Write this extent; its data is in [`Unwritten`].
+    Write(ExtentRef),
+    /// The batch of records up to here may commit once what was given before is durable.
+    Batch(GroupPin, log::Lsn),
+}
+
+/// Data of extents that are reserved and not written, by offset. Their sources hold them until they
+/// are committed, which bounds them.
+#[derive(Debug, Default)]
+struct Unwritten(Mutex<HashMap<u64, Bytes>>);
+
+impl Unwritten {
+    fn map(&self) -> MutexGuard<'_, HashMap<u64, Bytes>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self, extent: &ExtentRef) -> Option<Bytes> {
+        self.map().get(&extent.offset).cloned()
+    }
+}
+
+/// Writes and syncs extents, then lets the committer have the records that point to them.
 struct BulkSync {
     extents: Arc<ExtentFile>,
+    unwritten: Arc<Unwritten>,
     publisher: Publisher,
     under_way: Arc<AtomicU64>,
     durability: Arc<Durability>,
 }
 
 impl BulkSync {
-    fn run(self, batches: &Receiver<(GroupPin, log::Lsn)>) {
-        while let Ok(first) = batches.recv() {
+    fn run(self, work: &Receiver<Bulk>) {
+        let mut waiting = Vec::new();
+        while let Ok(first) = work.recv() {
             // One sync serves all batches that wait.
-            let mut waiting = vec![first];
-            waiting.extend(batches.try_iter());
-            let count = waiting.len() as u64;
-            if let Err(error) = self.extents.sync() {
-                self.durability.fail(error.to_string());
-                return;
+            let rest = work.try_iter().take(BULK_PER_SYNC);
+            for bulk in std::iter::once(first).chain(rest) {
+                match bulk {
+                    Bulk::Batch(pin, end) => waiting.push((pin, end)),
+                    Bulk::Write(extent) => {
+                        if let Err(error) = self.write(extent) {
+                            return self.durability.fail(error.to_string());
+                        }
+                    }
+                }
             }
-            for (pin, end) in waiting {
+            if waiting.is_empty() {
+                continue;
+            }
+            if let Err(error) = self.extents.sync() {
+                return self.durability.fail(error.to_string());
+            }
+            let count = waiting.len() as u64;
+            for (pin, end) in waiting.drain(..) {
                 self.publisher.publish(pin, end);
             }
             self.under_way.fetch_sub(count, Ordering::AcqRel);
         }
+    }
+
+    fn write(&self, extent: ExtentRef) -> Result<(), ExtentError> {
+        let data = self.unwritten.get(&extent);
+        let data = data.expect("it stays until it is written");
+        self.extents.fill(extent, &data)?;
+        // From here on it is read from the file.
+        self.unwritten.map().remove(&extent.offset);
+        Ok(())
     }
 }
 
@@ -734,9 +787,15 @@ impl Storage for ShardStorage {
     }
 
     fn place(&mut self, bytes: &Bytes) -> Extent {
-        let written = self.extents.write(bytes).map_err(StorageError::from);
+        let reserved = self.extents.reserve(bytes).map_err(StorageError::from);
         self.placed = true;
-        match self.keep(written) {
+        let reserved = self.keep(reserved);
+        if let Some(extent) = reserved {
+            self.unwritten.map().insert(extent.offset, bytes.clone());
+            // The thread lives as long as this sender, or has said why not.
+            let _ = self.bulk.send(Bulk::Write(extent));
+        }
+        match reserved {
             Some(ExtentRef {
                 offset,
                 len,
@@ -758,6 +817,9 @@ impl Storage for ShardStorage {
         match value {
             Value::Inline(bytes) => Some(bytes.clone()),
             Value::Extent(extent) => {
+                if let Some(bytes) = self.unwritten.get(&extent_ref(extent)) {
+                    return Some(bytes);
+                }
                 let read = self
                     .extents
                     .read_verify(extent_ref(extent))
@@ -771,3 +833,6 @@ impl Storage for ShardStorage {
         self.full.is_none()
     }
 }
+
+#[cfg(test)]
+mod tests;

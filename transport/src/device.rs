@@ -188,6 +188,8 @@ pub(crate) struct Device {
     socket: Socket,
     staged: TransmitBatch,
     scratch: Vec<u8>,
+    /// How much of `scratch` the staged frames refer to.
+    scratch_used: usize,
     /// A frame that the next one overtakes.
     overtaken: Option<Frame>,
     /// Everything registered.
@@ -222,6 +224,7 @@ impl Device {
             socket: Socket::bind(address, &options.socket)?,
             staged: TransmitBatch::default(),
             scratch: Vec::new(),
+            scratch_used: 0,
             overtaken: None,
             memory: Memory::default(),
             faults: FaultInjector::new(&options.faults),
