@@ -4,8 +4,8 @@ mod common;
 
 use common::PATIENCE;
 use lowtide_transport::verbs::{
-    Access, Buffer, CompletionQueue, CreateError, Device, DeviceOptions, Faults, ProtectionDomain,
-    QueuePair, Remote, Rkey, SendOp, Status, WorkCompletion,
+    Access, Buffer, CompletionQueue, CreateError, Device, DeviceOptions, Faults, MemoryRegion,
+    PostError, ProtectionDomain, QueuePair, Remote, Rkey, SendOp, Status, WorkCompletion,
 };
 
 struct Side {
@@ -20,7 +20,10 @@ fn side(faults: &Faults) -> Side {
         faults: *faults,
         ..DeviceOptions::default()
     };
-    let device = Device::open(common::address(), &options).unwrap();
+    side_of(Device::open(common::address(), &options).unwrap())
+}
+
+fn side_of(device: Device) -> Side {
     let domain = device.protection_domain();
     let queue = device.completion_queue(256);
     let qp = domain.queue_pair(&queue, &queue, 64, 64).unwrap();
@@ -252,4 +255,73 @@ fn a_stranger_who_knows_the_numbers_is_not_heard() {
     a.qp.post_send(3, SendOp::Send, Buffer::Slot(slot, 8))
         .unwrap();
     assert_eq!(&b.succeed().slot.unwrap()[..], b"from a..");
+}
+
+#[test]
+fn a_slot_is_posted_to_its_own_device_only() {
+    let (a, b) = pair(&Faults::default());
+    for _ in 0..4 {
+        let slot = b.domain.slot(8).unwrap();
+        let refused = a.qp.post_recv(1, Buffer::Slot(slot, 8)).unwrap_err();
+        assert_eq!(refused.error, PostError::Invalid);
+        assert!(matches!(refused.buffer, Buffer::Slot(..)), "it comes back");
+        drop(refused);
+    }
+}
+
+#[test]
+fn queues_deeper_than_any_device_has_are_refused() {
+    let a = side(&Faults::default());
+    let deep = a.device.completion_queue(u32::MAX);
+    let error = a.domain.queue_pair(&deep, &deep, 1 << 30, 1).unwrap_err();
+    assert_eq!(error, CreateError::Exhausted);
+}
+
+#[test]
+fn the_same_over_ipv6() {
+    let open = || {
+        // Port 0: the one address ::1 is shared, and the kernel picks a free port.
+        let address = (std::net::Ipv6Addr::LOCALHOST, 0).into();
+        match Device::open(address, &DeviceOptions::default()) {
+            Ok(device) => Some(device),
+            Err(error) => {
+                println!("skipped: no IPv6 on this machine ({error})");
+                None
+            }
+        }
+    };
+    let (Some(a), Some(b)) = (open(), open()) else {
+        return;
+    };
+    let (a, b) = (side_of(a), side_of(b));
+    a.qp.connect(&b.qp.address()).unwrap();
+    b.qp.connect(&a.qp.address()).unwrap();
+    let target = b.domain.memory_region(1 << 20, Access::ALL).unwrap();
+    let local = a.domain.memory_region(1 << 20, Access::LOCAL).unwrap();
+    local.write(0, &bytes(1 << 20, 3));
+    let whole = |region: &MemoryRegion| region.range(0, 1 << 20);
+    a.qp.post_send(1, SendOp::Write(target.remote(0)), whole(&local))
+        .unwrap();
+    a.succeed();
+    local.write(0, &vec![0; 1 << 20]);
+    a.qp.post_send(2, SendOp::Read(target.remote(0)), whole(&local))
+        .unwrap();
+    a.succeed();
+    let mut back = vec![0; 1 << 20];
+    local.read(0, &mut back);
+    assert_eq!(back, bytes(1 << 20, 3));
+    let counters = b.device.counters();
+    assert_eq!((counters.rx_bad_icrc, counters.rx_malformed), (0, 0));
+}
+
+#[test]
+fn an_empty_datagram_is_counted_too() {
+    let a = side(&Faults::default());
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).unwrap();
+    socket.send_to(&[], a.device.local_addr()).unwrap();
+    let start = std::time::Instant::now();
+    while a.device.counters().rx_malformed == 0 {
+        assert!(start.elapsed() < PATIENCE);
+        assert!(a.queue.poll().is_none());
+    }
 }

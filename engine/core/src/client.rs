@@ -370,7 +370,7 @@ impl Client {
             Message::Opened { life } => self.hop_opened(life),
             Message::Progress { streams, full } => {
                 for state in &streams {
-                    self.outbox.progress(from.node, state);
+                    self.outbox.progress(from.node, state, false);
                 }
                 let routed = self.routes_through(from.node);
                 self.full.retain(|home| !routed.contains(home));
@@ -657,6 +657,7 @@ impl Client {
         self.yield_locks();
         self.tell_executed();
         self.tell_drained();
+        self.release_voided();
         self.flush();
         let pressed = self.outbox.bytes() > self.config.redo_bytes;
         if pressed {

@@ -495,8 +495,12 @@ impl Destination {
         if at <= source.executed {
             self.counters.duplicates += 1;
             source.dirty = true;
-        } else if at.0 > source.executed.0 + 1 || op.epoch < self.port.minimum() {
-            // The second cannot be: m passes an epoch only when its operations are committed.
+        } else if at.0 > source.executed.0 + 1
+            || op.epoch < self.port.minimum()
+            || op.updates_for(self.port.node()).next().is_none()
+        {
+            // The second cannot be: m passes an epoch only when its operations are committed. Nor
+            // can the third: payloads are kept as long as anybody may need them.
             self.counters.refused_order += 1;
         } else {
             self.execute(op, at, storage);

@@ -516,11 +516,30 @@ impl Proxy {
         let own = self.port.life();
         // Claims on an earlier life of this proxy are void: it does not hold those locks.
         let claims = if known == Some(own) { reclaim } else { &[] };
+        self.doubt_lost(from, claims);
         self.locks.reclaim(from, claims, &mut self.notices);
         self.port.send(from.node, Message::Opened { life: own });
         // What the tier above wants back is asked for again; the word may have been lost.
         for (home, _, range) in self.holdings.yielding() {
             self.locks.recall(home, range, &mut self.notices);
+        }
+    }
+
+    /// What `holder` held exclusively and does not yield in order, it may have written under without
+    /// its parts passing here: it took another path, or others completed them when it died.
+    fn doubt_lost(&mut self, holder: Life, claims: &[Reclaim]) {
+        let held = self
+            .locks
+            .grants()
+            .filter(|g| g.2 == holder && g.3 == Mode::Exclusive);
+        for (home, space, _, _, lo, hi) in held {
+            let range = Range { space, lo, hi };
+            if !claims
+                .iter()
+                .any(|c| c.home == home && c.range.contains(&range))
+            {
+                self.holdings.doubt(home, &range);
+            }
         }
     }
 
@@ -572,7 +591,9 @@ impl Proxy {
             self.full.insert(from.node);
         }
         for state in streams {
-            if self.outbox.progress(from.node, state) {
+            // What was listed to the resolver may be asked for, whoever has committed it since.
+            let keep = self.is_fenced(state.source);
+            if self.outbox.progress(from.node, state, keep) {
                 self.dirty.insert((state.source, state.home));
             }
         }
@@ -967,6 +988,7 @@ impl Proxy {
                 self.fenced
                     .retain(|life| life.node != victim.node || life > &victim);
                 self.outbox.forget(victim);
+                self.doubt_lost(victim, &[]);
                 self.locks.release_life(victim, &mut self.notices);
                 self.port.send(from.node, Message::GoneAck { victim });
             }

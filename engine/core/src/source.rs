@@ -140,8 +140,9 @@ impl Outbox {
         })
     }
 
-    /// Progress of a stream as `from` tells it. Returns whether anything became committed.
-    pub fn progress(&mut self, from: NodeId, state: &StreamState) -> bool {
+    /// Progress of a stream as `from` tells it. Returns whether anything became committed. `keep`:
+    /// payloads stay although their home has them.
+    pub fn progress(&mut self, from: NodeId, state: &StreamState, keep: bool) -> bool {
         let Some(s) = self.streams.get_mut(&(state.source, state.home)) else {
             return false;
         };
@@ -172,7 +173,7 @@ impl Outbox {
                 continue;
             };
             let part = &mut s.parts[index as usize];
-            if part.weight() >= BULK_WEIGHT {
+            if part.weight() >= BULK_WEIGHT && !keep {
                 self.bytes -= part.weight();
                 *part = Arc::new(Operation {
                     updates: Vec::new(),

@@ -24,6 +24,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lowtide_engine_core::session::Session;
@@ -71,6 +72,9 @@ pub struct StoreOptions {
     pub in_flight_operations_max: usize,
     /// Bytes of values in flight, all threads together; a single file may exceed a thread's part.
     pub in_flight_bytes_max: usize,
+    /// Hears the path of every entry that this run stored, once its operation has *executed*. It
+    /// is stable when a [`Session::wait_stable`] that began later has returned.
+    pub executed: Option<Sender<Vec<u8>>>,
 }
 
 impl Default for StoreOptions {
@@ -81,6 +85,7 @@ impl Default for StoreOptions {
             threads: default_threads(),
             in_flight_operations_max: 2048,
             in_flight_bytes_max: 32 << 20,
+            executed: None,
         }
     }
 }
@@ -279,6 +284,13 @@ impl<S: Session + ?Sized> Worker<Task, StoreError> for Thread<'_, '_, S> {
 }
 
 impl<S: Session + ?Sized> Thread<'_, '_, S> {
+    fn tell_executed(&self, path: impl FnOnce() -> Vec<u8>) {
+        if let Some(listener) = &self.run.options.executed {
+            // Whoever no longer listens does not want to know.
+            let _ = listener.send(path());
+        }
+    }
+
     /// Takes down that something could not be read, or is no longer there.
     fn not_read(&mut self, path: &[u8], why: Errno) {
         let notes = match why {

@@ -98,6 +98,9 @@ pub struct RunArgs {
     /// Write the report as JSON ('-' for standard output)
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+    /// Have the clients write down in files there what is stable, as soon as it is
+    #[arg(long, value_name = "DIR")]
+    pub journal: Option<PathBuf>,
     /// Succeed although some of the input cannot be read
     #[arg(long)]
     pub skip_unreadable: bool,

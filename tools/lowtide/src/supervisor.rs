@@ -71,6 +71,8 @@ pub struct Options {
     pub patience: Duration,
     /// Keep the cluster running after the verification, until interrupted.
     pub stay: bool,
+    /// Directory for the clients' journals of what is stable, if they are to keep any.
+    pub journal: Option<PathBuf>,
 }
 
 /// Why a run has no report.
@@ -298,6 +300,10 @@ impl<'a> Run<'a> {
                 input: self.options.input.as_path().into(),
                 share,
                 shares,
+                journal: self.options.journal.as_ref().map(|dir| {
+                    let file = dir.join(format!("share-{share}"));
+                    file.as_path().into()
+                }),
             };
             Task::new(job, client)
         });

@@ -707,12 +707,6 @@ impl Oracle {
         &self.frozen
     }
 
-    /// Lives that stamped something or left locks behind, and are not GONE.
-    pub fn unresolved(&self) -> impl Iterator<Item = Life> + '_ {
-        let known = self.known.keys().chain(self.frozen.keys()).copied();
-        known.filter(|life| !self.gone.contains(life))
-    }
-
     /// The root finished an eviction: each operation holds everywhere or nowhere (I21), durably,
     /// and what holds is a prefix.
     pub fn resolved(&mut self, life: Life) {

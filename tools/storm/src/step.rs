@@ -454,17 +454,22 @@ impl World {
                         self.oracle.resolved(life);
                     }
                 }
-                // An eviction that needs nobody's answer is over within one step, also that of a
-                // life whose process still runs.
-                let view = c.view();
-                let over = |life: &Life| {
-                    let seat = view.seat(life.node);
-                    seat.is_some_and(|s| s.life > *life || (s.life == *life && !s.live))
-                        && !self.evicting.contains(life)
-                };
-                let done: Vec<Life> = self.oracle.unresolved().filter(over).collect();
-                for life in done {
-                    self.oracle.resolved(life);
+                // An eviction that needs nobody's answer is over within one step.
+                if c.view_id() != self.seen_view {
+                    self.seen_view = c.view_id();
+                    let view = c.view();
+                    let sources = view.seats.iter().filter(|s| s.role.is_volatile_source());
+                    self.lives.extend(sources.map(|s| s.life));
+                    let over = |life: &&Life| {
+                        let seat = view.seat(life.node);
+                        seat.is_some_and(|s| s.life > **life || (s.life == **life && !s.live))
+                            && !self.evicting.contains(life)
+                            && !self.oracle.is_gone(**life)
+                    };
+                    let done: Vec<Life> = self.lives.iter().filter(over).copied().collect();
+                    for life in done {
+                        self.oracle.resolved(life);
+                    }
                 }
             }
             _ => {}

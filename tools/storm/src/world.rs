@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use lowtide_engine_core::aggregator::Aggregator;
 use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::Destination;
-use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, Seq, Time};
+use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, Seq, Time, ViewId};
 use lowtide_engine_core::op::{Bytes, Stamp};
 use lowtide_engine_core::proxy::Proxy;
 use lowtide_engine_core::root::Root;
@@ -143,6 +143,10 @@ pub struct World {
     pub(crate) by_id: BTreeMap<NodeId, Index>,
     /// Evictions that the root had under way.
     pub(crate) evicting: BTreeSet<Life>,
+    /// Lives of clients and proxies that the root admitted.
+    pub(crate) lives: BTreeSet<Life>,
+    /// The root's membership that was looked at last.
+    pub(crate) seen_view: ViewId,
     /// What a crash keeps of records that are not durable.
     pub(crate) losses: Losses,
     /// Homes whose syncs a script holds up.
@@ -203,6 +207,8 @@ impl World {
             is_healed: false,
             by_id,
             evicting: BTreeSet::new(),
+            lives: BTreeSet::new(),
+            seen_view: ViewId(0),
             losses: Losses::Random,
             stalled: BTreeSet::new(),
             outcomes: BTreeMap::new(),

@@ -130,7 +130,7 @@ impl Destination {
             return;
         };
         let next = self.sources.get(&victim).map_or(1, |s| s.executed.0 + 1);
-        if at.0 == next {
+        if at.0 == next && op.updates_for(self.port.node()).next().is_some() {
             self.execute(op, at, storage);
             self.counters.completed += 1;
         }

@@ -322,6 +322,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
     pub(super) fn made(&mut self, place: &Place, ino: Ino) {
         self.report.directories += 1;
         self.run.progress.entry(0, 1);
+        self.tell_executed(|| place.path());
         self.arrived(place, ino, true);
     }
 

@@ -353,6 +353,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 self.report.files += 1;
                 self.report.bytes += bytes;
                 self.run.progress.entry(bytes, 1);
+                self.tell_executed(|| here.path());
                 return Ok(());
             }
             if let Err(why) = io::Seek::rewind(&mut file) {
@@ -404,9 +405,13 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
     fn submit_new(&mut self, here: &Here<'_>, new: New) -> Result<(), StoreError> {
         let directory = self.ready_directory(here)?;
         if here.known.is_some() {
-            return self
+            let stored = self
                 .replace_new(directory, here.name, &new)
-                .map_err(|why| failed(&here.path(), why));
+                .map_err(|why| failed(&here.path(), why))?;
+            if stored {
+                self.tell_executed(|| here.path());
+            }
+            return Ok(());
         }
         let (ino, request) = self
             .run
@@ -440,9 +445,10 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 .tree
                 .abandon(directory, &later.name)
                 .map_err(|why| failed(&path, why))?;
-            return self
-                .replace_with_link(directory, &later.name, target)
-                .map_err(|why| failed(&path, why));
+            self.replace_with_link(directory, &later.name, target)
+                .map_err(|why| failed(&path, why))?;
+            self.tell_executed(|| path);
+            return Ok(());
         }
         let request = self
             .run

@@ -132,39 +132,46 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         let outcome = match (waited, &open.what) {
             (Ok(_), What::Create(new, ino)) => {
                 self.created(new, *ino);
-                Ok(())
+                Ok(true)
             }
             (Ok(_), What::Link(_)) => {
                 self.linked();
-                Ok(())
+                Ok(true)
             }
             (Ok(_), What::Directory(place, ino)) => {
                 self.run.tree.remember_directory(*ino);
                 self.made(place, *ino);
-                Ok(())
+                Ok(false) // told already
             }
             (
                 Err(SessionError::Refused(Refusal::CheckFailed { .. } | Refusal::Full { .. })),
                 what,
             ) => match what {
                 What::Create(new, _) => self.replace_new(open.directory, &open.name, new),
-                What::Link(target) => self.replace_with_link(open.directory, &open.name, *target),
-                What::Directory(place, _) => self.open_or_make(place, open.directory),
+                What::Link(target) => self
+                    .replace_with_link(open.directory, &open.name, *target)
+                    .map(|()| true),
+                What::Directory(place, _) => {
+                    self.open_or_make(place, open.directory).map(|()| false)
+                }
             },
             (Err(e), _) => Err(e.into()),
         };
-        outcome
-            .map(|()| true)
-            .map_err(|why| failed(&open.place.path_of(&open.name), why))
+        let path = || open.place.path_of(&open.name);
+        let is_news = outcome.map_err(|why| failed(&path(), why))?;
+        if is_news {
+            self.tell_executed(path);
+        }
+        Ok(true)
     }
 
-    /// Stores something whose name may be taken.
+    /// Stores something whose name may be taken; `false` if somebody has stored it by now.
     pub(super) fn replace_new(
         &mut self,
         directory: Ino,
         name: &[u8],
         new: &New,
-    ) -> Result<(), TreeError> {
+    ) -> Result<bool, TreeError> {
         let tree = self.run.tree;
         loop {
             if let Some(entry) = self.equal_by_now(directory, name, new)? {
@@ -173,12 +180,12 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 }
                 self.report.skipped += 1;
                 self.run.progress.equal();
-                return Ok(());
+                return Ok(false);
             }
             match tree.replace_whole(directory, name, &new.inode, new.chunk.as_ref()) {
                 Ok(ino) => {
                     self.created(new, ino);
-                    return Ok(());
+                    return Ok(true);
                 }
                 Err(TreeError::IsADirectory) => self.remove_directory(directory, name)?,
                 Err(e) => return Err(e),
