@@ -208,6 +208,8 @@ pub struct Client {
     /// A home refused this life; nothing more is asked for, the eviction will be heard.
     fenced: bool,
     evicted: bool,
+    /// Something was submitted since the last look at what can proceed.
+    unsettled: bool,
     counters: ClientCounters,
 }
 
@@ -249,50 +251,45 @@ impl Client {
             full: Vec::new(),
             fenced: false,
             evicted: false,
+            unsettled: false,
             counters: ClientCounters::default(),
         }
     }
 
     /// Queues an operation.
-    pub fn submit(&mut self, now: Time, ticket: Ticket, request: Request) {
+    pub fn submit(&mut self, _now: Time, ticket: Ticket, request: Request) {
         if let Err(refusal) = validate(&request) {
             self.refuse(ticket, refusal);
             return;
         }
         let wants = normalise(&request.locks);
-        self.enqueue(
-            now,
-            Queued {
-                ticket,
-                item: Item::Op(request),
-                wants,
-                prefetched: false,
-            },
-        );
+        self.enqueue(Queued {
+            ticket,
+            item: Item::Op(request),
+            wants,
+            prefetched: false,
+        });
     }
 
     /// Queues a read of one object.
-    pub fn read(&mut self, now: Time, ticket: Ticket, home: NodeId, key: Key) {
+    pub fn read(&mut self, _now: Time, ticket: Ticket, home: NodeId, key: Key) {
         let wants = alloc::vec![Want {
             home,
             range: key.range(),
             mode: Mode::Shared
         }];
-        self.enqueue(
-            now,
-            Queued {
-                ticket,
-                item: Item::Read { home, key },
-                wants,
-                prefetched: false,
-            },
-        );
+        self.enqueue(Queued {
+            ticket,
+            item: Item::Read { home, key },
+            wants,
+            prefetched: false,
+        });
     }
 
     /// Queues a scan.
     pub fn scan(
         &mut self,
-        now: Time,
+        _now: Time,
         ticket: Ticket,
         (home, range): (NodeId, Range),
         after: Option<Key>,
@@ -309,15 +306,12 @@ impl Client {
             after,
             bytes_max,
         };
-        self.enqueue(
-            now,
-            Queued {
-                ticket,
-                item,
-                wants,
-                prefetched: false,
-            },
-        );
+        self.enqueue(Queued {
+            ticket,
+            item,
+            wants,
+            prefetched: false,
+        });
     }
 
     /// Leaves the cluster: the root resolves what is unfinished and releases the locks.
@@ -426,7 +420,7 @@ impl Client {
             }
             _ => {}
         }
-        self.settle(now);
+        self.settle();
     }
 
     /// Time passed.
@@ -437,7 +431,7 @@ impl Client {
         let bound = self.bound();
         self.member.handle_timeout(now, &mut self.port, bound);
         self.bypass_dead_proxies(now);
-        self.settle(now);
+        self.settle();
     }
 
     /// When [`Client::handle_timeout`] wants to run.
@@ -448,6 +442,10 @@ impl Client {
 
     /// The next effect.
     pub fn poll_effect(&mut self) -> Option<Effect> {
+        // Here, so that what was submitted together leaves together.
+        if core::mem::take(&mut self.unsettled) {
+            self.settle();
+        }
         self.port.poll()
     }
 
@@ -532,13 +530,13 @@ impl Client {
         self.redo.after(seq)
     }
 
-    fn enqueue(&mut self, now: Time, queued: Queued) {
+    fn enqueue(&mut self, queued: Queued) {
         if self.evicted {
             self.fail(queued.ticket, &queued.item);
             return;
         }
         self.queue.push_back(queued);
-        self.settle(now);
+        self.unsettled = true;
     }
 
     fn refuse(&mut self, ticket: Ticket, refusal: Refusal) {
@@ -650,7 +648,7 @@ impl Client {
     }
 
     /// Runs everything that any input may have made possible.
-    fn settle(&mut self, _now: Time) {
+    fn settle(&mut self) {
         if self.evicted || !self.member.is_joined() {
             return;
         }
@@ -878,9 +876,11 @@ impl Client {
 
     /// Answers that are still on their way belong to another head or to lost locks.
     fn forget_checks(&mut self) {
-        self.checking = Checking::default();
-        self.asked
-            .retain(|_, a| !matches!(a, Asked::CheckRead { .. }));
+        let asked = core::mem::take(&mut self.checking).asked;
+        if !asked.is_empty() {
+            self.asked
+                .retain(|_, a| !matches!(a, Asked::CheckRead { .. }));
+        }
     }
 
     /// Answers a read from what is known, or asks the tier above. `false` when it must wait.

@@ -109,6 +109,12 @@ struct WaitingLock {
     mode: Mode,
 }
 
+impl WaitingLock {
+    fn is_in(&self, home: NodeId, space: u64) -> bool {
+        self.home == home && self.range.space == space
+    }
+}
+
 /// One tier above: a home or another proxy of the cluster.
 #[derive(Debug, Default)]
 struct Hop {
@@ -495,7 +501,7 @@ impl Proxy {
             self.send_asked(request);
         }
         Self::repeat_pins(&mut self.port, &mut self.own, life.node);
-        self.serve_waiting();
+        self.serve_waiting(|_| true);
         self.hurry = true;
     }
 
@@ -599,7 +605,7 @@ impl Proxy {
         }
         if was_full != self.full.contains(&from.node) {
             self.tell_full();
-            self.serve_waiting();
+            self.serve_waiting(|_| true);
         }
     }
 
@@ -630,7 +636,7 @@ impl Proxy {
                     range,
                     mode,
                 });
-                self.serve_waiting();
+                self.serve_waiting(|w| w.is_in(home, range.space));
             }
             Message::Unlock { home, grant, range } => {
                 self.locks
@@ -665,10 +671,14 @@ impl Proxy {
     }
 
     /// Clients' lock requests that the proxy's own locks cover go to the lock server; for the
-    /// others the home is asked.
-    fn serve_waiting(&mut self) {
+    /// others the home is asked. `of` says which may have to do with what has changed.
+    fn serve_waiting(&mut self, of: impl Fn(&WaitingLock) -> bool) {
         let waiting = core::mem::take(&mut self.waiting);
         for w in waiting {
+            if !of(&w) {
+                self.waiting.push(w);
+                continue;
+            }
             if let Some(bound) = self.holdings.bound(w.home, w.range, w.mode) {
                 let asker = (w.home, w.holder, w.request);
                 self.locks
@@ -712,7 +722,7 @@ impl Proxy {
                             self.holdings.occupy(home, key);
                         }
                     }
-                    self.serve_waiting();
+                    self.serve_waiting(|w| w.is_in(home, range.space));
                 }
             }
             Message::Refused { request, reason } => self.refused(request, reason),
@@ -728,7 +738,7 @@ impl Proxy {
                         });
                     }
                     self.locks.recall(home, range, &mut self.notices);
-                    self.serve_waiting();
+                    self.serve_waiting(|w| w.is_in(home, range.space));
                 } else {
                     self.port.send(home, Message::Unlock { home, grant, range });
                 }
