@@ -32,6 +32,7 @@ use crate::message::{
 };
 use crate::op::{Bytes, Change, Operation, Range, Update};
 use crate::record::{OpRecord, Record, Recorded, Storage, Stored, Value, Write};
+use crate::teeth::{Tooth, bites};
 
 /// Values at least this long are placed out of line and their record points to them, in bytes.
 pub const BULK_BYTES: usize = 64 << 10;
@@ -166,8 +167,13 @@ impl Destination {
         } else {
             Stage::Reconnect
         };
+        let first = if bites(Tooth::EpochReset) {
+            Epoch(0)
+        } else {
+            ceiling
+        };
         Destination {
-            port: Port::new(life, ceiling),
+            port: Port::new(life, first),
             member: Member::new(
                 config.root,
                 config.parent,
@@ -233,7 +239,7 @@ impl Destination {
             }
             Message::Open { reclaim, .. } => self.open(from, &reclaim, storage),
             Message::Stream { base } => self.announce(from, base, storage),
-            Message::Reint { parts } => {
+            Message::Reint { parts, .. } => {
                 if self.is_refused(from) {
                     self.counters.refused_fenced += parts.len() as u64;
                 } else {
@@ -475,6 +481,9 @@ impl Destination {
         });
         source.hops.insert(from.node);
         source.dirty = true;
+        if bites(Tooth::PositionForgotten) {
+            source.executed = base.base.before();
+        }
     }
 
     /// O2.
@@ -492,10 +501,13 @@ impl Destination {
             self.counters.refused_order += 1;
             return;
         };
+        if bites(Tooth::StampedRefused) && !storage.has_room() {
+            return;
+        }
         if at <= source.executed {
             self.counters.duplicates += 1;
             source.dirty = true;
-        } else if at.0 > source.executed.0 + 1
+        } else if (at.0 > source.executed.0 + 1 && !bites(Tooth::AnyOrder))
             || op.epoch < self.port.minimum()
             || op.updates_for(self.port.node()).next().is_none()
         {
@@ -537,6 +549,9 @@ impl Destination {
         });
         source.executed = at;
         source.dirty = true;
+        if bites(Tooth::CommittedEarly) {
+            source.committed = at;
+        }
         self.counters.executed += 1;
     }
 
@@ -653,7 +668,11 @@ impl Destination {
 
     /// Undo records below the durable m go (b.6).
     fn purge(&mut self) {
-        let minimum = self.minimum_durable;
+        let minimum = if bites(Tooth::PurgedEarly) {
+            self.port.minimum()
+        } else {
+            self.minimum_durable
+        };
         for source in self.sources.values_mut() {
             while source
                 .index

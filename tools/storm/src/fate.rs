@@ -161,6 +161,7 @@ impl World {
                 ping_interval: interval,
                 nonce,
                 merge_interval: self.plan.merge_interval,
+                window_bytes: self.plan.window_bytes,
                 via: if shared {
                     self.peers_of(number)
                 } else {

@@ -196,6 +196,19 @@ impl Oracle {
         }
     }
 
+    /// I14: a live source can send every part of an operation that is not finished; whatever a
+    /// recovery may ask it for lies from there on.
+    pub fn held(&mut self, life: Life, holds: impl Fn(&Operation) -> bool) {
+        let mut first = self.unfinished.iter().filter(|(_, id)| id.source == life);
+        let Some((_, id)) = first.next() else {
+            return;
+        };
+        if !holds(&self.ops[id].op) {
+            let text = format!("I14: {id} is not finished and its source has let a window go");
+            self.fail(text);
+        }
+    }
+
     /// The root is about to make m durable.
     pub fn minimum_proposed(&mut self, minimum: Epoch) {
         if minimum < self.minimum_durable {

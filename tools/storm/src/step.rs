@@ -419,6 +419,7 @@ impl World {
                     self.oracle.stamped(op);
                 }
                 self.oracle.covered(life, c.bound());
+                self.oracle.held(life, |op| c.holds(op));
             }
             Core::Proxy(c) => {
                 let known = self.oracle.known(life);
@@ -426,6 +427,7 @@ impl World {
                     self.oracle.stamped(op);
                 }
                 self.oracle.covered(life, c.bound());
+                self.oracle.held(life, |op| c.holds(op));
             }
             Core::Destination(_) => {
                 let log = &n.disk.log;

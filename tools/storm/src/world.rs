@@ -258,6 +258,9 @@ impl World {
             self.run_until(next);
         }
         if self.oracle.failure().is_none() {
+            self.watch_idle_epochs();
+        }
+        if self.oracle.failure().is_none() {
             self.final_checks();
         }
     }
