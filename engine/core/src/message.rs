@@ -324,6 +324,9 @@ messages! {
     10 Open {
         /// Life of the next tier that the grants below come from.
         known: Option<Life>,
+        /// A life of the next tier that is dead to the sender, though its process may not know yet.
+        /// That life must keep what it granted and not answer.
+        void: Option<Life>,
         /// Grants to re-establish.
         reclaim: Vec<Reclaim>,
     }

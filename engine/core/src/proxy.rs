@@ -198,7 +198,8 @@ impl Proxy {
                     Joined::Nothing => {}
                 }
             }
-            Message::Open { known, reclaim } => self.open(from, known, &reclaim),
+            Message::Open { void, .. } if void == Some(self.port.life()) => {}
+            Message::Open { known, reclaim, .. } => self.open(from, known, &reclaim),
             Message::Opened { life } => self.hop_opened(life),
             Message::Stream { base } => self.announce(from, base),
             Message::Reint { done, parts } => self.accept(from, done, parts),

@@ -73,12 +73,23 @@ impl Tiers {
         hop.is_some_and(|h| h.connected && h.session == Session::Closed)
     }
 
-    /// Says Open.
-    pub(crate) fn open(&mut self, port: &mut Port, peer: NodeId, reclaim: Vec<Reclaim>) {
+    /// Says Open; the answer of the life `void` is not wanted.
+    pub(crate) fn open(
+        &mut self,
+        port: &mut Port,
+        peer: NodeId,
+        void: Option<Life>,
+        reclaim: Vec<Reclaim>,
+    ) {
         if let Some(hop) = self.hops.get_mut(&peer) {
             hop.session = Session::Opening;
             let known = hop.life;
-            port.send(peer, Message::Open { known, reclaim });
+            let open = Message::Open {
+                known,
+                void,
+                reclaim,
+            };
+            port.send(peer, open);
         }
     }
 

@@ -87,6 +87,11 @@ impl World {
                 let root = Root::new(self.nodes[0].id, config, state, self.time());
                 let open = root.evictions().filter(|(_, stage)| *stage != "RELEASING");
                 self.evicting = open.map(|(life, _)| life).collect();
+                let view = root.view();
+                self.oracle.revived(|life| {
+                    let seat = view.seat(life.node);
+                    seat.is_some_and(|s| s.life == life && s.live)
+                });
                 self.nodes[0].core = Core::Root(Box::new(root));
             }
             Err(e) => self

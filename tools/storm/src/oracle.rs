@@ -241,6 +241,26 @@ impl Oracle {
         self.minimum = self.minimum_durable;
     }
 
+    /// The root restarted without remembering that it had evicted these lives.
+    pub fn revived(&mut self, live: impl Fn(Life) -> bool) {
+        let back: Vec<Life> = self.gone.iter().filter(|l| live(**l)).copied().collect();
+        for life in back {
+            self.gone.remove(&life);
+            let from = OpId {
+                source: life,
+                seq: Seq(0),
+            };
+            let ids = self.ops.range(from..).map(|(id, _)| *id);
+            let ids: Vec<OpId> = ids.take_while(|id| id.source == life).collect();
+            for id in ids {
+                if let Some(state) = self.ops.get_mut(&id) {
+                    state.dropped = false;
+                }
+                self.refresh(id);
+            }
+        }
+    }
+
     /// An envelope left a node.
     pub fn sent(&mut self, from: Life, is_home: bool, epoch: Epoch, minimum: Epoch) {
         if minimum > self.minimum_durable {

@@ -89,13 +89,9 @@ impl World {
     /// I16: an idle node's epoch trails the newest by at most two intervals per level of the tree
     /// of pings, and what messages and the root's syncs take on the way.
     pub(crate) fn watch_idle_epochs(&mut self) {
-        if !self.plan.seed.is_multiple_of(16) {
+        if !self.plan.watches_idle() {
             return;
         }
-        // What pauses and slow syncs put off lies behind.
-        let last = self.plan.faults.iter().map(|(at, f)| at + f.ticks()).max();
-        let calm = last.unwrap_or_default() + 10 * (1 + self.plan.sync_max);
-        self.run_until(calm);
         let newest = self.nodes.iter().map(|n| n.epoch).max().unwrap_or_default();
         let plan = &self.plan;
         let depth = 1 + u64::from(plan.aggregator);

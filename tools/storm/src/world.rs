@@ -241,6 +241,12 @@ impl World {
         let patience =
             30 * self.plan.evict_after + 100 * (self.plan.delay_max + self.plan.sync_max);
         let patience = patience + 3000;
+        if self.plan.watches_idle() {
+            // What pauses and slow syncs put off lies behind.
+            let last = self.plan.faults.iter().map(|(at, f)| at + f.ticks()).max();
+            let calm = last.unwrap_or_default() + 10 * (1 + self.plan.sync_max);
+            self.run_until(calm);
+        }
         let mut deadline = self.now + patience;
         let mut progress = self.progress;
         while self.oracle.failure().is_none() && !self.is_converged() {

@@ -58,7 +58,12 @@ impl Client {
         let reached = |home: NodeId| routes.through(home) == hop;
         self.holdings.forget_revokes(reached);
         let reclaim = self.holdings.claims(reached);
-        self.tiers.open(&mut self.port, hop, reclaim);
+        let dead = self
+            .voided
+            .keys()
+            .filter(|l| l.node == hop && self.is_dead(**l));
+        let void = dead.max().copied();
+        self.tiers.open(&mut self.port, hop, void, reclaim);
     }
 
     /// What was sent through a hop may be lost.
@@ -80,7 +85,9 @@ impl Client {
     pub(super) fn release_voided(&mut self) {
         let bypassed: BTreeSet<NodeId> = self.voided.keys().map(|life| life.node).collect();
         for proxy in bypassed {
-            self.open_hop(proxy);
+            if !self.routes.is_used(proxy) {
+                self.open_hop(proxy);
+            }
         }
     }
 
