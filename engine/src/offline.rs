@@ -265,7 +265,7 @@ impl Recovery {
             } = server;
             destination.handle_durable(now, storage.durable(), storage);
             destination.handle_timeout(now, storage);
-            storage.finish_batch(|| destination.image(), destination.undo_floor());
+            storage.finish_batch(|| destination.image(), destination.undo_floor(), || 0);
             if let Some(why) = storage.failure() {
                 return Err(OfflineError::Failed(why));
             }

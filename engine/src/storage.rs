@@ -4,7 +4,7 @@
 //! Order of durability (D2): an extent is synced before the log record that points to it can
 //! commit; a checkpoint is written only once every record it reflects is durable (the overlay
 //! asserts it). Everything that blocks runs on other threads: the committer syncs logs, the bulk
-//! thread syncs extents, the checkpoint thread writes the store.
+//! thread writes and syncs extents, the checkpoint thread writes the store.
 //!
 //! A failure anywhere is kept in [`ShardStorage::failure`]; the node looks before it lets any
 //! effect out and leaves the cluster, so nothing is acknowledged after it.
@@ -12,10 +12,12 @@
 //! Deliberately absent: freeing of extents while the node runs; the map is rebuilt at each start
 //! from what the store and the log still refer to.
 
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use lowtide_engine_core::destination::{Image, RecoverError};
@@ -42,8 +44,17 @@ const CHECKPOINT_BYTES: usize = 32 << 20;
 const STORE_CACHE: usize = 32 << 20;
 /// Largest extent file, in bytes.
 const EXTENTS_MAX: u64 = 1 << 40;
+/// Extents and batches that one sync serves at most.
+const BULK_PER_SYNC: usize = 64;
 /// Room that new work leaves in the log for what is already stamped, in bytes.
 const ROOM: u64 = 48 << 20;
+/// Disk space that new work leaves for the checkpoint store, whatever happens, in bytes.
+const DISK_STORE: u64 = 2 * CHECKPOINT_BYTES as u64;
+/// Disk space that new work leaves for what one client may have stamped, in bytes: a session lets
+/// it have [`crate::session::UNCOMMITTED_BYTES_MAX`] under way and one operation more.
+const DISK_CLIENT: u64 = crate::session::UNCOMMITTED_BYTES_MAX + (8 << 20);
+/// How often the disk is asked how much is free.
+const DISK_EVERY: Duration = Duration::from_millis(20);
 
 /// Why a destination's state cannot be opened or has failed.
 #[derive(Debug, thiserror::Error)]
@@ -166,7 +177,9 @@ pub struct ShardStorage {
     appended: bool,
     extents: Arc<ExtentFile>,
     placed: bool,
-    bulk: Sender<(GroupPin, log::Lsn)>,
+    bulk: Sender<Bulk>,
+    /// Bulk data that is not in its file yet.
+    unwritten: Arc<Unwritten>,
     /// Batches that the bulk thread has not handed to the committer.
     bulk_under_way: Arc<AtomicU64>,
     durability: Arc<Durability>,
@@ -175,7 +188,9 @@ pub struct ShardStorage {
     threads: Vec<JoinHandle<()>>,
     committer: Option<Committer>,
     failure: Option<StorageError>,
-    has_room: bool,
+    /// Why there is no room for new work, in words.
+    full: Option<String>,
+    disk: Disk,
     boots: u64,
     recovered_records: u64,
 }
@@ -241,8 +256,10 @@ impl ShardStorage {
             .store(committer.durable_group(), Ordering::Release);
 
         let bulk_under_way = Arc::new(AtomicU64::new(0));
+        let unwritten = Arc::new(Unwritten::default());
         let (bulk, batches) = unbounded();
         let bulk_thread = BulkSync {
+            unwritten: unwritten.clone(),
             extents: extents.clone(),
             publisher: shard.publisher.clone(),
             under_way: bulk_under_way.clone(),
@@ -268,6 +285,7 @@ impl ShardStorage {
             extents,
             placed: false,
             bulk,
+            unwritten,
             bulk_under_way,
             durability,
             checkpoints,
@@ -275,7 +293,12 @@ impl ShardStorage {
             threads,
             committer: Some(committer),
             failure: None,
-            has_room: true,
+            full: None,
+            disk: Disk {
+                volume,
+                due: Instant::now(),
+                full: None,
+            },
             boots,
             recovered_records: 0,
         };
@@ -335,25 +358,35 @@ impl ShardStorage {
     }
 
     /// Ends a batch: hands what was appended to the committer, checkpoints and recycles when due.
-    /// `image` is the mind's image as of now, `undo_floor` its oldest kept undo record.
-    pub fn finish_batch(&mut self, image: impl FnOnce() -> Vec<u8>, undo_floor: Option<Lsn>) {
+    /// `image` is the mind's image as of now, `undo_floor` its oldest kept undo record; `clients`
+    /// tells how many may have stamped operations under way.
+    pub fn finish_batch(
+        &mut self,
+        image: impl FnOnce() -> Vec<u8>,
+        undo_floor: Option<Lsn>,
+        clients: impl FnOnce() -> u64,
+    ) {
         self.publish();
         if let Some(point) = self.overlay.retire() {
             self.checkpoint_lsn = point.lsn.0;
         }
         let keep = undo_floor.map_or(self.checkpoint_lsn, |lsn| lsn.0.min(self.checkpoint_lsn));
         self.log.recycle(log::Lsn(keep));
-        self.has_room = match self.log.reserve(ROOM) {
-            Ok(_reservation) => true,
-            Err(log::ReserveError::HighWater { .. } | log::ReserveError::DiskFull { .. }) => false,
+        let log_full = match self.log.reserve(ROOM) {
+            Ok(_reservation) => None,
+            Err(
+                error @ (log::ReserveError::HighWater { .. } | log::ReserveError::DiskFull { .. }),
+            ) => Some(format!("no room for new work in the log: {error}")),
             Err(error) => {
-                self.failure
-                    .get_or_insert(StorageError::Append(error.to_string()));
-                false
+                let error = StorageError::Append(error.to_string());
+                Some(self.failure.get_or_insert(error).to_string())
             }
         };
         let due = self.overlay.active_bytes() >= CHECKPOINT_BYTES
-            || (!self.has_room && self.overlay.active_bytes() > 0);
+            || (log_full.is_some() && self.overlay.active_bytes() > 0);
+        let asked = self.disk.ask(&self.extents, clients);
+        let disk_full = self.keep(asked).flatten();
+        self.full = log_full.or(disk_full);
         if due {
             let end = self.log.end();
             let point = FreezePoint {
@@ -378,10 +411,16 @@ impl ShardStorage {
         // commit the earlier one's records too.
         if std::mem::take(&mut self.placed) || self.bulk_under_way.load(Ordering::Acquire) > 0 {
             self.bulk_under_way.fetch_add(1, Ordering::AcqRel);
-            let _ = self.bulk.send((pin, end));
+            let _ = self.bulk.send(Bulk::Batch(pin, end));
         } else {
             self.publisher.publish(pin, end);
         }
+    }
+
+    /// Why new work is refused, in words, if it is.
+    #[must_use]
+    pub fn full(&self) -> Option<&str> {
+        self.full.as_deref()
     }
 
     /// Bytes of objects held in memory in front of the store.
@@ -414,6 +453,44 @@ impl ShardStorage {
         result
             .map_err(|error| self.failure.get_or_insert(error))
             .ok()
+    }
+}
+
+/// What is known of the disk under the files. Operations that are stamped may not be refused any
+/// more, so new ones are refused while the disk still holds whatever may be under way.
+#[derive(Debug)]
+struct Disk {
+    volume: Arc<dyn Volume>,
+    /// When to ask again.
+    due: Instant,
+    /// Why there is no room, in words, when asked last.
+    full: Option<String>,
+}
+
+impl Disk {
+    fn ask(
+        &mut self,
+        extents: &ExtentFile,
+        clients: impl FnOnce() -> u64,
+    ) -> Result<Option<String>, StorageError> {
+        let now = Instant::now();
+        if now >= self.due {
+            self.due = now + DISK_EVERY;
+            let wanted = DISK_STORE + clients() * DISK_CLIENT;
+            let free = self
+                .volume
+                .free_bytes()?
+                .saturating_add(extents.free_bytes());
+            self.full = (free < wanted).then(|| {
+                format!(
+                    "no room for new work on the disk: {} MiB are free, {} MiB are kept for what \
+                     is under way",
+                    free >> 20,
+                    wanted >> 20
+                )
+            });
+        }
+        Ok(self.full.clone())
     }
 }
 
@@ -505,30 +582,75 @@ fn live_extents(store: &dyn Store, log: &Log) -> Result<Vec<ExtentRef>, StorageE
     Ok(live)
 }
 
-/// Syncs extents, then lets the committer have the records that point to them.
+/// Work of the bulk thread, done in the order given.
+enum Bulk {
+    /// Write this extent; its data is in [`Unwritten`].
+    Write(ExtentRef),
+    /// The batch of records up to here may commit once what was given before is durable.
+    Batch(GroupPin, log::Lsn),
+}
+
+/// Data of extents that are reserved and not written, by offset. Their sources hold them until they
+/// are committed, which bounds them.
+#[derive(Debug, Default)]
+struct Unwritten(Mutex<HashMap<u64, Bytes>>);
+
+impl Unwritten {
+    fn map(&self) -> MutexGuard<'_, HashMap<u64, Bytes>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self, extent: &ExtentRef) -> Option<Bytes> {
+        self.map().get(&extent.offset).cloned()
+    }
+}
+
+/// Writes and syncs extents, then lets the committer have the records that point to them.
 struct BulkSync {
     extents: Arc<ExtentFile>,
+    unwritten: Arc<Unwritten>,
     publisher: Publisher,
     under_way: Arc<AtomicU64>,
     durability: Arc<Durability>,
 }
 
 impl BulkSync {
-    fn run(self, batches: &Receiver<(GroupPin, log::Lsn)>) {
-        while let Ok(first) = batches.recv() {
+    fn run(self, work: &Receiver<Bulk>) {
+        let mut waiting = Vec::new();
+        while let Ok(first) = work.recv() {
             // One sync serves all batches that wait.
-            let mut waiting = vec![first];
-            waiting.extend(batches.try_iter());
-            let count = waiting.len() as u64;
-            if let Err(error) = self.extents.sync() {
-                self.durability.fail(error.to_string());
-                return;
+            let rest = work.try_iter().take(BULK_PER_SYNC);
+            for bulk in std::iter::once(first).chain(rest) {
+                match bulk {
+                    Bulk::Batch(pin, end) => waiting.push((pin, end)),
+                    Bulk::Write(extent) => {
+                        if let Err(error) = self.write(extent) {
+                            return self.durability.fail(error.to_string());
+                        }
+                    }
+                }
             }
-            for (pin, end) in waiting {
+            if waiting.is_empty() {
+                continue;
+            }
+            if let Err(error) = self.extents.sync() {
+                return self.durability.fail(error.to_string());
+            }
+            let count = waiting.len() as u64;
+            for (pin, end) in waiting.drain(..) {
                 self.publisher.publish(pin, end);
             }
             self.under_way.fetch_sub(count, Ordering::AcqRel);
         }
+    }
+
+    fn write(&self, extent: ExtentRef) -> Result<(), ExtentError> {
+        let data = self.unwritten.get(&extent);
+        let data = data.expect("it stays until it is written");
+        self.extents.fill(extent, &data)?;
+        // From here on it is read from the file.
+        self.unwritten.map().remove(&extent.offset);
+        Ok(())
     }
 }
 
@@ -665,9 +787,15 @@ impl Storage for ShardStorage {
     }
 
     fn place(&mut self, bytes: &Bytes) -> Extent {
-        let written = self.extents.write(bytes).map_err(StorageError::from);
+        let reserved = self.extents.reserve(bytes).map_err(StorageError::from);
         self.placed = true;
-        match self.keep(written) {
+        let reserved = self.keep(reserved);
+        if let Some(extent) = reserved {
+            self.unwritten.map().insert(extent.offset, bytes.clone());
+            // The thread lives as long as this sender, or has said why not.
+            let _ = self.bulk.send(Bulk::Write(extent));
+        }
+        match reserved {
             Some(ExtentRef {
                 offset,
                 len,
@@ -689,6 +817,9 @@ impl Storage for ShardStorage {
         match value {
             Value::Inline(bytes) => Some(bytes.clone()),
             Value::Extent(extent) => {
+                if let Some(bytes) = self.unwritten.get(&extent_ref(extent)) {
+                    return Some(bytes);
+                }
                 let read = self
                     .extents
                     .read_verify(extent_ref(extent))
@@ -699,6 +830,9 @@ impl Storage for ShardStorage {
     }
 
     fn has_room(&self) -> bool {
-        self.has_room
+        self.full.is_none()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -423,45 +423,51 @@ impl SharedMemory {
     /// Copies bytes out from `offset` on. Panics outside the region.
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         assert!(offset <= self.len && into.len() <= self.len - offset);
-        let mut at = offset;
-        let mut rest = into;
-        while !rest.is_empty() {
-            let skip = at % 8;
-            let take = rest.len().min(8 - skip);
-            let (now, later) = rest.split_at_mut(take);
+        let (head, rest) = into.split_at_mut(into.len().min(offset.wrapping_neg() % 8));
+        self.read_within(offset, head);
+        let at = offset + head.len();
+        let (words, tail) = rest.as_chunks_mut();
+        for (word, to) in self.words[at / 8..].iter().zip(&mut *words) {
             // Relaxed: the words carry no message but themselves; whoever needs an order gets it
             // from the completion queue.
-            let word = self.words[at / 8].load(Ordering::Relaxed).to_ne_bytes();
-            now.copy_from_slice(&word[skip..skip + take]);
-            at += take;
-            rest = later;
+            *to = word.load(Ordering::Relaxed).to_ne_bytes();
+        }
+        self.read_within(at + 8 * words.len(), tail);
+    }
+
+    /// Part of one word.
+    fn read_within(&self, offset: usize, into: &mut [u8]) {
+        if !into.is_empty() {
+            let word = self.words[offset / 8].load(Ordering::Relaxed).to_ne_bytes();
+            into.copy_from_slice(&word[offset % 8..][..into.len()]);
         }
     }
 
     /// Copies bytes in from `offset` on. Panics outside the region.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset <= self.len && bytes.len() <= self.len - offset);
-        let mut at = offset;
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let skip = at % 8;
-            let take = rest.len().min(8 - skip);
-            let (now, later) = rest.split_at(take);
-            let word = &self.words[at / 8];
-            if take == 8 {
-                let bytes: [u8; 8] = now.try_into().expect("took eight");
-                word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
-            } else {
-                // Part of a word: neighbours may change it at the same time.
-                let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
-                    let mut whole = old.to_ne_bytes();
-                    whole[skip..skip + take].copy_from_slice(now);
-                    Some(u64::from_ne_bytes(whole))
-                });
-            }
-            at += take;
-            rest = later;
+        let (head, rest) = bytes.split_at(bytes.len().min(offset.wrapping_neg() % 8));
+        self.write_within(offset, head);
+        let at = offset + head.len();
+        let (words, tail) = rest.as_chunks();
+        for (word, from) in self.words[at / 8..].iter().zip(words) {
+            word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
         }
+        self.write_within(at + 8 * words.len(), tail);
+    }
+
+    /// Part of one word: neighbours may change it at the same time.
+    fn write_within(&self, offset: usize, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let update = |old: u64| {
+            let mut whole = old.to_ne_bytes();
+            whole[offset % 8..][..bytes.len()].copy_from_slice(bytes);
+            Some(u64::from_ne_bytes(whole))
+        };
+        let word = &self.words[offset / 8];
+        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
     }
 
     /// Compares and swaps the aligned word at `offset`; returns what was there.

@@ -126,15 +126,16 @@ fn pieces_travel_uncopied_and_what_was_fetched_can_be_kept() {
     let mut b = Endpoint::bind(config(2)).unwrap();
     let (at_a, _) = connect(&mut a, &mut b);
     let value: Arc<[u8]> = pattern(3, 300_000).into();
-    let pieces = [
+    let mut pieces = vec![
         Piece::Owned(b"head".to_vec()),
         Piece::Shared(value.clone(), 1000..201_001),
         Piece::Owned(b"tail".to_vec()),
     ];
     let whole: Vec<u8> = pieces.iter().flat_map(|p| p.bytes().to_vec()).collect();
-    a.send_pieces(at_a, &pieces).unwrap();
+    a.send_pieces(at_a, &mut pieces).unwrap();
+    assert!(pieces.is_empty(), "they are the endpoint's now");
     // Short pieces are packed like any message.
-    a.send_pieces(at_a, &[Piece::Shared(value.clone(), 0..5)])
+    a.send_pieces(at_a, &mut vec![Piece::Shared(value.clone(), 0..5)])
         .unwrap();
     a.send(at_a, &[IoSlice::new(&whole)]).unwrap();
     let mut kept: Vec<Arc<[u8]>> = Vec::new();
@@ -180,7 +181,6 @@ fn pieces_travel_uncopied_and_what_was_fetched_can_be_kept() {
         ),
         (2, 2 * whole.len() as u64, 5)
     );
-    drop(pieces);
     assert_eq!(Arc::strong_count(&value), 1, "what was taken is let go");
 }
 

@@ -18,7 +18,6 @@ mod recover;
 mod resolve;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 pub use recover::{Image, RecoverError};
@@ -30,7 +29,7 @@ use crate::member::{Joined, Member};
 use crate::message::{
     Envelope, LockRefusal, Message, Parts, Reclaim, Role, StreamBase, StreamState,
 };
-use crate::op::{Bytes, Change, Operation, Range, Update};
+use crate::op::{Bytes, Change, Mode, Operation, Range, Update};
 use crate::record::{OpRecord, Record, Recorded, Storage, Stored, Value, Write};
 use crate::teeth::{Tooth, bites};
 
@@ -568,7 +567,10 @@ impl Destination {
             return;
         }
         match body {
-            Message::Lock { request, .. } if !storage.has_room() => {
+            // A shared lock brings no work, and what is stored can be read of a full home.
+            Message::Lock { request, mode, .. }
+                if mode == Mode::Exclusive && !storage.has_room() =>
+            {
                 let reason = LockRefusal::Full;
                 self.port
                     .send(from.node, Message::Refused { request, reason });
@@ -746,8 +748,12 @@ fn write<S: Storage>(update: &Update, epoch: Epoch, storage: &mut S) -> Write {
             (Recorded::Delete, None, before)
         }
         Change::Add(words) => {
+            let existed = before.clone().map(|stored| Stored {
+                value: Value::Inline(Bytes::from([])),
+                ..stored
+            });
             let after = add(before, words, storage);
-            (Recorded::Add(words.clone()), Some(after), None)
+            (Recorded::Add(words.clone()), Some(after), existed)
         }
     };
     storage.put(&update.key, after);
@@ -775,7 +781,7 @@ fn add<S: Storage>(before: Option<Stored>, words: &Bytes, storage: &mut S) -> St
     let version = Version(before.as_ref().map_or(0, |s| s.version.0) + 1);
     let old = before
         .and_then(|s| storage.fetch(&s.value))
-        .unwrap_or_else(|| Arc::from([]));
+        .unwrap_or_else(|| Bytes::from([]));
     let sum = add_words(&old, words);
     Stored {
         version,
@@ -799,7 +805,7 @@ pub fn add_words(a: &[u8], b: &[u8]) -> Bytes {
             .wrapping_add(word(b, i).unwrap_or(0));
         sum.extend_from_slice(&value.to_le_bytes());
     }
-    Arc::from(sum)
+    Bytes::from(sum)
 }
 
 /// The words whose addition undoes the addition of `words`.
@@ -810,5 +816,5 @@ pub fn negate_words(words: &[u8]) -> Bytes {
         let word = i64::from_le_bytes(chunk.try_into().unwrap_or_default());
         negated.extend_from_slice(&word.wrapping_neg().to_le_bytes());
     }
-    Arc::from(negated)
+    Bytes::from(negated)
 }

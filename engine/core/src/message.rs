@@ -21,7 +21,7 @@ use alloc::vec::Vec;
 
 use crate::ids::{Epoch, GrantId, Life, NodeId, Seq, StreamSeq, Term, ViewId};
 use crate::op::{Bytes, Key, Mode, Operation, Participant, Range};
-use crate::wire::{Malformed, Reader, Wire};
+use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Version of the encoding of messages.
@@ -51,7 +51,7 @@ impl Role {
 }
 
 impl Wire for Role {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         out.push(match self {
             Role::Root => 0,
             Role::Destination => 1,
@@ -172,7 +172,7 @@ pub enum LockRefusal {
 }
 
 impl Wire for LockRefusal {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         out.push(match self {
             LockRefusal::Full => 0,
             LockRefusal::Fenced => 1,
@@ -239,7 +239,7 @@ macro_rules! messages {
         }
 
         impl Wire for Message {
-            fn put(&self, out: &mut Vec<u8>) {
+            fn put(&self, out: &mut impl Sink) {
                 match self {
                     $( Message::$name { $($field),* } => {
                         out.push($kind);
@@ -324,9 +324,6 @@ messages! {
     10 Open {
         /// Life of the next tier that the grants below come from.
         known: Option<Life>,
-        /// A life of the next tier that is dead to the sender, though its process may not know yet.
-        /// That life must keep what it granted and not answer.
-        void: Option<Life>,
         /// Grants to re-establish.
         reclaim: Vec<Reclaim>,
     }

@@ -12,8 +12,7 @@ use alloc::vec::Vec;
 
 use crate::ids::{Epoch, NodeId, OpId, StreamSeq};
 
-/// Immutable bytes, shared between redo, windows and caches without copying.
-pub type Bytes = Arc<[u8]>;
+pub use crate::bytes::Bytes;
 
 /// Largest value of one update, in bytes. Larger data is many operations.
 pub const VALUE_MAX: usize = 8 << 20;

@@ -198,8 +198,7 @@ impl Proxy {
                     Joined::Nothing => {}
                 }
             }
-            Message::Open { void, .. } if void == Some(self.port.life()) => {}
-            Message::Open { known, reclaim, .. } => self.open(from, known, &reclaim),
+            Message::Open { known, reclaim } => self.open(from, known, &reclaim),
             Message::Opened { life } => self.hop_opened(life),
             Message::Stream { base } => self.announce(from, base),
             Message::Reint { done, parts } => self.accept(from, done, parts),

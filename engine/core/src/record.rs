@@ -18,7 +18,7 @@ use crate::ids::{Epoch, Life, Lsn, OpId, Seq, StreamSeq, Version};
 use crate::message::StreamBase;
 use crate::op::{Bytes, Key, Participant, Range, Update};
 use crate::session::Page;
-use crate::wire::{Malformed, Reader, Wire};
+use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Where bulk data lies out of place.
@@ -43,7 +43,7 @@ pub enum Value {
 }
 
 impl Wire for Value {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         match self {
             Value::Inline(bytes) => {
                 out.push(0);
@@ -92,7 +92,7 @@ pub enum Recorded {
 }
 
 impl Wire for Recorded {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         match self {
             Recorded::Put(value) => {
                 out.push(0);
@@ -124,8 +124,8 @@ pub struct Write {
     pub key: Key,
     /// What was done to it (redo).
     pub change: Recorded,
-    /// What it was before (undo); `None` when it did not exist. Not used for `Add`, which is
-    /// undone by the negated words.
+    /// What it was before (undo); `None` when it did not exist. For `Add`, which is
+    /// undone by the negated words, only whether it existed: its value is left out.
     pub before: Option<Stored>,
 }
 wire_struct!(Write {

@@ -23,7 +23,7 @@ pub use state::{RootState, StateError};
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Term, Time, ViewId};
-use crate::message::{Covered, Envelope, Message, Role, Seat, View};
+use crate::message::{Covered, Envelope, Message, Role, View};
 use crate::teeth::{Tooth, bites};
 
 /// How far ahead of the epoch the durable ceiling is kept.
@@ -262,28 +262,8 @@ impl Root {
     /// The current membership.
     #[must_use]
     pub fn view(&self) -> View {
-        let seats = self
-            .state
-            .rows
-            .iter()
-            .map(|r| Seat {
-                life: r.life,
-                role: r.role,
-                live: r.live,
-            })
-            .collect();
-        View {
-            id: self.state.view,
-            seats,
-        }
+        self.state.view()
     }
-
-    /// Number of the current membership.
-    #[must_use]
-    pub fn view_id(&self) -> ViewId {
-        self.state.view
-    }
-
     /// The life that holds m back, with its bound.
     #[must_use]
     pub fn blocked_by(&self) -> Option<(Life, Epoch)> {

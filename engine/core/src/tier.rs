@@ -73,23 +73,12 @@ impl Tiers {
         hop.is_some_and(|h| h.connected && h.session == Session::Closed)
     }
 
-    /// Says Open; the answer of the life `void` is not wanted.
-    pub(crate) fn open(
-        &mut self,
-        port: &mut Port,
-        peer: NodeId,
-        void: Option<Life>,
-        reclaim: Vec<Reclaim>,
-    ) {
+    /// Says Open.
+    pub(crate) fn open(&mut self, port: &mut Port, peer: NodeId, reclaim: Vec<Reclaim>) {
         if let Some(hop) = self.hops.get_mut(&peer) {
             hop.session = Session::Opening;
             let known = hop.life;
-            let open = Message::Open {
-                known,
-                void,
-                reclaim,
-            };
-            port.send(peer, open);
+            port.send(peer, Message::Open { known, reclaim });
         }
     }
 

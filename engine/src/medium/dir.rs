@@ -181,6 +181,13 @@ impl Volume for DirVolume {
         self.wrap(name, file, access)
     }
 
+    fn free_bytes(&self) -> Result<u64, MediumError> {
+        let name = self.dir.display().to_string();
+        let found = nix::sys::statvfs::statvfs(&self.dir)
+            .map_err(|e| MediumError::from_io(&name, Call::List, 0, 0, e.into()))?;
+        Ok(found.blocks_available() * found.fragment_size())
+    }
+
     fn remove(&self, name: &str) -> Result<(), MediumError> {
         fs::remove_file(self.dir.join(name))
             .map_err(|e| MediumError::from_io(name, Call::Remove, 0, 0, e))?;

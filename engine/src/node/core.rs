@@ -6,7 +6,7 @@ use lowtide_engine_core::destination::{Destination, Stage};
 use lowtide_engine_core::effect::{Effect, Port};
 use lowtide_engine_core::ids::{Epoch, NodeId, Time};
 use lowtide_engine_core::lock::LockServer;
-use lowtide_engine_core::message::Envelope;
+use lowtide_engine_core::message::{Envelope, Role};
 use lowtide_engine_core::proxy::Proxy;
 use lowtide_engine_core::root::Root;
 
@@ -107,7 +107,11 @@ impl Core {
     /// Ends a round: what was appended goes to the committer.
     pub(super) fn finish_batch(&mut self) {
         if let Core::Destination(c, storage) = self {
-            storage.finish_batch(|| c.image(), c.undo_floor());
+            let clients = || {
+                let seats = c.view().seats.iter();
+                seats.filter(|s| s.live && s.role == Role::Client).count() as u64
+            };
+            storage.finish_batch(|| c.image(), c.undo_floor(), clients);
         }
     }
 
@@ -154,9 +158,9 @@ impl Core {
                     status.stage = "RECONNECT".to_owned();
                     let names: Vec<String> = waiting.iter().map(ToString::to_string).collect();
                     status.blocked_by = Some(format!("waits for {}", names.join(", ")));
-                } else if !lowtide_engine_core::record::Storage::has_room(&**storage) {
+                } else if let Some(why) = storage.full() {
                     status.stage = "FULL".to_owned();
-                    status.blocked_by = Some("the log has no room for new work".to_owned());
+                    status.blocked_by = Some(why.to_owned());
                 } else {
                     status.blocked_by = lock_waits(c.locks());
                 }

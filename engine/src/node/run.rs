@@ -214,7 +214,8 @@ impl Inner {
 
     fn handle_frame(&mut self, ctx: &mut EndpointCtx, conn: ConnId, bytes: &[u8]) {
         let own = self.core.port().life();
-        match frame::decode(bytes, own) {
+        let owner = ctx.shared_message().cloned();
+        match frame::decode(bytes, owner.as_ref(), own) {
             Ok(envelope) if self.links.peer(conn) == Some(envelope.from.node) => {
                 if self.links.heard(envelope.from) {
                     let now = self.now();
@@ -348,7 +349,8 @@ impl Inner {
         status.counters.messages_sent = self.links.messages;
         status.counters.message_bytes_sent = self.links.bytes;
         status.counters.frames_dropped = self.frames_dropped;
-        status.counters.datagrams_dropped = transport.rx_bad_icrc + transport.rx_malformed;
+        status.counters.datagrams_dropped =
+            transport.rx_bad_icrc + transport.rx_odd_identification + transport.rx_malformed;
         let micros = |quantile| self.latency.value_at_quantile(quantile);
         if !self.latency.is_empty() {
             status.latency = LatencyUs {

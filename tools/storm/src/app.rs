@@ -5,7 +5,6 @@
 //! each of them under exclusive locks, checked against what was read. A tag names one attempt.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::op::{
@@ -400,7 +399,7 @@ impl App {
             request.updates.push(Update {
                 home: *home,
                 key: key.clone(),
-                change: Change::Put(Arc::from(list)),
+                change: Change::Put(Bytes::from(list)),
             });
         }
         let ticket = self.ticket();
@@ -427,7 +426,7 @@ impl App {
         if self.rng.chance(self.bulk) {
             value.resize(BULK, 7);
         }
-        Arc::from(value)
+        Bytes::from(value)
     }
 
     fn blind(&mut self, delete: bool) {
@@ -492,7 +491,7 @@ impl App {
                 let word = self.rng.below(7) as i64 - 3;
                 words.extend_from_slice(&word.to_le_bytes());
             }
-            let change = Change::Add(Arc::from(words));
+            let change = Change::Add(Bytes::from(words));
             request.updates.push(Update { home, key, change });
         }
         self.submit(request);

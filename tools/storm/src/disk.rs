@@ -10,7 +10,6 @@
 //! prefix), failing media.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 
 use lowtide_engine_core::ids::{Epoch, Lsn};
 use lowtide_engine_core::op::{Bytes, Key, Range};
@@ -186,7 +185,7 @@ impl Storage for Disk {
     fn place(&mut self, bytes: &Bytes) -> Extent {
         let offset = self.next_extent;
         self.next_extent += bytes.len() as u64;
-        self.extents.insert(offset, (Arc::clone(bytes), self.end));
+        self.extents.insert(offset, (bytes.clone(), self.end));
         Extent {
             offset,
             len: bytes.len() as u32,

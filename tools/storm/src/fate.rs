@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::{Destination, DestinationConfig, Image, Stage};
-use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, Seq, ViewId};
-use lowtide_engine_core::op::{Change, Mode, Update, Want};
+use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, Seq};
+use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
 use lowtide_engine_core::root::{Root, RootConfig, RootState};
 use lowtide_engine_core::session::Ticket;
@@ -82,16 +82,10 @@ impl World {
         };
         match state {
             Ok(state) => {
-                self.oracle.root_restarted(state.minimum());
-                self.seen_view = ViewId(0);
+                // A crash may have left a newer state than the last one told as durable.
+                self.evictions_persisted(&state);
+                self.oracle.minimum_persisted(state.minimum());
                 let root = Root::new(self.nodes[0].id, config, state, self.time());
-                let open = root.evictions().filter(|(_, stage)| *stage != "RELEASING");
-                self.evicting = open.map(|(life, _)| life).collect();
-                let view = root.view();
-                self.oracle.revived(|life| {
-                    let seat = view.seat(life.node);
-                    seat.is_some_and(|s| s.life == life && s.live)
-                });
                 self.nodes[0].core = Core::Root(Box::new(root));
             }
             Err(e) => self
@@ -227,7 +221,7 @@ impl World {
         }
         let left = n.originate.0;
         let tag = ((node as u64) << 40) + (n.boot << 20) + left;
-        let value = std::sync::Arc::from(tag.to_le_bytes());
+        let value = Bytes::from(tag.to_le_bytes());
         let mut asked = Originate {
             ticket: Ticket(left),
             locks: Vec::new(),
@@ -245,7 +239,7 @@ impl World {
                 range: key.range(),
                 mode: Mode::Exclusive,
             });
-            let change = Change::Put(std::sync::Arc::clone(&value));
+            let change = Change::Put(value.clone());
             asked.updates.push(Update { home, key, change });
         }
         self.hit(Probe::ProxyOriginated);

@@ -98,7 +98,6 @@ pub struct Oracle {
     frozen: BTreeMap<Life, Vec<Reclaim>>,
     /// Seen by another life than their source.
     observed: BTreeSet<OpId>,
-    minimum: Epoch,
     minimum_durable: Epoch,
     /// Newest seq that was taken over per life.
     known: BTreeMap<Life, Seq>,
@@ -154,10 +153,10 @@ impl Oracle {
         let dropped = self.gone.contains(&life);
         if !dropped {
             self.unfinished.insert((op.epoch, op.id));
-            if op.epoch < self.minimum {
+            if op.epoch < self.minimum_durable {
                 self.fail(format!(
                     "I10: {} stamped at {} below m {}",
-                    op.id, op.epoch, self.minimum
+                    op.id, op.epoch, self.minimum_durable
                 ));
             }
         }
@@ -209,55 +208,22 @@ impl Oracle {
         }
     }
 
-    /// The root is about to make m durable.
-    pub fn minimum_proposed(&mut self, minimum: Epoch) {
+    /// m is durable at the root and may be published.
+    pub fn minimum_persisted(&mut self, minimum: Epoch) {
         if minimum < self.minimum_durable {
-            self.fail(format!(
-                "I9: m falls from {} to {minimum}",
-                self.minimum_durable
-            ));
+            let before = self.minimum_durable;
+            self.fail(format!("I9: m falls from {before} to {minimum}"));
         }
-        if minimum <= self.minimum {
+        if minimum <= self.minimum_durable {
             return;
         }
-        self.minimum = minimum;
+        self.minimum_durable = minimum;
         if let Some((epoch, id)) = self.unfinished.first()
             && *epoch < minimum
         {
             let places = &self.ops[id].places;
             let text = format!("I10: m rises to {minimum} above {id} at {epoch}: {places:?}");
             self.fail(text);
-        }
-    }
-
-    /// m is durable at the root.
-    pub fn minimum_persisted(&mut self, minimum: Epoch) {
-        self.minimum_durable = self.minimum_durable.max(minimum);
-    }
-
-    /// The root restarted with this durable m; what was proposed beyond it never was.
-    pub fn root_restarted(&mut self, minimum: Epoch) {
-        self.minimum_persisted(minimum);
-        self.minimum = self.minimum_durable;
-    }
-
-    /// The root restarted without remembering that it had evicted these lives.
-    pub fn revived(&mut self, live: impl Fn(Life) -> bool) {
-        let back: Vec<Life> = self.gone.iter().filter(|l| live(**l)).copied().collect();
-        for life in back {
-            self.gone.remove(&life);
-            let from = OpId {
-                source: life,
-                seq: Seq(0),
-            };
-            let ids = self.ops.range(from..).map(|(id, _)| *id);
-            let ids: Vec<OpId> = ids.take_while(|id| id.source == life).collect();
-            for id in ids {
-                if let Some(state) = self.ops.get_mut(&id) {
-                    state.dropped = false;
-                }
-                self.refresh(id);
-            }
         }
     }
 
@@ -395,7 +361,7 @@ impl Oracle {
             if let (LISTS, Change::Put(value)) = (u.key.space, &u.change) {
                 let old = top
                     .and_then(|(_, _, v)| v.clone())
-                    .unwrap_or_else(|| Arc::from([]));
+                    .unwrap_or_else(|| Bytes::from([]));
                 if value.len() != old.len() + 8 || value[..old.len()] != old[..] {
                     let list: Vec<u64> = tags_of(&old).collect();
                     text = Some(format!(
@@ -416,8 +382,9 @@ impl Oracle {
             return self.fail(format!("{node} undoes {id} that was never stamped"));
         };
         let epoch = state.op.epoch;
-        if epoch < self.minimum {
-            let text = format!("{node} undoes {id} at {epoch} though m is {}", self.minimum);
+        if epoch < self.minimum_durable {
+            let m = self.minimum_durable;
+            let text = format!("{node} undoes {id} at {epoch} though m is {m}");
             self.fail(text);
         }
         if self.observed.contains(&id) {
@@ -450,7 +417,7 @@ impl Oracle {
                             let sum = home
                                 .counters
                                 .entry(u.key.clone())
-                                .or_insert_with(|| Arc::from([]));
+                                .or_insert_with(|| Bytes::from([]));
                             *sum = add_words(sum, words);
                             continue;
                         }
@@ -476,7 +443,7 @@ impl Oracle {
                         let sum = home
                             .counters
                             .entry(u.key.clone())
-                            .or_insert_with(|| Arc::from([]));
+                            .or_insert_with(|| Bytes::from([]));
                         *sum = add_words(sum, &negated);
                     } else if let Some(history) = home.objects.get_mut(&u.key) {
                         history.retain(|(other, ..)| *other != id);
@@ -710,7 +677,7 @@ impl Oracle {
                 .cloned()
                 .and_then(|s| disk.fetch(&s.value));
             let trim = |b: &[u8]| b.iter().rposition(|x| *x != 0).map_or(0, |i| i + 1);
-            let found = found.unwrap_or_else(|| Arc::from([]));
+            let found = found.unwrap_or_else(|| Bytes::from([]));
             if found[..trim(&found)] != sum[..trim(sum)] {
                 text = Some(format!(
                     "I17: {when}: {node} {key:?} is {found:?} and should be {sum:?}"

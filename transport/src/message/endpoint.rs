@@ -353,7 +353,8 @@ impl EndpointCtx {
             let counters = self.device.counters_mut();
             counters.copies += 1;
             counters.bulk_copied_bytes += len as u64;
-            return self.lend(index, Lent::new([Piece::Owned(copy)]));
+            let lent = Lent::new([Piece::Owned(copy)]);
+            return self.lend(index, lent).map_err(|(error, _)| error);
         }
         let Some(stream) = self.connections[index as usize]
             .as_mut()
@@ -367,7 +368,7 @@ impl EndpointCtx {
             .push(&mut self.pool, memory, parts, len)
             .is_err()
         {
-            return self.refuse(index, len);
+            return Err(self.refuse(index, len));
         }
         let counters = self.device.counters_mut();
         counters.copies += 1;
@@ -377,11 +378,12 @@ impl EndpointCtx {
     }
 
     /// Queues a message, the concatenation of `pieces`. Nothing is copied if it is longer than a
-    /// parcel (61,424 bytes): the peer fetches it from the pieces, which this keeps until it has.
+    /// parcel (61,424 bytes): the peer fetches it from the pieces, which are taken out of the list and
+    /// kept until it has.
     ///
     /// # Errors
-    /// [`SendError`]; the message was not taken.
-    pub fn send_pieces(&mut self, conn: ConnId, pieces: &[Piece]) -> Result<(), SendError> {
+    /// [`SendError`]; the message was not taken, and the pieces are still there.
+    pub fn send_pieces(&mut self, conn: ConnId, pieces: &mut Vec<Piece>) -> Result<(), SendError> {
         let len = pieces
             .iter()
             .map(|piece| piece.bytes().len())
@@ -391,7 +393,11 @@ impl EndpointCtx {
             return self.send(conn, &parts);
         }
         let index = self.admit(conn, len)?;
-        self.lend(index, Lent::new(pieces.iter().cloned()))
+        let lent = Lent::new(pieces.drain(..));
+        self.lend(index, lent).map_err(|(error, lent)| {
+            pieces.extend(lent.into_pieces());
+            error
+        })
     }
 
     /// The memory that holds the message just being handed up, if it was fetched: the message is its

@@ -35,9 +35,8 @@ pub(crate) const READS_MAX: usize = 4;
 const SEGMENT_PACKETS: u32 = 33;
 /// One connection's share of the pool, in parts, unless the longest message is more.
 const SHARES: usize = 4;
-/// Slabs kept for the next message, and the longest that is kept.
-const SPARE_MAX: usize = 8;
-const SPARE_LEN_MAX: usize = 4 << 20;
+/// Bytes of slabs kept for the next message, those included that the caller still shares.
+const SPARE_BYTES_MAX: usize = 16 << 20;
 /// Slabs are as long as a multiple of this, so that they fit the next message too.
 const SLAB_STEP: usize = 64 << 10;
 
@@ -54,6 +53,7 @@ pub(crate) struct FetchPool {
     packets_max: u32,
     /// Slabs that were in use. Those that the caller still shares are not taken again.
     spare: VecDeque<Arc<[u8]>>,
+    spare_bytes: usize,
     /// Connections that have something to ask for.
     line: VecDeque<u32>,
     /// Connections that found no room for a slab.
@@ -73,6 +73,7 @@ impl FetchPool {
             // A quarter is left for what peers send unasked.
             packets_max: (receive_budget / 4 * 3).max(2),
             spare: VecDeque::new(),
+            spare_bytes: 0,
             line: VecDeque::new(),
             starved: VecDeque::new(),
         }
@@ -98,17 +99,24 @@ impl FetchPool {
         let fits = |slab: &mut Arc<[u8]>| {
             (len..=len.saturating_mul(2)).contains(&slab.len()) && Arc::get_mut(slab).is_some()
         };
-        match self.spare.iter_mut().position(fits) {
-            Some(index) => self.spare.remove(index).expect("just found"),
+        let found = self.spare.iter_mut().position(fits);
+        match found.and_then(|index| self.spare.remove(index)) {
+            Some(slab) => {
+                self.spare_bytes -= slab.len();
+                slab
+            }
             None => std::iter::repeat_n(0, len.next_multiple_of(SLAB_STEP)).collect(),
         }
     }
 
     /// Takes back a slab that has been handed up; the caller may still share it.
     pub(crate) fn recycle(&mut self, slab: Arc<[u8]>) {
-        if slab.len() <= SPARE_LEN_MAX {
-            self.spare.push_front(slab);
-            self.spare.truncate(SPARE_MAX);
+        self.spare_bytes += slab.len();
+        self.spare.push_back(slab);
+        while self.spare_bytes > SPARE_BYTES_MAX
+            && let Some(oldest) = self.spare.pop_front()
+        {
+            self.spare_bytes -= oldest.len();
         }
     }
 

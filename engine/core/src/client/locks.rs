@@ -52,24 +52,45 @@ impl Client {
             let home = seat.is_some_and(|s| s.role == Role::Destination);
             (home || routes.via.contains_key(&hop)) && routes.through(hop) == hop
         };
-        if !used {
+        if !used || self.is_between_lives(hop) {
             return;
         }
         let reached = |home: NodeId| routes.through(home) == hop;
         self.holdings.forget_revokes(reached);
         let reclaim = self.holdings.claims(reached);
-        let dead = self
-            .voided
-            .keys()
-            .filter(|l| l.node == hop && self.is_dead(**l));
-        let void = dead.max().copied();
-        self.tiers.open(&mut self.port, hop, void, reclaim);
+        self.tiers.open(&mut self.port, hop, reclaim);
     }
 
     /// What was sent through a hop may be lost.
     pub(super) fn path_closed(&mut self, hop: NodeId) {
         let routes = &self.routes;
         self.outbox.closed(|_, home| routes.through(home) == hop);
+    }
+
+    /// Whether the newest life of a proxy that is known here is dead. A process that still runs in
+    /// that life would take a session without claims for the release of what it granted, and grant
+    /// it to others who have not heard yet.
+    fn is_between_lives(&self, proxy: NodeId) -> bool {
+        let seat = self.member.view().seat(proxy);
+        let newest = seat
+            .map(|s| s.life.incarnation)
+            .max(self.dead.get(&proxy).copied());
+        newest.is_some_and(|incarnation| {
+            self.is_dead(Life {
+                node: proxy,
+                incarnation,
+            })
+        })
+    }
+
+    /// Opens sessions with proxies whose next life the view names.
+    pub(super) fn reopen_proxies(&mut self) {
+        let proxies: BTreeSet<NodeId> = self.routes.via.values().copied().collect();
+        for proxy in proxies {
+            if self.routes.is_used(proxy) {
+                self.open_hop(proxy);
+            }
+        }
     }
 
     /// Whether a bypassed proxy may hear that nothing is claimed from it any more: it lives after

@@ -6,12 +6,11 @@
 //! later ones are applied to the objects as well.
 
 use alloc::collections::BTreeMap;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use super::{Destination, Entry, Source, add_words};
 use crate::ids::{Epoch, Incarnation, Life, Lsn, NodeId, StreamSeq, Version};
-use crate::op::Key;
+use crate::op::{Bytes, Key};
 use crate::record::{OpRecord, Record, Recorded, Storage, Stored, Value};
 use crate::wire::{Malformed, Reader, Wire};
 use crate::wire_struct;
@@ -262,7 +261,7 @@ fn redo<S: Storage>(key: &Key, change: &Recorded, epoch: Epoch, storage: &mut S)
         Recorded::Add(words) => {
             let old = before
                 .and_then(|s| storage.fetch(&s.value))
-                .unwrap_or_else(|| Arc::from([]));
+                .unwrap_or_else(|| Bytes::from([]));
             let value = Value::Inline(add_words(&old, words));
             Some(Stored {
                 version,

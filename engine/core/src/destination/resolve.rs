@@ -239,10 +239,11 @@ impl Destination {
                 Recorded::Add(words) => {
                     let old = now.and_then(|s| storage.fetch(&s.value));
                     let sum = add_words(old.as_deref().unwrap_or(&[]), &negate_words(words));
-                    // Words that are all 0 mean the same as no object.
-                    let zero = sum.iter().all(|b| *b == 0);
+                    // An addition that made the object takes it away again, unless others have
+                    // added to it since.
+                    let keeps = w.before.is_some() || sum.iter().any(|b| *b != 0);
                     let value = Value::Inline(sum);
-                    (!zero).then_some(Stored {
+                    keeps.then_some(Stored {
                         version,
                         epoch: Epoch(0),
                         value,

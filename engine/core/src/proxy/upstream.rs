@@ -16,7 +16,7 @@ impl Proxy {
         }
         self.holdings.forget_revokes(|home| home == hop);
         let reclaim = self.holdings.claims(|home| home == hop);
-        self.tiers.open(&mut self.port, hop, None, reclaim);
+        self.tiers.open(&mut self.port, hop, reclaim);
     }
 
     pub(super) fn hop_opened(&mut self, life: Life) {

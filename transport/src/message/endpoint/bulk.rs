@@ -30,56 +30,53 @@ impl EndpointCtx {
             return Err(SendError::WouldBlock);
         };
         if len > MESSAGE_MAX && !stream.loans.admits(&self.lending, len) {
-            self.refuse(index, len)?;
+            return Err(self.refuse(index, len));
         }
         Ok(index)
     }
 
     /// There is no room for a message; `Writable` will follow.
-    pub(super) fn refuse(&mut self, index: u32, len: usize) -> Result<(), SendError> {
+    pub(super) fn refuse(&mut self, index: u32, len: usize) -> SendError {
         if let Some(connection) = &mut self.connections[index as usize] {
             connection.refused = Some(len);
         }
         if len > MESSAGE_MAX && !self.lending.refused.contains(&index) {
             self.lending.refused.push_back(index);
         }
-        Err(SendError::WouldBlock)
+        SendError::WouldBlock
     }
 
     /// Lends an admitted message and queues the offer.
-    pub(super) fn lend(&mut self, index: u32, lent: Lent) -> Result<(), SendError> {
+    ///
+    /// # Errors
+    /// The message again, and why it was not taken.
+    pub(super) fn lend(&mut self, index: u32, mut lent: Lent) -> Result<(), (SendError, Lent)> {
         let len = lent.len();
-        let mut lent = Some(lent);
-        let (offer, key) = loop {
+        let refused = loop {
             let key = Key(self.draw() as u32);
-            let Some(stream) = self.connections[index as usize]
-                .as_mut()
-                .and_then(|connection| connection.stream.as_mut())
-            else {
-                return Err(SendError::Closed);
+            let connection = self.connections[index as usize].as_mut();
+            let Some(stream) = connection.and_then(|connection| connection.stream.as_mut()) else {
+                return Err((SendError::Closed, lent));
             };
             let memory = &mut self.device.memory;
-            let (lending, message) = (&mut self.lending, lent.take().unwrap_or_default());
-            match stream.loans.lend(lending, memory, key, message) {
-                Ok(offer) => break (offer, key),
-                Err(again) => lent = Some(again),
+            let offer = match stream.loans.lend(&mut self.lending, memory, key, lent) {
+                Ok(offer) => offer,
+                Err(again) => {
+                    lent = again;
+                    continue;
+                }
+            };
+            let told = (len as u32, key);
+            match stream
+                .outbox
+                .push_offer(&mut self.pool, memory, told, offer)
+            {
+                Ok(()) => break None,
+                Err(_) => break Some(stream.loans.end_newest(&mut self.lending, memory)),
             }
         };
-        let Some(stream) = self.connections[index as usize]
-            .as_mut()
-            .and_then(|connection| connection.stream.as_mut())
-        else {
-            return Err(SendError::Closed);
-        };
-        let memory = &mut self.device.memory;
-        let told = (len as u32, key);
-        if stream
-            .outbox
-            .push_offer(&mut self.pool, memory, told, offer)
-            .is_err()
-        {
-            stream.loans.end_newest(&mut self.lending, memory);
-            return self.refuse(index, len);
+        if let Some(lent) = refused {
+            return Err((self.refuse(index, len), lent));
         }
         self.device.counters_mut().bulk_offered += 1;
         self.mark_dirty(index);

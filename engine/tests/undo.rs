@@ -1,0 +1,186 @@
+//! Undo of a dead life's operations, by a destination on real files.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use lowtide_engine::storage::ShardStorage;
+use lowtide_engine_core::destination::{Destination, DestinationConfig};
+use lowtide_engine_core::effect::Effect;
+use lowtide_engine_core::ids::{
+    Epoch, Incarnation, Life, NodeId, OpId, Seq, StreamSeq, Term, Time,
+};
+use lowtide_engine_core::message::{Envelope, Message, Parts, StreamBase, View};
+use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
+use lowtide_engine_core::record::{Storage, Value};
+
+const ROOT: Life = life(1);
+const HOME: NodeId = NodeId(2);
+const CLIENT: Life = life(3);
+const OTHER: Life = life(4);
+
+const fn life(node: u32) -> Life {
+    Life {
+        node: NodeId(node),
+        incarnation: Incarnation(1),
+    }
+}
+
+struct Bench {
+    destination: Destination,
+    storage: ShardStorage,
+    durable: Receiver<()>,
+}
+
+impl Bench {
+    fn new(dir: &std::path::Path) -> Bench {
+        let (wake, durable) = channel();
+        let wake = move || drop(wake.send(()));
+        let (storage, image) = ShardStorage::open(dir, false, wake).unwrap();
+        let config = DestinationConfig {
+            root: ROOT.node,
+            parent: ROOT.node,
+            ping_interval: 1,
+            nonce: 7,
+            carry_bytes: 0,
+        };
+        let destination = Destination::new(HOME, config, image);
+        let mut bench = Bench {
+            destination,
+            storage,
+            durable,
+        };
+        let joined = Message::Joined {
+            nonce: 7,
+            life: life(HOME.0),
+            floor: Epoch(0),
+            view: View::default(),
+        };
+        bench.hears(ROOT, joined);
+        bench
+    }
+
+    fn hears(&mut self, from: Life, body: Message) {
+        let envelope = Envelope {
+            from,
+            epoch: Epoch(10),
+            minimum: Epoch(0),
+            term: Term(1),
+            body,
+        };
+        let Bench {
+            destination,
+            storage,
+            ..
+        } = self;
+        destination.handle_message(Time(0), envelope, storage);
+        storage.finish_batch(|| destination.image(), destination.undo_floor(), || 0);
+    }
+
+    /// An operation of `source`, number `seq`, on this home alone.
+    fn executes(&mut self, source: Life, seq: u64, key: &Key, change: Change) {
+        if seq == 1 {
+            let base = StreamBase {
+                source,
+                home: HOME,
+                base: StreamSeq(1),
+            };
+            self.hears(source, Message::Stream { base });
+        }
+        let op = Operation {
+            id: OpId {
+                source,
+                seq: Seq(seq),
+            },
+            epoch: Epoch(10),
+            previous: Epoch(if seq == 1 { 0 } else { 10 }),
+            participants: vec![Participant {
+                node: HOME,
+                at: StreamSeq(seq),
+            }],
+            updates: vec![Update {
+                home: HOME,
+                key: key.clone(),
+                change,
+            }],
+        };
+        let part = Parts {
+            homes: vec![HOME],
+            op: Arc::new(op),
+        };
+        self.hears(source, Message::Reint { parts: vec![part] });
+    }
+
+    /// Fences a life and undoes all its operations after `through`.
+    fn resolves(&mut self, victim: Life, through: u64) {
+        self.hears(ROOT, Message::Fence { victim });
+        self.says("Fenced");
+        let resolve = Message::Resolve {
+            victim,
+            through: Seq(through),
+            until: StreamSeq(through),
+            supply: Vec::new(),
+        };
+        self.hears(ROOT, resolve);
+        self.says("Resolved");
+    }
+
+    fn says(&mut self, name: &str) {
+        loop {
+            let durable = self.storage.durable();
+            let Bench {
+                destination,
+                storage,
+                ..
+            } = self;
+            destination.handle_durable(Time(0), durable, storage);
+            while let Some(effect) = destination.poll_effect() {
+                if matches!(&effect, Effect::Send { envelope, .. } if envelope.body.name() == name)
+                {
+                    return;
+                }
+            }
+            storage.finish_batch(|| destination.image(), destination.undo_floor(), || 0);
+            let news = self.durable.recv_timeout(Duration::from_secs(20));
+            news.unwrap_or_else(|_| panic!("{name} is never said"));
+        }
+    }
+
+    fn value(&mut self, key: &Key) -> Option<Bytes> {
+        let stored = self.storage.get(key)?;
+        match stored.value {
+            Value::Inline(bytes) => Some(bytes),
+            Value::Extent(_) => panic!("a counter is small"),
+        }
+    }
+}
+
+fn word(value: i64) -> Bytes {
+    Bytes::from(value.to_le_bytes())
+}
+
+#[test]
+fn undone_additions_leave_a_counter_as_they_found_it() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (made, absent, shared) = (Key::at(1, 1), Key::at(1, 2), Key::at(1, 3));
+    let mut bench = Bench::new(tmp.path());
+    bench.executes(OTHER, 1, &made, Change::Put(word(0)));
+    bench.executes(CLIENT, 1, &made, Change::Add(word(5)));
+    bench.executes(CLIENT, 2, &absent, Change::Add(word(5)));
+    bench.executes(CLIENT, 3, &shared, Change::Add(word(5)));
+    bench.executes(OTHER, 2, &shared, Change::Add(word(2)));
+    bench.executes(CLIENT, 4, &made, Change::Add(word(1)));
+    bench.resolves(CLIENT, 0);
+    assert_eq!(bench.value(&made), Some(word(0)), "it was there before");
+    assert_eq!(bench.value(&absent), None);
+    assert_eq!(bench.value(&shared), Some(word(2)));
+    assert_eq!(bench.destination.counters().undone, 4);
+
+    // The same from the log.
+    let Bench { storage, .. } = bench;
+    storage.close();
+    let mut bench = Bench::new(tmp.path());
+    assert_eq!(bench.value(&made), Some(word(0)));
+    assert_eq!(bench.value(&absent), None);
+    assert_eq!(bench.value(&shared), Some(word(2)));
+}
