@@ -506,7 +506,7 @@ impl Destination {
         if at <= source.executed {
             self.counters.duplicates += 1;
             source.dirty = true;
-        } else if (at.0 > source.executed.0 + 1 && !bites(Tooth::AnyOrder))
+        } else if at.0 > source.executed.0 + 1
             || op.epoch < self.port.minimum()
             || op.updates_for(self.port.node()).next().is_none()
         {

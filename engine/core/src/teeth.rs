@@ -37,10 +37,6 @@ pub enum Tooth {
     EpochReset,
     /// A client yields a lock before what it stamped under it is everywhere committed (N13).
     UnlockOvertakes,
-    /// A proxy yields a lock before what was stamped under it is committed at the home (N13).
-    ProxyYieldsEarly,
-    /// A home executes parts of a stream in any order (N13).
-    AnyOrder,
     /// The resolver keeps operations after one that cannot be completed (N14).
     GapCompleted,
     /// Undo runs from the oldest operation on.
@@ -57,14 +53,10 @@ pub enum Tooth {
     DiscardedOnOwnCommit,
     /// A home says committed when it has executed (K9).
     CommittedEarly,
-    /// A restarted root decides again although a decision was logged.
-    DecidedTwice,
     /// A dead proxy's locks go without asking its clients.
     NotDrained,
     /// A grant that was not told yet outlives the session (seed 1001217).
     StaleGrantTold,
-    /// A client keeps later locks while it waits for an earlier one (seed 1009339).
-    LaterLocksKept,
     /// A proxy under memory pressure discards what is committed at its own home only.
     PressedDiscardsAll,
 }
@@ -87,8 +79,6 @@ impl Tooth {
         Tooth::PurgedEarly,
         Tooth::EpochReset,
         Tooth::UnlockOvertakes,
-        Tooth::ProxyYieldsEarly,
-        Tooth::AnyOrder,
         Tooth::GapCompleted,
         Tooth::UndoneForward,
         Tooth::PositionForgotten,
@@ -97,10 +87,8 @@ impl Tooth {
         Tooth::ReleasedAtFence,
         Tooth::DiscardedOnOwnCommit,
         Tooth::CommittedEarly,
-        Tooth::DecidedTwice,
         Tooth::NotDrained,
         Tooth::StaleGrantTold,
-        Tooth::LaterLocksKept,
         Tooth::PressedDiscardsAll,
     ];
 }

@@ -216,7 +216,7 @@ impl World {
             return false;
         };
         let idle = n.originate.0 > 0 && n.originate.1 < 2;
-        if !idle || proxy.port().life().incarnation.0 == 0 || !self.rng.chance(10) {
+        if !idle || self.at_rest || proxy.port().life().incarnation.0 == 0 || !self.rng.chance(10) {
             return false;
         }
         let left = n.originate.0;

@@ -92,6 +92,7 @@ impl World {
         if !self.plan.watches_idle() {
             return;
         }
+        self.at_rest = true;
         let newest = self.nodes.iter().map(|n| n.epoch).max().unwrap_or_default();
         let plan = &self.plan;
         let depth = 1 + u64::from(plan.aggregator);

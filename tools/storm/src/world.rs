@@ -155,6 +155,8 @@ pub struct World {
     pub(crate) outcomes: BTreeMap<Ticket, Result<Stamp, SessionError>>,
     /// Values that a script's reads found.
     pub(crate) found: BTreeMap<Ticket, Option<Bytes>>,
+    /// Nothing new is begun any more.
+    pub(crate) at_rest: bool,
     /// Requests answered and evictions finished.
     pub(crate) progress: u64,
     /// Pins held: (coordinator, peer).
@@ -213,6 +215,7 @@ impl World {
             stalled: BTreeSet::new(),
             outcomes: BTreeMap::new(),
             found: BTreeMap::new(),
+            at_rest: false,
             progress: 0,
             pins: BTreeSet::new(),
         };

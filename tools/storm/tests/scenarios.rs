@@ -297,7 +297,8 @@ fn a_home_that_joins_late_refuses_the_dead() {
     s.cut(0, c0);
     s.count(c0, 0, 10);
     s.declare_dead(c0);
-    assert!(s.oracle().is_gone(victim), "nobody had to be asked");
+    s.until("it is GONE", |s| s.oracle().is_gone(victim));
+    assert!(!s.is_up(d0), "the home was not asked");
     s.until("the home has joined", |s| s.life(d0).incarnation.0 == 1);
     s.run(400);
     assert_eq!(s.life(c0), victim, "the dead life still runs");

@@ -168,10 +168,8 @@ impl Client {
                 // Locks that were lost with a proxy leave later ones pinned; nobody may hold a later
                 // one while it waits for an earlier one.
                 let first = order(want.home, &want.range);
-                if !bites(Tooth::LaterLocksKept) {
-                    self.pins
-                        .retain(|(pin, h, r)| *pin != ticket.0 || order(*h, r) < first);
-                }
+                self.pins
+                    .retain(|(pin, h, r)| *pin != ticket.0 || order(*h, r) < first);
                 self.want(want);
                 return false;
             }

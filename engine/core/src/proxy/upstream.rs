@@ -3,7 +3,6 @@
 use super::{Proxy, WaitingLock};
 use crate::ids::{Life, NodeId};
 use crate::message::{LockRefusal, Message, Role, StreamState};
-use crate::teeth::{Tooth, bites};
 use crate::tier::Query;
 
 impl Proxy {
@@ -186,8 +185,7 @@ impl Proxy {
             if self.locks.is_held(home, range, covered) {
                 continue;
             }
-            let touched = self.outbox.touched_in(home, &range).next().is_some();
-            if touched && !bites(Tooth::ProxyYieldsEarly) {
+            if self.outbox.touched_in(home, &range).next().is_some() {
                 self.hurry = true;
                 continue;
             }

@@ -246,7 +246,7 @@ fn decide(
     for (&seq, known) in &union {
         let follows = Seq(decision.through.0 + 1) == seq && survivors > 0;
         let first = seq == Seq(1) || known.previous < minimum;
-        if (!follows && !first) || cap.is_some_and(|cap| seq > cap) {
+        if (!follows && !first && !bites(Tooth::GapCompleted)) || cap.is_some_and(|cap| seq > cap) {
             break;
         }
         let stable = known.epoch < minimum;

@@ -5,7 +5,6 @@ use alloc::vec::Vec;
 
 use crate::ids::{Epoch, Life, NodeId, Seq, StreamSeq, Term, Time, ViewId};
 use crate::message::{Held, Role, Seat, View};
-use crate::teeth::{Tooth, bites};
 use crate::wire::{Malformed, Reader, Wire};
 use crate::wire_struct;
 
@@ -259,7 +258,6 @@ impl DurableEviction {
     fn revive(self) -> Eviction {
         let stage = match self.stage {
             0 => Stage::Fencing,
-            1 if bites(Tooth::DecidedTwice) => Stage::Fencing,
             1 => Stage::Resolving,
             2 => Stage::Draining,
             _ => Stage::Releasing,
