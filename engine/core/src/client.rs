@@ -20,22 +20,24 @@
 //! Deliberately absent: what values mean; blocking calls (the hands match tickets to callers).
 
 mod locks;
+mod queue;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, StreamSeq, Time};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time};
 use crate::lock::{Holdings, normalise};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Message, Role};
-use crate::op::{
-    Bytes, Change, Check, Expect, Key, Mode, Operation, Range, Refusal, Request, Stamp,
-    UPDATES_MAX, Want,
-};
-use crate::session::{Page, SessionError, Ticket};
+use crate::op::{Key, Mode, Operation, Range, Refusal, Request, Stamp, Want};
+use crate::session::{Page, Ticket};
 use crate::source::{Outbox, Redo, WindowCounters};
+use crate::teeth::{Tooth, bites};
+use crate::tier::{Query, Requests, Tiers};
+
+use queue::{Checking, For, Item, Queued, validate};
 
 /// Requests behind the head that prefetch their locks.
 pub const PREFETCH: usize = 64;
@@ -74,102 +76,39 @@ pub struct ClientCounters {
     pub yielded: u64,
 }
 
+/// How homes are reached.
 #[derive(Debug)]
-enum Item {
-    Op(Request),
-    Read {
-        home: NodeId,
-        key: Key,
-    },
-    Scan {
-        home: NodeId,
-        range: Range,
-        after: Option<Key>,
-        bytes_max: u32,
-    },
+struct Routes {
+    /// The proxy of a home, as configured; all other homes are reached directly.
+    via: BTreeMap<NodeId, NodeId>,
+    /// Homes whose proxy is bypassed.
+    bypassed: BTreeSet<NodeId>,
 }
 
-#[derive(Debug)]
-struct Queued {
-    ticket: Ticket,
-    item: Item,
-    wants: Vec<Want>,
-    /// Its locks were asked for ahead of its turn. Once only: what others took back since is
-    /// needed more by them, and asking again for ever could starve them.
-    prefetched: bool,
-}
-
-/// What the head of the queue has learned for its checks.
-#[derive(Debug, Default)]
-struct Checking {
-    values: BTreeMap<usize, Option<Bytes>>,
-    /// Checks whose object was asked for.
-    asked: BTreeSet<usize>,
-}
-
-/// A request that the tier above has not answered yet.
-#[derive(Debug)]
-enum Asked {
-    Lock {
-        home: NodeId,
-        range: Range,
-        mode: Mode,
-    },
-    Read {
-        ticket: Ticket,
-        home: NodeId,
-        key: Key,
-    },
-    CheckRead {
-        check: usize,
-        home: NodeId,
-        key: Key,
-    },
-    Scan {
-        ticket: Ticket,
-        home: NodeId,
-        range: Range,
-        after: Option<Key>,
-        bytes_max: u32,
-    },
-}
-
-impl Asked {
-    fn home(&self) -> NodeId {
-        match self {
-            Asked::Lock { home, .. }
-            | Asked::Read { home, .. }
-            | Asked::CheckRead { home, .. }
-            | Asked::Scan { home, .. } => *home,
-        }
+impl Routes {
+    /// The tier through which a home is reached.
+    fn through(&self, home: NodeId) -> NodeId {
+        let proxy = self.via.get(&home);
+        let proxy = proxy.filter(|_| !self.bypassed.contains(&home));
+        proxy.copied().unwrap_or(home)
     }
-}
 
-/// One tier above: a proxy or a home.
-#[derive(Debug, Default)]
-struct Hop {
-    connected: bool,
-    session: HopSession,
-    /// Life that gave the grants held through this hop.
-    life: Option<Life>,
-}
+    fn is_proxy(&self, node: NodeId) -> bool {
+        self.via.values().any(|proxy| *proxy == node)
+    }
 
-/// Session with a hop on the present connection. One Open is answered by one Opened; saying it
-/// twice would make the tier above forget what it granted in between.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum HopSession {
-    /// None, or the life that answered is dead.
-    #[default]
-    Closed,
-    /// Open was said.
-    Opening,
-    /// Opened was heard.
-    Open,
-}
+    /// Whether any home is reached through a proxy.
+    fn is_used(&self, proxy: NodeId) -> bool {
+        let mut homes = self.via.keys();
+        homes.any(|home| self.through(*home) == proxy)
+    }
 
-impl Hop {
-    fn is_open(&self) -> bool {
-        self.session == HopSession::Open
+    /// Reaches a proxy's homes directly from now on; returns which they are.
+    fn bypass(&mut self, proxy: NodeId) -> Vec<NodeId> {
+        let homes = self.via.keys().copied();
+        let homes: Vec<NodeId> = homes.filter(|home| self.through(*home) == proxy).collect();
+        self.bypassed.extend(&homes);
+        homes
     }
 }
 
@@ -182,13 +121,11 @@ pub struct Client {
     redo: Redo,
     outbox: Outbox,
     holdings: Holdings,
-    /// Homes whose proxy is bypassed.
-    direct: BTreeMap<NodeId, NodeId>,
-    hops: BTreeMap<NodeId, Hop>,
+    routes: Routes,
+    tiers: Tiers,
     queue: VecDeque<Queued>,
     checking: Checking,
-    asked: BTreeMap<u64, Asked>,
-    next_request: u64,
+    asked: Requests<For>,
     /// Locks pinned by the head and by reads under way.
     pins: Vec<(u64, NodeId, Range)>,
     /// Executed outcomes to tell: ticket by seq.
@@ -201,8 +138,6 @@ pub struct Client {
     dead: BTreeMap<NodeId, Incarnation>,
     /// Since when a proxy is not live.
     proxy_dead_since: BTreeMap<NodeId, Time>,
-    /// Tiers above that the hands were asked to connect.
-    dialed: BTreeSet<NodeId>,
     /// Homes that have no room for new work.
     full: Vec<NodeId>,
     /// A home refused this life; nothing more is asked for, the eviction will be heard.
@@ -228,6 +163,10 @@ impl Client {
             config.nonce,
             config.ping_interval,
         );
+        let routes = Routes {
+            via: config.via.clone(),
+            bypassed: BTreeSet::new(),
+        };
         Client {
             port: Port::new(life, Epoch(0)),
             member,
@@ -235,19 +174,17 @@ impl Client {
             redo: Redo::new(),
             outbox: Outbox::default(),
             holdings: Holdings::default(),
-            direct: BTreeMap::new(),
-            hops: BTreeMap::new(),
+            routes,
+            tiers: Tiers::default(),
             queue: VecDeque::new(),
             checking: Checking::default(),
-            asked: BTreeMap::new(),
-            next_request: 1,
+            asked: Requests::default(),
             pins: Vec::new(),
             stamped: VecDeque::new(),
             voided: BTreeMap::new(),
             drains: Vec::new(),
             dead: BTreeMap::new(),
             proxy_dead_since: BTreeMap::new(),
-            dialed: BTreeSet::new(),
             full: Vec::new(),
             fenced: false,
             evicted: false,
@@ -324,9 +261,7 @@ impl Client {
 
     /// A connection to `peer` is up.
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
-        let hop = self.hops.entry(peer).or_default();
-        hop.connected = true;
-        hop.session = HopSession::Closed;
+        self.tiers.connected(peer);
         if peer == self.config.root {
             let bound = self.bound();
             self.member.handle_timeout(now, &mut self.port, bound);
@@ -336,12 +271,8 @@ impl Client {
 
     /// The connection to `peer` broke.
     pub fn handle_disconnected(&mut self, peer: NodeId) {
-        if let Some(hop) = self.hops.get_mut(&peer) {
-            hop.connected = false;
-            hop.session = HopSession::Closed;
-        }
-        let routes = self.routes_through(peer);
-        self.outbox.closed(|_, home| routes.contains(&home));
+        self.tiers.disconnected(peer);
+        self.path_closed(peer);
     }
 
     /// A message arrived.
@@ -366,11 +297,11 @@ impl Client {
                 for state in &streams {
                     self.outbox.progress(from.node, state, false);
                 }
-                let routed = self.routes_through(from.node);
-                self.full.retain(|home| !routed.contains(home));
                 // A proxy speaks of all its homes; the word of a home's own route counts.
-                self.full
-                    .extend(full.iter().filter(|home| routed.contains(home)));
+                let routes = &self.routes;
+                let routed = |home: NodeId| routes.through(home) == from.node;
+                self.full.retain(|home| !routed(*home));
+                self.full.extend(full.iter().filter(|home| routed(**home)));
                 self.redo.advance(&self.outbox);
             }
             Message::Granted {
@@ -381,7 +312,7 @@ impl Client {
                 mode,
                 empty,
             } => {
-                if let Some(Asked::Lock { .. }) = self.asked.remove(&request) {
+                if let Some((Query::Lock { .. }, _)) = self.asked.take(request) {
                     self.holdings.granted(home, grant, range, mode, empty);
                     // What is on its way was not there when the home looked.
                     for key in self.redo.touched_in(home, &range) {
@@ -404,7 +335,7 @@ impl Client {
                 entries,
                 more,
             } => {
-                if let Some(Asked::Scan { ticket, .. }) = self.asked.remove(&request) {
+                if let Some((_, For::Scan(ticket))) = self.asked.take(request) {
                     self.unpin(ticket.0);
                     let result = Ok(Page { entries, more });
                     self.port.ask(Effect::Listing { ticket, result });
@@ -452,6 +383,9 @@ impl Client {
     /// lb: the first operation not everywhere committed, else the epoch itself.
     #[must_use]
     pub fn bound(&self) -> Epoch {
+        if bites(Tooth::IdleIsUnbounded) && self.redo.bound().is_none() {
+            return Epoch(self.port.epoch().0 + 1000);
+        }
         self.redo.bound().unwrap_or(self.port.epoch())
     }
 
@@ -496,7 +430,7 @@ impl Client {
     #[must_use]
     pub fn waits_for(&self) -> Option<alloc::string::String> {
         let head = self.queue.front().map(|q| &q.wants);
-        let asked: Vec<_> = self.asked.values().collect();
+        let asked: Vec<_> = self.asked.queries().collect();
         let yielding = self.holdings.yielding();
         if head.is_none() && asked.is_empty() && yielding.is_empty() {
             return None;
@@ -525,64 +459,34 @@ impl Client {
         &self.holdings
     }
 
+    /// Whether every part of an operation can still be sent, for invariant checks (I14).
+    #[must_use]
+    pub fn holds(&self, op: &Operation) -> bool {
+        self.outbox.holds(op)
+    }
+
     /// Operations stamped after `seq` that the redo keeps, for invariant checks.
     pub fn stamped_after(&self, seq: Seq) -> impl Iterator<Item = &Arc<Operation>> {
         self.redo.after(seq)
     }
 
-    fn enqueue(&mut self, queued: Queued) {
-        if self.evicted {
-            self.fail(queued.ticket, &queued.item);
-            return;
-        }
-        self.queue.push_back(queued);
-        self.unsettled = true;
-    }
-
-    fn refuse(&mut self, ticket: Ticket, refusal: Refusal) {
-        self.counters.refused += 1;
-        let result = Err(SessionError::Refused(refusal));
-        self.port.ask(Effect::Outcome { ticket, result });
-    }
-
-    fn fail(&mut self, ticket: Ticket, item: &Item) {
-        let error = SessionError::Refused(Refusal::Evicted);
-        self.port.ask(match item {
-            Item::Op(_) => Effect::Outcome {
-                ticket,
-                result: Err(error),
-            },
-            Item::Read { .. } => Effect::Value {
-                ticket,
-                result: Err(error),
-            },
-            Item::Scan { .. } => Effect::Listing {
-                ticket,
-                result: Err(error),
-            },
-        });
-    }
-
     fn entered(&mut self, now: Time) {
         self.connect();
         self.watch_proxies(now);
-        let connected: Vec<NodeId> = self.hops.keys().copied().collect();
-        for hop in connected {
+        for hop in self.tiers.peers() {
             self.open_hop(hop);
         }
     }
 
     /// Connects every tier above that is not connected yet; new homes may have joined.
     fn connect(&mut self) {
-        let mut hops: Vec<NodeId> = self.config.via.values().copied().collect();
+        for &proxy in self.routes.via.values() {
+            self.tiers.dial(&mut self.port, proxy);
+        }
         for seat in &self.member.view().seats {
             if seat.role == Role::Destination {
-                hops.push(self.route(seat.life.node));
-            }
-        }
-        for hop in hops {
-            if self.dialed.insert(hop) {
-                self.port.ask(Effect::Connect(hop));
+                let hop = self.routes.through(seat.life.node);
+                self.tiers.dial(&mut self.port, hop);
             }
         }
     }
@@ -605,7 +509,7 @@ impl Client {
     }
 
     fn watch_proxies(&mut self, now: Time) {
-        for proxy in self.config.via.values() {
+        for proxy in self.routes.via.values() {
             let live = self.member.view().seat(*proxy).is_some_and(|s| s.live);
             if live {
                 self.proxy_dead_since.remove(proxy);
@@ -624,24 +528,18 @@ impl Client {
             .map(|(&proxy, _)| proxy)
             .collect();
         for proxy in dead {
-            let homes = self.routes_through(proxy);
-            let serves = self
-                .hops
-                .get(&proxy)
-                .is_some_and(|h| h.is_open() && h.life.is_some_and(|l| !self.is_dead(l)));
+            let life = self.tiers.life(proxy);
             // A life that serves and is not in the view yet has only just joined.
-            if homes.is_empty() || serves {
+            let serves = self.tiers.is_open(proxy) && life.is_some_and(|l| !self.is_dead(l));
+            if serves || !self.routes.is_used(proxy) {
                 continue;
             }
-            if let Some(life) = self.hops.get(&proxy).and_then(|h| h.life) {
+            if let Some(life) = life {
                 self.void(life);
             }
-            self.outbox.closed(|_, home| homes.contains(&home));
-            for home in homes {
-                self.direct.insert(home, home);
-                if self.dialed.insert(home) {
-                    self.port.ask(Effect::Connect(home));
-                }
+            self.path_closed(proxy);
+            for home in self.routes.bypass(proxy) {
+                self.tiers.dial(&mut self.port, home);
                 self.open_hop(home);
             }
         }
@@ -668,32 +566,11 @@ impl Client {
     }
 
     fn flush(&mut self) {
-        let open: Vec<NodeId> = self
-            .hops
-            .iter()
-            .filter(|(_, h)| h.is_open())
-            .map(|(&node, _)| node)
-            .collect();
-        for hop in open {
-            let homes = self.routes_through(hop);
-            self.outbox
-                .flush(&mut self.port, hop, |_, home| homes.contains(&home));
-        }
-    }
-
-    fn tell_executed(&mut self) {
-        let executed = self.redo.executed();
-        while self
-            .stamped
-            .front()
-            .is_some_and(|(_, s)| s.id.seq <= executed)
-        {
-            if let Some((ticket, stamp)) = self.stamped.pop_front() {
-                self.port.ask(Effect::Outcome {
-                    ticket,
-                    result: Ok(stamp),
-                });
-            }
+        let (routes, done) = (&self.routes, self.redo.done());
+        for hop in self.tiers.sessions() {
+            self.outbox.flush(&mut self.port, hop, done, |_, home| {
+                routes.through(home) == hop
+            });
         }
     }
 
@@ -710,237 +587,5 @@ impl Client {
             self.port
                 .send(self.config.root, Message::Drained { victim });
         }
-    }
-
-    /// O1 for the head of the queue, again and again while it can proceed.
-    fn advance_queue(&mut self) {
-        while self.advance_head() {}
-        let mut ahead: Vec<Want> = Vec::new();
-        for queued in self.queue.iter_mut().skip(1).take(PREFETCH) {
-            if !core::mem::replace(&mut queued.prefetched, true) {
-                ahead.extend(&queued.wants);
-            }
-        }
-        for want in ahead {
-            if !self.full.contains(&want.home) {
-                self.want(&want);
-            }
-        }
-    }
-
-    /// Returns whether the head left the queue.
-    fn advance_head(&mut self) -> bool {
-        let Some(head) = self.queue.front() else {
-            return false;
-        };
-        let ticket = head.ticket;
-        let wants = head.wants.clone();
-        if !self.acquire(ticket, &wants) {
-            return false;
-        }
-        let Some(head) = self.queue.front() else {
-            return false;
-        };
-        match &head.item {
-            Item::Op(request) => {
-                let full = request.updates.iter().any(|u| self.full.contains(&u.home));
-                if full || !self.evaluate_checks() {
-                    return false;
-                }
-                self.stamp_head();
-            }
-            Item::Read { home, key } => {
-                let (home, key) = (*home, key.clone());
-                if !self.start_read(ticket, home, key) {
-                    return false;
-                }
-                self.queue.pop_front();
-            }
-            Item::Scan {
-                home,
-                range,
-                after,
-                bytes_max,
-            } => {
-                let (home, range, bytes_max) = (*home, *range, *bytes_max);
-                let after = after.clone();
-                if self.redo.last_touching(home, &range).is_some() || self.asked.len() >= READS_MAX
-                {
-                    return false;
-                }
-                self.queue.pop_front();
-                self.ask(Asked::Scan {
-                    ticket,
-                    home,
-                    range,
-                    after,
-                    bytes_max,
-                });
-            }
-        }
-        true
-    }
-
-    /// Evaluates the head's checks; `false` while values are missing or after a refusal (which
-    /// removes the head).
-    fn evaluate_checks(&mut self) -> bool {
-        let Some(Queued {
-            ticket,
-            item: Item::Op(request),
-            ..
-        }) = self.queue.front()
-        else {
-            return false;
-        };
-        let ticket = *ticket;
-        let checks: Vec<Check> = request.checks.clone();
-        let mut missing = false;
-        for (index, check) in checks.iter().enumerate() {
-            let value = match self.checking.values.get(&index) {
-                Some(value) => Some(value.clone()),
-                None => self.known(check.home, &check.key),
-            };
-            let Some(value) = value else {
-                missing = true;
-                let (home, key) = (check.home, check.key.clone());
-                // A counter of ours that is on its way is read once it is committed.
-                let settled = self.redo.writer_of(home, &key).is_none();
-                if settled && self.checking.asked.insert(index) {
-                    self.ask(Asked::CheckRead {
-                        check: index,
-                        home,
-                        key,
-                    });
-                }
-                continue;
-            };
-            let holds = match &check.expect {
-                Expect::Absent => value.is_none(),
-                Expect::Present => value.is_some(),
-                Expect::Value(expected) => value.as_ref() == Some(expected),
-            };
-            if !holds {
-                self.queue.pop_front();
-                self.head_left(ticket);
-                self.refuse(ticket, Refusal::CheckFailed { check: index });
-                self.advance_queue();
-                return false;
-            }
-        }
-        !missing
-    }
-
-    /// Value of an object as far as it is known here under the lock held on it.
-    fn known(&self, home: NodeId, key: &Key) -> Option<Option<Bytes>> {
-        if let Some(op) = self.redo.writer_of(home, key) {
-            let last = op.updates_for(home).filter(|u| u.key == *key).last()?;
-            return match &last.change {
-                Change::Put(value) => Some(Some(value.clone())),
-                Change::Delete => Some(None),
-                Change::Add(_) => None,
-            };
-        }
-        self.holdings
-            .proves_empty(home, key.range())
-            .then_some(None)
-    }
-
-    fn stamp_head(&mut self) {
-        let Some(Queued {
-            ticket,
-            item: Item::Op(request),
-            ..
-        }) = self.queue.pop_front()
-        else {
-            return;
-        };
-        let life = self.port.life();
-        let epoch = self.port.epoch();
-        for u in &request.updates {
-            self.holdings.occupy(u.home, &u.key);
-        }
-        let op = self.redo.stamp(life, epoch, request.updates);
-        for p in &op.participants {
-            self.outbox.open(life, p.node, StreamSeq(1));
-            self.outbox.push(p.node, op.clone());
-        }
-        self.counters.stamped += 1;
-        self.stamped.push_back((ticket, Stamp { id: op.id, epoch }));
-        self.head_left(ticket);
-    }
-
-    fn head_left(&mut self, ticket: Ticket) {
-        self.unpin(ticket.0);
-        self.forget_checks();
-    }
-
-    /// Answers that are still on their way belong to another head or to lost locks.
-    fn forget_checks(&mut self) {
-        let asked = core::mem::take(&mut self.checking).asked;
-        if !asked.is_empty() {
-            self.asked
-                .retain(|_, a| !matches!(a, Asked::CheckRead { .. }));
-        }
-    }
-
-    /// Answers a read from what is known, or asks the tier above. `false` when it must wait.
-    fn start_read(&mut self, ticket: Ticket, home: NodeId, key: Key) -> bool {
-        if let Some(value) = self.known(home, &key) {
-            self.unpin(ticket.0);
-            self.port.ask(Effect::Value {
-                ticket,
-                result: Ok(value),
-            });
-            return true;
-        }
-        if self.redo.writer_of(home, &key).is_some() || self.asked.len() >= READS_MAX {
-            return false;
-        }
-        self.ask(Asked::Read { ticket, home, key });
-        true
-    }
-
-    fn read_replied(&mut self, request: u64, value: Option<Bytes>) {
-        match self.asked.remove(&request) {
-            Some(Asked::Read { ticket, .. }) => {
-                self.unpin(ticket.0);
-                self.port.ask(Effect::Value {
-                    ticket,
-                    result: Ok(value),
-                });
-            }
-            Some(Asked::CheckRead { check, .. }) => {
-                self.checking.values.insert(check, value);
-            }
-            _ => {}
-        }
-    }
-}
-
-/// Limits and coverage of a request (S1 and S2 rest on it).
-fn validate(request: &Request) -> Result<(), Refusal> {
-    let covered = |home: NodeId, key: &Key, mode: Mode| {
-        request
-            .locks
-            .iter()
-            .any(|w| w.home == home && w.mode >= mode && w.range.holds(key))
-    };
-    let mut keys: Vec<(NodeId, &Key)> = request.updates.iter().map(|u| (u.home, &u.key)).collect();
-    keys.sort_unstable();
-    let distinct = keys.windows(2).all(|pair| pair[0] != pair[1]);
-    let sized = !request.updates.is_empty() && request.updates.len() <= UPDATES_MAX;
-    let updates = request.updates.iter().all(|u| {
-        u.key.name.len() <= crate::op::NAME_MAX
-            && u.change.weight() <= crate::op::VALUE_MAX
-            && (matches!(u.change, Change::Add(_)) || covered(u.home, &u.key, Mode::Exclusive))
-    });
-    let checks = request
-        .checks
-        .iter()
-        .all(|c| covered(c.home, &c.key, Mode::Shared));
-    if distinct && sized && updates && checks {
-        Ok(())
-    } else {
-        Err(Refusal::NotCovered)
     }
 }

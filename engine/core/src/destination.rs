@@ -31,6 +31,7 @@ use crate::message::{
 };
 use crate::op::{Bytes, Change, Mode, Operation, Range, Update};
 use crate::record::{OpRecord, Record, Recorded, Storage, Stored, Value, Write};
+use crate::teeth::{Tooth, bites};
 
 /// Values at least this long are placed out of line and their record points to them, in bytes.
 pub const BULK_BYTES: usize = 64 << 10;
@@ -165,8 +166,13 @@ impl Destination {
         } else {
             Stage::Reconnect
         };
+        let first = if bites(Tooth::EpochReset) {
+            Epoch(0)
+        } else {
+            ceiling
+        };
         Destination {
-            port: Port::new(life, ceiling),
+            port: Port::new(life, first),
             member: Member::new(
                 config.root,
                 config.parent,
@@ -232,7 +238,7 @@ impl Destination {
             }
             Message::Open { reclaim, .. } => self.open(from, &reclaim, storage),
             Message::Stream { base } => self.announce(from, base, storage),
-            Message::Reint { parts } => {
+            Message::Reint { parts, .. } => {
                 if self.is_refused(from) {
                     self.counters.refused_fenced += parts.len() as u64;
                 } else {
@@ -474,6 +480,9 @@ impl Destination {
         });
         source.hops.insert(from.node);
         source.dirty = true;
+        if bites(Tooth::PositionForgotten) {
+            source.executed = base.base.before();
+        }
     }
 
     /// O2.
@@ -491,6 +500,9 @@ impl Destination {
             self.counters.refused_order += 1;
             return;
         };
+        if bites(Tooth::StampedRefused) && !storage.has_room() {
+            return;
+        }
         if at <= source.executed {
             self.counters.duplicates += 1;
             source.dirty = true;
@@ -536,6 +548,9 @@ impl Destination {
         });
         source.executed = at;
         source.dirty = true;
+        if bites(Tooth::CommittedEarly) {
+            source.committed = at;
+        }
         self.counters.executed += 1;
     }
 
@@ -655,7 +670,11 @@ impl Destination {
 
     /// Undo records below the durable m go (b.6).
     fn purge(&mut self) {
-        let minimum = self.minimum_durable;
+        let minimum = if bites(Tooth::PurgedEarly) {
+            self.port.minimum()
+        } else {
+            self.minimum_durable
+        };
         for source in self.sources.values_mut() {
             while source
                 .index

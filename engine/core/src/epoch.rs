@@ -13,6 +13,7 @@
 //! whoever owns a log ([`crate::destination`]).
 
 use crate::ids::Epoch;
+use crate::teeth::{Tooth, bites};
 
 /// Largest credible jump: a message whose epoch lies further ahead is refused and counted, because
 /// one corrupted value would otherwise infect the whole cluster in one round.
@@ -54,7 +55,11 @@ impl Clock {
             self.refused += 1;
             return Err(Poisoned { epoch });
         }
-        self.epoch = self.epoch.max(epoch);
+        self.epoch = if bites(Tooth::EpochAssigned) {
+            epoch
+        } else {
+            self.epoch.max(epoch)
+        };
         Ok(())
     }
 

@@ -13,6 +13,7 @@
 //! - [`client`], [`proxy`], [`destination`], [`root`], [`aggregator`]: one state machine per role.
 //! - [`member`]: how a node joins, pings its parent and learns the view.
 //! - [`record`]: what a destination writes to its log.
+//! - [`teeth`]: faults seeded to show that the simulator finds them; absent from normal builds.
 //!
 //! Contract of every state machine: `handle_*(now, input)` in, effects out of a [`effect::Effects`]
 //! queue, time is an argument measured in abstract ticks, no thread, no clock, no source of
@@ -41,4 +42,6 @@ pub mod record;
 pub mod root;
 pub mod session;
 pub mod source;
+pub mod teeth;
+mod tier;
 pub mod wire;

@@ -24,6 +24,7 @@ use alloc::vec::Vec;
 use crate::ids::{GrantId, Life, NodeId};
 use crate::message::Reclaim;
 use crate::op::{Key, Mode, Range, Want};
+use crate::teeth::{Tooth, bites};
 
 /// Disjoint inclusive ranges of slots, ascending.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -230,7 +231,7 @@ impl LockServer {
     /// is a bug of the caller or of the holder.
     pub fn reclaim(&mut self, holder: Life, claims: &[Reclaim], out: &mut Vec<Notice>) -> usize {
         // What was not told yet belongs to the session before: the claims do not know of it.
-        out.retain(|notice| notice.to() != holder);
+        out.retain(|notice| notice.to() != holder || bites(Tooth::StaleGrantTold));
         for space in self.spaces.values_mut() {
             space.grants.retain(|g| g.holder != holder);
             space.waiting.retain(|w| w.holder != holder);

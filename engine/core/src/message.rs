@@ -346,6 +346,9 @@ messages! {
     }
     /// Reintegrate: a batch of one source node's windows for one next tier.
     14 Reint {
+        /// Operations that the sender stamped, up to and including this one, are everywhere
+        /// committed: nobody will ask for them, whatever m is.
+        done: Seq,
         /// Parts, in stream order per stream.
         parts: Vec<Parts>,
     }

@@ -18,12 +18,13 @@ mod state;
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::vec::Vec;
 
-pub use state::RootState;
 use state::{Eviction, Row};
+pub use state::{RootState, StateError};
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Term, Time, ViewId};
 use crate::message::{Covered, Envelope, Message, Role, View};
+use crate::teeth::{Tooth, bites};
 
 /// How far ahead of the epoch the durable ceiling is kept.
 const CEILING_STEP: u64 = 10_000;
@@ -309,7 +310,11 @@ impl Root {
                 let last = known.map_or(0, |(life, ..)| life.incarnation.0);
                 let life = Life {
                     node,
-                    incarnation: Incarnation(last + 1),
+                    incarnation: if bites(Tooth::SameIncarnation) {
+                        Incarnation(1)
+                    } else {
+                        Incarnation(last + 1)
+                    },
                 };
                 if let Some((old, _, true, old_role)) = known {
                     if old_role.is_volatile_source() {
@@ -351,7 +356,11 @@ impl Root {
             Err(index) => self.state.rows.insert(index, row),
         }
         if role.is_volatile_source() {
-            let hold = self.port.minimum();
+            let hold = if bites(Tooth::JoinerNotHeld) {
+                Epoch(u64::MAX)
+            } else {
+                self.port.minimum()
+            };
             let bound = Bound {
                 hold,
                 covered: None,
@@ -408,6 +417,9 @@ impl Root {
             && bound.attach != (attach, Some(via.node))
         {
             bound.hold = hold;
+            if bites(Tooth::DetachedFirst) {
+                bound.hold = Epoch(u64::MAX);
+            }
             bound.covered = None;
             bound.attach = (attach, Some(via.node));
         }
@@ -441,6 +453,9 @@ impl Root {
             } else if bound.covered == Some(from.node) {
                 // No longer bounded by the branch: held where the branch last had it.
                 bound.hold = before;
+                if bites(Tooth::UnlistedNotHeld) {
+                    bound.hold = Epoch(u64::MAX);
+                }
                 bound.covered = None;
             }
         }
@@ -481,6 +496,9 @@ impl Root {
         }
         if let Some(bound) = self.bounds.get_mut(&life) {
             bound.hold = frozen;
+            if bites(Tooth::EvictedNotHeld) {
+                bound.hold = Epoch(u64::MAX);
+            }
             bound.covered = None;
         }
         self.evictions.insert(life, Eviction::new(life, role));
@@ -513,6 +531,9 @@ impl Root {
             self.state.minimum = value;
             self.changed = true;
             self.unpublished.push_back((self.version + 1, value));
+            if bites(Tooth::PublishedEarly) {
+                self.port.publish(self.state.term, value);
+            }
         }
     }
 

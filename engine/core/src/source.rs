@@ -23,6 +23,7 @@ use crate::effect::Port;
 use crate::ids::{Epoch, Life, NodeId, OpId, Seq, StreamSeq};
 use crate::message::{Message, Parts, StreamBase, StreamState};
 use crate::op::{Key, Operation, Participant, Range, Update};
+use crate::teeth::{Tooth, bites};
 
 /// Parts at least this heavy release their payload at commit instead of at stability, in bytes.
 pub const BULK_WEIGHT: usize = 64 << 10;
@@ -68,6 +69,8 @@ pub struct WindowCounters {
     pub held_max: u64,
     /// Parts sent again after a reconnect.
     pub replayed: u64,
+    /// Parts let go before m passed them, under memory pressure.
+    pub early: u64,
 }
 
 /// Streams of one node towards the tiers above it.
@@ -199,7 +202,14 @@ impl Outbox {
     }
 
     /// Announces and sends what may be sent to the homes reached through `hop`.
-    pub fn flush(&mut self, port: &mut Port, hop: NodeId, through: impl Fn(Life, NodeId) -> bool) {
+    /// `done` is what the redo of this node says of its own operations.
+    pub fn flush(
+        &mut self,
+        port: &mut Port,
+        hop: NodeId,
+        done: Seq,
+        through: impl Fn(Life, NodeId) -> bool,
+    ) {
         let mut in_flight = 0;
         for ((source, home), s) in &self.streams {
             if through(*source, *home) && s.ready {
@@ -216,17 +226,20 @@ impl Outbox {
         let mut sources: Vec<Life> = due.map(|((source, _), _)| *source).collect();
         sources.dedup();
         let mut batch = Batch::default();
+        let epoch = port.epoch();
         for source in sources {
             while in_flight < IN_FLIGHT_BYTES {
-                let Some(parts) = self.take_parts(source, &through, &mut in_flight) else {
+                let Some(parts) = self.take_parts(source, &through, &mut in_flight, epoch) else {
                     break;
                 };
-                batch.push(parts, |parts| port.send(hop, Message::Reint { parts }));
+                batch.push(parts, |parts| {
+                    port.send(hop, Message::Reint { done, parts })
+                });
             }
         }
         if !batch.parts.is_empty() {
             let parts = batch.parts;
-            port.send(hop, Message::Reint { parts });
+            port.send(hop, Message::Reint { done, parts });
         }
     }
 
@@ -236,6 +249,7 @@ impl Outbox {
         source: Life,
         through: impl Fn(Life, NodeId) -> bool,
         in_flight: &mut usize,
+        epoch: Epoch,
     ) -> Option<Parts> {
         let of_source = (source, NodeId(0))..=(source, NodeId(u32::MAX));
         let due = self.streams.range(of_source.clone());
@@ -259,7 +273,10 @@ impl Outbox {
             homes.push(home);
             op = op.or(Some(next));
         }
-        let op = op?.sent_to(|home| through(source, home), CARRY_BYTES);
+        let mut op = op?.sent_to(|home| through(source, home), CARRY_BYTES);
+        if bites(Tooth::ResendRetagged) {
+            Arc::make_mut(&mut op).epoch = epoch;
+        }
         Some(Parts { homes, op })
     }
 
@@ -273,14 +290,18 @@ impl Outbox {
             ..
         } = self;
         for ((_, home), s) in streams.iter_mut() {
-            while s.parts.front().is_some_and(|op| op.epoch < minimum) && s.base <= s.committed {
+            let past =
+                |op: &Arc<Operation>| op.epoch < minimum || bites(Tooth::DiscardedOnOwnCommit);
+            while s.parts.front().is_some_and(past) && s.base <= s.committed {
                 discard_front(*home, s, windows, counters, bytes);
             }
         }
     }
 
     /// Under memory pressure: discards committed parts of `source` up to `through`, an operation
-    /// whose whole dependency closure is everywhere committed (rule b.5, second form).
+    /// whose whole dependency closure is everywhere committed (rule b.5, second form). With
+    /// `commit_on_share` that closure is the source's own earlier operations. A resolver does not
+    /// need them: every home lists what it committed as long as m has not passed it.
     pub fn discard_early(&mut self, source: Life, through: Seq) {
         let Outbox {
             streams,
@@ -292,11 +313,23 @@ impl Outbox {
         for ((life, home), s) in streams.iter_mut() {
             while *life == source
                 && s.base <= s.committed
-                && s.parts.front().is_some_and(|op| op.id.seq <= through)
+                && s.parts
+                    .front()
+                    .is_some_and(|op| op.id.seq <= through || bites(Tooth::PressedDiscardsAll))
             {
                 discard_front(*home, s, windows, counters, bytes);
+                counters.early += 1;
             }
         }
+    }
+
+    /// Whether every part of an operation is held, for invariant checks.
+    #[must_use]
+    pub fn holds(&self, op: &Operation) -> bool {
+        op.participants.iter().all(|p| {
+            let stream = self.streams.get(&(op.id.source, p.node));
+            stream.is_some_and(|s| s.part(p.at).is_some_and(|held| held.id == op.id))
+        })
     }
 
     /// Forgets every stream of a life that is GONE.
@@ -592,7 +625,7 @@ impl Redo {
         let reached = |op: &Operation, committed: bool| {
             op.participants.iter().all(|p| {
                 outbox.state(op.id.source, p.node).is_some_and(|s| {
-                    p.at <= if committed {
+                    p.at <= if committed && !bites(Tooth::FinishedOnReply) {
                         s.committed
                     } else {
                         s.executed.max(s.committed)

@@ -478,6 +478,7 @@ fn make_core(
                 ping_interval,
                 nonce,
                 merge_interval: 2,
+                window_bytes: 64 << 20,
                 via,
             };
             Core::Proxy(Box::new(Proxy::new(config.id, settings)))

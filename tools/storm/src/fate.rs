@@ -160,6 +160,7 @@ impl World {
                 ping_interval: interval,
                 nonce,
                 merge_interval: self.plan.merge_interval,
+                window_bytes: self.plan.window_bytes,
                 via: if shared {
                     self.peers_of(number)
                 } else {
@@ -215,7 +216,7 @@ impl World {
             return false;
         };
         let idle = n.originate.0 > 0 && n.originate.1 < 2;
-        if !idle || proxy.port().life().incarnation.0 == 0 || !self.rng.chance(10) {
+        if !idle || self.at_rest || proxy.port().life().incarnation.0 == 0 || !self.rng.chance(10) {
             return false;
         }
         let left = n.originate.0;

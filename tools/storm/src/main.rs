@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+#[cfg(feature = "teeth")]
+use lowtide_engine_core::teeth::Tooth;
 use lowtide_storm::plan::Plan;
 use lowtide_storm::probe::Probe;
-use lowtide_storm::runner::{Summary, minimise, run, sweep};
+use lowtide_storm::runner::{Summary, minimise, run, sweep, sweep_until};
 
 /// Seeds of a gate unless told otherwise; every probe must be hit by them.
 const GATE_SEEDS: u64 = 20_000;
@@ -38,6 +40,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Run seeds until one fails; exit status 0 if one does. For builds with a seeded fault.
+    Hunt {
+        /// How many seeds at most.
+        #[arg(long, default_value_t = GATE_SEEDS)]
+        seeds: u64,
+        /// The first one.
+        #[arg(long, default_value_t = 1)]
+        first: u64,
+        /// Threads.
+        #[arg(long, default_value_t = 1)]
+        jobs: usize,
+    },
+    /// List the seeded faults that this build can be given by LOWTIDE_TOOTH.
+    #[cfg(feature = "teeth")]
+    Teeth,
     /// Run one seed; on failure minimise it and print the end of its trace.
     Seed {
         /// The seed.
@@ -70,6 +87,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    #[cfg(feature = "teeth")]
+    choose_tooth();
     let good = match Arguments::parse().command {
         Command::Gate {
             seeds,
@@ -77,6 +96,14 @@ fn main() -> ExitCode {
             jobs,
             json,
         } => gate(first, seeds, jobs, json),
+        Command::Hunt { seeds, first, jobs } => hunt(first, seeds, jobs),
+        #[cfg(feature = "teeth")]
+        Command::Teeth => {
+            for tooth in Tooth::ALL {
+                println!("{tooth:?}");
+            }
+            true
+        }
         Command::Seed {
             seed,
             trace,
@@ -153,6 +180,40 @@ fn gate(first: u64, seeds: u64, jobs: usize, json: bool) -> bool {
     let failed = summary.failures.len() + missed.len() + found;
     println!("{} passed, {failed} failed", summary.passed);
     failed == 0
+}
+
+/// Lets the fault that LOWTIDE_TOOTH names bite.
+#[cfg(feature = "teeth")]
+fn choose_tooth() {
+    let Ok(name) = std::env::var("LOWTIDE_TOOTH") else {
+        return;
+    };
+    let all = Tooth::ALL.iter().copied();
+    match all.into_iter().find(|t| format!("{t:?}") == name) {
+        Some(tooth) => lowtide_engine_core::teeth::choose(tooth),
+        None => {
+            eprintln!("LOWTIDE_TOOTH: no seeded fault is called {name:?}; `teeth` lists them");
+            std::process::exit(2);
+        }
+    }
+}
+
+/// Runs seeds until one fails. With several threads it is not always the smallest.
+fn hunt(first: u64, seeds: u64, jobs: usize) -> bool {
+    let found = AtomicU64::new(0);
+    let summary = sweep_until(first, jobs, |seed, failures| {
+        found.fetch_max(u64::from(failures > 0), Ordering::Relaxed);
+        seed >= first + seeds || found.load(Ordering::Relaxed) > 0
+    });
+    let tried = summary.passed + summary.failures.len() as u64;
+    match summary.failures.first() {
+        Some(failure) => println!(
+            "found after {tried} seeds: seed {} {}",
+            failure.seed, failure.what
+        ),
+        None => println!("not found in {tried} seeds"),
+    }
+    !summary.failures.is_empty()
 }
 
 fn missed(summary: &Summary) -> Vec<Probe> {

@@ -75,6 +75,22 @@ pub enum Fault {
     },
 }
 
+impl Fault {
+    /// How long it lasts.
+    #[must_use]
+    pub fn ticks(&self) -> u64 {
+        match self {
+            Fault::Crash { down, .. } => down.unwrap_or_default(),
+            Fault::Pause { ticks, .. }
+            | Fault::Cut { ticks, .. }
+            | Fault::Isolate { ticks, .. }
+            | Fault::Slow { ticks, .. }
+            | Fault::Full { ticks, .. } => *ticks,
+            Fault::Break { .. } | Fault::Part { .. } => 0,
+        }
+    }
+}
+
 /// A client of the plan.
 #[derive(Clone, Debug)]
 pub struct ClientPlan {
@@ -150,6 +166,8 @@ pub struct Plan {
     pub multi: u64,
     /// Bytes of redo at a client before early discards.
     pub redo_bytes: usize,
+    /// Bytes of windows at a proxy before early discards.
+    pub window_bytes: usize,
     /// Bytes of other participants' updates in a record.
     pub carry_bytes: usize,
     /// Percent of values that are bulk.
@@ -214,6 +232,7 @@ impl Plan {
             wide: 0,
             multi: 50,
             redo_bytes: 1 << 20,
+            window_bytes: 1 << 20,
             carry_bytes: 64 << 10,
             bulk: 0,
             mix: Mix {
@@ -226,6 +245,12 @@ impl Plan {
                 scan: 1,
             },
         }
+    }
+
+    /// Whether epochs of idle nodes are watched at the end; it takes time, so some runs do.
+    #[must_use]
+    pub fn watches_idle(&self) -> bool {
+        self.seed.is_multiple_of(16)
     }
 
     /// The same plan with every home reached directly.
@@ -294,6 +319,8 @@ impl Plan {
             }
             list.push((at, fault));
         }
+        let mut rng = Rng::branch(seed, 4);
+        plan.window_bytes = *rng.pick(&[0, 300, 1 << 20, 1 << 20]);
         plan.draw_bypass(&mut list);
         list.sort_by_key(|(at, _)| *at);
         plan.faults = list;

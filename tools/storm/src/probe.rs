@@ -62,6 +62,8 @@ probes! {
     LockYielded,
     PausedAndNotEvicted,
     SupplierProxyDied,
+    WindowsDiscardedEarly,
+    IdleEpochsWatched,
 }
 
 /// How often each situation occurred.

@@ -84,6 +84,11 @@ impl Summary {
 /// Runs the seeds from `first` on until `stop` says so (asked with each seed), on `jobs` threads.
 /// One seed in fifty is run twice and must leave the same trace hash.
 pub fn sweep(first: u64, jobs: usize, stop: impl Fn(u64) -> bool + Sync) -> Summary {
+    sweep_until(first, jobs, |seed, _| stop(seed))
+}
+
+/// As [`sweep`]; `stop` is told how many seeds of the asking thread have failed so far.
+pub fn sweep_until(first: u64, jobs: usize, stop: impl Fn(u64, usize) -> bool + Sync) -> Summary {
     let next = AtomicU64::new(first);
     let mut total = Summary::default();
     std::thread::scope(|scope| {
@@ -94,7 +99,7 @@ pub fn sweep(first: u64, jobs: usize, stop: impl Fn(u64) -> bool + Sync) -> Summ
                     loop {
                         // Only the number matters, no other memory hangs on it.
                         let seed = next.fetch_add(1, Ordering::Relaxed);
-                        if stop(seed) {
+                        if stop(seed, mine.failures.len()) {
                             return mine;
                         }
                         one(seed, &mut mine);

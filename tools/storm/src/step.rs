@@ -451,6 +451,7 @@ impl World {
                     self.oracle.stamped(op);
                 }
                 self.oracle.covered(life, c.bound());
+                self.oracle.held(life, |op| c.holds(op));
             }
             Core::Proxy(c) => {
                 let known = self.oracle.known(life);
@@ -458,6 +459,7 @@ impl World {
                     self.oracle.stamped(op);
                 }
                 self.oracle.covered(life, c.bound());
+                self.oracle.held(life, |op| c.holds(op));
             }
             Core::Destination(_) => {
                 let log = &n.disk.log;

@@ -86,6 +86,34 @@ impl World {
         text
     }
 
+    /// I16: an idle node's epoch trails the newest by at most two intervals per level of the tree
+    /// of pings, and what messages and the root's syncs take on the way.
+    pub(crate) fn watch_idle_epochs(&mut self) {
+        if !self.plan.watches_idle() {
+            return;
+        }
+        self.at_rest = true;
+        let newest = self.nodes.iter().map(|n| n.epoch).max().unwrap_or_default();
+        let plan = &self.plan;
+        let depth = 1 + u64::from(plan.aggregator);
+        let way = 2 * plan.delay_max + plan.sync_max;
+        let bound = depth * (2 * plan.ping_interval + way);
+        let until = self.now + bound;
+        self.run_until(until);
+        for n in &self.nodes {
+            let behind = n.core.port().is_some_and(|p| p.epoch() < newest);
+            if behind && self.oracle.failure().is_none() {
+                let text = format!(
+                    "I16: {} is at {} though {newest} was reached {bound} ticks ago",
+                    n.life, n.epoch
+                );
+                self.oracle.fail(text);
+                return;
+            }
+        }
+        self.hit(Probe::IdleEpochsWatched);
+    }
+
     pub(crate) fn final_checks(&mut self) {
         let live: Vec<_> = self
             .nodes
@@ -125,6 +153,9 @@ impl World {
                     p.hit_if(Probe::PartsReplayed, windows.replayed > 0);
                     p.hit_if(Probe::RedoPressed, pressed && c.counters().stamped > 4);
                     p.hit_if(Probe::LockYielded, c.counters().yielded > 0);
+                }
+                Core::Proxy(c) => {
+                    p.hit_if(Probe::WindowsDiscardedEarly, c.windows().early > 0);
                 }
                 Core::Destination(d) => {
                     let counters = d.counters();

@@ -155,6 +155,8 @@ pub struct World {
     pub(crate) outcomes: BTreeMap<Ticket, Result<Stamp, SessionError>>,
     /// Values that a script's reads found.
     pub(crate) found: BTreeMap<Ticket, Option<Bytes>>,
+    /// Nothing new is begun any more.
+    pub(crate) at_rest: bool,
     /// Requests answered and evictions finished.
     pub(crate) progress: u64,
     /// Pins held: (coordinator, peer).
@@ -213,6 +215,7 @@ impl World {
             stalled: BTreeSet::new(),
             outcomes: BTreeMap::new(),
             found: BTreeMap::new(),
+            at_rest: false,
             progress: 0,
             pins: BTreeSet::new(),
         };
@@ -241,6 +244,12 @@ impl World {
         let patience =
             30 * self.plan.evict_after + 100 * (self.plan.delay_max + self.plan.sync_max);
         let patience = patience + 3000;
+        if self.plan.watches_idle() {
+            // What pauses and slow syncs put off lies behind.
+            let last = self.plan.faults.iter().map(|(at, f)| at + f.ticks()).max();
+            let calm = last.unwrap_or_default() + 10 * (1 + self.plan.sync_max);
+            self.run_until(calm);
+        }
         let mut deadline = self.now + patience;
         let mut progress = self.progress;
         while self.oracle.failure().is_none() && !self.is_converged() {
@@ -256,6 +265,9 @@ impl World {
             }
             let next = self.now + 25;
             self.run_until(next);
+        }
+        if self.oracle.failure().is_none() {
+            self.watch_idle_epochs();
         }
         if self.oracle.failure().is_none() {
             self.final_checks();

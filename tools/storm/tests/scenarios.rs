@@ -297,7 +297,8 @@ fn a_home_that_joins_late_refuses_the_dead() {
     s.cut(0, c0);
     s.count(c0, 0, 10);
     s.declare_dead(c0);
-    assert!(s.oracle().is_gone(victim), "nobody had to be asked");
+    s.until("it is GONE", |s| s.oracle().is_gone(victim));
+    assert!(!s.is_up(d0), "the home was not asked");
     s.until("the home has joined", |s| s.life(d0).incarnation.0 == 1);
     s.run(400);
     assert_eq!(s.life(c0), victim, "the dead life still runs");
@@ -436,5 +437,90 @@ fn a_completed_part_is_seen_through_the_proxy_it_did_not_pass() {
     let read = s.read(c1, 0, 20);
     s.until("the read is answered", |s| s.found(read).is_some());
     assert_eq!(s.found(read), Some(&Some(value(2))));
+    s.finish();
+}
+
+/// A client stands still and holds m, while another one works. Under memory pressure its proxy lets
+/// windows go that are everywhere committed with all that they depend on; nothing is missed later.
+#[test]
+fn a_proxy_under_pressure_discards_what_nobody_will_ask_for() {
+    let held = |window_bytes| {
+        let mut s = Scenario::new(Plan {
+            window_bytes,
+            evict_after: 10_000,
+            ..two_by_two(2)
+        });
+        let (d0, s0, c0, c1) = (s.d(0), s.s(0), s.c(0), s.c(1));
+        s.pause(c0, 5000);
+        let before = s.minimum();
+        let mut last = None;
+        for tag in 1..=40 {
+            let ticket = s.put(c1, &[(0, 10 * tag, tag), (1, 10 * tag, tag)]);
+            let op = id(&mut s, ticket);
+            s.until("it is everywhere committed", |s| {
+                s.is_committed(op, 0) && s.is_committed(op, 1)
+            });
+            s.run(60);
+            last = Some(op);
+        }
+        let last = last.expect("40 operations");
+        let epoch = s.client(c1).port().epoch();
+        assert!(s.minimum() < epoch, "m stands: {before} {epoch}");
+        let bytes = s.proxy(s0).held_bytes();
+        // Neither the home's crash nor the client's death asks for what went.
+        s.crash(d0);
+        s.start(d0);
+        let victim = s.life(c1);
+        s.kill(c1);
+        s.until("the client is GONE", |s| s.oracle().is_gone(victim));
+        assert!(s.is_committed(last, 0) && s.is_committed(last, 1));
+        s.converge();
+        assert_eq!(s.registers(0).len(), 40);
+        s.finish();
+        bytes
+    };
+    let (free, pressed) = (held(1 << 20), held(0));
+    assert!(free > 30 * 200, "{free} bytes are kept without pressure");
+    assert!(
+        pressed < free / 10,
+        "{pressed} bytes are kept under pressure"
+    );
+}
+
+/// A client hears that its proxy is dead, and loses the connection to the process, which does not
+/// know yet. The process must keep what it granted until the client's operations are at home
+/// (seed 19528).
+#[test]
+fn a_dead_proxy_keeps_its_grants_when_a_client_connects_again() {
+    let mut s = Scenario::new(Plan {
+        merge_interval: 400,
+        ..two_by_two(2)
+    });
+    let (d0, s0, c0, c1) = (s.d(0), s.s(0), s.c(0), s.c(1));
+    let first = s.put(c0, &[(0, 10, 1)]);
+    let first = id(&mut s, first);
+    s.until("it is at home", |s| s.is_committed(first, 0));
+    s.cut(s0, d0);
+    let second = s.put(c0, &[(0, 10, 2)]);
+    id(&mut s, second);
+    // The process hears nothing from the root, and C1 nothing of its death.
+    s.cut(0, s0);
+    s.cut(0, c1);
+    s.declare_dead(s0);
+    s.until("C0 has left the dead life", |s| {
+        s.client(c0)
+            .view()
+            .seat(s.id(s0))
+            .is_some_and(|seat| !seat.live)
+    });
+    s.sever(s0, c0);
+    let third = s.put(c1, &[(0, 10, 3)]);
+    s.run(40);
+    assert_eq!(s.outcome(third), None, "C0's lock is not given away");
+    s.mend(s0, d0);
+    s.mend(0, c1);
+    id(&mut s, third);
+    s.converge();
+    assert_eq!(s.stored(0, 10), Some(value(3)));
     s.finish();
 }

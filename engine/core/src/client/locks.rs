@@ -1,46 +1,20 @@
 //! Locks, hops and routes of a client: acquiring in order, pinning, yielding, reconnecting.
 
 use alloc::collections::BTreeSet;
-use alloc::vec::Vec;
 
-use super::{Asked, Client, HopSession, Item, Queued};
+use super::Client;
+use super::queue::{For, Item};
 use crate::ids::{Life, NodeId};
-use crate::message::{LockRefusal, Message};
-use crate::op::{Mode, Range, Refusal, Want};
+use crate::message::{LockRefusal, Message, Role};
+use crate::op::{Range, Refusal, Want};
 use crate::session::Ticket;
+use crate::teeth::{Tooth, bites};
+use crate::tier::Query;
 
 impl Client {
-    /// The tier through which a home is reached.
-    pub(super) fn route(&self, home: NodeId) -> NodeId {
-        let direct = self
-            .direct
-            .get(&home)
-            .or_else(|| self.config.via.get(&home));
-        direct.copied().unwrap_or(home)
-    }
-
-    /// Homes reached through `hop`.
-    pub(super) fn routes_through(&self, hop: NodeId) -> Vec<NodeId> {
-        let mut homes: Vec<NodeId> = self
-            .config
-            .via
-            .keys()
-            .copied()
-            .filter(|home| self.route(*home) == hop)
-            .collect();
-        if !homes.contains(&hop) && self.route(hop) == hop && !self.is_proxy(hop) {
-            homes.push(hop);
-        }
-        homes
-    }
-
-    fn is_proxy(&self, node: NodeId) -> bool {
-        self.config.via.values().any(|p| *p == node)
-    }
-
     /// Whether the root called this life of a proxy dead. Its process may not know yet.
     pub(super) fn is_dead(&self, life: Life) -> bool {
-        self.is_proxy(life.node)
+        self.routes.is_proxy(life.node)
             && (self.member.is_evicted(life)
                 || self
                     .dead
@@ -60,35 +34,37 @@ impl Client {
                 | Message::ReadReply { .. }
                 | Message::ScanReply { .. }
         );
-        let used = self
-            .hops
-            .get(&from.node)
-            .is_some_and(|h| h.is_open() && (h.life == Some(from) || !self.is_proxy(from.node)));
+        let used = self.tiers.is_open(from.node)
+            && (self.tiers.life(from.node) == Some(from) || !self.routes.is_proxy(from.node));
         session && !used
     }
 
     /// Says Open on a connected hop once the client has a life.
     pub(super) fn open_hop(&mut self, hop: NodeId) {
-        let homes = self.routes_through(hop);
-        let joined = self.member.is_joined();
-        let Some(state) = self.hops.get_mut(&hop) else {
-            return;
-        };
-        let idle = state.connected && state.session == HopSession::Closed;
-        if !idle || hop == self.config.root || !joined {
+        if !self.tiers.may_open(hop) || !self.member.is_joined() {
             return;
         }
-        if (homes.is_empty() && !self.may_release(hop)) || self.is_between_lives(hop) {
+        let routes = &self.routes;
+        let used = if routes.is_proxy(hop) {
+            routes.is_used(hop) || self.may_release(hop)
+        } else {
+            let seat = self.member.view().seat(hop);
+            let home = seat.is_some_and(|s| s.role == Role::Destination);
+            (home || routes.via.contains_key(&hop)) && routes.through(hop) == hop
+        };
+        if !used || self.is_between_lives(hop) {
             return;
         }
-        let Some(state) = self.hops.get_mut(&hop) else {
-            return;
-        };
-        state.session = HopSession::Opening;
-        let known = state.life;
-        self.holdings.forget_revokes(|home| homes.contains(&home));
-        let reclaim = self.holdings.claims(|home| homes.contains(&home));
-        self.port.send(hop, Message::Open { known, reclaim });
+        let reached = |home: NodeId| routes.through(home) == hop;
+        self.holdings.forget_revokes(reached);
+        let reclaim = self.holdings.claims(reached);
+        self.tiers.open(&mut self.port, hop, reclaim);
+    }
+
+    /// What was sent through a hop may be lost.
+    pub(super) fn path_closed(&mut self, hop: NodeId) {
+        let routes = &self.routes;
+        self.outbox.closed(|_, home| routes.through(home) == hop);
     }
 
     /// Whether the newest life of a proxy that is known here is dead. A process that still runs in
@@ -109,9 +85,9 @@ impl Client {
 
     /// Opens sessions with proxies whose next life the view names.
     pub(super) fn reopen_proxies(&mut self) {
-        let proxies: BTreeSet<NodeId> = self.config.via.values().copied().collect();
+        let proxies: BTreeSet<NodeId> = self.routes.via.values().copied().collect();
         for proxy in proxies {
-            if !self.routes_through(proxy).is_empty() {
+            if self.routes.is_used(proxy) {
                 self.open_hop(proxy);
             }
         }
@@ -130,42 +106,32 @@ impl Client {
     pub(super) fn release_voided(&mut self) {
         let bypassed: BTreeSet<NodeId> = self.voided.keys().map(|life| life.node).collect();
         for proxy in bypassed {
-            if self.routes_through(proxy).is_empty() {
+            if !self.routes.is_used(proxy) {
                 self.open_hop(proxy);
             }
         }
     }
 
     pub(super) fn hop_opened(&mut self, life: Life) {
-        let (dead, proxy) = (self.is_dead(life), self.is_proxy(life.node));
-        let Some(hop) = self.hops.get_mut(&life.node) else {
-            return;
-        };
-        if hop.session != HopSession::Opening {
+        let hop = life.node;
+        if !self.tiers.is_opening(hop) {
             return;
         }
-        if dead {
-            // Its process will leave; the next one connects anew.
-            hop.session = HopSession::Closed;
+        if self.is_dead(life) {
+            self.tiers.turned_away(hop);
             return;
         }
-        if let Some(old) = hop.life.filter(|old| *old != life && proxy) {
+        let before = self.tiers.life(hop);
+        if let Some(old) = before.filter(|old| *old != life && self.routes.is_proxy(hop)) {
             self.void(old);
         }
-        let Some(hop) = self.hops.get_mut(&life.node) else {
-            return;
-        };
-        hop.life = Some(life);
-        hop.session = HopSession::Open;
-        let homes = self.routes_through(life.node);
-        self.full.retain(|home| !homes.contains(home));
-        self.outbox.closed(|_, home| homes.contains(&home));
-        let again: Vec<u64> = self
+        self.tiers.opened(life);
+        let routes = &self.routes;
+        self.full.retain(|home| routes.through(*home) != hop);
+        let again = self
             .asked
-            .iter()
-            .filter(|(_, a)| homes.contains(&a.home()))
-            .map(|(&request, _)| request)
-            .collect();
+            .select(|query, _| routes.through(query.home()) == hop);
+        self.path_closed(hop);
         for request in again {
             self.send_asked(request);
         }
@@ -173,76 +139,20 @@ impl Client {
 
     /// The grants of a dead proxy life are worth nothing; remember what was stamped under them.
     pub(super) fn void(&mut self, victim: Life) {
-        let used = self
-            .hops
-            .get(&victim.node)
-            .is_some_and(|h| h.life == Some(victim));
-        if !used || self.voided.contains_key(&victim) {
+        let hop = victim.node;
+        if self.tiers.life(hop) != Some(victim) || self.voided.contains_key(&victim) {
             return;
         }
         self.voided.insert(victim, self.redo.last());
-        let homes = self.routes_through(victim.node);
-        self.holdings.void(|home| homes.contains(&home));
-        self.pins.retain(|(_, home, _)| !homes.contains(home));
-        if let Some(hop) = self.hops.get_mut(&victim.node) {
-            // An Open under way is for the next life, or will be answered by the dead one.
-            if hop.is_open() {
-                hop.session = HopSession::Closed;
-            }
-            hop.life = None;
-        }
-        self.outbox.closed(|_, home| homes.contains(&home));
+        let routes = &self.routes;
+        self.holdings.void(|home| routes.through(home) == hop);
+        self.pins
+            .retain(|(_, home, _)| routes.through(*home) != hop);
+        self.tiers.void(hop);
+        self.path_closed(hop);
         // A check that was read under a void grant must be read again under the next one.
         self.forget_checks();
-        self.requeue_reads(&homes);
-    }
-
-    /// Reads under way whose locks are void start over, ahead of everything else.
-    fn requeue_reads(&mut self, homes: &[NodeId]) {
-        let void: Vec<u64> = self
-            .asked
-            .iter()
-            .filter(|(_, a)| !matches!(a, Asked::Lock { .. }) && homes.contains(&a.home()))
-            .map(|(&request, _)| request)
-            .collect();
-        for request in void.into_iter().rev() {
-            let (ticket, item, range) = match self.asked.remove(&request) {
-                Some(Asked::Read { ticket, home, key }) => {
-                    let range = key.range();
-                    (ticket, Item::Read { home, key }, range)
-                }
-                Some(Asked::Scan {
-                    ticket,
-                    home,
-                    range,
-                    after,
-                    bytes_max,
-                }) => {
-                    let item = Item::Scan {
-                        home,
-                        range,
-                        after,
-                        bytes_max,
-                    };
-                    (ticket, item, range)
-                }
-                _ => continue,
-            };
-            let (Item::Read { home, .. } | Item::Scan { home, .. }) = &item else {
-                continue;
-            };
-            let wants = alloc::vec![Want {
-                home: *home,
-                range,
-                mode: Mode::Shared
-            }];
-            self.queue.push_front(Queued {
-                ticket,
-                item,
-                wants,
-                prefetched: false,
-            });
-        }
+        self.requeue_reads(hop);
     }
 
     /// Pins the head's locks in order; `false` while one is missing.
@@ -271,67 +181,34 @@ impl Client {
     /// Asks for a lock unless it is held or asked for already.
     pub(super) fn want(&mut self, want: &Want) {
         let Want { home, range, mode } = *want;
-        let pending = self.asked.values().any(|a| {
-            matches!(a, Asked::Lock { home: h, range: r, mode: m }
-                if *h == home && r.contains(&range) && *m >= mode)
-        });
+        let pending = self.asked.awaits(home, &range, mode);
         if pending || self.fenced || self.holdings.covers(home, range, mode) {
             return;
         }
         self.counters.locks_asked += 1;
-        self.ask(Asked::Lock { home, range, mode });
+        self.ask(Query::Lock { home, range, mode }, For::Lock);
     }
 
-    pub(super) fn ask(&mut self, asked: Asked) {
-        let request = self.next_request;
-        self.next_request += 1;
-        self.asked.insert(request, asked);
+    pub(super) fn ask(&mut self, query: Query, what_for: For) {
+        let request = self.asked.add(query, what_for);
         self.send_asked(request);
     }
 
     fn send_asked(&mut self, request: u64) {
-        let Some(asked) = self.asked.get(&request) else {
-            return;
-        };
-        let hop = self.route(asked.home());
-        if !self.hops.get(&hop).is_some_and(super::Hop::is_open) {
-            return;
+        if let Some(query) = self.asked.get(request) {
+            let hop = self.routes.through(query.home());
+            if self.tiers.is_open(hop) {
+                self.port.send(hop, query.message(request));
+            }
         }
-        let body = match asked {
-            Asked::Lock { home, range, mode } => Message::Lock {
-                request,
-                home: *home,
-                range: *range,
-                mode: *mode,
-            },
-            Asked::Read { home, key, .. } | Asked::CheckRead { home, key, .. } => Message::Read {
-                request,
-                home: *home,
-                key: key.clone(),
-            },
-            Asked::Scan {
-                home,
-                range,
-                after,
-                bytes_max,
-                ..
-            } => Message::Scan {
-                request,
-                home: *home,
-                range: *range,
-                after: after.clone(),
-                bytes_max: *bytes_max,
-            },
-        };
-        self.port.send(hop, body);
     }
 
     /// A full home refuses the whole head; anything else is asked again after a reconnect.
     pub(super) fn lock_refused(&mut self, request: u64, reason: LockRefusal) {
-        let Some(asked) = self.asked.remove(&request) else {
+        let Some((query, _)) = self.asked.take(request) else {
             return;
         };
-        let home = asked.home();
+        let home = query.home();
         if reason == LockRefusal::Fenced {
             self.fenced = true;
             return;
@@ -371,11 +248,12 @@ impl Client {
                 .pins
                 .iter()
                 .any(|(_, h, r)| *h == home && r.overlaps(&range));
-            if pinned || self.is_unsettled(home, &range) {
+            let unsettled = self.is_unsettled(home, &range) && !bites(Tooth::UnlockOvertakes);
+            if pinned || unsettled {
                 continue;
             }
-            let hop = self.route(home);
-            if !self.hops.get(&hop).is_some_and(super::Hop::is_open) {
+            let hop = self.routes.through(home);
+            if !self.tiers.is_open(hop) {
                 continue;
             }
             self.holdings.yielded(home, grant, range);

@@ -14,6 +14,7 @@ use crate::ids::{Epoch, Life, Lsn, NodeId, Seq, StreamSeq, Term, Version};
 use crate::message::{Held, Message};
 use crate::op::{Change, Operation, Update};
 use crate::record::{OpRecord, Record, Recorded, Storage, Stored, UndoneRecord, Value};
+use crate::teeth::{Tooth, bites};
 
 /// Evictions under way here.
 #[derive(Debug, Default)]
@@ -108,7 +109,10 @@ impl Destination {
     fn refuse<S: Storage>(&mut self, victim: Life, storage: &mut S) {
         if !self.is_fenced(victim) {
             self.log(&Record::Fence(victim), Epoch(0), storage);
-            self.sources.entry(victim).or_default().fenced = true;
+            self.sources.entry(victim).or_default().fenced = !bites(Tooth::NotFenced);
+            if bites(Tooth::ReleasedAtFence) {
+                self.locks.release_life(victim, &mut self.notices);
+            }
             self.sessions.retain(|_, life| *life != victim);
             self.locks.forget_waiting(victim, &mut self.notices);
             self.deferred.retain(|(asker, _)| *asker != victim);
@@ -215,11 +219,15 @@ impl Destination {
 
     /// Undoes the newest operation of a life.
     fn undo_last<S: Storage>(&mut self, victim: Life, storage: &mut S) {
-        let Some(entry) = self
-            .sources
-            .get(&victim)
-            .and_then(|s| s.index.back().copied())
-        else {
+        let Some(entry) = self.sources.get(&victim).and_then(|s| {
+            let forward = bites(Tooth::UndoneForward);
+            let entry = if forward {
+                s.index.front()
+            } else {
+                s.index.back()
+            };
+            entry.copied()
+        }) else {
             return;
         };
         let record = self.load(entry, storage);
@@ -257,7 +265,11 @@ impl Destination {
         let step = self.log(&Record::Undone(undone), entry.epoch, storage);
         self.undoing.push_back((step, entry.lsn));
         if let Some(source) = self.sources.get_mut(&victim) {
-            source.index.pop_back();
+            if bites(Tooth::UndoneForward) {
+                source.index.pop_front();
+            } else {
+                source.index.pop_back();
+            }
             source.executed = entry.at.before();
             source.committed = source.committed.min(source.executed);
         }

@@ -87,6 +87,11 @@ impl Own {
             .min()
     }
 
+    /// Own operations up to here are everywhere committed.
+    pub(super) fn done(&self) -> Seq {
+        self.redo.done()
+    }
+
     /// Pins are not awaited from proxies that `dead` selects; their parts take another path.
     pub(super) fn forget_pins_of(&mut self, dead: impl Fn(NodeId) -> bool) {
         for pending in &mut self.queue {
@@ -290,9 +295,15 @@ impl Proxy {
         }
     }
 
-    pub(super) fn own_purge(&mut self) {
+    pub(super) fn own_purge(&mut self, pressed: bool) {
         let minimum = self.port.minimum();
-        self.own.redo.purge(minimum, false);
+        self.own.redo.purge(minimum, pressed);
+    }
+
+    /// Whether every part of an own operation can still be sent, for invariant checks (I14).
+    #[must_use]
+    pub fn holds(&self, op: &Operation) -> bool {
+        self.outbox.holds(op)
     }
 
     /// Operations that this proxy stamped after `seq` and still keeps, for invariant checks.

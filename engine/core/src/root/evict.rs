@@ -21,6 +21,7 @@ use super::state::{Decision, Stage};
 use crate::ids::{Epoch, Life, NodeId, Seq, StreamSeq, Time};
 use crate::message::{Held, Message, Role};
 use crate::op::Participant;
+use crate::teeth::{Tooth, bites};
 
 impl Root {
     pub(super) fn eviction_message(&mut self, from: Life, body: Message) {
@@ -60,7 +61,7 @@ impl Root {
     fn expected(&self, victim: Life, stage: Stage, role: Role) -> BTreeSet<NodeId> {
         let mut nodes = BTreeSet::new();
         if stage == Stage::Draining {
-            if role == Role::Proxy {
+            if role == Role::Proxy && !bites(Tooth::NotDrained) {
                 nodes = self.live_nodes(Role::Client);
             }
         } else {
@@ -245,7 +246,7 @@ fn decide(
     for (&seq, known) in &union {
         let follows = Seq(decision.through.0 + 1) == seq && survivors > 0;
         let first = seq == Seq(1) || known.previous < minimum;
-        if (!follows && !first) || cap.is_some_and(|cap| seq > cap) {
+        if (!follows && !first && !bites(Tooth::GapCompleted)) || cap.is_some_and(|cap| seq > cap) {
             break;
         }
         let stable = known.epoch < minimum;
@@ -259,6 +260,9 @@ fn decide(
             .iter()
             .any(|home| !known.suppliers.contains_key(home))
         {
+            if bites(Tooth::GapCompleted) {
+                continue;
+            }
             break;
         }
         for home in missing {

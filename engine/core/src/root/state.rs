@@ -8,8 +8,44 @@ use crate::message::{Held, Role, Seat, View};
 use crate::wire::{Malformed, Reader, Wire};
 use crate::wire_struct;
 
-/// Version of the encoding.
-const VERSION: u8 = 1;
+/// Version of the encoding. 1 did not say whether a decision is a second one.
+const VERSION: u8 = 2;
+
+/// Why a persisted state cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StateError {
+    /// Another version of this program wrote it.
+    Version {
+        /// The version found.
+        found: u8,
+        /// The version that this program reads and writes.
+        supported: u8,
+    },
+    /// Not a root's state although its checksum is right.
+    Malformed(Malformed),
+}
+
+impl core::fmt::Display for StateError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            StateError::Version { found, supported } => write!(
+                f,
+                "the root's state has version {found}, this program reads version {supported}: \
+                 finish evictions with the version that wrote it, or start a new cluster"
+            ),
+            StateError::Malformed(m) => write!(f, "the root's state: {m}"),
+        }
+    }
+}
+
+impl core::error::Error for StateError {}
+
+impl From<Malformed> for StateError {
+    fn from(m: Malformed) -> StateError {
+        StateError::Malformed(m)
+    }
+}
 
 /// A node and its newest life.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,13 +89,13 @@ impl RootState {
     /// Decodes a persisted state.
     ///
     /// # Errors
-    /// [`Malformed`]: another version, or not a root's state.
-    pub fn decode(bytes: &[u8]) -> Result<RootState, Malformed> {
+    /// [`StateError`]: another version, or not a root's state.
+    pub fn decode(bytes: &[u8]) -> Result<RootState, StateError> {
         let mut input = Reader::new(bytes);
-        if u8::take(&mut input)? != VERSION {
-            return Err(Malformed {
-                what: "version of the root's state",
-            });
+        let found = u8::take(&mut input)?;
+        if found != VERSION {
+            let supported = VERSION;
+            return Err(StateError::Version { found, supported });
         }
         let mut state = RootState {
             term: Wire::take(&mut input)?,
@@ -233,6 +269,34 @@ impl DurableEviction {
             revised,
             decision,
             ..Eviction::new(self.victim, self.role)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_version_is_refused_by_name() {
+        let mut bytes = RootState::default().encode(&[]);
+        assert!(RootState::decode(&bytes).is_ok());
+        bytes[0] = 1;
+        let error = RootState::decode(&bytes).expect_err("version 1");
+        let (found, supported) = (1, VERSION);
+        assert_eq!(error, StateError::Version { found, supported });
+        let text = alloc::format!("{error}");
+        assert!(
+            text.contains("version 1") && text.contains("version 2"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_truncated_state_is_refused() {
+        let bytes = RootState::default().encode(&[]);
+        for len in 0..bytes.len() {
+            assert!(RootState::decode(&bytes[..len]).is_err(), "{len} bytes");
         }
     }
 }
