@@ -108,7 +108,9 @@ impl Bench {
             homes: vec![HOME],
             op: Arc::new(op),
         };
-        self.hears(source, Message::Reint { parts: vec![part] });
+        let parts = vec![part];
+        let done = Seq(0);
+        self.hears(source, Message::Reint { done, parts });
     }
 
     /// Fences a life and undoes all its operations after `through`.
