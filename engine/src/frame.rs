@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn long_values_are_neither_copied_out_nor_in() {
         let (mut envelope, to) = sample();
-        let value = |len: usize| Bytes::from_iter((0..len).map(|i| (i * 7 >> 3) as u8));
+        let value = |len: usize| Bytes::from_iter((0..len).map(|i| ((i * 7) >> 3) as u8));
         let entries = [10, 100_000, KEPT_MIN - 1, KEPT_MIN, 0].map(|len| {
             let key = Key::at(1, len as u64);
             (key, value(len))

@@ -35,7 +35,7 @@ struct Bench {
 impl Bench {
     fn new(dir: &std::path::Path) -> Bench {
         let (wake, durable) = channel();
-        let wake = move || drop(wake.send(()));
+        let wake = move || wake.send(()).unwrap_or(());
         let (storage, image) = ShardStorage::open(dir, false, wake).unwrap();
         let config = DestinationConfig {
             root: ROOT.node,

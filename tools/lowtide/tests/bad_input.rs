@@ -20,7 +20,7 @@ use serde_json::Value;
 /// The command without the right to read what permissions forbid, which the superuser has.
 fn humble(args: &[&str]) -> Command {
     let secret = tempfile::NamedTempFile::new().unwrap();
-    fs::set_permissions(secret.path(), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(secret.path(), fs::Permissions::from_mode(0o000)).unwrap();
     if fs::File::open(secret.path()).is_err() {
         return lowtide(args);
     }
@@ -63,7 +63,7 @@ fn what_cannot_be_read_is_named_and_decides_the_exit_status() {
     let tmp = tempfile::tempdir().unwrap();
     let input = tmp.path().join("in");
     make_input(&input, 10);
-    let close = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0)).unwrap();
+    let close = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
     fs::write(input.join("secret"), "x").unwrap();
     close(&input.join("secret"));
     fs::create_dir(input.join("closed")).unwrap();

@@ -306,7 +306,7 @@ impl Inbox {
         };
         let into = SgList::one(Lkey(key.0), u64::from(fetch.asked), take);
         let wr = SendWr::new(WrId(0), SendOp::Read(from), into);
-        if !device.qp(qp).is_some_and(|qp| qp.post_send(wr).is_ok()) {
+        if device.qp(qp).is_none_or(|qp| qp.post_send(wr).is_err()) {
             // Only a queue pair in error refuses; its completions will close the connection.
             return;
         }

@@ -69,16 +69,17 @@ impl Proxy {
                 mode,
                 empty,
             } => {
-                if self.asked.take(request).is_some() {
-                    self.holdings.granted(home, grant, range, mode, empty);
-                    if empty {
-                        // What is on its way was not there when the home looked.
-                        for key in self.outbox.touched_in(home, &range) {
-                            self.holdings.occupy(home, key);
-                        }
-                    }
-                    self.serve_waiting(|w| w.is_in(home, range.space));
+                if self.asked.take(request).is_none() {
+                    return;
                 }
+                self.holdings.granted(home, grant, range, mode, empty);
+                if empty {
+                    // What is on its way was not there when the home looked.
+                    for key in self.outbox.touched_in(home, &range) {
+                        self.holdings.occupy(home, key);
+                    }
+                }
+                self.serve_waiting(|w| w.is_in(home, range.space));
             }
             Message::Refused { request, reason } => self.refused(request, reason),
             Message::Revoke { home, grant, range } => {

@@ -57,7 +57,7 @@ impl World {
             hostile: (ConnId(0), ConnId(0)),
             heard: 0,
             closed: [None; 3],
-            message: (0..300_000).map(|i| (i * 7 >> 3) as u8).collect(),
+            message: (0..300_000).map(|i| ((i * 7) >> 3) as u8).collect(),
         };
         world.honest = world.connect(HONEST);
         world.hostile = world.connect(HOSTILE);
