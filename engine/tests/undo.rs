@@ -35,7 +35,9 @@ struct Bench {
 impl Bench {
     fn new(dir: &std::path::Path) -> Bench {
         let (wake, durable) = channel();
-        let wake = move || wake.send(()).unwrap_or(());
+        let wake = move || {
+            let _ = wake.send(());
+        };
         let (storage, image) = ShardStorage::open(dir, false, wake).unwrap();
         let config = DestinationConfig {
             root: ROOT.node,
