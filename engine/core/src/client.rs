@@ -143,6 +143,8 @@ pub struct Client {
     /// A home refused this life; nothing more is asked for, the eviction will be heard.
     fenced: bool,
     evicted: bool,
+    /// Something was submitted since the last look at what can proceed.
+    unsettled: bool,
     counters: ClientCounters,
 }
 
@@ -186,50 +188,45 @@ impl Client {
             full: Vec::new(),
             fenced: false,
             evicted: false,
+            unsettled: false,
             counters: ClientCounters::default(),
         }
     }
 
     /// Queues an operation.
-    pub fn submit(&mut self, now: Time, ticket: Ticket, request: Request) {
+    pub fn submit(&mut self, _now: Time, ticket: Ticket, request: Request) {
         if let Err(refusal) = validate(&request) {
             self.refuse(ticket, refusal);
             return;
         }
         let wants = normalise(&request.locks);
-        self.enqueue(
-            now,
-            Queued {
-                ticket,
-                item: Item::Op(request),
-                wants,
-                prefetched: false,
-            },
-        );
+        self.enqueue(Queued {
+            ticket,
+            item: Item::Op(request),
+            wants,
+            prefetched: false,
+        });
     }
 
     /// Queues a read of one object.
-    pub fn read(&mut self, now: Time, ticket: Ticket, home: NodeId, key: Key) {
+    pub fn read(&mut self, _now: Time, ticket: Ticket, home: NodeId, key: Key) {
         let wants = alloc::vec![Want {
             home,
             range: key.range(),
             mode: Mode::Shared
         }];
-        self.enqueue(
-            now,
-            Queued {
-                ticket,
-                item: Item::Read { home, key },
-                wants,
-                prefetched: false,
-            },
-        );
+        self.enqueue(Queued {
+            ticket,
+            item: Item::Read { home, key },
+            wants,
+            prefetched: false,
+        });
     }
 
     /// Queues a scan.
     pub fn scan(
         &mut self,
-        now: Time,
+        _now: Time,
         ticket: Ticket,
         (home, range): (NodeId, Range),
         after: Option<Key>,
@@ -246,15 +243,12 @@ impl Client {
             after,
             bytes_max,
         };
-        self.enqueue(
-            now,
-            Queued {
-                ticket,
-                item,
-                wants,
-                prefetched: false,
-            },
-        );
+        self.enqueue(Queued {
+            ticket,
+            item,
+            wants,
+            prefetched: false,
+        });
     }
 
     /// Leaves the cluster: the root resolves what is unfinished and releases the locks.
@@ -357,7 +351,7 @@ impl Client {
             }
             _ => {}
         }
-        self.settle(now);
+        self.settle();
     }
 
     /// Time passed.
@@ -368,7 +362,7 @@ impl Client {
         let bound = self.bound();
         self.member.handle_timeout(now, &mut self.port, bound);
         self.bypass_dead_proxies(now);
-        self.settle(now);
+        self.settle();
     }
 
     /// When [`Client::handle_timeout`] wants to run.
@@ -379,6 +373,10 @@ impl Client {
 
     /// The next effect.
     pub fn poll_effect(&mut self) -> Option<Effect> {
+        // Here, so that what was submitted together leaves together.
+        if core::mem::take(&mut self.unsettled) {
+            self.settle();
+        }
         self.port.poll()
     }
 
@@ -548,7 +546,7 @@ impl Client {
     }
 
     /// Runs everything that any input may have made possible.
-    fn settle(&mut self, _now: Time) {
+    fn settle(&mut self) {
         if self.evicted || !self.member.is_joined() {
             return;
         }

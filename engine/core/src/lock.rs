@@ -574,6 +574,8 @@ struct Holding {
 #[derive(Clone, Debug, Default)]
 pub struct Holdings {
     spaces: BTreeMap<(NodeId, u64), Vec<Holding>>,
+    /// Spaces in which something may be asked back: a source holds thousands, of which few are.
+    asked_back: BTreeSet<(NodeId, u64)>,
 }
 
 impl Holdings {
@@ -688,6 +690,7 @@ impl Holdings {
         let held = h.slots.overlaps(range.lo, range.hi);
         if held && !h.yielding.contains(&(range.lo, range.hi)) {
             h.yielding.push((range.lo, range.hi));
+            self.asked_back.insert((home, range.space));
         }
         held
     }
@@ -696,8 +699,8 @@ impl Holdings {
     #[must_use]
     pub fn yielding(&self) -> Vec<(NodeId, GrantId, Range)> {
         let mut all = Vec::new();
-        for (&(home, space), list) in &self.spaces {
-            for h in list {
+        for &(home, space) in &self.asked_back {
+            for h in self.spaces.get(&(home, space)).into_iter().flatten() {
                 for &(lo, hi) in &h.yielding {
                     all.push((home, h.grant, Range { space, lo, hi }));
                 }
@@ -715,10 +718,16 @@ impl Holdings {
             h.slots.subtract(range.lo, range.hi);
             h.yielding.retain(|&y| y != (range.lo, range.hi));
             if let Some(occupied) = &mut h.occupied {
-                occupied.retain(|slot| !(range.lo..=range.hi).contains(slot));
+                let yielded = occupied.range(range.lo..=range.hi).copied();
+                for slot in yielded.collect::<Vec<u64>>() {
+                    occupied.remove(&slot);
+                }
             }
         }
         list.retain(|h| !h.slots.is_empty());
+        if list.iter().all(|h| h.yielding.is_empty()) {
+            self.asked_back.remove(&(home, range.space));
+        }
         if list.is_empty() {
             self.spaces.remove(&(home, range.space));
         }
@@ -750,10 +759,12 @@ impl Holdings {
                 list.iter_mut().for_each(|h| h.yielding.clear());
             }
         }
+        self.asked_back.retain(|(home, _)| !of(*home));
     }
 
     /// Drops everything held at the homes that `of` selects.
     pub fn void(&mut self, of: impl Fn(NodeId) -> bool) {
         self.spaces.retain(|(home, _), _| !of(*home));
+        self.asked_back.retain(|(home, _)| !of(*home));
     }
 }

@@ -80,6 +80,12 @@ struct WaitingLock {
     mode: Mode,
 }
 
+impl WaitingLock {
+    fn is_in(&self, home: NodeId, space: u64) -> bool {
+        self.home == home && self.range.space == space
+    }
+}
+
 /// A proxy. See the module's head.
 #[derive(Debug)]
 pub struct Proxy {

@@ -54,6 +54,9 @@ struct Stream {
     told: StreamSeq,
     executed: StreamSeq,
     committed: StreamSeq,
+    /// Last position that is no longer counted in `flying`. Not `executed`: what a tier of an
+    /// earlier connection had executed may be on its way again.
+    landed: StreamSeq,
     /// Bytes sent on this connection and not executed yet.
     flying: usize,
 }
@@ -103,6 +106,7 @@ impl Outbox {
                 told: before,
                 executed: before,
                 committed: before,
+                landed: before,
                 flying: 0,
             });
     }
@@ -158,15 +162,16 @@ impl Outbox {
             }
             s.sent = state.executed.max(s.base.before()).min(s.last());
             s.told = s.told.max(state.executed);
+            s.landed = s.sent;
             s.flying = 0;
         }
-        let executed = s.executed.max(state.executed).min(s.last());
-        for at in s.executed.0 + 1..=executed.0.min(s.sent.0) {
-            s.flying = s
-                .flying
-                .saturating_sub(s.part(StreamSeq(at)).map_or(0, |op| op.weight()));
+        let landed = state.executed.max(state.committed).min(s.sent);
+        while s.landed < landed {
+            s.landed = StreamSeq(s.landed.0 + 1);
+            let weight = s.part(s.landed).map_or(0, |op| op.weight());
+            s.flying = s.flying.saturating_sub(weight);
         }
-        s.executed = executed;
+        s.executed = s.executed.max(state.executed).min(s.last());
         let committed = state.committed.min(s.last());
         if committed <= s.committed {
             return false;
@@ -504,7 +509,11 @@ impl Stream {
             self.told = self.committed;
             port.send(hop, Message::Stream { base });
         }
-        self.sent = self.sent.max(self.committed.min(self.last()));
+        let committed = self.committed.min(self.last());
+        if committed > self.sent {
+            self.sent = committed;
+            self.landed = committed;
+        }
         if self.is_due() && self.told < self.sent {
             // Committed over another path since the stream was announced: the tier above must
             // not wait for what is left out.
@@ -713,3 +722,6 @@ impl Redo {
         self.ops.get(seq.0.checked_sub(self.first)? as usize)
     }
 }
+
+#[cfg(test)]
+mod tests;

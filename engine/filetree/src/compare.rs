@@ -217,8 +217,8 @@ impl<S: Session + ?Sized> Worker<Task, CompareError> for Thread<'_, '_, S> {
         }
     }
 
-    fn settle(&mut self) -> Result<(), CompareError> {
-        Ok(())
+    fn settle(&mut self, _pool: &Pool<Task, CompareError>) -> Result<bool, CompareError> {
+        Ok(false)
     }
 }
 

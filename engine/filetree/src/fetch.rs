@@ -218,8 +218,8 @@ impl<S: Session + ?Sized> Worker<Task, FetchError> for Thread<'_, '_, S> {
         }
     }
 
-    fn settle(&mut self) -> Result<(), FetchError> {
-        Ok(())
+    fn settle(&mut self, _pool: &Pool<Task, FetchError>) -> Result<bool, FetchError> {
+        Ok(false)
     }
 }
 

@@ -32,7 +32,7 @@ impl<T, E> Pool<T, E> {
         self.changed.notify_all();
     }
 
-    /// The next task; `None` when this thread should finish what it has left open, or stop.
+    /// The next task, or what this thread should do instead.
     fn next(&self) -> Next<T> {
         let mut state = self.lock();
         if state.error.is_some() {
@@ -80,9 +80,10 @@ pub(crate) trait Worker<T, E> {
     /// Does a task; may push others.
     fn work(&mut self, task: T, pool: &Pool<T, E>) -> Result<(), E>;
 
-    /// Finishes whatever tasks have left open. Called when there is no task for the moment, and
-    /// also after a failure, then with its own failure ignored.
-    fn settle(&mut self) -> Result<(), E>;
+    /// Finishes the oldest of what tasks have left open, which may push others; `false` when nothing
+    /// is open. Called when there is no task for the moment, and after a failure again and again,
+    /// then with its own failures ignored.
+    fn settle(&mut self, pool: &Pool<T, E>) -> Result<bool, E>;
 }
 
 /// Does `tasks` and all that they push, with one thread per worker; returns the workers.
@@ -138,18 +139,19 @@ fn drive<T, E, W: Worker<T, E>>(mut worker: W, pool: &Pool<T, E>) -> W {
     loop {
         let task = match pool.next() {
             Next::Task(task) => task,
-            Next::Idle => {
-                if let Err(error) = worker.settle() {
+            Next::Idle => match worker.settle(pool) {
+                Ok(true) => continue,
+                Ok(false) => match pool.wait() {
+                    Some(task) => task,
+                    None => return worker,
+                },
+                Err(error) => {
                     pool.fail(error);
                     continue;
                 }
-                match pool.wait() {
-                    Some(task) => task,
-                    None => return worker,
-                }
-            }
+            },
             Next::Stop => {
-                drop(worker.settle());
+                while !matches!(worker.settle(pool), Ok(false)) {}
                 return worker;
             }
         };
@@ -181,11 +183,12 @@ mod tests {
             Ok(())
         }
 
-        fn settle(&mut self) -> Result<(), u64> {
-            for n in self.1.drain(..) {
-                self.0.fetch_add(n, Ordering::Relaxed);
-            }
-            Ok(())
+        fn settle(&mut self, _pool: &Pool<u64, u64>) -> Result<bool, u64> {
+            let Some(n) = self.1.pop() else {
+                return Ok(false);
+            };
+            self.0.fetch_add(n, Ordering::Relaxed);
+            Ok(true)
         }
     }
 

@@ -3,14 +3,15 @@
 //! Several threads walk the directory, read files and submit operations; each thread keeps a
 //! window of operations in flight and looks at outcomes only when the window is full or there is
 //! nothing else to do. A file of at most one chunk, with its name and inode, is one operation.
+//! What lies in a directory waits as a task until the directory is there; no thread does.
 //!
 //! - *Restart.* Storing again completes what an interrupted run began: what exists with equal
 //!   kind, size, attributes and target is skipped, anything else is replaced. A file that can be
 //!   seen in the tree is whole, so equal attributes mean equal contents to the extent that they
 //!   do for rsync.
-//! - *Sharing.* The clients of one [`Share`] divide the entries by directory, those of large
-//!   directories by ranges of name slots. Who needs a directory creates it, or opens the one that
-//!   another has created. A file with several names is stored by one client, whoever owns the
+//! - *Sharing.* The clients of one [`Share`] divide the subtrees below the upper levels, those of
+//!   large directories by ranges of name slots. Who needs a directory creates it, or opens the one
+//!   that another has created. A file with several names is stored by one client, whoever owns the
 //!   names' directories; so every client looks at the attributes of all files.
 //! - *Attributes* go with the operation that creates, also those of directories: no operation of
 //!   the tree touches a modification time by itself, so nothing needs an order.
@@ -22,29 +23,27 @@
 //! attributes; holes (zeros are kept small by the chunk format instead).
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lowtide_engine_core::session::Session;
 use rustix::io::Errno;
 
 use crate::error::TreeError;
-use crate::input::{self, Listing, Sort};
-use crate::layout::{self, Attributes, Entry, Ino, Kind, mix};
+use crate::input;
+use crate::layout::{Entry, Ino};
 use crate::pool::{self, Pool, Worker};
 use crate::report::{Notes, Progress};
-use crate::tree::{AttributeChange, Tree};
+use crate::tree::Tree;
 
+mod directory;
 mod entry;
+mod window;
 
-use entry::{Entries, Window};
-
-/// Directories with more entries than this are divided among the clients of a share.
-const SPLIT_ENTRIES: usize = 4096;
-/// Entries of one directory that are one task.
-const BATCH_ENTRIES: usize = 64;
+use directory::{Listed, Made, Place, Unopened};
+use entry::Entries;
+use window::Window;
 
 /// Which part of a directory one client of several stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,7 +183,7 @@ pub fn store<S: Session + ?Sized>(
     tree.reclaim(|other| other.node == life.node && other.incarnation < life.incarnation)
         .map_err(|why| failed(b".", why))?;
 
-    let place = Place::root(Made::new(0));
+    let place = Place::root(Made::root());
     let seed = Task::Directory(Unopened::Root(root), place);
     let workers = run_workers(&run, vec![seed])?;
 
@@ -216,6 +215,7 @@ fn run_workers<'r, 's, S: Session + ?Sized>(
                 run.options.in_flight_bytes_max / threads,
             ),
             buffer: Vec::new(),
+            released: Vec::new(),
         })
         .collect();
     pool::run(tasks, workers)
@@ -240,37 +240,16 @@ struct Later {
     identity: (u64, u64),
 }
 
-/// A directory of the input, with its counterpart in the tree.
-type Place = input::Place<Made>;
-
-struct Made {
-    /// Hash of the path, by which shares divide directories.
-    hash: u64,
-    attributes: OnceLock<Attributes>,
-    /// The directory in the tree once it exists; whether this run created it, so that it was
-    /// empty.
-    ino: Mutex<Option<(Ino, bool)>>,
-}
-
-impl Made {
-    fn new(hash: u64) -> Made {
-        Made {
-            hash,
-            attributes: OnceLock::new(),
-            ino: Mutex::new(None),
-        }
-    }
-}
-
-/// A directory that a task may open.
-enum Unopened {
-    Root(OwnedFd),
-    In(Arc<OwnedFd>),
-}
-
 enum Task {
+    /// Looks at a directory.
     Directory(Unopened, Arc<Place>),
+    /// Creates the counterpart of a directory; that of its parent is there.
+    Make(Arc<Place>),
+    /// Makes tasks of what is in a directory; its counterpart is there if it is needed.
+    Listed(Listed),
+    /// Stores entries, or looks for some to be stored.
     Entries(Entries),
+    /// Stores a further name.
     Link(Later),
 }
 
@@ -280,209 +259,31 @@ struct Thread<'r, 's, S: Session + ?Sized> {
     window: Window,
     /// Contents of small files pass through here.
     buffer: Vec<u8>,
+    /// Tasks that wait no longer, on their way to the pool.
+    released: Vec<Task>,
 }
 
 impl<S: Session + ?Sized> Worker<Task, StoreError> for Thread<'_, '_, S> {
     fn work(&mut self, task: Task, pool: &Pool<Task, StoreError>) -> Result<(), StoreError> {
-        match task {
-            Task::Directory(unopened, place) => self.directory(unopened, &place, pool),
-            Task::Entries(entries) => self.entries(&entries),
+        let done = match task {
+            Task::Directory(unopened, place) => self.directory(unopened, place),
+            Task::Make(place) => self.make(&place),
+            Task::Listed(listed) => self.listed(listed),
+            Task::Entries(entries) => self.entries(entries),
             Task::Link(later) => self.link(later),
-        }
+        };
+        self.released.drain(..).for_each(|task| pool.push(task));
+        done
     }
 
-    fn settle(&mut self) -> Result<(), StoreError> {
-        self.settle_window()
+    fn settle(&mut self, pool: &Pool<Task, StoreError>) -> Result<bool, StoreError> {
+        let finished = self.finish_oldest();
+        self.released.drain(..).for_each(|task| pool.push(task));
+        finished
     }
 }
 
 impl<S: Session + ?Sized> Thread<'_, '_, S> {
-    /// Lists a directory and makes tasks of what is in it.
-    fn directory(
-        &mut self,
-        unopened: Unopened,
-        place: &Arc<Place>,
-        pool: &Pool<Task, StoreError>,
-    ) -> Result<(), StoreError> {
-        let opened = match unopened {
-            Unopened::Root(fd) => Ok(fd),
-            Unopened::In(parent) => {
-                let opened = input::open_directory(&parent, place.name());
-                if opened.is_err() {
-                    // Its attributes may be readable although its entries are not.
-                    match input::stat_at(&parent, place.name()) {
-                        Ok(stat) if input::sort_of(&stat) == Sort::Kind(Kind::Directory) => {
-                            let _ = place.data.attributes.set(input::attributes(&stat));
-                        }
-                        _ => {}
-                    }
-                }
-                opened
-            }
-        };
-        let listed = opened.and_then(|fd| {
-            let attributes = input::attributes(&rustix::fs::fstat(&fd)?);
-            let _ = place.data.attributes.set(attributes);
-            Ok((Listing::of(&fd)?, fd))
-        });
-        let is_mine = place.data.hash % u64::from(self.run.options.share.of)
-            == u64::from(self.run.options.share.index);
-        match listed {
-            Ok((listing, fd)) => self.listed(Arc::new(fd), listing, place, is_mine, pool),
-            Err(why) => {
-                if is_mine {
-                    self.not_read(&place.path(), why);
-                    if place.data.attributes.get().is_some() {
-                        self.ensure(place)?;
-                    }
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn listed(
-        &mut self,
-        fd: Arc<OwnedFd>,
-        listing: Listing,
-        place: &Arc<Place>,
-        is_mine: bool,
-        pool: &Pool<Task, StoreError>,
-    ) -> Result<(), StoreError> {
-        let share = self.run.options.share;
-        let is_split = share.of > 1 && listing.len() > SPLIT_ENTRIES;
-        let mut known = None;
-        if is_mine || is_split {
-            let (ino, is_fresh) = self.ensure(place)?;
-            if !is_fresh {
-                known = Some(Arc::new(self.known_entries(ino, &listing, place)?));
-            }
-        }
-        for found in listing.iter() {
-            if found.sort == Sort::Kind(Kind::Directory) {
-                let hash = mix(place.data.hash ^ found.slot);
-                let child = Place::below(place, found.name, Made::new(hash));
-                pool.push(Task::Directory(Unopened::In(Arc::clone(&fd)), child));
-            }
-        }
-        let listing = Arc::new(listing);
-        for begin in (0..listing.len()).step_by(BATCH_ENTRIES) {
-            pool.push(Task::Entries(Entries {
-                fd: Arc::clone(&fd),
-                place: Arc::clone(place),
-                listing: Arc::clone(&listing),
-                range: begin..(begin + BATCH_ENTRIES).min(listing.len()),
-                known: known.clone(),
-                is_mine,
-                is_split,
-            }));
-        }
-        Ok(())
-    }
-
-    /// What the tree already has under the names of a listing, in the listing's order.
-    fn known_entries(
-        &self,
-        directory: Ino,
-        listing: &Listing,
-        place: &Place,
-    ) -> Result<Vec<Option<Entry>>, StoreError> {
-        const PAGE_ENTRIES: usize = 4096;
-        let mut known = vec![None; listing.len()];
-        let mut at = 0;
-        let mut cursor = None;
-        loop {
-            let page = self
-                .run
-                .tree
-                .readdir(directory, cursor.as_ref(), PAGE_ENTRIES)
-                .map_err(|why| failed(&place.path(), why))?;
-            for stored in page.entries {
-                let key = (layout::name_slot(&stored.name), stored.name.as_slice());
-                while at < listing.len() && (listing.at(at).slot, listing.at(at).name) < key {
-                    at += 1;
-                }
-                if at < listing.len() && listing.at(at).name == stored.name {
-                    known[at] = Some(stored.entry);
-                }
-            }
-            cursor = page.next;
-            if cursor.is_none() {
-                return Ok(known);
-            }
-        }
-    }
-
-    /// The counterpart of a directory in the tree, created if need be together with those above
-    /// it; and whether this run created it.
-    fn ensure(&mut self, place: &Arc<Place>) -> Result<(Ino, bool), StoreError> {
-        let mut missing = Vec::new();
-        let mut at = Some(place);
-        while let Some(here) = at {
-            if lock(&here.data.ino).is_some() {
-                break;
-            }
-            missing.push(here);
-            at = here.parent();
-        }
-        for here in missing.into_iter().rev() {
-            let mut made = lock(&here.data.ino);
-            if made.is_none() {
-                *made = Some(self.make(here).map_err(|why| failed(&here.path(), why))?);
-            }
-        }
-        // Set above, or found set.
-        lock(&place.data.ino).ok_or_else(|| failed(&place.path(), TreeError::NotFound))
-    }
-
-    fn make(&mut self, place: &Place) -> Result<(Ino, bool), TreeError> {
-        let tree = self.run.tree;
-        let attributes = place.data.attributes.get().copied().unwrap_or_default();
-        let parent = place.parent().and_then(|parent| *lock(&parent.data.ino));
-        let Some((parent, _)) = parent else {
-            self.adjust(self.run.options.into, &attributes)?;
-            return Ok((self.run.options.into, false));
-        };
-        loop {
-            match tree.mkdir(parent, place.name(), &attributes) {
-                Ok(ino) => {
-                    self.report.directories += 1;
-                    self.run.progress.entry(0, 1);
-                    self.tell_executed(|| place.path());
-                    return Ok((ino, true));
-                }
-                Err(TreeError::Exists) => {}
-                Err(e) => return Err(e),
-            }
-            match tree.lookup(parent, place.name()) {
-                Ok(entry) if entry.kind == Kind::Directory => {
-                    self.adjust(entry.ino, &attributes)?;
-                    return Ok((entry.ino, false));
-                }
-                Ok(_) => match tree.unlink(parent, place.name()) {
-                    Ok(()) | Err(TreeError::NotFound | TreeError::IsADirectory) => {}
-                    Err(e) => return Err(e),
-                },
-                Err(TreeError::NotFound) => {}
-                Err(e) => return Err(e),
-            }
-        }
-    }
-
-    /// Gives an existing directory these attributes unless it has them.
-    fn adjust(&mut self, ino: Ino, attributes: &Attributes) -> Result<(), TreeError> {
-        if self.run.tree.stat(ino)?.inode.attributes == *attributes {
-            self.report.skipped += 1;
-            self.run.progress.equal();
-            return Ok(());
-        }
-        self.run
-            .tree
-            .set_attributes(ino, &AttributeChange::to(attributes))?;
-        self.run.progress.entry(0, 1);
-        Ok(())
-    }
-
     fn tell_executed(&self, path: impl FnOnce() -> Vec<u8>) {
         if let Some(listener) = &self.run.options.executed {
             // Whoever no longer listens does not want to know.

@@ -479,7 +479,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         self.demand_directory(directory)
     }
 
-    fn remember_directory(&self, directory: Ino) {
+    pub(crate) fn remember_directory(&self, directory: Ino) {
         let mut known = self
             .directories
             .lock()

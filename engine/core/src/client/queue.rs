@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use super::{Client, PREFETCH, READS_MAX};
 use crate::effect::Effect;
-use crate::ids::{NodeId, StreamSeq, Time};
+use crate::ids::{NodeId, StreamSeq};
 use crate::op::{
     Bytes, Change, Check, Expect, Key, Mode, Range, Refusal, Request, Stamp, UPDATES_MAX, Want,
 };
@@ -60,13 +60,13 @@ pub(super) enum For {
 }
 
 impl Client {
-    pub(super) fn enqueue(&mut self, now: Time, queued: Queued) {
+    pub(super) fn enqueue(&mut self, queued: Queued) {
         if self.evicted {
             self.fail(queued.ticket, &queued.item);
             return;
         }
         self.queue.push_back(queued);
-        self.settle(now);
+        self.unsettled = true;
     }
 
     pub(super) fn refuse(&mut self, ticket: Ticket, refusal: Refusal) {
@@ -269,7 +269,10 @@ impl Client {
 
     /// Answers that are still on their way belong to another head or to lost locks.
     pub(super) fn forget_checks(&mut self) {
-        self.checking = Checking::default();
+        let asked = core::mem::take(&mut self.checking).asked;
+        if asked.is_empty() {
+            return;
+        }
         for request in self.asked.select(|_, w| matches!(w, For::Check(_))) {
             self.asked.take(request);
         }

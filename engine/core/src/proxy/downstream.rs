@@ -126,7 +126,7 @@ impl Proxy {
                     range,
                     mode,
                 });
-                self.serve_waiting();
+                self.serve_waiting(|w| w.is_in(home, range.space));
             }
             Message::Unlock { home, grant, range } => {
                 self.locks
@@ -155,10 +155,14 @@ impl Proxy {
     }
 
     /// Clients' lock requests that the proxy's own locks cover go to the lock server; for the
-    /// others the home is asked.
-    pub(super) fn serve_waiting(&mut self) {
+    /// others the home is asked. `of` says which may have to do with what has changed.
+    pub(super) fn serve_waiting(&mut self, of: impl Fn(&WaitingLock) -> bool) {
         let waiting = core::mem::take(&mut self.waiting);
         for w in waiting {
+            if !of(&w) {
+                self.waiting.push(w);
+                continue;
+            }
             if let Some(bound) = self.holdings.bound(w.home, w.range, w.mode) {
                 let asker = (w.home, w.holder, w.request);
                 self.locks

@@ -145,7 +145,7 @@ impl Proxy {
                 range,
                 mode,
             });
-            self.serve_waiting();
+            self.serve_waiting(|w| w.is_in(home, range.space));
         }
         false
     }

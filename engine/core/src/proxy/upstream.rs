@@ -35,7 +35,7 @@ impl Proxy {
             self.send_asked(request);
         }
         Self::repeat_pins(&mut self.port, &mut self.own, life.node);
-        self.serve_waiting();
+        self.serve_waiting(|_| true);
         self.hurry = true;
     }
 
@@ -55,7 +55,7 @@ impl Proxy {
         }
         if was_full != self.full.contains(&from.node) {
             self.tell_full();
-            self.serve_waiting();
+            self.serve_waiting(|_| true);
         }
     }
 
@@ -77,7 +77,7 @@ impl Proxy {
                             self.holdings.occupy(home, key);
                         }
                     }
-                    self.serve_waiting();
+                    self.serve_waiting(|w| w.is_in(home, range.space));
                 }
             }
             Message::Refused { request, reason } => self.refused(request, reason),
@@ -93,7 +93,7 @@ impl Proxy {
                         });
                     }
                     self.locks.recall(home, range, &mut self.notices);
-                    self.serve_waiting();
+                    self.serve_waiting(|w| w.is_in(home, range.space));
                 } else {
                     self.port.send(home, Message::Unlock { home, grant, range });
                 }

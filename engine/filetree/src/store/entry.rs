@@ -1,19 +1,17 @@
-//! Storing the entries of one directory that are not directories, and the window of operations
-//! in flight.
+//! Storing the entries of one directory that are not directories.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use lowtide_engine_core::op::Refusal;
-use lowtide_engine_core::session::{Session, SessionError, Ticket};
+use lowtide_engine_core::session::Session;
 use rustix::fs::Stat as FileStat;
 use rustix::io::Errno;
 
-use super::{Later, Place, StoreError, Thread, failed, lock};
+use super::directory::Place;
+use super::window::{New, What, is_same};
+use super::{Later, StoreError, Task, Thread, failed, lock};
 use crate::error::TreeError;
 use crate::input::{self, Listing, Sort};
 use crate::layout::{Chunk, Entry, Ino, Inode, Kind, mix};
@@ -27,78 +25,26 @@ pub(super) struct Entries {
     pub fd: Arc<OwnedFd>,
     pub place: Arc<Place>,
     pub listing: Arc<Listing>,
-    pub range: Range<usize>,
-    /// What the tree already has, in the listing's order; `None` when it had nothing.
+    /// Which entries of the listing.
+    pub indices: Vec<usize>,
+    /// What the tree already has, in the listing's order; `None` when it had nothing, or nobody
+    /// looked.
     pub known: Option<Arc<Vec<Option<Entry>>>>,
-    /// Whether the directory is this client's.
-    pub is_mine: bool,
-    /// Whether all clients divide it.
-    pub is_split: bool,
+    pub whose: Whose,
 }
 
-/// Operations of one thread in flight, oldest first.
-pub(super) struct Window {
-    open: VecDeque<Open>,
-    bytes: usize,
-    operations_max: usize,
-    bytes_max: usize,
-}
-
-impl Window {
-    pub fn new(operations_max: usize, bytes_max: usize) -> Window {
-        Window {
-            open: VecDeque::new(),
-            bytes: 0,
-            operations_max: operations_max.max(1),
-            bytes_max,
-        }
-    }
-
-    fn is_full(&self) -> bool {
-        self.open.len() >= self.operations_max || self.bytes > self.bytes_max
-    }
-
-    fn push(&mut self, open: Open) {
-        self.bytes += open.weight();
-        self.open.push_back(open);
-    }
-
-    fn pop(&mut self) -> Option<Open> {
-        let open = self.open.pop_front()?;
-        self.bytes -= open.weight();
-        Some(open)
-    }
-}
-
-/// An operation in flight, with all it takes to do the same another way.
-struct Open {
-    ticket: Ticket,
-    place: Arc<Place>,
-    directory: Ino,
-    name: Vec<u8>,
-    what: What,
-}
-
-enum What {
-    Create(New, Ino),
-    Link(Entry),
-}
-
-/// A file of at most one chunk, or a symbolic link, ready to be stored.
-struct New {
-    inode: Inode,
-    chunk: Option<Chunk>,
-    /// Identity of a file with several names.
-    identity: Option<(u64, u64)>,
-}
-
-impl Open {
-    fn weight(&self) -> usize {
-        match &self.what {
-            What::Create(new, _) => new.chunk.as_ref().map_or(0, Chunk::len) + 512,
-            What::Link(_) => 512,
-        }
-    }
+/// Who stores the entries of a directory. A file of several names is stored by whom its identity
+/// says, wherever they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// This client.
+    Mine,
+    /// All clients, by ranges of slots.
+    Divided,
+    /// Another client.
+    Foreign,
+    /// Of another client's directory those that are this one's after all.
+    Picked,
 }
 
 /// One name of the directory being stored.
@@ -117,13 +63,15 @@ impl Here<'_> {
 }
 
 impl<S: Session + ?Sized> Thread<'_, '_, S> {
-    pub(super) fn entries(&mut self, entries: &Entries) -> Result<(), StoreError> {
-        let share = self.run.options.share;
+    pub(super) fn entries(&mut self, entries: Entries) -> Result<(), StoreError> {
+        if entries.whose == Whose::Foreign {
+            return self.pick(entries);
+        }
         let known = |index: usize| entries.known.as_ref().and_then(|known| known[index]);
         let inos: Vec<Ino> = entries
-            .range
-            .clone()
-            .filter_map(known)
+            .indices
+            .iter()
+            .filter_map(|&index| known(index))
             .filter(|known| known.kind != Kind::Directory)
             .map(|known| known.ino)
             .collect();
@@ -132,30 +80,25 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             .tree
             .stat_many(&inos)
             .map_err(|why| failed(&entries.place.path(), why))?;
-        for index in entries.range.clone() {
+        for &index in &entries.indices {
             let found = entries.listing.at(index);
-            let is_mine = if entries.is_split {
-                let owner = (u128::from(found.slot) * u128::from(share.of)) >> 64;
-                owner == u128::from(share.index)
-            } else {
-                entries.is_mine
-            };
             let here = Here {
-                entries,
+                entries: &entries,
                 name: found.name,
                 known: known(index),
                 stored: known(index)
                     .and_then(|known| stats.get(&known.ino))
                     .and_then(|stat| stat.as_ref().ok()),
             };
+            let is_mine = match entries.whose {
+                Whose::Divided => self.owns_slot(found.slot),
+                _ => true,
+            };
             match found.sort {
                 Sort::Kind(Kind::Directory) => {}
-                Sort::Special => {
-                    if is_mine {
-                        self.report.special.add(&here.path(), "special file");
-                    }
-                }
-                Sort::Kind(_) if !is_mine => self.foreign(&here)?,
+                Sort::Special if is_mine => self.report.special.add(&here.path(), "special file"),
+                Sort::Special => {}
+                Sort::Kind(_) if !is_mine && !self.owns_names(&entries.fd, found.name) => {}
                 Sort::Kind(Kind::Symlink) => self.symlink(&here)?,
                 Sort::Kind(Kind::File) => self.file(&here)?,
             }
@@ -163,19 +106,33 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         Ok(())
     }
 
-    /// An entry of another client's: ours only if it is one of several names of a file of ours.
-    fn foreign(&mut self, here: &Here<'_>) -> Result<(), StoreError> {
-        if self.run.options.share.of == 1 {
+    /// Looks among entries of another client's directory for names of files of this one's.
+    fn pick(&mut self, mut entries: Entries) -> Result<(), StoreError> {
+        entries.indices.retain(|&index| {
+            let found = entries.listing.at(index);
+            let is_candidate = matches!(found.sort, Sort::Kind(Kind::File | Kind::Symlink));
+            is_candidate && self.owns_names(&entries.fd, found.name)
+        });
+        if entries.indices.is_empty() {
             return Ok(());
         }
-        match input::stat_at(&here.entries.fd, here.name) {
-            Ok(stat) if stat.st_nlink > 1 && self.owns(&stat) => match input::sort_of(&stat) {
-                Sort::Kind(Kind::File) => self.file(here),
-                Sort::Kind(Kind::Symlink) => self.symlink(here),
-                _ => Ok(()),
-            },
-            _ => Ok(()), // its owner will notice
-        }
+        entries.whose = Whose::Picked;
+        let place = Arc::clone(&entries.place);
+        self.once_there(&place, Some(Task::Entries(entries)))
+    }
+
+    /// Whether an entry of a directory that all clients divide is this one's.
+    fn owns_slot(&self, slot: u64) -> bool {
+        let share = self.run.options.share;
+        (u128::from(slot) * u128::from(share.of)) >> 64 == u128::from(share.index)
+    }
+
+    /// Whether this is one of several names of a file of this client's. If it cannot be told, its
+    /// owner will notice.
+    fn owns_names(&self, directory: &OwnedFd, name: &[u8]) -> bool {
+        self.run.options.share.of > 1
+            && input::stat_at(directory, name)
+                .is_ok_and(|stat| stat.st_nlink > 1 && self.owns(&stat))
     }
 
     /// Whether a file of several names is stored by this client.
@@ -409,9 +366,18 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         unreachable!("the loop returns at its last attempt")
     }
 
+    /// The counterpart of a directory; tasks on what is in it begin only when it is there.
+    fn directory_of(&self, place: &Place) -> Result<Ino, StoreError> {
+        let there = place.data.there();
+        there.map_or_else(
+            || Err(failed(&place.path(), TreeError::NotFound)),
+            |(ino, _)| Ok(ino),
+        )
+    }
+
     /// The directory of the tree that receives the name, without a directory of that name.
     fn ready_directory(&mut self, here: &Here<'_>) -> Result<Ino, StoreError> {
-        let (directory, _) = self.ensure(&here.entries.place)?;
+        let directory = self.directory_of(&here.entries.place)?;
         if here
             .known
             .is_some_and(|known| known.kind == Kind::Directory)
@@ -423,7 +389,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
     }
 
     /// Removes a directory that stands where something else has to.
-    fn remove_directory(&self, directory: Ino, name: &[u8]) -> Result<(), TreeError> {
+    pub(super) fn remove_directory(&self, directory: Ino, name: &[u8]) -> Result<(), TreeError> {
         match self.run.tree.lookup(directory, name) {
             Ok(entry) if entry.kind == Kind::Directory => {
                 match self.run.tree.remove_all(directory, name) {
@@ -452,7 +418,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             .tree
             .request_create(directory, here.name, &new.inode, new.chunk.as_ref())
             .map_err(|why| failed(&here.path(), why))?;
-        let place = Arc::clone(&here.entries.place);
+        let place = &here.entries.place;
         self.submit(request, place, directory, here.name, What::Create(new, ino))
     }
 
@@ -469,7 +435,10 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 .add(&path, "another name of an unreadable file");
             return Ok(());
         };
-        let (directory, is_fresh) = self.ensure(&later.place)?;
+        let Some((directory, is_fresh)) = later.place.data.there() else {
+            let place = Arc::clone(&later.place);
+            return self.once_there(&place, Some(Task::Link(later)));
+        };
         if !is_fresh {
             // An interrupted run may have begun to store the file under this name.
             self.run
@@ -486,165 +455,8 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             .tree
             .request_link(directory, &later.name, target)
             .map_err(|why| failed(&path, why))?;
-        self.submit(
-            request,
-            later.place,
-            directory,
-            &later.name,
-            What::Link(target),
-        )
-    }
-
-    fn submit(
-        &mut self,
-        request: lowtide_engine_core::op::Request,
-        place: Arc<Place>,
-        directory: Ino,
-        name: &[u8],
-        what: What,
-    ) -> Result<(), StoreError> {
-        while self.window.is_full() {
-            self.finish_oldest()?;
-        }
-        let ticket = self
-            .run
-            .tree
-            .session()
-            .submit(request)
-            .map_err(|e| failed(&place.path_of(name), e.into()))?;
-        self.window.push(Open {
-            ticket,
-            place,
-            directory,
-            name: name.to_vec(),
-            what,
-        });
-        Ok(())
-    }
-
-    pub(super) fn settle_window(&mut self) -> Result<(), StoreError> {
-        while !self.window.open.is_empty() {
-            self.finish_oldest()?;
-        }
-        Ok(())
-    }
-
-    fn finish_oldest(&mut self) -> Result<(), StoreError> {
-        let Some(open) = self.window.pop() else {
-            return Ok(());
-        };
-        let waited = self.run.tree.session().wait(open.ticket);
-        let outcome = match (waited, &open.what) {
-            (Ok(_), What::Create(new, ino)) => {
-                self.created(new, *ino);
-                Ok(true)
-            }
-            (Ok(_), What::Link(_)) => {
-                self.linked();
-                Ok(true)
-            }
-            (
-                Err(SessionError::Refused(Refusal::CheckFailed { .. } | Refusal::Full { .. })),
-                what,
-            ) => match what {
-                What::Create(new, _) => self.replace_new(open.directory, &open.name, new),
-                What::Link(target) => self
-                    .replace_with_link(open.directory, &open.name, *target)
-                    .map(|()| true),
-            },
-            (Err(e), _) => Err(e.into()),
-        };
-        let path = || open.place.path_of(&open.name);
-        let stored = outcome.map_err(|why| failed(&path(), why))?;
-        if stored {
-            self.tell_executed(path);
-        }
-        Ok(())
-    }
-
-    /// Stores something whose name may be taken; `false` if somebody has stored it by now.
-    fn replace_new(&mut self, directory: Ino, name: &[u8], new: &New) -> Result<bool, TreeError> {
-        let tree = self.run.tree;
-        loop {
-            if let Some(entry) = self.equal_by_now(directory, name, new)? {
-                if let Some(identity) = new.identity {
-                    lock(&self.run.links).insert(identity, Some(entry));
-                }
-                self.report.skipped += 1;
-                self.run.progress.equal();
-                return Ok(false);
-            }
-            match tree.replace_whole(directory, name, &new.inode, new.chunk.as_ref()) {
-                Ok(ino) => {
-                    self.created(new, ino);
-                    return Ok(true);
-                }
-                Err(TreeError::IsADirectory) => self.remove_directory(directory, name)?,
-                Err(e) => return Err(e),
-            }
-        }
-    }
-
-    /// What stands at a name by now, if it equals what should.
-    fn equal_by_now(
-        &self,
-        directory: Ino,
-        name: &[u8],
-        new: &New,
-    ) -> Result<Option<Entry>, TreeError> {
-        let tree = self.run.tree;
-        let found = tree
-            .lookup(directory, name)
-            .and_then(|entry| Ok((entry, tree.stat(entry.ino)?)));
-        match found {
-            Ok((entry, stored)) => {
-                let counts = stored.count == 1 || new.identity.is_some();
-                Ok((counts && is_same(&stored.inode, &new.inode)).then_some(entry))
-            }
-            Err(TreeError::NotFound) => Ok(None),
-            Err(e) => Err(e),
-        }
-    }
-
-    fn replace_with_link(
-        &mut self,
-        directory: Ino,
-        name: &[u8],
-        target: Entry,
-    ) -> Result<(), TreeError> {
-        loop {
-            match self.run.tree.replace_link(directory, name, target) {
-                Ok(()) => {
-                    self.linked();
-                    return Ok(());
-                }
-                Err(TreeError::IsADirectory) => self.remove_directory(directory, name)?,
-                Err(e) => return Err(e),
-            }
-        }
-    }
-
-    fn created(&mut self, new: &New, ino: Ino) {
-        let kind = new.inode.kind;
-        if let Some(identity) = new.identity {
-            lock(&self.run.links).insert(identity, Some(Entry { ino, kind }));
-        }
-        let bytes = match kind {
-            Kind::File => new.inode.size,
-            _ => 0,
-        };
-        match kind {
-            Kind::File => self.report.files += 1,
-            Kind::Symlink => self.report.symlinks += 1,
-            Kind::Directory => self.report.directories += 1,
-        }
-        self.report.bytes += bytes;
-        self.run.progress.entry(bytes, 1);
-    }
-
-    fn linked(&mut self) {
-        self.report.links += 1;
-        self.run.progress.entry(0, 1);
+        let what = What::Link(target);
+        self.submit(request, &later.place, directory, &later.name, what)
     }
 }
 
@@ -654,14 +466,6 @@ enum Small {
     Whole(Inode, Option<Chunk>, bool),
     /// It is no longer small.
     Grown(FileStat),
-}
-
-/// Whether a stored inode is what is to be stored. Chunk sizes may differ between runs.
-fn is_same(stored: &Inode, expected: &Inode) -> bool {
-    stored.kind == expected.kind
-        && stored.attributes == expected.attributes
-        && stored.size == expected.size
-        && stored.target == expected.target
 }
 
 /// A file that counts what is read from it.

@@ -185,6 +185,18 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         Ok((ino, plan.finish()))
     }
 
+    /// The request that creates an empty directory under a free name, and its number. Once it has
+    /// executed, [`Tree::remember_directory`] spares a question.
+    pub(crate) fn request_mkdir(
+        &self,
+        directory: Ino,
+        name: &[u8],
+        attributes: &Attributes,
+    ) -> Result<(Ino, Request), TreeError> {
+        self.demand_ever_directory(directory)?;
+        self.request_create(directory, name, &directory_inode(attributes)?, None)
+    }
+
     /// The request that gives an existing file or symbolic link a name that must be free.
     pub(crate) fn request_link(
         &self,
