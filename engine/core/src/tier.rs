@@ -34,6 +34,8 @@ struct Hop {
     session: Session,
     /// Life that gave the grants held through this hop.
     life: Option<Life>,
+    /// Life that the last Open claimed grants of.
+    claimed: Option<Life>,
 }
 
 /// Connections to the tiers above.
@@ -78,6 +80,7 @@ impl Tiers {
         if let Some(hop) = self.hops.get_mut(&peer) {
             hop.session = Session::Opening;
             let known = hop.life;
+            hop.claimed = known;
             port.send(peer, Message::Open { known, reclaim });
         }
     }
@@ -96,7 +99,7 @@ impl Tiers {
         }
     }
 
-    /// Opened was heard from a life that is dead: its process will leave, the next connects anew.
+    /// Opened was heard from a life that does not count, or on claims that are void by now.
     pub(crate) fn turned_away(&mut self, peer: NodeId) {
         if let Some(hop) = self.hops.get_mut(&peer) {
             hop.session = Session::Closed;
@@ -123,6 +126,11 @@ impl Tiers {
     /// The life that gave the grants held through a tier.
     pub(crate) fn life(&self, peer: NodeId) -> Option<Life> {
         self.hops.get(&peer).and_then(|h| h.life)
+    }
+
+    /// The life that the last Open claimed grants of.
+    pub(crate) fn claimed(&self, peer: NodeId) -> Option<Life> {
+        self.hops.get(&peer).and_then(|h| h.claimed)
     }
 
     /// Everybody who was ever connected.

@@ -117,7 +117,9 @@ impl Client {
         if !self.tiers.is_opening(hop) {
             return;
         }
-        if self.is_dead(life) {
+        // Claims that became void on their way stand at the proxy until they are released in order.
+        let void = self.voided.contains_key(&life) && self.tiers.claimed(hop) == Some(life);
+        if void || self.is_dead(life) {
             self.tiers.turned_away(hop);
             return;
         }
