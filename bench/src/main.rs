@@ -153,6 +153,11 @@ const BENCHMARKS: &[Benchmark] = &[
         run: costs::costs,
     },
     Benchmark {
+        name: "memory-million",
+        about: "memory of a run with a million entries in one directory, against its limit",
+        run: costs::flat,
+    },
+    Benchmark {
         name: "log-append",
         about: "appending 256-byte records without sync, against memcpy into a mapped file",
         run: logs::append,

@@ -190,7 +190,7 @@ impl fmt::Display for Row {
 }
 
 /// The middle figure; of an even number, the mean of the middle two.
-fn median(figures: &[f64]) -> f64 {
+pub fn median(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;

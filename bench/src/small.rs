@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::programs::{remove, require, run, settle};
-use crate::row::{Better, Pick, Rounds, Row};
+use crate::row::{Better, Pick, Rounds, Row, median};
 use crate::{Bench, Failure, tree};
 
 const ROUNDS: u32 = 5;
@@ -39,6 +39,7 @@ fn store_small(bench: &Bench, clients: &str) -> Result<Vec<Row>, Failure> {
     let (input, bytes) = input(bench)?;
     let rate = |seconds: f64| bench.files as f64 / seconds;
     let (mut ours, mut cp, mut tar) = (Vec::new(), Vec::new(), Vec::new());
+    let mut cpu = Vec::new();
     let rounds = bench.rounds.unwrap_or(ROUNDS);
     for _ in 0..rounds {
         cp.push(rate(copy(&bench.scratch, &input)?));
@@ -47,7 +48,11 @@ fn store_small(bench: &Bench, clients: &str) -> Result<Vec<Row>, Failure> {
         let options = ["--clients", clients, "--proxy", &bench.proxies];
         let report = bench.lowtide.store(&input, &bench.scratch, &options)?;
         ours.push(rate(report["elapsed_s"].as_f64().unwrap_or(f64::NAN)));
+        let seconds = report["cpu_s"].as_object().into_iter().flatten();
+        let seconds: f64 = seconds.filter_map(|(_, s)| s.as_f64()).sum();
+        cpu.push(seconds * 1e6 / bench.files as f64);
     }
+    let cpu = median(&cpu).round();
     let row = |name: String, yardstick: Vec<f64>, yardstick_is| {
         Rounds {
             unit: "files/s",
@@ -60,6 +65,7 @@ fn store_small(bench: &Bench, clients: &str) -> Result<Vec<Row>, Failure> {
         .reduced(bench.files < tree::FILES || rounds < ROUNDS)
         .with("files", bench.files)
         .with("bytes", bytes)
+        .with("our_processor_us_per_file", cpu)
         .with("proxies", bench.proxies.as_str())
     };
     let cp_is = "cp -a of the same tree, then sync -f; the fastest round";

@@ -40,6 +40,15 @@ pub fn make(dir: &Path, files: u64) -> io::Result<u64> {
     Ok(bytes)
 }
 
+/// Writes `files` empty files into the one directory `dir`.
+///
+/// # Errors
+/// The file system refuses.
+pub fn make_flat(dir: &Path, files: u64) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    (0..files).try_for_each(|file| fs::File::create(dir.join(format!("f{file:07}"))).map(drop))
+}
+
 /// A length from 0 to [`LEN_MAX`], its logarithm uniform.
 fn length(random: &mut SplitMix) -> u64 {
     let unit = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;

@@ -49,6 +49,10 @@ pub struct Report {
     pub problems: Vec<String>,
     /// Memory at its largest, per node.
     pub memory: BTreeMap<String, MemoryReport>,
+    /// Processor time, user and system, of each node's process from its start until everything was
+    /// stable, in seconds. What a process that was killed had used is not in it.
+    #[serde(default)]
+    pub cpu_s: BTreeMap<String, f64>,
     /// Each node's own last status.
     pub nodes: BTreeMap<String, serde_json::Value>,
 }
@@ -124,6 +128,23 @@ pub struct MemoryReport {
     pub rss_shmem: u64,
     /// Mapped files, which the kernel may drop at will.
     pub rss_file: u64,
+}
+
+/// User and system time of a process so far, in seconds; `None` when it is gone.
+#[must_use]
+pub fn cpu_of_process(pid: u32) -> Option<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let ticks = cpu_ticks(&stat)?;
+    Some(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// The fields `utime` and `stime` of `/proc/PID/stat`, added up.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    // The second field, the program's name, may hold anything, also spaces and parentheses.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_ascii_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    Some(next()? + next()?)
 }
 
 impl MemoryReport {
@@ -222,6 +243,13 @@ impl fmt::Display for Report {
                 Size(memory.rss_file),
             )?;
         }
+        if !self.cpu_s.is_empty() {
+            let total: f64 = self.cpu_s.values().sum();
+            writeln!(
+                f,
+                "processor {total:.1} s in all nodes until all was stable"
+            )?;
+        }
         for note in &self.input_notes {
             writeln!(f, "input     {note}")?;
         }
@@ -310,6 +338,13 @@ mod tests {
     }
 
     #[test]
+    fn processor_time_is_found_behind_any_name() {
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 94 0 0 0 12 30 5 6 20 0 3 0 99";
+        assert_eq!(cpu_ticks(stat), Some(42));
+        assert_eq!(cpu_ticks("7 (a) S 1"), None);
+    }
+
+    #[test]
     fn the_stable_keys_are_there() {
         let mut full = stable();
         for (key, empty) in [
@@ -318,6 +353,7 @@ mod tests {
             ("input_notes", json!([])),
             ("problems", json!([])),
             ("memory", json!({})),
+            ("cpu_s", json!({})),
             ("nodes", json!({})),
         ] {
             full[key] = empty;

@@ -322,6 +322,7 @@ impl<'a> Run<'a> {
             }
         }
         self.report.elapsed_s = began.elapsed().as_secs_f64();
+        self.report.cpu_s = accounts::cpu(&self.nodes);
         self.display
             .event(&format!("all stable after {:.1} s", self.report.elapsed_s));
         Ok(())

@@ -1,11 +1,14 @@
 //! Figures of a run: what is taken from the nodes' reports at its end.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::nodes::{Node, Nodes};
 use crate::config::Role;
-use crate::report::{LatencyReport, MinimumReport, Report, UndoReport, WindowReport};
+use crate::report::{
+    LatencyReport, MinimumReport, Report, UndoReport, WindowReport, cpu_of_process,
+};
 
 /// Longest time the minimum stood still while operations waited for it.
 #[derive(Debug, Default)]
@@ -77,6 +80,15 @@ pub fn close(report: &mut Report, nodes: &Nodes, minimum: &Standstill) {
             totals.in_flight
         ));
     }
+}
+
+/// Processor time of each node's process so far, in seconds.
+pub fn cpu(nodes: &Nodes) -> BTreeMap<String, f64> {
+    let of_node = |node: &Node| cpu_of_process(node.pid()?);
+    nodes
+        .iter()
+        .filter_map(|(_, node)| Some((node.member.name.clone(), of_node(node)?)))
+        .collect()
 }
 
 /// Leaves every node's last status in the state directory, for whoever wants to know why.
