@@ -2,7 +2,7 @@
 //! simulated network, simulated storage, faults and an all-seeing oracle.
 //!
 //! Reading order: [`plan`] (what a seed stands for), [`world`] (events and connections),
-//! [`mod@step`] and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
+//! [`mod@step`], `shards` and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
 //! [`runner`] (many seeds, determinism, minimising).
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,7 @@ pub mod plan;
 pub mod probe;
 pub mod rng;
 pub mod runner;
+pub(crate) mod shards;
 pub mod step;
 pub mod verify;
 pub mod world;
