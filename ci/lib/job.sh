@@ -4,8 +4,12 @@
 #   find_lowtide            sets LOWTIDE to the release build's command, building it if need be
 #   make_work               sets WORK to a fresh directory that goes away with the script
 #   run_job NAME ARGS…      runs `lowtide run ARGS…` on $WORK/input; report in $WORK/NAME.json
+#   report_says NAME EXPR   the jq expression is true of that run's report
 #   check_export NAME       exports the state of that run and holds it against the input
 #   sum EXPRESSION          adds the jq expression up over all reports so far
+#   above_zero WORDS EXPR   that sum is above 0
+#
+# Every report is also kept in $REPORTS, where that is set, for sums over several scripts.
 
 # Far above what a run takes, so that only a run that hangs meets it.
 RUN_SECONDS=${RUN_SECONDS:-420}
@@ -40,6 +44,9 @@ run_job() {
     timeout -k 10 "$RUN_SECONDS" "$LOWTIDE" run --input "$WORK/input" --state "$WORK/$name" \
         --report "$WORK/$name.json" "$@" >"$WORK/$name.out" 2>&1 </dev/null
     status=$?
+    if [ -n "${REPORTS:-}" ] && [ -e "$WORK/$name.json" ]; then
+        cp "$WORK/$name.json" "$REPORTS/$(basename "$0")-$name.json"
+    fi
     if [ "$status" = 0 ] && jq -e .verified "$WORK/$name.json" >/dev/null; then
         pass "$name: run $* ($((SECONDS - start)) s)"
         sed -n 's/^\(stored\|fault\|windows\)/      \1/p' "$WORK/$name.out"
@@ -56,6 +63,15 @@ run_job() {
         pass "$name: no process left behind"
     fi
     return "$status"
+}
+
+report_says() {
+    local value
+    if value=$(jq -e "$2" "$WORK/$1.json" 2>&1); then
+        pass "$1: $2"
+    else
+        fail "$1: $2 is $value"
+    fi
 }
 
 # Process ids whose command line names a state directory.
@@ -108,15 +124,14 @@ check_export() {
     rm -rf "$out" "${WORK:?}/$name"
 }
 
-sum() { jq -s "map($1) | add // 0" "$WORK"/*.json 2>/dev/null || echo 0; }
+sum() { jq -s "map($1) | add // 0" "${REPORTS:-$WORK}"/*.json 2>/dev/null || echo 0; }
 
-# above_zero WORDS EXPRESSION
 above_zero() {
     local total
     total=$(sum "$2")
-    if [ "$total" -gt 0 ]; then
+    if [ "${total:-0}" -gt 0 ]; then
         pass "$1: $total over all runs"
     else
-        fail "$1: 0 over all runs, so recovery was not really used"
+        fail "$1: ${total:-unknown} over all runs, so recovery was not really used"
     fi
 }

@@ -1,6 +1,7 @@
 # Makes a real directory tree to store. To be sourced, not run.
 #
-#   make_tree DIR ENTRIES   fills the absent directory DIR with at least ENTRIES entries
+#   make_tree DIR ENTRIES       fills the absent directory DIR with at least ENTRIES entries
+#   make_directory DIR ENTRIES  one directory in DIR with that many small files
 #
 # The sources of the crates that cargo has unpacked, several times under different names if they
 # are too few (they are fetched if there are none), and beside them what sources never contain:
@@ -9,20 +10,30 @@
 # pattern, a file of zeros, sizes around the 64 KiB limit of inline data, mode bits, old times.
 
 make_tree() {
-    local dir=$1 entries=$2 copy=0 registry
-    mkdir "$dir" && make_odd_entries "$dir/odd" || return
+    local dir=$1 entries=$2 copy=0 registry crate have
+    mkdir "$dir" && (make_odd_entries "$dir/odd") || return
     registry=${CARGO_HOME:-$HOME/.cargo}/registry/src
     if [ ! -d "$registry" ]; then
         cargo fetch --locked || return
     fi
-    while [ "$(count_entries "$dir")" -lt "$entries" ]; do
+    have=$(count_entries "$dir")
+    while [ "$have" -lt "$entries" ]; do
         copy=$((copy + 1))
-        cp -a "$registry" "$dir/sources-$copy" || return
+        mkdir "$dir/sources-$copy" || return
+        for crate in "$registry"/*/*/; do
+            [ "$have" -ge "$entries" ] && return
+            cp -a "$crate" "$dir/sources-$copy/" || return
+            have=$((have + 1 + $(count_entries "$crate")))
+        done
         if [ "$copy" -gt 200 ]; then
             echo "no $entries entries in 200 copies of $registry" >&2
             return 1
         fi
     done
+}
+
+make_directory() {
+    mkdir -p "$1/d" && (cd "$1/d" && seq "$2" | split -l 1 -a 4 - file-)
 }
 
 # Entries below a directory, itself not counted; names may contain anything.

@@ -84,6 +84,9 @@ pub struct LogConfig {
     pub reserve_bytes: u64,
     /// The log is known to have been durable up to here; opening fails if it ends earlier.
     pub must_reach: Lsn,
+    /// Every record from here on is needed (0: from the first ever); opening fails if the oldest
+    /// segment left begins later. `None`: whatever is left will do.
+    pub needed_from: Option<Lsn>,
 }
 
 impl LogConfig {
@@ -98,6 +101,7 @@ impl LogConfig {
             segments_max: 16,
             reserve_bytes: 16 << 20,
             must_reach: Lsn(0),
+            needed_from: None,
         }
     }
 

@@ -249,6 +249,11 @@ pub trait Volume: Send + Sync + Debug {
 
     /// Removes a file, durably. Its name must not be open.
     fn remove(&self, name: &str) -> Result<(), MediumError>;
+
+    /// Bytes that files may still grow by, as far as anybody can tell. Others may take them first.
+    fn free_bytes(&self) -> Result<u64, MediumError> {
+        Ok(u64::MAX)
+    }
 }
 
 /// Shared memory of the first failure of a group of media.

@@ -11,6 +11,7 @@ mod run;
 
 pub(crate) use run::process_nonce;
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -63,6 +64,12 @@ impl Role {
     #[must_use]
     pub fn is_persistent(self) -> bool {
         matches!(self, Role::Root | Role::Meta | Role::Object)
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

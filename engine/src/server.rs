@@ -21,6 +21,7 @@ use lowtide_engine_core::destination::shard::{Answer, Order, Shard};
 use lowtide_engine_core::destination::{Destination, DestinationConfig};
 use lowtide_engine_core::ids::{NodeId, Step, Time};
 use lowtide_engine_core::lock::LockServer;
+use lowtide_engine_core::message::Role;
 
 use crate::log::commit::GroupPin;
 use crate::ring::{self, Receiver, Sender};
@@ -266,6 +267,11 @@ impl Server {
             }
         }
         let durable = self.node.durable();
+        let front = &self.front;
+        self.node.ask_disk(|| {
+            let seats = front.view().seats.iter();
+            seats.filter(|s| s.live && s.role == Role::Client).count() as u64
+        });
         let has_room = self.node.has_room() && !crowded;
         self.front.handle_room(has_room);
         if durable > self.durable || has_room != self.has_room {
@@ -331,9 +337,10 @@ impl Server {
         })
     }
 
-    /// Whether new work is taken.
-    pub(crate) fn has_room(&self) -> bool {
-        self.has_room
+    /// Why new work is refused, in words, if it is.
+    pub(crate) fn full(&self) -> Option<String> {
+        let words = || "a shard has more to do than it can keep up with".to_owned();
+        (!self.has_room).then(|| self.node.full().unwrap_or_else(words))
     }
 
     /// Lock requests that wait, in words.

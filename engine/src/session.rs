@@ -18,7 +18,7 @@ use lowtide_transport::message::Waker;
 /// Operations submitted and not executed at one time.
 const UNEXECUTED_MAX: usize = 2048;
 /// Bytes submitted and not executed, or executed and not everywhere committed, at one time.
-const UNCOMMITTED_BYTES_MAX: u64 = 48 << 20;
+pub(crate) const UNCOMMITTED_BYTES_MAX: u64 = 48 << 20;
 
 /// What the engine thread is asked.
 #[derive(Debug)]
@@ -342,8 +342,17 @@ impl Session for SessionHandle {
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     open: HashSet<Ticket>,
-    barriers: Vec<Ticket>,
+    barriers: Vec<Barrier>,
     newest: Option<Stamp>,
+}
+
+/// Somebody waits until every ticket up to this one has its outcome and all are stable.
+#[derive(Debug)]
+struct Barrier {
+    ticket: Ticket,
+    /// Newest stamp when the last of them had its outcome; later ones do not concern it, so that
+    /// others who go on submitting cannot hold it up.
+    covers: Option<Option<Stamp>>,
 }
 
 impl Ledger {
@@ -359,7 +368,10 @@ impl Ledger {
     }
 
     pub(crate) fn barrier(&mut self, ticket: Ticket) {
-        self.barriers.push(ticket);
+        self.barriers.push(Barrier {
+            ticket,
+            covers: None,
+        });
     }
 
     /// Barriers that are passed when m is `minimum`.
@@ -367,14 +379,65 @@ impl Ledger {
         if self.barriers.is_empty() {
             return;
         }
-        let stable = self.newest.is_none_or(|stamp| stamp.epoch.0 < minimum);
         let first_open = self.open.iter().min().copied();
-        self.barriers.retain(|&barrier| {
-            let passed = stable && first_open.is_none_or(|open| open > barrier);
+        let newest = self.newest;
+        self.barriers.retain_mut(|barrier| {
+            if barrier.covers.is_none() && first_open.is_none_or(|open| open > barrier.ticket) {
+                barrier.covers = Some(newest);
+            }
+            let passed = barrier
+                .covers
+                .is_some_and(|stamp| stamp.is_none_or(|stamp| stamp.epoch.0 < minimum));
             if passed {
-                out.push((barrier, Outcome::Stable(Ok(()))));
+                out.push((barrier.ticket, Outcome::Stable(Ok(()))));
             }
             !passed
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lowtide_engine_core::ids::{Epoch, OpId, Seq};
+
+    use super::*;
+
+    fn stamp(seq: u64, epoch: u64) -> Result<Stamp, SessionError> {
+        let source = Life::default();
+        let id = OpId {
+            source,
+            seq: Seq(seq),
+        };
+        let epoch = Epoch(epoch);
+        Ok(Stamp { id, epoch })
+    }
+
+    /// Tickets of the barriers that are passed at `minimum`.
+    fn passed(ledger: &mut Ledger, minimum: u64) -> Vec<u64> {
+        let mut out = Vec::new();
+        ledger.passed(minimum, &mut out);
+        out.iter().map(|(ticket, _)| ticket.0).collect()
+    }
+
+    #[test]
+    fn a_barrier_waits_for_what_came_before_it_and_for_nothing_else() {
+        let mut ledger = Ledger::default();
+        ledger.submitted(Ticket(1));
+        ledger.submitted(Ticket(2));
+        ledger.barrier(Ticket(3));
+        ledger.finished(Ticket(2), &stamp(2, 8));
+        assert_eq!(passed(&mut ledger, 100), [0; 0], "ticket 1 is open");
+        ledger.finished(Ticket(1), &stamp(1, 7));
+        assert_eq!(passed(&mut ledger, 8), [0; 0], "epoch 8 is not below 8");
+        // Somebody goes on submitting.
+        ledger.submitted(Ticket(4));
+        ledger.finished(Ticket(4), &stamp(4, 50));
+        ledger.submitted(Ticket(5));
+        assert_eq!(passed(&mut ledger, 9), [3]);
+        assert_eq!(passed(&mut ledger, 9), [0; 0], "answered once");
+        ledger.barrier(Ticket(6));
+        ledger.finished(Ticket(5), &Err(SessionError::Closed));
+        assert_eq!(passed(&mut ledger, 50), [0; 0]);
+        assert_eq!(passed(&mut ledger, 51), [6]);
     }
 }

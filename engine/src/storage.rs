@@ -26,6 +26,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, unbounded};
 use lowtide_engine_core::destination::{Image, RecoverError};
@@ -42,15 +43,15 @@ use crate::log::superblock::{NodeState, Superblock, SuperblockError};
 use crate::log::{self, Log, LogConfig, LogIdentity, OpenError};
 use crate::medium::dir::{DirOptions, DirVolume};
 use crate::medium::{MediumError, Volume};
-use crate::store::extents::{ExtentError, ExtentRef};
+use crate::store::extents::{ExtentError, ExtentFile, ExtentRef};
 use crate::store::overlay::DurablePoint;
 use crate::store::redb_store::RedbStore;
 use crate::store::{Store, StoreError};
 
 /// Page cache of the checkpoint store, in bytes.
 const STORE_CACHE: usize = 32 << 20;
-/// Largest extent file, in bytes.
-const EXTENTS_MAX: u64 = 1 << 40;
+/// How often the disk is asked how much is free.
+const DISK_EVERY: Duration = Duration::from_millis(20);
 /// Most log segments of a node, shared out to its shards.
 const SEGMENTS_MAX: usize = 24;
 /// Fewest that a shard may use at most.
@@ -71,6 +72,10 @@ pub struct StorageConfig {
     pub room: u64,
     /// A checkpoint begins when the overlays hold this much, in bytes.
     pub checkpoint_bytes: usize,
+    /// Largest extent file, in bytes.
+    pub extents_max: u64,
+    /// Disk space that new work leaves for what one client may have stamped, in bytes.
+    pub client_bytes: u64,
 }
 
 impl StorageConfig {
@@ -84,7 +89,49 @@ impl StorageConfig {
             segments_max: (SEGMENTS_MAX / shards.max(1) as usize).max(SEGMENTS_PER_SHARD),
             room: 48 << 20,
             checkpoint_bytes: 32 << 20,
+            extents_max: 1 << 40,
+            // A session lets it have this much under way, and one operation more.
+            client_bytes: crate::session::UNCOMMITTED_BYTES_MAX + (8 << 20),
         }
+    }
+}
+
+/// What is known of the disk under the files. Operations that are stamped may not be refused any
+/// more, so new ones are refused while the disk still holds whatever may be under way.
+#[derive(Debug)]
+struct Disk {
+    volume: Arc<dyn Volume>,
+    /// When to ask again.
+    due: Instant,
+    /// Why there is no room, in words, when asked last.
+    full: Option<String>,
+    /// Space left for the checkpoint store, whatever happens, in bytes.
+    store_bytes: u64,
+    client_bytes: u64,
+}
+
+impl Disk {
+    fn ask(
+        &mut self,
+        extents: &ExtentFile,
+        clients: impl FnOnce() -> u64,
+    ) -> Result<(), StorageError> {
+        let now = Instant::now();
+        if now >= self.due {
+            self.due = now + DISK_EVERY;
+            let wanted = self.store_bytes + clients() * self.client_bytes;
+            let free = self.volume.free_bytes()?;
+            let free = free.saturating_add(extents.free_bytes());
+            self.full = (free < wanted).then(|| {
+                format!(
+                    "no room for new work on the disk: {} MiB are free, {} MiB are kept for what \
+                     is under way",
+                    free >> 20,
+                    wanted >> 20
+                )
+            });
+        }
+        Ok(())
     }
 }
 
@@ -231,6 +278,7 @@ pub struct NodeStorage {
     checkpointing: Arc<AtomicBool>,
     /// Logs that a larger number of shards has left.
     left: Vec<Log>,
+    disk: Disk,
     common: Arc<shard::Common>,
     threads: Vec<JoinHandle<()>>,
     committer: Committer,
@@ -294,7 +342,7 @@ impl NodeStorage {
             must_reach: covered.clone(),
         };
         let (set, _report) = LogSet::open(volume.clone(), &logs)?;
-        let recovered = recover::replay(&volume, &set, &store, (shards, image))?;
+        let recovered = recover::replay(&volume, &set, &store, (config, image))?;
         superblock.update(|s| s.boots += 1)?;
 
         let durability = Arc::new(Durability {
@@ -358,6 +406,13 @@ impl NodeStorage {
             checkpoints,
             checkpointing,
             left: logs.into_iter().map(|l| l.log).collect(),
+            disk: Disk {
+                volume,
+                due: Instant::now(),
+                full: None,
+                store_bytes: 2 * config.checkpoint_bytes as u64,
+                client_bytes: config.client_bytes,
+            },
             common,
             threads,
             committer,
@@ -415,11 +470,30 @@ impl NodeStorage {
         self.checkpointing.load(Ordering::Acquire)
     }
 
-    /// Whether every log has room for new work.
+    /// Whether the disk and every log have room for new work.
     #[must_use]
     pub fn has_room(&self) -> bool {
+        self.disk.full.is_none() && self.logs_have_room()
+    }
+
+    fn logs_have_room(&self) -> bool {
         let mut gauges = self.gauges.iter();
         gauges.all(|g| g.has_room.load(Ordering::Acquire))
+    }
+
+    /// Why new work is refused, in words, if it is.
+    #[must_use]
+    pub fn full(&self) -> Option<String> {
+        let log = self.gauges.iter().find_map(|g| g.full());
+        log.or_else(|| self.disk.full.clone())
+    }
+
+    /// Looks now and then whether the disk has room; `clients` tells how many may have stamped
+    /// operations under way.
+    pub fn ask_disk(&mut self, clients: impl FnOnce() -> u64) {
+        if let Err(error) = self.disk.ask(&self.common.extents, clients) {
+            self.durability.fail(error.to_string());
+        }
     }
 
     /// Begins a checkpoint if one is due and none is under way. The caller then has every shard
@@ -427,7 +501,7 @@ impl NodeStorage {
     pub fn begin_checkpoint(&mut self, image: impl FnOnce() -> Vec<u8>) -> bool {
         let gauges = self.gauges.iter();
         let bytes: usize = gauges.map(|g| g.active_bytes.load(Ordering::Relaxed)).sum();
-        let due = bytes >= self.checkpoint_bytes || (!self.has_room() && bytes > 0);
+        let due = bytes >= self.checkpoint_bytes || (!self.logs_have_room() && bytes > 0);
         // Acquire pairs with the Release when the one before was written.
         if !due || self.checkpointing.load(Ordering::Acquire) {
             return false;

@@ -17,6 +17,7 @@ pub mod overlay;
 pub mod redb_store;
 
 use crate::medium::MediumError;
+use redb_store::STORE_FILE;
 use std::fmt::Debug;
 use std::ops::Bound;
 
@@ -28,10 +29,13 @@ pub enum StoreError {
     #[error(transparent)]
     Medium(#[from] MediumError),
     /// The database reports an error of its own: damage, or a refusal after an earlier error.
-    #[error("store: {0}")]
+    #[error("{STORE_FILE}: {0}")]
     Database(String),
+    /// Damaged. It is not repaired: the node must not serve what may lack committed updates.
+    #[error("{STORE_FILE}: damaged ({0}); restore the node's directory from a copy")]
+    Damaged(String),
     /// Written by another version, or not a store.
-    #[error("store: {0}")]
+    #[error("{STORE_FILE}: {0}")]
     Foreign(String),
 }
 

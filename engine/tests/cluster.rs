@@ -4,14 +4,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, Role};
 use lowtide_engine::offline::{self, OfflineConfig};
 use lowtide_engine_core::ids::NodeId;
-use lowtide_engine_core::op::{Change, Check, Expect, Key, Mode, Range, Request, Update, Want};
+use lowtide_engine_core::op::{
+    Bytes, Change, Check, Expect, Key, Mode, Range, Request, Update, Want,
+};
 use lowtide_engine_core::session::Session;
 
 static CLUSTERS: AtomicU8 = AtomicU8::new(1);
@@ -38,7 +39,7 @@ fn peers() -> Vec<Peer> {
             127,
             (pid >> 8) as u8 | 1,
             pid as u8,
-            cluster * 64 + id.0 as u8,
+            cluster * 48 + id.0 as u8,
         );
         Peer {
             id,
@@ -111,23 +112,23 @@ fn create(slot: u64, value: &[u8]) -> Request {
             Update {
                 home: META[0],
                 key,
-                change: Change::Put(Arc::from(value)),
+                change: Change::Put(Bytes::from(value)),
             },
             Update {
                 home: META[1],
                 key: inode,
-                change: Change::Put(Arc::from(value)),
+                change: Change::Put(Bytes::from(value)),
             },
             // Another space at the same home: another shard, if there are several.
             Update {
                 home: META[1],
                 key: Key::at(101, slot % 7),
-                change: Change::Add(Arc::from(1i64.to_le_bytes())),
+                change: Change::Add(Bytes::from(1i64.to_le_bytes())),
             },
             Update {
                 home: OBJECT,
                 key: Key::at(9, slot),
-                change: Change::Put(Arc::from(value.repeat(1 + slot as usize * 700))),
+                change: Change::Put(Bytes::from(value.repeat(1 + slot as usize * 700))),
             },
         ],
     }

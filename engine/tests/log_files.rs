@@ -434,3 +434,41 @@ fn child_stores_beyond_the_end_of_its_file() {
         .unwrap();
     let _ = medium.store(8192, b"dies here");
 }
+
+/// Bytes of pages that this thread made dirty, as the kernel counts them; 0 on a file system in
+/// memory.
+fn dirtied_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/io").unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix("write_bytes: "));
+    line.unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_small_store_to_a_mapped_file_is_a_small_write() {
+    const LEN: u64 = 4 << 20;
+    let dir = TempDir::new("amplify");
+    let check = |medium: &dyn lowtide_engine::medium::Medium, what: &str| {
+        for page in 0..16u64 {
+            let before = dirtied_bytes();
+            medium.store(page * 20 * 4096, &[1; 64]).unwrap();
+            medium
+                .sync(page * 20 * 4096..page * 20 * 4096 + 64)
+                .unwrap();
+            let dirtied = dirtied_bytes() - before;
+            assert!(
+                dirtied <= 16 << 10,
+                "{what}: 64 B stored dirtied {dirtied} B"
+            );
+        }
+    };
+    let volume = DirVolume::open(dir.path(), DirOptions::default()).unwrap();
+    let created = volume.create("m", LEN, Access::Mapped).unwrap();
+    check(&*created, "a new file");
+    drop(created);
+    // As after a reboot: nothing of the file is in memory.
+    let file = std::fs::File::open(dir.path().join("m")).unwrap();
+    let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+    nix::fcntl::posix_fadvise(&file, 0, 0, advice).unwrap();
+    let opened = volume.open("m", Access::Mapped).unwrap();
+    check(&*opened, "a file read back");
+}

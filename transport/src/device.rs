@@ -22,6 +22,8 @@
 mod budget;
 mod identity;
 mod output;
+#[cfg(test)]
+mod tests;
 mod timers;
 mod view;
 
@@ -51,6 +53,8 @@ use crate::udp::{Frame, ReceiveBatch, Socket, SocketOptions, TransmitBatch};
 
 /// Queue pairs a device may have.
 pub(crate) const QUEUE_PAIRS_MAX: usize = 32_768;
+/// Work requests in one queue of a queue pair: their memory is reserved when it is made.
+pub(crate) const WORK_REQUESTS_MAX: u32 = 1 << 16;
 /// The lowest queue pair number given out, as Linux rxe's; 0 and 1 are special.
 const QPN_FIRST: u32 = 16;
 /// Local key of receives whose bytes are not stored but handed up where they arrived.
@@ -122,16 +126,38 @@ pub struct Counters {
     pub retransmitted_pkts: u64,
     /// Packets a queue pair had no use for.
     pub dropped_pkts: u64,
-    /// Messages handed up, and copies of whole messages made for sending or reassembly.
+    /// Messages handed up.
     pub messages: u64,
+    /// Copies of whole messages made by us, for whatever reason.
     pub copies: u64,
+    /// Bytes copied into registered memory to be sent in a parcel.
+    pub sent_copied_bytes: u64,
+    /// The same for messages that the peer fetches; none of those sent in pieces.
+    pub bulk_copied_bytes: u64,
+    /// Bytes put together from several packets.
+    pub assembled_copied_bytes: u64,
+    /// Bytes held back behind a message that was still being fetched.
+    pub held_copied_bytes: u64,
+    /// Bytes placed where they belong by READ: the one copy of a fetched message.
+    pub bulk_placed_bytes: u64,
+    /// Messages offered to be fetched, and messages fetched.
+    pub bulk_offered: u64,
+    pub bulk_fetched: u64,
+    /// The most bytes that were lent, and being fetched, at once.
+    pub lent_bytes_peak: u64,
+    pub fetched_bytes_peak: u64,
+    /// Connections closed because the peer did what is not allowed.
+    pub violations: u64,
 }
 
 struct Slot {
     qpn: Qpn,
     /// None while the slot is free.
     qp: Option<QueuePair>,
+    /// Protection domain of our own work requests.
     domain: u32,
+    /// Protection domain of what the peer names.
+    peer_domain: u32,
     peer: Option<u32>,
     /// Whether the slot is in `ready`.
     is_ready: bool,
@@ -141,10 +167,14 @@ struct Slot {
     in_flight: u32,
     /// Losses already answered by a cut.
     losses: u64,
+    /// Answers sent in this turn.
+    responses: u32,
 }
 
 struct Peer {
     address: SocketAddr,
+    /// Queue pairs connected to it; the entry is free without any.
+    users: u32,
     budget: Budget,
     /// Slots that have data to send and no budget for it.
     waiting: VecDeque<u32>,
@@ -167,7 +197,10 @@ pub(crate) struct Device {
     free: Vec<u32>,
     peers: Vec<Peer>,
     peer_index: HashMap<SocketAddr, u32>,
+    free_peers: Vec<u32>,
     ready: VecDeque<u32>,
+    /// What answers READs so long that input has its turn first; empty but within `transmit`.
+    later: Vec<u32>,
     timers: Timers,
     counters: Counters,
     salt: u32,
@@ -200,7 +233,9 @@ impl Device {
             free: Vec::new(),
             peers: Vec::new(),
             peer_index: HashMap::new(),
+            free_peers: Vec::new(),
             ready: VecDeque::new(),
+            later: Vec::new(),
             timers: Timers::default(),
             counters: Counters::default(),
             salt,
@@ -242,8 +277,11 @@ impl Device {
 
     // Queue pairs.
 
-    /// Creates a queue pair in the Reset state; none when there are too many.
+    /// Creates a queue pair in the Reset state; none when there are too many or it is too deep.
     pub(crate) fn create_qp(&mut self, domain: u32, caps: QpCaps) -> Option<(QpId, Qpn)> {
+        if caps.send_wr_max.max(caps.recv_wr_max) > WORK_REQUESTS_MAX {
+            return None;
+        }
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.slots.len() >= QUEUE_PAIRS_MAX => return None,
@@ -252,11 +290,13 @@ impl Device {
                     qpn: Qpn::new(0),
                     qp: None,
                     domain,
+                    peer_domain: domain,
                     peer: None,
                     is_ready: false,
                     is_waiting: false,
                     in_flight: 0,
                     losses: 0,
+                    responses: 0,
                 });
                 self.slots.len() as u32 - 1
             }
@@ -267,35 +307,71 @@ impl Device {
         slot.qpn = qpn;
         slot.qp = Some(QueuePair::new(qp::QpKind::Rc, qpn, caps));
         slot.domain = domain;
+        slot.peer_domain = domain;
         slot.peer = None;
         slot.in_flight = 0;
         slot.losses = 0;
+        slot.responses = 0;
         Some((QpId(index), qpn))
     }
 
-    /// Says whose packets the queue pair takes and where its own go.
+    /// Says whose packets the queue pair takes and where its own go: once, before it works.
     pub(crate) fn set_peer(&mut self, id: QpId, address: SocketAddr, budget: Option<u32>) {
-        let next = self.peers.len() as u32;
-        let index = *self.peer_index.entry(address).or_insert(next);
-        if index == next {
-            let budget = Budget::default();
-            self.peers.push(Peer {
-                address,
-                budget,
-                waiting: VecDeque::new(),
-            });
-        }
+        let index = match self.peer_index.get(&address) {
+            Some(index) => *index,
+            None => self.add_peer(address),
+        };
+        let peer = &mut self.peers[index as usize];
+        peer.users += 1;
         if let Some(datagrams) = budget {
-            self.peers[index as usize].budget.learn(datagrams);
+            peer.budget.learn(datagrams);
         }
-        self.slots[id.0 as usize].peer = Some(index);
+        let before = self.slots[id.0 as usize].peer.replace(index);
+        assert!(before.is_none(), "a queue pair has one peer for life");
+    }
+
+    fn add_peer(&mut self, address: SocketAddr) -> u32 {
+        let peer = Peer {
+            address,
+            users: 0,
+            budget: Budget::default(),
+            waiting: VecDeque::new(),
+        };
+        let index = match self.free_peers.pop() {
+            Some(index) => {
+                self.peers[index as usize] = peer;
+                index
+            }
+            None => {
+                self.peers.push(peer);
+                self.peers.len() as u32 - 1
+            }
+        };
+        self.peer_index.insert(address, index);
+        index
+    }
+
+    /// A queue pair to this peer is gone; a peer without any is forgotten, or strangers who come
+    /// and go would fill the table.
+    fn release_peer(&mut self, index: u32) {
+        let peer = &mut self.peers[index as usize];
+        peer.users -= 1;
+        if peer.users == 0 {
+            self.peer_index.remove(&peer.address);
+            self.free_peers.push(index);
+        }
+    }
+
+    /// Lets the peer reach only memory of `domain`, whatever our own work requests reach.
+    pub(crate) fn set_peer_domain(&mut self, id: QpId, domain: u32) {
+        self.slots[id.0 as usize].peer_domain = domain;
     }
 
     pub(crate) fn destroy_qp(&mut self, id: QpId) {
         let slot = &mut self.slots[id.0 as usize];
         let Some(qp) = slot.qp.take() else { return };
         add_counters(&mut self.counters, qp.counters());
-        if let Some(peer) = slot.peer {
+        if let Some(peer) = slot.peer.take() {
             let before = std::mem::take(&mut slot.in_flight);
             if std::mem::take(&mut slot.is_waiting) {
                 self.peers[peer as usize]
@@ -304,6 +380,7 @@ impl Device {
             }
             self.peers[peer as usize].budget.update(before, 0);
             self.wake_waiting(peer);
+            self.release_peer(peer);
         }
         self.free.push(id.0);
     }
@@ -349,6 +426,8 @@ impl Device {
         self.counters.rx_bytes += bytes as u64;
         self.counters.rx_datagrams += datagrams;
         self.counters.gro_receives += u64::from(datagrams > 1);
+        // A datagram without a byte is one that `handle` never sees.
+        self.counters.rx_malformed += u64::from(datagrams == 0);
         if let Some(overflow) = overflow {
             self.counters.rx_overflow = u64::from(overflow);
         }
@@ -426,9 +505,13 @@ impl Device {
         let mut view = View {
             memory: &mut self.memory,
             domain: slot.domain,
+            peer_domain: slot.peer_domain,
             placed: None,
         };
-        qp.handle_packet(now, packet, &mut view);
+        let outcome = qp.handle_packet(now, packet, &mut view);
+        if packet.row().class == Class::Cnp && outcome == qp::Outcome::Accepted {
+            self.peers[peer as usize].budget.cut(now);
+        }
         let placed = view.placed.map(|offset| (offset, packet.payload_range()));
         self.settle(index);
         self.mark_ready(index);

@@ -1,16 +1,21 @@
 //! Registered memory: what a queue pair may read and write, and who else may.
 //!
 //! Owns: every byte that leaves by a payload vector or is placed by a peer, and the keys to it.
-//! Two kinds of region:
+//! Four kinds of region:
 //!
 //! * **private** ([`Region::Private`]): plain bytes that only the owning thread touches. No remote
 //!   right can be given to them, so they can be lent as `&[u8]` and sent without a copy.
+//! * **slabs** ([`Region::Slab`]): private bytes that are shared out, unchanged, once they have left
+//!   the table: what a READ of ours fills.
+//! * **lent** ([`Lent`]): bytes that nobody can change as long as they lie here, in pieces. One peer
+//!   may READ them, nothing else, so they too are sent without a copy.
 //! * **shared** ([`SharedMemory`]): what a peer may read or change at any time, and what other
 //!   threads of this process may hold meanwhile. Never lent as `&[u8]`: bytes are copied in and out
 //!   by atomic words, so a race yields old or new words and never undefined behaviour.
 //!
 //! Invariants: a key is an index and an 8-bit generation; after deregistration it never matches
-//! again until the generation has wrapped. A remote access is checked for key, protection domain,
+//! again until the generation has wrapped. A key to something lent is a random number instead,
+//! [`LENT_KEY_MIN`] or more, and works for one protection domain: one connection's. A remote access is checked for key, protection domain,
 //! right and range before any byte moves, and a range is checked without overflow.
 //!
 //! Deliberately absent: pinning and page tables (the kernel copies for us), registration of memory
@@ -18,8 +23,13 @@
 //!
 //! Source: ibverbs' memory regions; Linux `rxe_mr.c` for the checks and the key layout.
 
+mod lent;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use self::lent::LentTable;
+pub use self::lent::{LENT_KEY_MIN, Lent, Piece};
 
 /// Rights of a region. A private region has none of the remote ones.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -112,6 +122,8 @@ pub enum AccessError {
 pub enum Region {
     /// Only the owning thread touches them.
     Private(Box<[u8]>),
+    /// The same; nobody else has them until they leave the table.
+    Slab(Arc<[u8]>),
     /// Peers and other threads may touch them.
     Shared(Arc<SharedMemory>),
 }
@@ -129,6 +141,7 @@ struct Entry {
 pub struct Memory {
     entries: Vec<Entry>,
     free: Vec<u32>,
+    lent: LentTable,
 }
 
 impl Memory {
@@ -218,6 +231,40 @@ impl Memory {
         }
     }
 
+    /// Registers a slab to be filled; none when the table is full. Nobody else may have it.
+    pub fn register_slab(&mut self, domain: u32, slab: Arc<[u8]>) -> Option<Key> {
+        assert!(Arc::strong_count(&slab) == 1 && Arc::weak_count(&slab) == 0);
+        self.register(domain, Region::Slab(slab), Access::LOCAL)
+    }
+
+    /// Lends bytes to the peer of `domain`, to be READ under `key`.
+    ///
+    /// # Errors
+    /// The bytes again, if that is no key for a loan or is taken.
+    pub fn lend(&mut self, domain: u32, key: Key, lent: Lent) -> Result<(), Lent> {
+        self.lent.insert(domain, key, lent)
+    }
+
+    /// Ends a loan; its key is worthless from now on.
+    pub fn take_back(&mut self, key: Key) -> Option<Lent> {
+        self.lent.remove(key)
+    }
+
+    /// What a peer may do to its rights: give them up, on memory that is shared with its domain.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); private memory is not the peer's to deregister.
+    pub fn invalidate(&mut self, domain: u32, key: Key) -> Result<(), AccessError> {
+        self.check(domain, key, 0, 0, Access::default())?;
+        match self.entries.get(key.index()) {
+            Some(entry) if entry.access.is_remote() => self
+                .deregister(key)
+                .map(drop)
+                .ok_or(AccessError::UnknownKey),
+            _ => Err(AccessError::NoRight),
+        }
+    }
+
     /// Takes a region out of service; its key is worthless from now on.
     pub fn deregister(&mut self, key: Key) -> Option<Region> {
         let entry = self.entries.get_mut(key.index())?;
@@ -241,6 +288,9 @@ impl Memory {
         len: u32,
         wanted: Access,
     ) -> Result<Span, AccessError> {
+        if key.0 >= LENT_KEY_MIN {
+            return self.lent.check(domain, key, offset, len, wanted);
+        }
         let entry = self
             .entries
             .get(key.index())
@@ -265,19 +315,25 @@ impl Memory {
         }
     }
 
-    /// The bytes of a private region, to send from; none for a shared or departed one.
-    pub fn private(&self, region: u32) -> Option<&[u8]> {
-        match self.entries.get(region as usize)?.region.as_ref()? {
-            Region::Private(bytes) => Some(bytes),
-            Region::Shared(_) => None,
+    /// The bytes of a checked span, to send from; none where somebody may change them meanwhile,
+    /// where they lie in several pieces, and of a departed region.
+    pub fn stable(&self, span: Span) -> Option<&[u8]> {
+        if span.region >= LENT_KEY_MIN {
+            return self.lent.piece(span);
         }
+        let bytes: &[u8] = match self.entries.get(span.region as usize)?.region.as_ref()? {
+            Region::Private(bytes) => bytes,
+            Region::Slab(bytes) => bytes,
+            Region::Shared(_) => return None,
+        };
+        bytes.get(span.offset as usize..)?.get(..span.len as usize)
     }
 
-    /// The bytes of a private region, to fill; none for a shared or departed one.
+    /// The bytes of a private region, to fill; none for any other.
     pub fn private_mut(&mut self, region: u32) -> Option<&mut [u8]> {
         match self.entries.get_mut(region as usize)?.region.as_mut()? {
             Region::Private(bytes) => Some(bytes),
-            Region::Shared(_) => None,
+            Region::Slab(_) | Region::Shared(_) => None,
         }
     }
 
@@ -288,6 +344,10 @@ impl Memory {
         let entry = self.entries.get_mut(span.region as usize);
         match entry.and_then(|entry| entry.region.as_mut()) {
             Some(Region::Private(to)) => to[start..start + bytes.len()].copy_from_slice(bytes),
+            Some(Region::Slab(to)) => {
+                let to = Arc::get_mut(to).expect("nobody else has a slab that is registered");
+                to[start..start + bytes.len()].copy_from_slice(bytes);
+            }
             Some(Region::Shared(to)) => to.write(start, bytes),
             None => {}
         }
@@ -296,10 +356,14 @@ impl Memory {
     /// Copies a checked span out into `into`, which has its length. Zeroes if the region has gone.
     pub fn fetch(&self, span: Span, into: &mut [u8]) {
         assert_eq!(into.len(), span.len as usize);
+        if span.region >= LENT_KEY_MIN {
+            return self.lent.copy(span, into);
+        }
         let start = span.offset as usize;
         let entry = self.entries.get(span.region as usize);
         match entry.and_then(|entry| entry.region.as_ref()) {
             Some(Region::Private(from)) => into.copy_from_slice(&from[start..start + into.len()]),
+            Some(Region::Slab(from)) => into.copy_from_slice(&from[start..start + into.len()]),
             Some(Region::Shared(from)) => from.read(start, into),
             None => into.fill(0),
         }
@@ -308,7 +372,7 @@ impl Memory {
     /// The shared memory behind a checked span.
     pub fn shared(&self, span: Span) -> Option<&SharedMemory> {
         match self.entries.get(span.region as usize)?.region.as_ref()? {
-            Region::Private(_) => None,
+            Region::Private(_) | Region::Slab(_) => None,
             Region::Shared(memory) => Some(memory),
         }
     }
@@ -319,6 +383,7 @@ impl Region {
     pub fn len(&self) -> usize {
         match self {
             Region::Private(bytes) => bytes.len(),
+            Region::Slab(bytes) => bytes.len(),
             Region::Shared(memory) => memory.len(),
         }
     }
@@ -358,45 +423,51 @@ impl SharedMemory {
     /// Copies bytes out from `offset` on. Panics outside the region.
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         assert!(offset <= self.len && into.len() <= self.len - offset);
-        let mut at = offset;
-        let mut rest = into;
-        while !rest.is_empty() {
-            let skip = at % 8;
-            let take = rest.len().min(8 - skip);
-            let (now, later) = rest.split_at_mut(take);
+        let (head, rest) = into.split_at_mut(into.len().min(offset.wrapping_neg() % 8));
+        self.read_within(offset, head);
+        let at = offset + head.len();
+        let (words, tail) = rest.as_chunks_mut();
+        for (word, to) in self.words[at / 8..].iter().zip(&mut *words) {
             // Relaxed: the words carry no message but themselves; whoever needs an order gets it
             // from the completion queue.
-            let word = self.words[at / 8].load(Ordering::Relaxed).to_ne_bytes();
-            now.copy_from_slice(&word[skip..skip + take]);
-            at += take;
-            rest = later;
+            *to = word.load(Ordering::Relaxed).to_ne_bytes();
+        }
+        self.read_within(at + 8 * words.len(), tail);
+    }
+
+    /// Part of one word.
+    fn read_within(&self, offset: usize, into: &mut [u8]) {
+        if !into.is_empty() {
+            let word = self.words[offset / 8].load(Ordering::Relaxed).to_ne_bytes();
+            into.copy_from_slice(&word[offset % 8..][..into.len()]);
         }
     }
 
     /// Copies bytes in from `offset` on. Panics outside the region.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset <= self.len && bytes.len() <= self.len - offset);
-        let mut at = offset;
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let skip = at % 8;
-            let take = rest.len().min(8 - skip);
-            let (now, later) = rest.split_at(take);
-            let word = &self.words[at / 8];
-            if take == 8 {
-                let bytes: [u8; 8] = now.try_into().expect("took eight");
-                word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
-            } else {
-                // Part of a word: neighbours may change it at the same time.
-                let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
-                    let mut whole = old.to_ne_bytes();
-                    whole[skip..skip + take].copy_from_slice(now);
-                    Some(u64::from_ne_bytes(whole))
-                });
-            }
-            at += take;
-            rest = later;
+        let (head, rest) = bytes.split_at(bytes.len().min(offset.wrapping_neg() % 8));
+        self.write_within(offset, head);
+        let at = offset + head.len();
+        let (words, tail) = rest.as_chunks();
+        for (word, from) in self.words[at / 8..].iter().zip(words) {
+            word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
         }
+        self.write_within(at + 8 * words.len(), tail);
+    }
+
+    /// Part of one word: neighbours may change it at the same time.
+    fn write_within(&self, offset: usize, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let update = |old: u64| {
+            let mut whole = old.to_ne_bytes();
+            whole[offset % 8..][..bytes.len()].copy_from_slice(bytes);
+            Some(u64::from_ne_bytes(whole))
+        };
+        let word = &self.words[offset / 8];
+        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
     }
 
     /// Compares and swaps the aligned word at `offset`; returns what was there.
@@ -467,6 +538,20 @@ mod tests {
             check(3, key, u64::MAX, 2, read),
             Err(AccessError::OutOfRange)
         );
+    }
+
+    #[test]
+    fn a_peer_invalidates_only_what_was_shared_with_it() {
+        let mut memory = Memory::default();
+        let private = memory.register_private(3, 100).unwrap();
+        let shared = memory
+            .register_shared(3, SharedMemory::new(100), Access::ALL)
+            .unwrap();
+        assert_eq!(memory.invalidate(3, private), Err(AccessError::NoRight));
+        assert_eq!(memory.invalidate(4, shared), Err(AccessError::WrongDomain));
+        assert!(memory.private_mut(private.region()).is_some());
+        assert_eq!(memory.invalidate(3, shared), Ok(()));
+        assert_eq!(memory.invalidate(3, shared), Err(AccessError::UnknownKey));
     }
 
     #[test]

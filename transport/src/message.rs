@@ -5,12 +5,13 @@
 //! ways, in order, without loss or duplication, for as long as it lives.
 //!
 //! How it works. Each connection is a pair of RC queue pairs set up by the connection manager
-//! (REQ, REP, RTU on queue pair 1, DREQ and DREP at the end). Messages travel as SENDs of at most
-//! fifteen packets (`parcel`): small messages share one packet for as long as they
-//! wait, larger ones are cut into fragments. Fragments, not one SEND per message, because a SEND
-//! needs a receive of its length posted beforehand: with 60 KiB receives a connection needs little
-//! memory on any provider, and here none at all until a fragment comes. Receives are granted as
-//! credits (`connection`), so the peer never runs into an empty receive queue.
+//! (REQ, REP, RTU on queue pair 1, DREQ and DREP at the end). Messages of up to fifteen packets
+//! travel as one SEND each, small ones together in one packet for as long as they wait (`parcel`);
+//! receives are granted as credits (`connection`), so the peer never runs into an empty receive
+//! queue. Longer messages stay where they are: the sender lends them (`loans`) and sends an offer,
+//! the receiver READs them into memory of its own (`fetch`) and says that it has. So a receive never
+//! needs more than 60 KiB, and a long message is copied once, by the receiver, if the sender has it
+//! in shared memory.
 //!
 //! What a caller may rely on:
 //! * an endpoint belongs to one thread; only [`Waker`] crosses threads;
@@ -23,13 +24,22 @@
 //!   queue pair that it does not have; so an idle connection to a peer that never calls back stays
 //!   open until something is sent on it;
 //! * a message that is shorter than a packet is handed up where it arrived; a longer one is copied
-//!   once. Its bytes are valid during the call of the handler.
+//!   once. Its bytes are valid during the call of the handler; those of a fetched one can be kept
+//!   ([`EndpointCtx::shared_message`]);
+//! * memory is bounded by [`Limits`], whatever peers do: what does not fit is refused
+//!   ([`SendError::WouldBlock`]) or waits its turn, and all of it is free again when the connection
+//!   ends. A connection that breaks forgets what it lent and fetched; sending again is for above;
+//! * a peer that breaks a rule of this layer loses its connection ([`Violation`], counted), and no
+//!   other peer notices.
 //!
-//! Deliberately absent: bulk transfer by READ and WRITE, reconnecting, and the meaning of a hello.
+//! Deliberately absent: WRITE (the receiver knows best when it has room, so it READs), reconnecting,
+//! and the meaning of a hello.
 
 mod connection;
 mod endpoint;
+mod fetch;
 mod handshake;
+mod loans;
 mod outbox;
 mod parcel;
 
@@ -43,6 +53,7 @@ use std::time::Duration;
 pub use self::endpoint::{Endpoint, EndpointCtx};
 pub use crate::device::Counters;
 pub use crate::faults::Faults;
+pub use crate::memory::Piece;
 pub use crate::udp::SocketOptions;
 
 /// Bytes of a caller's own in a hello.
@@ -103,6 +114,12 @@ pub struct Limits {
     pub credits: u16,
     /// Connections at once, both those we make and those we accept.
     pub connections_max: usize,
+    /// Bytes of long messages that are lent to peers and not taken by them at once, over all
+    /// connections; one connection may have a quarter, or one longest message.
+    pub lent_max: usize,
+    /// Bytes of long messages that are being fetched at once, shared in the same way. What has been
+    /// handed up and is kept by the caller does not count.
+    pub fetched_max: usize,
 }
 
 impl Default for Limits {
@@ -111,6 +128,8 @@ impl Default for Limits {
             message_max: 1 << 20,
             credits: 64,
             connections_max: 1024,
+            lent_max: 64 << 20,
+            fetched_max: 64 << 20,
         }
     }
 }
@@ -175,7 +194,29 @@ pub enum CloseReason {
     /// The queue pair failed.
     Failed,
     /// The peer sent what this layer does not allow.
-    Violation,
+    Violation(Violation),
+}
+
+/// What a peer did that this layer does not allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Violation {
+    /// A parcel does not parse.
+    Layout,
+    /// Parcels are missing, repeated or mixed up.
+    Sequence,
+    /// More credits came back than were granted.
+    Credits,
+    /// A message is longer than [`Limits::message_max`], or longer or shorter than was said.
+    Length,
+    /// An offer is repeated, or one is missing.
+    OfferOrder,
+    /// More offers are open than is allowed.
+    OfferFlood,
+    /// The peer refuses to let us READ what it has offered: a wrong key, address or length.
+    OfferKey,
+    /// More was taken than had been offered, or less than before.
+    Taken,
 }
 
 /// Why a message was not taken.

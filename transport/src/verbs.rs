@@ -126,7 +126,7 @@ pub struct ProtectionDomain {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CreateError {
-    /// The device has no room for another.
+    /// The device has no room for another, or for queues deeper than 65,536.
     Exhausted,
     /// The completion queue is too shallow for the queues of all its queue pairs.
     CompletionQueueTooShallow,
@@ -572,13 +572,18 @@ impl QueuePair {
             ),
             Buffer::Region(sge) => (Some(*sge), None),
         };
-        let Ok(list) = SgList::new(sge.as_slice()) else {
+        let shared = &self.device.shared;
+        // The key of another device's slot could be that of any slot here.
+        let is_ours = match &buffer {
+            Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.device.shared, shared),
+            _ => true,
+        };
+        let (Ok(list), true) = (SgList::new(sge.as_slice()), is_ours) else {
             return Err(PostRefused {
                 error: PostError::Invalid,
                 buffer,
             });
         };
-        let shared = &self.device.shared;
         let mut state = shared.lock();
         let result = state.with_qp(self.id, |qp, entry| {
             let queue = queue(entry);

@@ -3,10 +3,15 @@
 mod common;
 
 use common::PATIENCE;
+use lowtide_transport::udp::{Frame, Payload, Socket, TransmitBatch};
 use lowtide_transport::verbs::{
-    Access, Buffer, CompletionQueue, CreateError, Device, DeviceOptions, Faults, ProtectionDomain,
-    QueuePair, Remote, Rkey, SendOp, Status, WorkCompletion,
+    Access, Address, Buffer, CompletionQueue, CreateError, Device, DeviceOptions, Faults,
+    MemoryRegion, PostError, ProtectionDomain, Qpn, QueuePair, Remote, Rkey, SendOp, SocketOptions,
+    Status, WorkCompletion,
 };
+use lowtide_transport_proto::icrc::{Flow, Icrc};
+use lowtide_transport_proto::wire::{Extension, Header, Opcode, Psn};
+use std::net::IpAddr;
 
 struct Side {
     domain: ProtectionDomain,
@@ -20,7 +25,10 @@ fn side(faults: &Faults) -> Side {
         faults: *faults,
         ..DeviceOptions::default()
     };
-    let device = Device::open(common::address(), &options).unwrap();
+    side_of(Device::open(common::address(), &options).unwrap())
+}
+
+fn side_of(device: Device) -> Side {
     let domain = device.protection_domain();
     let queue = device.completion_queue(256);
     let qp = domain.queue_pair(&queue, &queue, 64, 64).unwrap();
@@ -252,4 +260,172 @@ fn a_stranger_who_knows_the_numbers_is_not_heard() {
     a.qp.post_send(3, SendOp::Send, Buffer::Slot(slot, 8))
         .unwrap();
     assert_eq!(&b.succeed().slot.unwrap()[..], b"from a..");
+}
+
+#[test]
+fn a_slot_is_posted_to_its_own_device_only() {
+    let (a, b) = pair(&Faults::default());
+    for _ in 0..4 {
+        let slot = b.domain.slot(8).unwrap();
+        let refused = a.qp.post_recv(1, Buffer::Slot(slot, 8)).unwrap_err();
+        assert_eq!(refused.error, PostError::Invalid);
+        assert!(matches!(refused.buffer, Buffer::Slot(..)), "it comes back");
+        drop(refused);
+    }
+}
+
+#[test]
+fn queues_deeper_than_any_device_has_are_refused() {
+    let a = side(&Faults::default());
+    let deep = a.device.completion_queue(u32::MAX);
+    let error = a.domain.queue_pair(&deep, &deep, 1 << 30, 1).unwrap_err();
+    assert_eq!(error, CreateError::Exhausted);
+}
+
+#[test]
+fn the_same_over_ipv6() {
+    let open = || {
+        // Port 0: the one address ::1 is shared, and the kernel picks a free port.
+        let address = (std::net::Ipv6Addr::LOCALHOST, 0).into();
+        match Device::open(address, &DeviceOptions::default()) {
+            Ok(device) => Some(device),
+            Err(error) => {
+                println!("skipped: no IPv6 on this machine ({error})");
+                None
+            }
+        }
+    };
+    let (Some(a), Some(b)) = (open(), open()) else {
+        return;
+    };
+    let (a, b) = (side_of(a), side_of(b));
+    a.qp.connect(&b.qp.address()).unwrap();
+    b.qp.connect(&a.qp.address()).unwrap();
+    let target = b.domain.memory_region(1 << 20, Access::ALL).unwrap();
+    let local = a.domain.memory_region(1 << 20, Access::LOCAL).unwrap();
+    local.write(0, &bytes(1 << 20, 3));
+    let whole = |region: &MemoryRegion| region.range(0, 1 << 20);
+    a.qp.post_send(1, SendOp::Write(target.remote(0)), whole(&local))
+        .unwrap();
+    a.succeed();
+    local.write(0, &vec![0; 1 << 20]);
+    a.qp.post_send(2, SendOp::Read(target.remote(0)), whole(&local))
+        .unwrap();
+    a.succeed();
+    let mut back = vec![0; 1 << 20];
+    local.read(0, &mut back);
+    assert_eq!(back, bytes(1 << 20, 3));
+    let counters = b.device.counters();
+    assert_eq!((counters.rx_bad_icrc, counters.rx_malformed), (0, 0));
+}
+
+#[test]
+fn an_empty_datagram_is_counted_too() {
+    let a = side(&Faults::default());
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).unwrap();
+    socket.send_to(&[], a.device.local_addr()).unwrap();
+    let start = std::time::Instant::now();
+    while a.device.counters().rx_malformed == 0 {
+        assert!(start.elapsed() < PATIENCE);
+        assert!(a.queue.poll().is_none());
+    }
+}
+
+/// A hand-made peer: it sends what it likes from the address that a queue pair is connected to.
+struct Forger {
+    socket: Socket,
+    victim: Address,
+}
+
+impl Forger {
+    fn new(victim: &Side) -> Forger {
+        let socket = Socket::bind(common::address(), &SocketOptions::default()).unwrap();
+        let address = Address {
+            socket: socket.local_addr(),
+            qpn: Qpn::new(0x77),
+            psn: 0,
+            budget: 16,
+        };
+        victim.qp.connect(&address).unwrap();
+        Forger {
+            socket,
+            victim: victim.qp.address(),
+        }
+    }
+
+    fn send_frame(&self, psn: u32, len: u32, is_spoilt: bool) -> Frame {
+        let header = Header::new(
+            Opcode::RcSendOnly,
+            self.victim.qpn,
+            Psn::new(psn),
+            Extension::Bare,
+        );
+        let mut bytes = [0; 64];
+        let header_len = header.emit(&mut bytes);
+        Frame {
+            target: self.victim.socket,
+            header: bytes,
+            header_len: header_len as u8,
+            trailer_len: 4,
+            trailer: [0; 8],
+            payload: Payload {
+                region: 0,
+                len,
+                offset: u64::from(psn),
+            },
+            is_spoilt,
+        }
+    }
+}
+
+#[test]
+fn good_datagrams_between_bad_ones_of_the_same_run_are_taken() {
+    const COUNT: u32 = 16;
+    let victim = side(&Faults::default());
+    let mut forger = Forger::new(&victim);
+    for id in 0..u64::from(COUNT) {
+        let slot = victim.domain.slot(64).unwrap();
+        victim.qp.post_recv(id, Buffer::Slot(slot, 64)).unwrap();
+    }
+    let memory = bytes(1024, 1);
+    let mut batch = TransmitBatch::default();
+    for psn in 0..COUNT {
+        // Equal lengths, so that all leave in one send and arrive in one receive.
+        batch.push(forger.send_frame(psn, 64, false));
+        batch.push(forger.send_frame(psn + 1, 64, true));
+    }
+    let from = forger.socket.local_addr();
+    let IpAddr::V4(source) = from.ip() else {
+        unreachable!("the tests use IPv4")
+    };
+    let report = forger.socket.send(
+        &mut batch,
+        |payload| &memory[payload.offset as usize..][..payload.len as usize],
+        |frame, payload, identification| {
+            let IpAddr::V4(target) = frame.target.ip() else {
+                unreachable!("the tests use IPv4")
+            };
+            let flow = Flow {
+                target_port: frame.target.port(),
+                ..Flow::v4(source, target, from.port())
+            };
+            let flow = flow.with_identification(identification);
+            let mut crc = Icrc::begin(&flow, frame.header(), frame.wire_len());
+            crc.update(payload);
+            let (mut tail, len) = crc.finish(0);
+            tail[0] ^= u8::from(frame.is_spoilt);
+            frame.trailer[..len].copy_from_slice(&tail[..len]);
+        },
+    );
+    assert_eq!(report.datagrams, 2 * u64::from(COUNT));
+    for id in 0..u64::from(COUNT) {
+        let received = victim.succeed();
+        assert_eq!((received.id, received.byte_len), (id, 64));
+        assert_eq!(received.slot.unwrap()[..], memory[id as usize..][..64]);
+    }
+    let counters = victim.device.counters();
+    assert_eq!(counters.rx_bad_icrc, u64::from(COUNT));
+    if report.gso_sends > 0 {
+        assert!(counters.gro_receives > 0, "one receive brought several");
+    }
 }

@@ -370,7 +370,7 @@ impl Client {
             Message::Opened { life } => self.hop_opened(life),
             Message::Progress { streams, full } => {
                 for state in &streams {
-                    self.outbox.progress(from.node, state);
+                    self.outbox.progress(from.node, state, false);
                 }
                 let routed = self.routes_through(from.node);
                 self.full.retain(|home| !routed.contains(home));
@@ -397,10 +397,11 @@ impl Client {
             }
             Message::Refused { request, reason } => self.lock_refused(request, reason),
             Message::Revoke { home, grant, range } => {
-                if !self.holdings.revoke(home, grant, range) {
-                    // The grant is not held here any more; say so again, the word was lost.
-                    self.port
-                        .send(from.node, Message::Unlock { home, grant, range });
+                let held = self.holdings.revoke(home, grant, range);
+                if !held {
+                    // Say so again, the word was lost.
+                    let unlock = Message::Unlock { home, grant, range };
+                    self.port.send(from.node, unlock);
                 }
             }
             Message::ReadReply { request, value } => self.read_replied(request, value),
@@ -656,6 +657,7 @@ impl Client {
         self.yield_locks();
         self.tell_executed();
         self.tell_drained();
+        self.release_voided();
         self.flush();
         let pressed = self.outbox.bytes() > self.config.redo_bytes;
         if pressed {

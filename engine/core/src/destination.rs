@@ -37,7 +37,7 @@ use shard::{Answer, News, Order, Shard, Task, shard_of};
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StreamSeq, Time};
 use crate::member::{Joined, Member};
-use crate::message::{Envelope, Message, Role};
+use crate::message::{Envelope, Message, Reclaim, Role};
 use crate::record::Record;
 use stream::{Entry, Source};
 
@@ -128,6 +128,8 @@ pub struct Destination {
     sessions: BTreeMap<NodeId, Session>,
     /// Sessions whose row is not durable yet.
     opening: Vec<Life>,
+    /// Sessions asked for before this process joined, with their claims.
+    early: BTreeMap<NodeId, (Life, Vec<Reclaim>)>,
     /// Lock requests that wait for the stage to pass.
     deferred: Vec<(Life, Message)>,
     stage: Stage,
@@ -193,6 +195,7 @@ impl Destination {
             returned: BTreeSet::new(),
             sessions: BTreeMap::new(),
             opening: Vec::new(),
+            early: BTreeMap::new(),
             deferred: Vec::new(),
             stage,
             marks_logged: (minimum, ceiling),
@@ -216,6 +219,7 @@ impl Destination {
             self.forget(life);
             self.opening.retain(|l| *l != life);
         }
+        self.early.remove(&peer);
         for source in self.sources.values_mut() {
             source.hops.remove(&peer);
         }
@@ -229,16 +233,21 @@ impl Destination {
         let from = envelope.from;
         match envelope.body {
             Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
-                let _: Joined = self.member.handle(&mut self.port, &envelope.body);
+                let said = self.member.handle(&mut self.port, &envelope.body);
+                if matches!(said, Joined::Entered { .. }) {
+                    for (_, (from, reclaim)) in core::mem::take(&mut self.early) {
+                        self.open(from, reclaim);
+                    }
+                }
             }
             Message::Open { reclaim, .. } => self.open(from, reclaim),
             Message::Stream { base } => self.announce(from, base),
             Message::Reint { parts } => {
-                if self.is_fenced(from) {
+                if self.is_refused(from) {
                     self.counters.refused_fenced += parts.len() as u64;
                 } else {
                     for part in parts {
-                        self.reintegrate(part.op);
+                        self.reintegrate(part);
                     }
                 }
             }
@@ -482,6 +491,12 @@ impl Destination {
 
     fn is_fenced(&self, life: Life) -> bool {
         self.is_gone(life) || self.sources.get(&life).is_some_and(|s| s.fenced)
+    }
+
+    /// Whether nothing is taken from a life any more: it is fenced, or the view says that it is
+    /// dead. A home that joined after an eviction was never asked to fence; it has the view.
+    fn is_refused(&self, life: Life) -> bool {
+        self.is_fenced(life) || self.member.is_evicted(life)
     }
 
     fn is_gone(&self, life: Life) -> bool {

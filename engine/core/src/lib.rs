@@ -4,6 +4,7 @@
 //! Reading order:
 //!
 //! - [`ids`]: the number spaces (epoch, operation, incarnation, term, grant), kept apart by type.
+//! - [`bytes`]: shared immutable bytes.
 //! - [`op`]: objects, updates, operations and what a caller asks of a session.
 //! - [`message`]: every message of the protocol and its encoding.
 //! - [`epoch`]: rules E1–E4 of seed 001 and the pins under which operations are stamped.
@@ -25,6 +26,7 @@
 extern crate alloc;
 
 pub mod aggregator;
+pub mod bytes;
 pub mod client;
 pub mod destination;
 pub mod effect;

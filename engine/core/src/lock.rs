@@ -125,6 +125,16 @@ pub enum Notice {
     },
 }
 
+impl Notice {
+    /// Who is to be told.
+    #[must_use]
+    pub fn to(&self) -> Life {
+        match self {
+            Notice::Grant { to, .. } | Notice::Revoke { to, .. } => *to,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Grant {
     id: GrantId,
@@ -219,6 +229,8 @@ impl LockServer {
     /// Returns how many claims conflicted with another life's grants and were ignored; more than 0
     /// is a bug of the caller or of the holder.
     pub fn reclaim(&mut self, holder: Life, claims: &[Reclaim], out: &mut Vec<Notice>) -> usize {
+        // What was not told yet belongs to the session before: the claims do not know of it.
+        out.retain(|notice| notice.to() != holder);
         for space in self.spaces.values_mut() {
             space.grants.retain(|g| g.holder != holder);
             space.waiting.retain(|w| w.holder != holder);
@@ -633,6 +645,20 @@ impl Holdings {
                         .is_some_and(|o| o.range(range.lo..=range.hi).next().is_none())
             })
         })
+    }
+
+    /// Somebody may have written in `range` past this holder: nothing is known to be empty there.
+    pub fn doubt(&mut self, home: NodeId, range: &Range) {
+        for h in self
+            .spaces
+            .get_mut(&(home, range.space))
+            .into_iter()
+            .flatten()
+        {
+            if h.slots.overlaps(range.lo, range.hi) {
+                h.occupied = None;
+            }
+        }
     }
 
     /// An object in this slot may exist from now on.

@@ -12,8 +12,12 @@ use crate::effect::Port;
 use crate::ids::{Epoch, Life, NodeId, Time, ViewId};
 use crate::message::{Message, Role, View};
 
-/// Pings to an aggregator in a row without an answer after which a member attaches anew.
+/// Pings to an aggregator in a row without an answer after which a member attaches anew. Each
+/// further attempt waits twice as long, because an attachment takes two round trips and a number
+/// that was given up is not confirmed any more.
 const UNANSWERED_MAX: u32 = 3;
+/// Most pings that an attempt waits.
+const PATIENCE_MAX: u32 = 96;
 
 /// Membership half of a node.
 #[derive(Debug)]
@@ -27,6 +31,8 @@ pub struct Member {
     attached: bool,
     /// Pings sent since the aggregator last answered, or since it was asked to attach us.
     unanswered: u32,
+    /// How many may be sent before the next attempt.
+    patience: u32,
     interval: u64,
     next_ping: Time,
     view: View,
@@ -63,6 +69,7 @@ impl Member {
             attach: u32::from(parent != root),
             attached: parent == root,
             unanswered: 0,
+            patience: UNANSWERED_MAX,
             interval,
             next_ping: Time(0),
             view: View::default(),
@@ -117,8 +124,9 @@ impl Member {
             return;
         }
         if self.parent != self.root {
-            if self.unanswered >= UNANSWERED_MAX {
+            if self.unanswered >= self.patience {
                 self.attach += 1;
+                self.patience = (2 * self.patience).min(PATIENCE_MAX);
                 self.attached = false;
                 self.unanswered = 0;
             }
@@ -172,6 +180,7 @@ impl Member {
             Message::Pong { view } => {
                 if self.attached {
                     self.unanswered = 0;
+                    self.patience = UNANSWERED_MAX;
                 }
                 match view {
                     Some(view) if view.id > self.view.id => {

@@ -21,7 +21,7 @@ use alloc::vec::Vec;
 
 use crate::ids::{Epoch, GrantId, Life, NodeId, Seq, StreamSeq, Term, ViewId};
 use crate::op::{Bytes, Key, Mode, Operation, Participant, Range};
-use crate::wire::{Malformed, Reader, Wire};
+use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Version of the encoding of messages.
@@ -51,7 +51,7 @@ impl Role {
 }
 
 impl Wire for Role {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         out.push(match self {
             Role::Root => 0,
             Role::Destination => 1,
@@ -172,7 +172,7 @@ pub enum LockRefusal {
 }
 
 impl Wire for LockRefusal {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         out.push(match self {
             LockRefusal::Full => 0,
             LockRefusal::Fenced => 1,
@@ -189,15 +189,16 @@ impl Wire for LockRefusal {
     }
 }
 
-/// One operation's part for one home.
+/// One operation's parts for some of its homes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// The home that shall execute it.
-    pub home: NodeId,
-    /// The whole operation, so that whoever holds it can complete it elsewhere.
+pub struct Parts {
+    /// The homes that shall execute it, ascending.
+    pub homes: Vec<NodeId>,
+    /// The operation, with all updates for these homes and, if they are small, those for others,
+    /// so that whoever holds it can complete it elsewhere.
     pub op: Arc<Operation>,
 }
-wire_struct!(Part { home, op });
+wire_struct!(Parts { homes, op });
 
 /// A stream that a source (or a proxy for it) is about to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,7 +239,7 @@ macro_rules! messages {
         }
 
         impl Wire for Message {
-            fn put(&self, out: &mut Vec<u8>) {
+            fn put(&self, out: &mut impl Sink) {
                 match self {
                     $( Message::$name { $($field),* } => {
                         out.push($kind);
@@ -346,7 +347,7 @@ messages! {
     /// Reintegrate: a batch of one source node's windows for one next tier.
     14 Reint {
         /// Parts, in stream order per stream.
-        parts: Vec<Part>,
+        parts: Vec<Parts>,
     }
     /// Asks for a lock.
     20 Lock {

@@ -12,8 +12,7 @@ use alloc::vec::Vec;
 
 use crate::ids::{Epoch, NodeId, OpId, StreamSeq};
 
-/// Immutable bytes, shared between redo, windows and caches without copying.
-pub type Bytes = Arc<[u8]>;
+pub use crate::bytes::Bytes;
 
 /// Largest value of one update, in bytes. Larger data is many operations.
 pub const VALUE_MAX: usize = 8 << 20;
@@ -232,7 +231,8 @@ pub struct Operation {
     pub previous: Epoch,
     /// Every home that takes part, ascending by node, each with its stream position.
     pub participants: Vec<Participant>,
-    /// All updates, in the order of the request.
+    /// Updates, in the order of the request; of each home all or none. A source has them all; who
+    /// forwards or executes a part may lack those for other homes.
     pub updates: Vec<Update>,
 }
 
@@ -249,6 +249,42 @@ impl Operation {
     /// The updates for one home, in order.
     pub fn updates_for(&self, home: NodeId) -> impl Iterator<Item = &Update> {
         self.updates.iter().filter(move |u| u.home == home)
+    }
+
+    /// Homes other than `own` ones whose updates fit into `budget` bytes together, in order. A
+    /// home's are taken all or not at all: half of a part completes nothing.
+    pub fn carried(&self, own: impl Fn(NodeId) -> bool, budget: usize) -> Vec<NodeId> {
+        let mut left = budget;
+        let mut carried = Vec::new();
+        for p in self.participants.iter().filter(|p| !own(p.node)) {
+            let weights = self
+                .updates_for(p.node)
+                .map(|u| u.change.weight() + u.key.name.len());
+            let (count, weight) = weights.fold((0, 0), |(n, sum), w| (n + 1, sum + w));
+            if count > 0 && weight <= left {
+                left -= weight;
+                carried.push(p.node);
+            }
+        }
+        carried
+    }
+
+    /// The operation as it is sent to `own` homes: with all their updates, and with those for other
+    /// homes as [`Operation::carried`] says.
+    #[must_use]
+    pub fn sent_to(self: &Arc<Self>, own: impl Fn(NodeId) -> bool, budget: usize) -> Arc<Self> {
+        let carried = self.carried(&own, budget);
+        let goes = |u: &&Update| own(u.home) || carried.contains(&u.home);
+        if self.updates.iter().all(|u| goes(&u)) {
+            return self.clone();
+        }
+        Arc::new(Operation {
+            id: self.id,
+            epoch: self.epoch,
+            previous: self.previous,
+            participants: self.participants.clone(),
+            updates: self.updates.iter().filter(goes).cloned().collect(),
+        })
     }
 
     /// Bytes of values carried, for budgets.

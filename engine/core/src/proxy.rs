@@ -18,6 +18,7 @@
 mod originate;
 
 use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 pub use originate::Originate;
@@ -27,9 +28,9 @@ use crate::ids::{Epoch, Incarnation, Life, NodeId, Time};
 use crate::lock::{Holdings, LockServer, Notice};
 use crate::member::{Joined, Member};
 use crate::message::{
-    Envelope, Held, LockRefusal, Message, Part, Reclaim, Role, StreamBase, StreamState,
+    Envelope, Held, LockRefusal, Message, Parts, Reclaim, Role, StreamBase, StreamState,
 };
-use crate::op::{Key, Mode, Range};
+use crate::op::{Key, Mode, Operation, Range};
 use crate::source::{Outbox, WindowCounters};
 
 /// Settings of a proxy.
@@ -340,6 +341,12 @@ impl Proxy {
         self.outbox.bytes()
     }
 
+    /// Windows held now.
+    #[must_use]
+    pub fn windows_held(&self) -> usize {
+        self.outbox.windows_held()
+    }
+
     /// The lock table, for invariant checks and status.
     #[must_use]
     pub fn locks(&self) -> &LockServer {
@@ -487,7 +494,7 @@ impl Proxy {
         for request in again {
             self.send_asked(request);
         }
-        Self::repeat_pins(&mut self.port, &self.own, life.node);
+        Self::repeat_pins(&mut self.port, &mut self.own, life.node);
         self.serve_waiting();
         self.hurry = true;
     }
@@ -505,14 +512,34 @@ impl Proxy {
         }
         self.sessions.insert(from.node, from);
         self.waiting.retain(|w| w.holder != from);
+        self.own.drop_pins_of(from);
         let own = self.port.life();
         // Claims on an earlier life of this proxy are void: it does not hold those locks.
         let claims = if known == Some(own) { reclaim } else { &[] };
+        self.doubt_lost(from, claims);
         self.locks.reclaim(from, claims, &mut self.notices);
         self.port.send(from.node, Message::Opened { life: own });
         // What the tier above wants back is asked for again; the word may have been lost.
         for (home, _, range) in self.holdings.yielding() {
             self.locks.recall(home, range, &mut self.notices);
+        }
+    }
+
+    /// What `holder` held exclusively and does not yield in order, it may have written under without
+    /// its parts passing here: it took another path, or others completed them when it died.
+    fn doubt_lost(&mut self, holder: Life, claims: &[Reclaim]) {
+        let held = self
+            .locks
+            .grants()
+            .filter(|g| g.2 == holder && g.3 == Mode::Exclusive);
+        for (home, space, _, _, lo, hi) in held {
+            let range = Range { space, lo, hi };
+            if !claims
+                .iter()
+                .any(|c| c.home == home && c.range.contains(&range))
+            {
+                self.holdings.doubt(home, &range);
+            }
         }
     }
 
@@ -524,29 +551,35 @@ impl Proxy {
         self.dirty.insert((base.source, base.home));
     }
 
-    fn accept(&mut self, from: Life, parts: Vec<Part>) {
-        for Part { home, op } in parts {
+    fn accept(&mut self, from: Life, batch: Vec<Parts>) {
+        for Parts { homes, op } in batch {
             let source = op.id.source;
             if self.is_fenced(source) || self.is_fenced(from) {
-                self.counters.refused_fenced += 1;
+                self.counters.refused_fenced += homes.len() as u64;
                 continue;
             }
-            let (Some(last), Some(at)) = (self.outbox.last(source, home), op.at(home)) else {
-                self.counters.refused_order += 1;
-                continue;
-            };
-            self.dirty.insert((source, home));
-            if at <= last {
-                self.counters.duplicates += 1;
-            } else if at.0 > last.0 + 1 {
-                self.counters.refused_order += 1;
-            } else {
-                for u in op.updates_for(home) {
-                    self.holdings.occupy(home, &u.key);
-                }
-                self.outbox.push(home, op);
-                self.counters.accepted += 1;
+            for home in homes {
+                self.accept_part(source, home, &op);
             }
+        }
+    }
+
+    fn accept_part(&mut self, source: Life, home: NodeId, op: &Arc<Operation>) {
+        let (Some(last), Some(at)) = (self.outbox.last(source, home), op.at(home)) else {
+            self.counters.refused_order += 1;
+            return;
+        };
+        self.dirty.insert((source, home));
+        if at <= last {
+            self.counters.duplicates += 1;
+        } else if at.0 > last.0 + 1 {
+            self.counters.refused_order += 1;
+        } else {
+            for u in op.updates_for(home) {
+                self.holdings.occupy(home, &u.key);
+            }
+            self.outbox.push(home, op.clone());
+            self.counters.accepted += 1;
         }
     }
 
@@ -558,7 +591,9 @@ impl Proxy {
             self.full.insert(from.node);
         }
         for state in streams {
-            if self.outbox.progress(from.node, state) {
+            // What was listed to the resolver may be asked for, whoever has committed it since.
+            let keep = self.is_fenced(state.source);
+            if self.outbox.progress(from.node, state, keep) {
                 self.dirty.insert((state.source, state.home));
             }
         }
@@ -668,7 +703,8 @@ impl Proxy {
                 mode,
                 empty,
             } => {
-                if self.asked.remove(&request).is_some() {
+                let asked = self.asked.remove(&request);
+                if asked.is_some() {
                     self.holdings.granted(home, grant, range, mode, empty);
                     if empty {
                         // What is on its way was not there when the home looked.
@@ -698,11 +734,11 @@ impl Proxy {
                 }
             }
             Message::ReadReply { request, value } => {
-                if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request) {
-                    if self.sessions.get(&to.node) == Some(&to) {
-                        self.port
-                            .send(to.node, Message::ReadReply { request, value });
-                    }
+                if let Some(Asked::Read { to, request, .. }) = self.asked.remove(&request)
+                    && self.sessions.get(&to.node) == Some(&to)
+                {
+                    self.port
+                        .send(to.node, Message::ReadReply { request, value });
                 }
             }
             Message::ScanReply {
@@ -710,17 +746,17 @@ impl Proxy {
                 entries,
                 more,
             } => {
-                if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request) {
-                    if self.sessions.get(&to.node) == Some(&to) {
-                        self.port.send(
-                            to.node,
-                            Message::ScanReply {
-                                request,
-                                entries,
-                                more,
-                            },
-                        );
-                    }
+                if let Some(Asked::Scan { to, request, .. }) = self.asked.remove(&request)
+                    && self.sessions.get(&to.node) == Some(&to)
+                {
+                    self.port.send(
+                        to.node,
+                        Message::ScanReply {
+                            request,
+                            entries,
+                            more,
+                        },
+                    );
                 }
             }
             _ => {}
@@ -963,6 +999,7 @@ impl Proxy {
                 self.fenced
                     .retain(|life| life.node != victim.node || life > &victim);
                 self.outbox.forget(victim);
+                self.doubt_lost(victim, &[]);
                 self.locks.release_life(victim, &mut self.notices);
                 self.port.send(from.node, Message::GoneAck { victim });
             }
@@ -974,8 +1011,8 @@ impl Proxy {
         let held = self.outbox.held_of(victim);
         held.iter()
             .map(|op| {
-                let whole = !op.updates.is_empty();
-                let homes = op.participants.iter().map(|p| p.node).filter(|_| whole);
+                let has = |home: &NodeId| op.updates_for(*home).next().is_some();
+                let homes = op.participants.iter().map(|p| p.node).filter(has);
                 Held {
                     seq: op.id.seq,
                     epoch: op.epoch,

@@ -20,7 +20,7 @@ use crate::ids::{Epoch, Life, Lsn, OpId, Seq, Step, StreamSeq, Version};
 use crate::message::StreamBase;
 use crate::op::{Bytes, Key, Participant, Range, Update};
 use crate::session::Page;
-use crate::wire::{Malformed, Reader, Wire};
+use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Where bulk data lies out of place.
@@ -45,7 +45,7 @@ pub enum Value {
 }
 
 impl Wire for Value {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         match self {
             Value::Inline(bytes) => {
                 out.push(0);
@@ -94,7 +94,7 @@ pub enum Recorded {
 }
 
 impl Wire for Recorded {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         match self {
             Recorded::Put(value) => {
                 out.push(0);

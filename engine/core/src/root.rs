@@ -189,12 +189,15 @@ impl Root {
 
     /// Somebody who knows (the supervisor that saw the process exit) says that a life is over.
     pub fn declare_dead(&mut self, now: Time, node: NodeId) {
-        let row = self.state.rows.iter().find(|r| r.life.node == node);
-        if let Some(life) = row
-            .filter(|r| r.live && r.role.is_volatile_source())
-            .map(|r| r.life)
-        {
-            self.start_eviction(life);
+        if let Some(row) = self.row(node).filter(|r| r.live) {
+            let (life, role) = (row.life, row.role);
+            if role.is_volatile_source() {
+                self.start_eviction(life);
+            } else if role == Role::Aggregator {
+                row.live = false;
+                self.branch_lost(node);
+                self.view_changed();
+            }
         }
         self.settle(now);
     }
@@ -202,6 +205,12 @@ impl Root {
     /// Time passed.
     pub fn handle_timeout(&mut self, now: Time) {
         if now >= self.next_step {
+            // What arrived while the root itself did nothing is not processed yet: its own absence
+            // is nobody's silence.
+            let absent = now.since(self.next_step.after(self.config.interval));
+            for bound in self.bounds.values_mut() {
+                bound.last_heard = bound.last_heard.after(absent);
+            }
             self.next_step = now.after(self.config.interval);
             self.port.tick();
             let silent: Vec<Life> = self
@@ -266,6 +275,12 @@ impl Root {
             id: self.state.view,
             seats,
         }
+    }
+
+    /// Number of the current membership.
+    #[must_use]
+    pub fn view_id(&self) -> ViewId {
+        self.state.view
     }
 
     /// The life that holds m back, with its bound.
@@ -409,12 +424,12 @@ impl Root {
             return;
         }
         let hold = self.effective(&bound);
-        if let Some(bound) = self.bounds.get_mut(&life) {
-            if bound.attach != (attach, Some(via.node)) {
-                bound.hold = hold;
-                bound.covered = None;
-                bound.attach = (attach, Some(via.node));
-            }
+        if let Some(bound) = self.bounds.get_mut(&life)
+            && bound.attach != (attach, Some(via.node))
+        {
+            bound.hold = hold;
+            bound.covered = None;
+            bound.attach = (attach, Some(via.node));
         }
         self.port.send(
             via.node,
@@ -427,7 +442,10 @@ impl Root {
     }
 
     fn report_branch(&mut self, now: Time, from: Life, lower_bound: Epoch, covers: &[Covered]) {
-        if self.row(from.node).is_none_or(|r| r.life != from) {
+        if self
+            .row(from.node)
+            .is_none_or(|r| r.life != from || !r.live)
+        {
             return;
         }
         let (_, before) = self
@@ -499,7 +517,7 @@ impl Root {
         if core::mem::take(&mut self.changed) {
             self.version += 1;
             let durable: Vec<Eviction> = self.evictions.values().cloned().collect();
-            let state = self.state.encode(&durable);
+            let state = self.state.encode_with(&durable);
             self.port.ask(Effect::Persist {
                 version: self.version,
                 state,
@@ -523,5 +541,110 @@ impl Root {
         rows.filter(|r| r.live || role == Role::Destination)
             .map(|r| r.life.node)
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOT: NodeId = NodeId(1);
+    const ROUTER: NodeId = NodeId(2);
+    const CLIENT: NodeId = NodeId(3);
+
+    /// A root that says at once that its state is durable.
+    struct Bench {
+        root: Root,
+        now: Time,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let config = RootConfig {
+                interval: 1,
+                evict_after: 1000,
+                retry_after: 10,
+            };
+            let root = Root::new(ROOT, config, RootState::default(), Time(0));
+            Bench { root, now: Time(0) }
+        }
+
+        fn hears(&mut self, from: Life, body: Message) {
+            let envelope = Envelope {
+                from,
+                epoch: Epoch(if matches!(body, Message::Join { .. }) {
+                    1
+                } else {
+                    100
+                }),
+                minimum: Epoch(0),
+                term: Term(0),
+                body,
+            };
+            self.root.handle_message(self.now, envelope);
+            self.settles();
+        }
+
+        fn settles(&mut self) {
+            while let Some(effect) = self.root.poll_effect() {
+                if let Effect::Persist { version, .. } = effect {
+                    self.root.handle_persisted(self.now, version);
+                }
+            }
+        }
+
+        fn joins(&mut self, node: NodeId, role: Role) -> Life {
+            let unborn = Life {
+                node,
+                incarnation: Incarnation(0),
+            };
+            self.hears(unborn, Message::Join { nonce: 7, role });
+            let view = self.root.view();
+            view.seat(node).expect("it joined").life
+        }
+
+        fn minimum(&mut self) -> Epoch {
+            self.now = Time(self.now.0 + 1);
+            self.root.handle_timeout(self.now);
+            self.settles();
+            self.root.port().minimum()
+        }
+    }
+
+    #[test]
+    fn a_dead_routers_children_are_held_where_it_last_had_them() {
+        let mut bench = Bench::new();
+        let router = bench.joins(ROUTER, Role::Aggregator);
+        let client = bench.joins(CLIENT, Role::Client);
+        let attach = Message::Attach {
+            life: client,
+            attach: 1,
+        };
+        bench.hears(router, attach);
+        let report = |bound| Message::Report {
+            lower_bound: Epoch(bound),
+            covers: alloc::vec![Covered {
+                life: client,
+                attach: 1,
+            }],
+            view: ViewId(0),
+        };
+        bench.hears(router, report(40));
+        assert_eq!(bench.minimum(), Epoch(40));
+
+        bench.root.declare_dead(bench.now, ROUTER);
+        bench.settles();
+        assert!(bench.root.view().seat(ROUTER).is_some_and(|s| !s.live));
+        // What the dead life said is late; only the client itself can raise its bound now.
+        bench.hears(router, report(60));
+        assert_eq!(bench.minimum(), Epoch(40));
+        let ping = Message::Ping {
+            lower_bound: Epoch(70),
+            view: ViewId(0),
+            attach: 2,
+        };
+        bench.hears(client, ping);
+        assert_eq!(bench.minimum(), Epoch(70));
+        assert!(bench.root.view().seat(CLIENT).is_some_and(|s| s.live));
     }
 }

@@ -21,11 +21,14 @@ use alloc::vec::Vec;
 
 use crate::effect::Port;
 use crate::ids::{Epoch, Life, NodeId, OpId, Seq, StreamSeq};
-use crate::message::{Message, Part, StreamBase, StreamState};
+use crate::message::{Message, Parts, StreamBase, StreamState};
 use crate::op::{Key, Operation, Participant, Range, Update};
 
 /// Parts at least this heavy release their payload at commit instead of at stability, in bytes.
 pub const BULK_WEIGHT: usize = 64 << 10;
+/// Updates for homes on other paths that go along with a part, at most, in bytes: enough for names
+/// and attributes, so that whoever holds one part of such an operation can supply the others.
+pub const CARRY_BYTES: usize = 4 << 10;
 /// Most bytes of one batch, unless a single part is larger.
 pub const BATCH_BYTES: usize = 256 << 10;
 /// Most parts of one batch.
@@ -137,8 +140,9 @@ impl Outbox {
         })
     }
 
-    /// Progress of a stream as `from` tells it. Returns whether anything became committed.
-    pub fn progress(&mut self, from: NodeId, state: &StreamState) -> bool {
+    /// Progress of a stream as `from` tells it. Returns whether anything became committed. `keep`:
+    /// payloads stay although their home has them.
+    pub fn progress(&mut self, from: NodeId, state: &StreamState, keep: bool) -> bool {
         let Some(s) = self.streams.get_mut(&(state.source, state.home)) else {
             return false;
         };
@@ -169,7 +173,7 @@ impl Outbox {
                 continue;
             };
             let part = &mut s.parts[index as usize];
-            if part.weight() >= BULK_WEIGHT {
+            if part.weight() >= BULK_WEIGHT && !keep {
                 self.bytes -= part.weight();
                 *part = Arc::new(Operation {
                     updates: Vec::new(),
@@ -202,71 +206,61 @@ impl Outbox {
                 in_flight += s.flying;
             }
         }
-        let mut batch: Vec<Part> = Vec::new();
-        let mut batch_bytes = 0;
         for (&(source, home), s) in &mut self.streams {
-            if !through(source, home) {
+            if through(source, home) {
+                s.announce(source, home, hop, port);
+            }
+        }
+        let due = self.streams.iter();
+        let due = due.filter(|&(&(source, home), s)| s.is_due() && through(source, home));
+        let mut sources: Vec<Life> = due.map(|((source, _), _)| *source).collect();
+        sources.dedup();
+        let mut batch = Batch::default();
+        for source in sources {
+            while in_flight < IN_FLIGHT_BYTES {
+                let Some(parts) = self.take_parts(source, &through, &mut in_flight) else {
+                    break;
+                };
+                batch.push(parts, |parts| port.send(hop, Message::Reint { parts }));
+            }
+        }
+        if !batch.parts.is_empty() {
+            let parts = batch.parts;
+            port.send(hop, Message::Reint { parts });
+        }
+    }
+
+    /// The next operation of `source` on a path, for all homes whose streams have come to it.
+    fn take_parts(
+        &mut self,
+        source: Life,
+        through: impl Fn(Life, NodeId) -> bool,
+        in_flight: &mut usize,
+    ) -> Option<Parts> {
+        let of_source = (source, NodeId(0))..=(source, NodeId(u32::MAX));
+        let due = self.streams.range(of_source.clone());
+        let due = due.filter(|&(&(_, home), s)| s.is_due() && through(source, home));
+        let seq = due.filter_map(|(_, s)| Some(s.next()?.id.seq)).min()?;
+        let mut op: Option<Arc<Operation>> = None;
+        let mut homes = Vec::new();
+        for (&(_, home), s) in self.streams.range_mut(of_source) {
+            let is_next = s.is_due() && through(source, home);
+            let Some(next) = s.next().filter(|op| is_next && op.id.seq == seq).cloned() else {
                 continue;
+            };
+            s.sent = StreamSeq(s.sent.0 + 1);
+            s.told = s.sent;
+            s.flying += next.weight();
+            *in_flight += next.weight();
+            if let Some(window) = self.windows.get_mut(&(home, next.epoch)) {
+                self.counters.sent += u64::from(!window.1);
+                window.1 = true;
             }
-            if s.announced.is_none() && !s.parts.is_empty() {
-                s.announced = Some(hop);
-                let base = StreamBase {
-                    source,
-                    home,
-                    base: s.unsure(),
-                };
-                s.told = s.committed;
-                port.send(hop, Message::Stream { base });
-            }
-            s.sent = s.sent.max(s.committed.min(s.last()));
-            if s.ready && s.sent < s.last() && s.told < s.sent {
-                // Committed over another path since the stream was announced: the tier above must
-                // not wait for what is left out.
-                let base = StreamBase {
-                    source,
-                    home,
-                    base: StreamSeq(s.sent.0 + 1),
-                };
-                s.told = s.sent;
-                port.send(hop, Message::Stream { base });
-            }
-            while s.ready && s.sent < s.last() && in_flight < IN_FLIGHT_BYTES {
-                let at = StreamSeq(s.sent.0 + 1);
-                let op = s.parts[(at.0 - s.base.0) as usize].clone();
-                s.sent = at;
-                s.told = at;
-                let weight = op.weight();
-                in_flight += weight;
-                s.flying += weight;
-                if let Some(window) = self.windows.get_mut(&(home, op.epoch)) {
-                    self.counters.sent += u64::from(!window.1);
-                    window.1 = true;
-                }
-                if batch_bytes + weight > BATCH_BYTES && !batch.is_empty() {
-                    port.send(
-                        hop,
-                        Message::Reint {
-                            parts: core::mem::take(&mut batch),
-                        },
-                    );
-                    batch_bytes = 0;
-                }
-                batch_bytes += weight;
-                batch.push(Part { home, op });
-                if batch.len() == BATCH_PARTS {
-                    port.send(
-                        hop,
-                        Message::Reint {
-                            parts: core::mem::take(&mut batch),
-                        },
-                    );
-                    batch_bytes = 0;
-                }
-            }
+            homes.push(home);
+            op = op.or(Some(next));
         }
-        if !batch.is_empty() {
-            port.send(hop, Message::Reint { parts: batch });
-        }
+        let op = op?.sent_to(|home| through(source, home), CARRY_BYTES);
+        Some(Parts { homes, op })
     }
 
     /// Discards every window below `minimum` (rule b.5: m > e).
@@ -333,16 +327,23 @@ impl Outbox {
         }
     }
 
-    /// Operations of `source` that are held in full, ascending by seq, with the homes whose
-    /// parts are held.
+    /// Operations of `source` that are held, ascending by seq, each with all updates that any of
+    /// its parts here has.
     #[must_use]
     pub fn held_of(&self, source: Life) -> Vec<Arc<Operation>> {
         let mut held: BTreeMap<OpId, Arc<Operation>> = BTreeMap::new();
         for (_, s) in self.streams.iter().filter(|((life, _), _)| *life == source) {
             for op in &s.parts {
-                let best = held.entry(op.id).or_insert_with(|| op.clone());
-                if best.updates.is_empty() {
-                    *best = op.clone();
+                let whole = held.entry(op.id).or_insert_with(|| op.clone());
+                let has = |home: NodeId| whole.updates_for(home).next().is_some();
+                let more: Vec<Update> = op
+                    .updates
+                    .iter()
+                    .filter(|u| !has(u.home))
+                    .cloned()
+                    .collect();
+                if !more.is_empty() {
+                    Arc::make_mut(whole).updates.extend(more);
                 }
             }
         }
@@ -433,7 +434,67 @@ impl StreamSeq {
     }
 }
 
+/// Parts that leave in one message.
+#[derive(Debug, Default)]
+struct Batch {
+    parts: Vec<Parts>,
+    bytes: usize,
+}
+
+impl Batch {
+    /// Adds parts; `send` gets what is full before or after that.
+    fn push(&mut self, parts: Parts, mut send: impl FnMut(Vec<Parts>)) {
+        let weight = parts.op.weight();
+        if self.bytes + weight > BATCH_BYTES && !self.parts.is_empty() {
+            send(core::mem::take(&mut self.parts));
+            self.bytes = 0;
+        }
+        self.bytes += weight;
+        self.parts.push(parts);
+        if self.parts.len() == BATCH_PARTS {
+            send(core::mem::take(&mut self.parts));
+            self.bytes = 0;
+        }
+    }
+}
+
 impl Stream {
+    /// Says on a new connection that the stream is about to be used, and on any what will not come.
+    fn announce(&mut self, source: Life, home: NodeId, hop: NodeId, port: &mut Port) {
+        if self.announced.is_none() && !self.parts.is_empty() {
+            self.announced = Some(hop);
+            let base = StreamBase {
+                source,
+                home,
+                base: self.unsure(),
+            };
+            self.told = self.committed;
+            port.send(hop, Message::Stream { base });
+        }
+        self.sent = self.sent.max(self.committed.min(self.last()));
+        if self.is_due() && self.told < self.sent {
+            // Committed over another path since the stream was announced: the tier above must
+            // not wait for what is left out.
+            let base = StreamBase {
+                source,
+                home,
+                base: StreamSeq(self.sent.0 + 1),
+            };
+            self.told = self.sent;
+            port.send(hop, Message::Stream { base });
+        }
+    }
+
+    /// Whether there is something to send on this connection.
+    fn is_due(&self) -> bool {
+        self.ready && self.sent < self.last()
+    }
+
+    /// The part to be sent next.
+    fn next(&self) -> Option<&Arc<Operation>> {
+        self.part(StreamSeq(self.sent.0 + 1))
+    }
+
     fn last(&self) -> StreamSeq {
         StreamSeq(self.base.0 + self.parts.len() as u64 - 1)
     }

@@ -33,17 +33,49 @@ impl core::fmt::Display for Malformed {
 
 impl core::error::Error for Malformed {}
 
+/// A value at least this long is kept where it was received, if that can be shared: a copy would
+/// cost more than the memory around it.
+const KEPT_MIN: usize = 16 << 10;
+
 /// Cursor over input bytes.
 #[derive(Debug)]
 pub struct Reader<'a> {
     rest: &'a [u8],
+    /// What holds the input, and where in it the input ends.
+    owner: Option<(&'a Arc<[u8]>, usize)>,
 }
 
 impl<'a> Reader<'a> {
     /// Reads from the start of `bytes`.
     #[must_use]
     pub fn new(bytes: &'a [u8]) -> Reader<'a> {
-        Reader { rest: bytes }
+        Reader {
+            rest: bytes,
+            owner: None,
+        }
+    }
+
+    /// Reads `range` of `owner`, nothing if that is not within it. Long values are not copied.
+    #[must_use]
+    pub fn within(owner: &'a Arc<[u8]>, range: core::ops::Range<usize>) -> Reader<'a> {
+        Reader {
+            rest: owner.get(range.clone()).unwrap_or_default(),
+            owner: Some((owner, range.end)),
+        }
+    }
+
+    /// The next `count` bytes, to be kept.
+    ///
+    /// # Errors
+    /// [`Malformed`] when fewer remain.
+    pub fn value(&mut self, count: usize, what: &'static str) -> Result<Bytes, Malformed> {
+        let bytes = self.bytes(count, what)?;
+        let kept = self.owner.filter(|_| count >= KEPT_MIN);
+        let kept = kept.and_then(|(owner, end)| {
+            let end = end - self.rest.len();
+            Bytes::part_of(owner, end - count..end)
+        });
+        Ok(kept.unwrap_or_else(|| Bytes::from(bytes)))
     }
 
     /// The next `count` bytes.
@@ -78,10 +110,30 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Where encodings go.
+pub trait Sink {
+    /// Appends bytes.
+    fn slice(&mut self, bytes: &[u8]);
+    /// Appends a value, which the sink may keep instead of copying it.
+    fn value(&mut self, value: &Bytes) {
+        self.slice(value);
+    }
+    /// Appends one byte.
+    fn push(&mut self, byte: u8) {
+        self.slice(&[byte]);
+    }
+}
+
+impl Sink for Vec<u8> {
+    fn slice(&mut self, bytes: &[u8]) {
+        self.extend_from_slice(bytes);
+    }
+}
+
 /// A type with an encoding.
 pub trait Wire: Sized {
     /// Appends the encoding.
-    fn put(&self, out: &mut Vec<u8>);
+    fn put(&self, out: &mut impl Sink);
     /// Decodes from the cursor.
     ///
     /// # Errors
@@ -101,7 +153,14 @@ pub fn encode<T: Wire>(value: &T) -> Vec<u8> {
 /// # Errors
 /// [`Malformed`] when the bytes are not exactly one encoding.
 pub fn decode<T: Wire>(bytes: &[u8], what: &'static str) -> Result<T, Malformed> {
-    let mut input = Reader::new(bytes);
+    take_all(Reader::new(bytes), what)
+}
+
+/// Decodes exactly one value from what is left of `input`.
+///
+/// # Errors
+/// [`Malformed`] when that is not exactly one encoding.
+pub fn take_all<T: Wire>(mut input: Reader<'_>, what: &'static str) -> Result<T, Malformed> {
     let value = T::take(&mut input)?;
     input.finish(what)?;
     Ok(value)
@@ -110,8 +169,8 @@ pub fn decode<T: Wire>(bytes: &[u8], what: &'static str) -> Result<T, Malformed>
 macro_rules! integers {
     ($($ty:ty),*) => {$(
         impl Wire for $ty {
-            fn put(&self, out: &mut Vec<u8>) {
-                out.extend_from_slice(&self.to_le_bytes());
+            fn put(&self, out: &mut impl Sink) {
+                out.slice(&self.to_le_bytes());
             }
             fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
                 let bytes = input.bytes(size_of::<$ty>(), "integer")?;
@@ -127,7 +186,7 @@ integers!(u8, u16, u32, u64);
 macro_rules! newtypes {
     ($($name:ident),*) => {$(
         impl Wire for $name {
-            fn put(&self, out: &mut Vec<u8>) {
+            fn put(&self, out: &mut impl Sink) {
                 self.0.put(out);
             }
             fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
@@ -156,7 +215,7 @@ newtypes!(
 macro_rules! wire_struct {
     ($name:ident { $($field:ident),* $(,)? }) => {
         impl $crate::wire::Wire for $name {
-            fn put(&self, out: &mut alloc::vec::Vec<u8>) {
+            fn put(&self, out: &mut impl $crate::wire::Sink) {
                 $($crate::wire::Wire::put(&self.$field, out);)*
             }
             fn take(
@@ -175,7 +234,7 @@ wire_struct!(Participant { node, at });
 wire_struct!(Update { home, key, change });
 
 impl Wire for bool {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         out.push(u8::from(*self));
     }
     fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
@@ -188,7 +247,7 @@ impl Wire for bool {
 }
 
 impl<T: Wire> Wire for Option<T> {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         self.is_some().put(out);
         if let Some(value) = self {
             value.put(out);
@@ -204,7 +263,7 @@ impl<T: Wire> Wire for Option<T> {
 }
 
 impl<T: Wire> Wire for Vec<T> {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         length(self.len()).put(out);
         for item in self {
             item.put(out);
@@ -227,7 +286,7 @@ impl<T: Wire> Wire for Vec<T> {
 }
 
 impl<A: Wire, B: Wire> Wire for (A, B) {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         self.0.put(out);
         self.1.put(out);
     }
@@ -237,7 +296,7 @@ impl<A: Wire, B: Wire> Wire for (A, B) {
 }
 
 impl<T: Wire> Wire for Arc<T> {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         T::put(self, out);
     }
     fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
@@ -246,9 +305,9 @@ impl<T: Wire> Wire for Arc<T> {
 }
 
 impl Wire for Bytes {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         length(self.len()).put(out);
-        out.extend_from_slice(self);
+        out.value(self);
     }
     fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
         let count = u32::take(input)? as usize;
@@ -257,17 +316,17 @@ impl Wire for Bytes {
                 what: "value length",
             });
         }
-        Ok(Arc::from(input.bytes(count, "value")?))
+        input.value(count, "value")
     }
 }
 
 impl Wire for Key {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         self.space.put(out);
         self.slot.put(out);
         let name_len = u16::try_from(self.name.len()).expect("names are at most NAME_MAX bytes");
         name_len.put(out);
-        out.extend_from_slice(&self.name);
+        out.slice(&self.name);
     }
     fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
         let space = u64::take(input)?;
@@ -287,7 +346,7 @@ impl Wire for Key {
 }
 
 impl Wire for Mode {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         out.push(match self {
             Mode::Shared => 0,
             Mode::Exclusive => 1,
@@ -303,7 +362,7 @@ impl Wire for Mode {
 }
 
 impl Wire for Change {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         match self {
             Change::Put(value) => {
                 out.push(0);
@@ -327,7 +386,7 @@ impl Wire for Change {
 }
 
 impl Wire for Operation {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, out: &mut impl Sink) {
         self.id.put(out);
         self.epoch.put(out);
         self.previous.put(out);

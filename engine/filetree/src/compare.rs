@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -420,7 +421,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             Err(Unequal::Tree(why)) => self.damaged(path, stat, why)?,
         }
         self.report.bytes += inode.size;
-        self.run.progress.entry(inode.size, 0);
+        self.run.progress.contents(inode.size);
         Ok(())
     }
 
@@ -492,9 +493,14 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             self.report.special.add(&path, "special file");
             return;
         }
-        match input::stat_at(fd, found.name) {
-            Ok(stat) => self.differs(&path, &stat, "not in the tree"),
-            Err(why) => self.not_read(&path, why),
+        let stat = match input::stat_at(fd, found.name) {
+            Ok(stat) => stat,
+            Err(why) => return self.not_read(&path, why),
+        };
+        // What nobody can read could not be stored either.
+        match readable(fd, found.name, &stat) {
+            Ok(()) => self.differs(&path, &stat, "not in the tree"),
+            Err(why) => self.report.unreadable.add(&path, why.to_string()),
         }
     }
 
@@ -534,6 +540,15 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         };
         notes.add(path, std::io::Error::from(why).to_string());
     }
+}
+
+/// Whether an entry's contents can be read to their end.
+fn readable(fd: &OwnedFd, name: &[u8], stat: &FileStat) -> io::Result<()> {
+    if input::sort_of(stat) == Sort::Kind(Kind::File) {
+        let mut file = input::open_file(fd, name)?;
+        io::copy(&mut file, &mut io::sink())?;
+    }
+    Ok(())
 }
 
 impl<S: Session + ?Sized> Run<'_, '_, S> {

@@ -180,7 +180,7 @@ fn execute(objects: &mut ObjectMap, request: &Request) -> Result<(), Refusal> {
                 objects.remove(&place);
             }
             Change::Add(amounts) => {
-                let value = objects.entry(place).or_insert_with(|| Arc::from([]));
+                let value = objects.entry(place).or_insert_with(|| Bytes::from([]));
                 *value = added(value, amounts);
             }
         }

@@ -45,6 +45,11 @@ impl Progress {
         self.operations.fetch_add(operations, Ordering::Relaxed);
     }
 
+    /// Bytes of an entry that is counted elsewhere.
+    pub(crate) fn contents(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     pub(crate) fn equal(&self) {
         self.entries.fetch_add(1, Ordering::Relaxed);
         self.skipped.fetch_add(1, Ordering::Relaxed);

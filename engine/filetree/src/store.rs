@@ -24,6 +24,7 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use lowtide_engine_core::session::Session;
@@ -72,6 +73,9 @@ pub struct StoreOptions {
     pub in_flight_operations_max: usize,
     /// Bytes of values in flight, all threads together; a single file may exceed a thread's part.
     pub in_flight_bytes_max: usize,
+    /// Hears the path of every entry that this run stored, once its operation has *executed*. It
+    /// is stable when a [`Session::wait_stable`] that began later has returned.
+    pub executed: Option<Sender<Vec<u8>>>,
 }
 
 impl Default for StoreOptions {
@@ -82,6 +86,7 @@ impl Default for StoreOptions {
             threads: default_threads(),
             in_flight_operations_max: 2048,
             in_flight_bytes_max: 32 << 20,
+            executed: None,
         }
     }
 }
@@ -443,6 +448,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 Ok(ino) => {
                     self.report.directories += 1;
                     self.run.progress.entry(0, 1);
+                    self.tell_executed(|| place.path());
                     return Ok((ino, true));
                 }
                 Err(TreeError::Exists) => {}
@@ -475,6 +481,13 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             .set_attributes(ino, &AttributeChange::to(attributes))?;
         self.run.progress.entry(0, 1);
         Ok(())
+    }
+
+    fn tell_executed(&self, path: impl FnOnce() -> Vec<u8>) {
+        if let Some(listener) = &self.run.options.executed {
+            // Whoever no longer listens does not want to know.
+            let _ = listener.send(path());
+        }
     }
 
     /// Takes down that something could not be read, or is no longer there.

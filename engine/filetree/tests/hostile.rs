@@ -3,9 +3,9 @@
 mod common;
 
 use std::fs;
-use std::sync::Arc;
 
 use common::{noise, session};
+use lowtide_engine_core::op::Bytes;
 use lowtide_filetree::check::check;
 use lowtide_filetree::compare::{CompareOptions, compare};
 use lowtide_filetree::fetch::{FetchOptions, fetch};
@@ -36,7 +36,7 @@ fn decode_all(bytes: &[u8]) {
     if let Ok(freeing) = Freeing::decode(bytes) {
         assert_eq!(&*freeing.encode(), bytes);
     }
-    if let Ok(chunk) = Chunk::decode(&Arc::from(bytes)) {
+    if let Ok(chunk) = Chunk::decode(&Bytes::from(bytes)) {
         assert_eq!(&*chunk.encode(), bytes);
         let mut copy = vec![1; chunk.len()];
         assert_eq!(chunk.copy_to(0, &mut copy), chunk.len());
@@ -128,7 +128,7 @@ proptest! {
                             let at = at.index(value.len());
                             value[at] = to;
                         }
-                        objects.insert(key, Arc::from(value));
+                        objects.insert(key, Bytes::from(value));
                     }
                 }
             }

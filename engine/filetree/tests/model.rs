@@ -66,7 +66,7 @@ enum End {
     IsADirectory,
     NotAFile,
     IntoItself,
-    BeyondEnd,
+    PastSize,
 }
 
 fn end<T>(outcome: Result<T, TreeError>) -> End {
@@ -79,7 +79,7 @@ fn end<T>(outcome: Result<T, TreeError>) -> End {
         Err(TreeError::IsADirectory) => End::IsADirectory,
         Err(TreeError::NotAFile) => End::NotAFile,
         Err(TreeError::IntoItself) => End::IntoItself,
-        Err(TreeError::BeyondEnd) => End::BeyondEnd,
+        Err(TreeError::BeyondEnd) => End::PastSize,
         Err(other) => panic!("{other:?}"),
     }
 }
@@ -337,7 +337,7 @@ impl Pair<'_> {
                     None => Err(End::NotFound),
                     Some(Body::File(_)) if size == 0 => Ok(()),
                     Some(Body::File(content)) if offset > content.len() as u64 => {
-                        Err(End::BeyondEnd)
+                        Err(End::PastSize)
                     }
                     Some(Body::File(content)) => {
                         let offset = offset as usize;

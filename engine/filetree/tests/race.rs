@@ -15,10 +15,13 @@ use lowtide_filetree::layout::{Attributes, Ino};
 use lowtide_filetree::local::LocalTree;
 use lowtide_filetree::tree::{AttributeChange, Tree};
 
+/// What somebody else does, once.
+type Act<'o> = Box<dyn FnOnce() + Send + 'o>;
+
 /// A session that lets somebody else go first, once: before its submission number `when`.
 struct Polite<'o> {
     inner: LocalTree,
-    other: Mutex<(u32, Option<Box<dyn FnOnce() + Send + 'o>>)>,
+    other: Mutex<(u32, Option<Act<'o>>)>,
 }
 
 impl Session for Polite<'_> {

@@ -317,6 +317,18 @@ impl Scanned {
                 found: u32::from(*found),
             });
         }
+        // Segments are numbered from 1, and the oldest goes only when what it holds is not needed.
+        let begins = self.report.first.0 / self.config.segment_bytes;
+        if let Some(needed) = self.config.needed_from
+            && begins > (needed.0 / self.config.segment_bytes).max(1)
+        {
+            return Err(OpenError::BeginningMissing {
+                log: self.config.prefix.clone(),
+                needed,
+                first: self.report.first,
+                headers_damaged: self.report.headers_damaged,
+            });
+        }
         if self.report.end < self.config.must_reach {
             return Err(self.missing(Proof::Caller(self.config.must_reach)));
         }

@@ -45,9 +45,10 @@ pub struct SetConfig {
     pub storage: u128,
     /// Logs wanted: one per shard. Logs of a larger number found on disk are opened too.
     pub shards: u32,
-    /// Pattern for the shards' logs; prefix, identity and `must_reach` are filled in.
+    /// Pattern for the shards' logs; prefix, identity, `must_reach` and `needed_from` are filled in.
     pub shard: LogConfig,
-    /// Checkpoint positions by log number, as the superblock has them.
+    /// Checkpoint positions by log number, 0 for none: a log with one must hold every record from
+    /// there on.
     pub must_reach: Vec<Lsn>,
 }
 
@@ -198,17 +199,15 @@ impl Found {
 }
 
 fn shard_config(config: &SetConfig, number: u32) -> LogConfig {
+    let known = config.must_reach.get(number as usize).copied();
     LogConfig {
         prefix: shard_prefix(number),
         identity: LogIdentity {
             storage: config.storage,
             number,
         },
-        must_reach: config
-            .must_reach
-            .get(number as usize)
-            .copied()
-            .unwrap_or_default(),
+        must_reach: known.unwrap_or_default(),
+        needed_from: known,
         ..config.shard.clone()
     }
 }

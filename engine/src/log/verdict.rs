@@ -127,6 +127,21 @@ pub enum OpenError {
         /// The segment's number.
         seq: u64,
     },
+    /// The oldest segments are missing, or their headers are damaged, and their records are needed.
+    #[error(
+        "log {log}: begins at position {first}, but records from {needed} on are needed; \
+         {headers_damaged} segment files with a damaged header"
+    )]
+    BeginningMissing {
+        /// The log's file prefix.
+        log: String,
+        /// First position needed.
+        needed: Lsn,
+        /// First position there is.
+        first: Lsn,
+        /// Segment files that are not recognised any more; the missing ones may be among them.
+        headers_damaged: usize,
+    },
     /// Records are missing that are proved to have been durable.
     #[error(
         "log {log}: committed records are missing from position {gap} on ({reason}); proof: {proof}"

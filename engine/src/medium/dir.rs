@@ -20,7 +20,7 @@ use std::sync::Arc;
 pub const LOCK_FILE: &str = "LOCK";
 /// Suffix of a file that does not have its name yet.
 const NEW: &str = ".new";
-/// Zero-fill granule, bytes.
+/// Bytes read at a time to bring a file to memory.
 const CHUNK: usize = 1 << 20;
 
 /// How a mapped range is made durable.
@@ -146,6 +146,10 @@ impl Volume for DirVolume {
             .write(self.lock.is_some())
             .open(self.dir.join(name))
             .map_err(|e| MediumError::from_io(name, Call::Open, 0, 0, e))?;
+        if access == Access::Mapped && self.lock.is_some() {
+            // Only a hint: what cannot be read shows itself when it is mapped and read.
+            let _ = read_in(&file);
+        }
         self.wrap(name, file, access)
     }
 
@@ -175,6 +179,13 @@ impl Volume for DirVolume {
         })?;
         self.sync_dir(Call::Create)?;
         self.wrap(name, file, access)
+    }
+
+    fn free_bytes(&self) -> Result<u64, MediumError> {
+        let name = self.dir.display().to_string();
+        let found = nix::sys::statvfs::statvfs(&self.dir)
+            .map_err(|e| MediumError::from_io(&name, Call::List, 0, 0, e.into()))?;
+        Ok(found.blocks_available() * found.fragment_size())
     }
 
     fn remove(&self, name: &str) -> Result<(), MediumError> {
@@ -224,15 +235,35 @@ fn allocate(file: &File, from: u64, to: u64) -> std::io::Result<()> {
 
 /// Turns allocated but unwritten extents into written ones, so that a later sync of a mapped page
 /// changes no metadata.
+///
+/// A page at a time: the kernel keeps what one call writes in one *large folio* (up to megabytes),
+/// and a store to a mapped page makes its whole folio dirty, so each sync of a few bytes would
+/// write all of it.
 fn zero_fill(file: &File, len: u64) -> std::io::Result<()> {
-    let zeros = vec![0u8; CHUNK];
+    let zeros = [0u8; PAGE as usize];
     let mut at = 0;
     while at < len {
-        let n = (len - at).min(CHUNK as u64);
+        let n = (len - at).min(PAGE);
         file.write_all_at(&zeros[..n as usize], at)?;
         at += n;
     }
     Ok(())
+}
+
+/// Reads a file that is going to be mapped to memory, in single pages: see [`zero_fill`]. Read-ahead
+/// of a fault or of a plain read would make large folios, that of a file declared as read at random
+/// does not.
+fn read_in(file: &File) -> std::io::Result<()> {
+    let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM;
+    nix::fcntl::posix_fadvise(file, 0, 0, advice)?;
+    let mut chunk = vec![0u8; CHUNK];
+    let mut at = 0;
+    loop {
+        match file.read_at(&mut chunk, at)? {
+            0 => return Ok(()),
+            n => at += n as u64,
+        }
+    }
 }
 
 /// A file accessed by `pread` and `pwrite`.

@@ -151,9 +151,9 @@ impl Core {
                     status.stage = "RECONNECT".to_owned();
                     let names: Vec<String> = waiting.iter().map(ToString::to_string).collect();
                     status.blocked_by = Some(format!("waits for {}", names.join(", ")));
-                } else if !c.has_room() {
+                } else if let Some(why) = c.full() {
                     status.stage = "FULL".to_owned();
-                    status.blocked_by = Some("the log has no room for new work".to_owned());
+                    status.blocked_by = Some(why);
                 } else {
                     status.blocked_by = c.lock_waits();
                 }

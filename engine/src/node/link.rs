@@ -10,9 +10,9 @@ use std::net::SocketAddr;
 
 use lowtide_engine_core::ids::{Incarnation, Life, NodeId};
 use lowtide_engine_core::message::Envelope;
-use lowtide_transport::message::{ConnId, EndpointCtx, SendError};
+use lowtide_transport::message::{ConnId, EndpointCtx, Piece, SendError};
 
-use crate::frame;
+use crate::frame::Frame;
 
 #[derive(Debug)]
 struct Link {
@@ -23,7 +23,7 @@ struct Link {
     taken: Option<ConnId>,
     /// Life last heard on this link; frames for it carry it.
     life: Life,
-    waiting: VecDeque<Vec<u8>>,
+    waiting: VecDeque<Vec<Piece>>,
     sequence: u32,
 }
 
@@ -33,7 +33,7 @@ pub(super) struct Links {
     own: NodeId,
     links: HashMap<NodeId, Link>,
     by_conn: HashMap<ConnId, NodeId>,
-    scratch: Vec<u8>,
+    frame: Frame,
     pub(super) messages: u64,
     pub(super) bytes: u64,
 }
@@ -61,7 +61,7 @@ impl Links {
             own,
             links: links.collect(),
             by_conn: HashMap::new(),
-            scratch: Vec::new(),
+            frame: Frame::default(),
             messages: 0,
             bytes: 0,
         }
@@ -166,20 +166,25 @@ impl Links {
             return;
         };
         link.sequence = link.sequence.wrapping_add(1);
-        frame::encode(envelope, link.life, link.sequence, &mut self.scratch);
+        self.frame.encode(envelope, link.life, link.sequence);
         self.messages += 1;
-        self.bytes += self.scratch.len() as u64;
-        let sent = if link.waiting.is_empty() {
-            ctx.send(conn, &[IoSlice::new(&self.scratch)])
-        } else {
-            Err(SendError::WouldBlock)
+        self.bytes += self.frame.len() as u64;
+        if link.waiting.is_empty()
+            && let Some(bytes) = self.frame.as_slice()
+        {
+            match ctx.send(conn, &[IoSlice::new(bytes)]) {
+                Err(SendError::WouldBlock) => {}
+                other => return log_lost(to, envelope, other),
+            }
+        }
+        let mut pieces = self.frame.take_pieces();
+        let sent = match link.waiting.is_empty() {
+            true => ctx.send_pieces(conn, &mut pieces),
+            false => Err(SendError::WouldBlock),
         };
         match sent {
-            Ok(()) | Err(SendError::Closed) => {}
-            Err(SendError::WouldBlock) => link.waiting.push_back(std::mem::take(&mut self.scratch)),
-            Err(error) => {
-                tracing::error!(%to, %error, message = envelope.body.name(), "message not sent");
-            }
+            Err(SendError::WouldBlock) => link.waiting.push_back(pieces),
+            other => log_lost(to, envelope, other),
         }
     }
 
@@ -192,13 +197,22 @@ impl Links {
         else {
             return;
         };
-        while let Some(frame) = link.waiting.front() {
-            match ctx.send(conn, &[IoSlice::new(frame)]) {
+        while let Some(pieces) = link.waiting.front_mut() {
+            match ctx.send_pieces(conn, pieces) {
                 Err(SendError::WouldBlock) => return,
                 _ => {
                     link.waiting.pop_front();
                 }
             }
         }
+    }
+}
+
+/// A message that no connection takes: the reason, unless it is that the connection is gone.
+fn log_lost(to: NodeId, envelope: &Envelope, sent: Result<(), SendError>) {
+    if let Err(error) = sent
+        && error != SendError::Closed
+    {
+        tracing::error!(%to, %error, message = envelope.body.name(), "message not sent");
     }
 }

@@ -157,3 +157,42 @@ impl Drop for RootFile {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_file_is_named_and_a_whole_one_read() {
+        let dir = std::env::temp_dir().join(format!("lowtide-root-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        assert!(read_state(&dir).unwrap().is_none(), "a new root");
+        write(&dir, &RootState::default().encode()).unwrap();
+        let whole = fs::read(dir.join(NAME)).unwrap();
+        assert!(read_state(&dir).unwrap().is_some());
+        let refused = |bytes: &[u8]| {
+            fs::write(dir.join(NAME), bytes).unwrap();
+            let error = read_state(&dir).unwrap_err();
+            assert!(error.contains(NAME), "{error}");
+        };
+        for len in 0..whole.len() {
+            refused(&whole[..len]);
+        }
+        for at in 0..whole.len() {
+            for flip in [1, 0x80, 0xFF] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= flip;
+                refused(&bytes);
+            }
+        }
+        refused(&[&whole[..], &[0]].concat());
+        // A write that was cut off leaves the state before.
+        fs::write(dir.join(NAME), &whole).unwrap();
+        fs::write(dir.join("root.state.new"), &whole[..9]).unwrap();
+        assert!(read_state(&dir).unwrap().is_some());
+        // What a right checksum covers may still make no sense.
+        write(&dir, &[0xFF; 40]).unwrap();
+        assert!(read_state(&dir).unwrap_err().contains(NAME));
+        fs::remove_dir_all(dir).unwrap();
+    }
+}

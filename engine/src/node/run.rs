@@ -215,7 +215,8 @@ impl Inner {
 
     fn handle_frame(&mut self, ctx: &mut EndpointCtx, conn: ConnId, bytes: &[u8]) {
         let own = self.core.port().life();
-        match frame::decode(bytes, own) {
+        let owner = ctx.shared_message().cloned();
+        match frame::decode(bytes, owner.as_ref(), own) {
             Ok(envelope) if self.links.peer(conn) == Some(envelope.from.node) => {
                 if self.links.heard(envelope.from) {
                     let now = self.now();

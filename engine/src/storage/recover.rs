@@ -10,7 +10,7 @@ use lowtide_engine_core::op::{Bytes, Key};
 use lowtide_engine_core::record::{Objects, Position, Record, Recorded, Stored, Value, step_of};
 use lowtide_engine_core::wire;
 
-use super::{EXTENTS_MAX, StorageError, decode_key, encode_key, extent_ref};
+use super::{StorageConfig, StorageError, decode_key, encode_key, extent_ref};
 use crate::log::set::LogSet;
 use crate::log::{self, Log};
 use crate::medium::Volume;
@@ -32,13 +32,14 @@ pub(super) fn replay(
     volume: &Arc<dyn Volume>,
     set: &LogSet,
     store: &Arc<dyn Store>,
-    (shards, image): (u32, &[u8]),
+    (config, image): (&StorageConfig, &[u8]),
 ) -> Result<Recovered, StorageError> {
     let malformed = |m: wire::Malformed| StorageError::Malformed(m.what);
+    let shards = config.shards;
     let mut image = Image::decode(image, shards).map_err(malformed)?;
     let mut replay = Replay {
         overlays: (0..shards).map(|_| Overlay::new(store.clone())).collect(),
-        extents: ExtentFile::open_for_reading(&**volume, EXTENTS_MAX)?,
+        extents: ExtentFile::open_for_reading(&**volume, config.extents_max)?,
         read: Vec::new(),
         failure: None,
     };

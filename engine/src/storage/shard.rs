@@ -1,8 +1,8 @@
 //! One shard's storage behind the mind's [`Storage`] trait: overlay, log, and its way to the
 //! extents and to the committer.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::Sender;
 use lowtide_engine_core::destination::shard::Shard;
@@ -24,10 +24,24 @@ use crate::store::overlay::{FreezePoint, Overlay};
 pub struct ShardGauge {
     /// Whether its log has room for new work.
     pub has_room: AtomicBool,
+    /// Why not, in words.
+    full: Mutex<Option<String>>,
     /// Bytes that a checkpoint would write now.
     pub active_bytes: AtomicUsize,
     /// Bytes of objects held in memory in front of the store.
     pub overlay_bytes: AtomicUsize,
+}
+
+impl ShardGauge {
+    fn words(&self) -> MutexGuard<'_, Option<String>> {
+        self.full.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why its log has no room for new work, in words, if it has none.
+    #[must_use]
+    pub fn full(&self) -> Option<String> {
+        self.words().clone()
+    }
 }
 
 /// What all shards of a node share.
@@ -91,6 +105,7 @@ impl ShardStorage {
             moved: true,
             gauge: Arc::new(ShardGauge {
                 has_room: AtomicBool::new(true),
+                full: Mutex::new(None),
                 active_bytes: AtomicUsize::new(0),
                 overlay_bytes: AtomicUsize::new(0),
             }),
@@ -119,15 +134,27 @@ impl ShardStorage {
         self.gauge
             .overlay_bytes
             .store(self.overlay.bytes(), Ordering::Relaxed);
-        let has_room = match self.log.reserve(self.common.room) {
-            Ok(_reservation) => true,
-            Err(log::ReserveError::HighWater { .. } | log::ReserveError::DiskFull { .. }) => false,
+        let full = match self.log.reserve(self.common.room) {
+            Ok(_reservation) => None,
             Err(error) => {
-                self.fail(StorageError::Append(error.to_string()));
-                false
+                let is_space = matches!(
+                    error,
+                    log::ReserveError::HighWater { .. } | log::ReserveError::DiskFull { .. }
+                );
+                if !is_space {
+                    self.fail(StorageError::Append(error.to_string()));
+                }
+                Some(error)
             }
         };
-        self.gauge.has_room.store(has_room, Ordering::Release);
+        if full.is_some() || !self.gauge.has_room.load(Ordering::Relaxed) {
+            self.gauge.has_room.store(full.is_none(), Ordering::Release);
+            let why = full.map(|error| {
+                let number = self.number;
+                format!("no room for new work in the log of shard {number}: {error}")
+            });
+            *self.gauge.words() = why;
+        }
     }
 
     /// Takes part in a checkpoint, as of now.

@@ -53,7 +53,7 @@ pub enum ExtentError {
     #[error(transparent)]
     Medium(#[from] MediumError),
     /// The disk, or the configured size, is exhausted. Nothing was written.
-    #[error("no space for an extent of {len} bytes")]
+    #[error("{EXTENTS_FILE}: no space for an extent of {len} bytes")]
     NoSpace {
         /// Bytes wanted.
         len: u64,
@@ -65,7 +65,9 @@ pub enum ExtentError {
         len: u64,
     },
     /// The data does not match its reference.
-    #[error("extent at {offset}: {len} bytes have CRC {found:08x}, {expected:08x} expected")]
+    #[error(
+        "{EXTENTS_FILE}: damaged at {offset}: {len} bytes have CRC {found:08x}, {expected:08x} expected"
+    )]
     Damaged {
         /// Byte offset.
         offset: u64,
@@ -76,9 +78,20 @@ pub enum ExtentError {
         /// CRC in the reference.
         expected: u32,
     },
-    /// A reference that cannot be: outside of the file, misaligned, overlapping another.
-    #[error("impossible reference {0:?}")]
+    /// A reference that cannot be: misaligned, empty, overlapping another, not allocated.
+    #[error("{EXTENTS_FILE}: impossible reference {0:?}")]
     BadReference(ExtentRef),
+    /// The file ends before an extent that log or store refer to: it was cut off.
+    #[error(
+        "{EXTENTS_FILE}: {file_len} bytes long, but {extent:?} is referred to; restore the file \
+         from a copy"
+    )]
+    CutOff {
+        /// The extent.
+        extent: ExtentRef,
+        /// Bytes of the file, whole pages.
+        file_len: u64,
+    },
 }
 
 /// Free and used space; both keyed by offset.
@@ -133,8 +146,8 @@ impl ExtentFile {
     /// covers is free. `bytes_max` bounds the file.
     ///
     /// # Errors
-    /// [`ExtentError::BadReference`] if two references overlap, or one lies outside of the file:
-    /// then the log or store that holds it is wrong, and nothing may be overwritten.
+    /// [`ExtentError::BadReference`] if two references overlap, [`ExtentError::CutOff`] if one lies
+    /// outside of the file: then something is damaged, and nothing may be overwritten.
     pub fn open(
         volume: &dyn Volume,
         bytes_max: u64,
@@ -195,11 +208,10 @@ impl ExtentFile {
             let Some(range) = extent.range() else {
                 return Err(bad);
             };
-            if range.start < end
-                || range.end > file_len
-                || !range.start.is_multiple_of(EXTENT_ALIGN)
-                || extent.len == 0
-            {
+            if range.end > file_len {
+                return Err(ExtentError::CutOff { extent, file_len });
+            }
+            if range.start < end || !range.start.is_multiple_of(EXTENT_ALIGN) || extent.len == 0 {
                 return Err(bad);
             }
             if range.start > end {
@@ -334,6 +346,11 @@ impl ExtentFile {
             map.give(extent.offset, len);
         }
         Ok(())
+    }
+
+    /// Bytes of the file that no extent occupies, in one piece or in many.
+    pub fn free_bytes(&self) -> u64 {
+        self.map().free.values().sum()
     }
 
     /// Bytes in use, padding included.

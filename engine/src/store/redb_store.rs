@@ -12,6 +12,7 @@ use super::{Change, KeyRange, Store, StoreError};
 use crate::medium::{Access, Gated, Medium, MediumError, Poison, Volume};
 use redb::{Database, Durability, ReadableDatabase, StorageBackend, TableDefinition};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Name of the file.
@@ -34,13 +35,17 @@ impl RedbStore {
     /// # Errors
     /// See [`StoreError`].
     pub fn open(volume: &dyn Volume, cache_bytes: usize) -> Result<RedbStore, StoreError> {
+        let mut is_new = true;
         let medium = match volume.open(STORE_FILE, Access::Positioned) {
             // Cut off while being created: the magic number is written last. Whoever knows of a
             // checkpoint must compare it with `last_checkpoint`, as after any other loss.
             Ok(medium) if is_blank(&*medium)? => {
                 volume.create(STORE_FILE, 0, Access::Positioned)?
             }
-            Ok(medium) => medium,
+            Ok(medium) => {
+                is_new = false;
+                medium
+            }
             Err(MediumError::NotFound { .. }) => {
                 volume.create(STORE_FILE, 0, Access::Positioned)?
             }
@@ -52,16 +57,26 @@ impl RedbStore {
             medium,
             last_error: last_error.clone(),
         };
-        let database = Database::builder()
-            .set_cache_size(cache_bytes)
-            .create_with_backend(backend)
-            .map_err(|e| error(&last_error, e.into()))?;
-        let store = RedbStore {
-            database,
-            last_error,
+        let is_repaired = Arc::new(AtomicBool::new(is_new));
+        let repaired = is_repaired.clone();
+        let open = || {
+            let mut database = Database::builder()
+                .set_cache_size(cache_bytes)
+                .set_repair_callback(move |_| repaired.store(true, Ordering::Relaxed))
+                .create_with_backend(backend)
+                .map_err(|e| error(&last_error, e.into()))?;
+            // A repair has compared everything already.
+            if !is_repaired.load(Ordering::Relaxed) {
+                verify(&mut database, &last_error)?;
+            }
+            let store = RedbStore {
+                database,
+                last_error: last_error.clone(),
+            };
+            store.create_tables()?;
+            Ok(store)
         };
-        store.create_tables()?;
-        Ok(store)
+        unless_it_panics(open)
     }
 
     fn create_tables(&self) -> Result<(), StoreError> {
@@ -165,6 +180,35 @@ impl Store for RedbStore {
     }
 }
 
+/// Compares every page with its checksum: redb itself does so only after a crash, and would read a
+/// damaged page as if it were whole. Reads the whole file, as the search for live extents does.
+fn verify(
+    database: &mut Database,
+    last_error: &Mutex<Option<MediumError>>,
+) -> Result<(), StoreError> {
+    match database.check_integrity() {
+        Ok(true) => Ok(()),
+        // Perhaps to an earlier commit; the checkpoint's position tells, and the log goes on there.
+        Ok(false) => {
+            tracing::warn!("{STORE_FILE} was damaged where redb could repair it");
+            Ok(())
+        }
+        Err(e) => Err(error(last_error, e.into())),
+    }
+}
+
+/// redb asserts what it reads from the file, so damage may make it panic.
+fn unless_it_panics(
+    open: impl FnOnce() -> Result<RedbStore, StoreError>,
+) -> Result<RedbStore, StoreError> {
+    // Nothing of what was under way is used afterwards.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(open)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(StoreError::Damaged(text.unwrap_or("panic").to_owned()))
+    })
+}
+
 /// Whether a store's creation was never finished.
 fn is_blank(medium: &dyn Medium) -> Result<bool, MediumError> {
     let mut magic = [0u8; MAGIC_LEN];
@@ -185,6 +229,7 @@ fn error(last: &Mutex<Option<MediumError>>, error: redb::Error) -> StoreError {
         (redb::Error::Io(e), None) if e.kind() == io::ErrorKind::InvalidData => {
             StoreError::Foreign(e.to_string())
         }
+        (redb::Error::Corrupted(what), _) => StoreError::Damaged(what),
         (error, _) => StoreError::Database(error.to_string()),
     }
 }

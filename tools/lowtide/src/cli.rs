@@ -89,6 +89,9 @@ pub struct RunArgs {
     /// Shards of each server [default: cores / number of servers, at least 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub shards: Option<u32>,
+    /// Aggregators between proxies and clients and the root
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=32))]
+    pub routers: u32,
     /// What to break and when; may be repeated (see below)
     #[arg(long = "fault", value_name = "SPEC")]
     pub faults: Vec<Fault>,
@@ -98,6 +101,9 @@ pub struct RunArgs {
     /// Write the report as JSON ('-' for standard output)
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+    /// Have the clients write down in files there what is stable, as soon as it is
+    #[arg(long, value_name = "DIR")]
+    pub journal: Option<PathBuf>,
     /// Succeed although some of the input cannot be read
     #[arg(long)]
     pub skip_unreadable: bool,
@@ -126,9 +132,10 @@ impl Default for RunArgs {
 }
 
 const RUN_AFTER_HELP: &str = "\
-Faults (P: percent of the work; nodes: root, meta0…, object0…, proxy0…, client0…):
+Faults (P: percent of the work; nodes: root, meta0…, object0…, proxy0…, client0…, router0…):
   kill:meta1@40%                   SIGKILL, then a restart
-  'kill:client1@30%!'              SIGKILL, never restarted (clients and proxies)
+  kill:meta1@40%+500               the same, 500 ms after 40 % were done
+  'kill:client1@30%!'              SIGKILL, never restarted (clients, proxies and routers)
   pause:client0@20%:5000           SIGSTOP for 5000 ms
   partition:proxy0,meta1@50%:5000  the two do not hear each other for 5000 ms
   loss:10                          every node loses 10 % of the datagrams it sends
@@ -190,6 +197,7 @@ A cluster file:
   id = 2                           # unique, never reused
   role = \"meta\"                    # root, meta, object, proxy, client, router
   address = \"192.0.2.7:4791\"
+  # parent = \"router0\"             # proxy, client: pings go there, not to the root
   [[route]]                        # client0 reaches meta0 through proxy0
   client = \"client0\"
   home = \"meta0\"

@@ -10,55 +10,16 @@
 //! Every error names file, line and column, and what was expected there.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+pub use lowtide_engine::node::Role;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 /// Version of both formats, checked when a file is loaded.
 pub const VERSION: u32 = 1;
-
-/// What a node does in its cluster.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Keeps membership and the global minimum.
-    Root,
-    /// Keeps names and attributes.
-    Meta,
-    /// Keeps file contents.
-    Object,
-    /// Write-back cache between clients and servers.
-    Proxy,
-    /// Issues operations for applications.
-    Client,
-    /// Inner node of the tree that reduces the minimum.
-    Router,
-}
-
-impl Role {
-    /// Whether nodes of this role keep state on disk.
-    #[must_use]
-    pub fn is_persistent(self) -> bool {
-        matches!(self, Role::Root | Role::Meta | Role::Object)
-    }
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Role::Root => "root",
-            Role::Meta => "meta",
-            Role::Object => "object",
-            Role::Proxy => "proxy",
-            Role::Client => "client",
-            Role::Router => "router",
-        })
-    }
-}
 
 /// A mistake in a configuration file, or a file that cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +44,8 @@ pub struct Member {
     pub role: Role,
     /// Where its datagrams arrive.
     pub address: SocketAddr,
+    /// Name of the router that it pings instead of the root.
+    pub parent: Option<String>,
 }
 
 /// A client reaches a server through a proxy.
@@ -159,6 +122,7 @@ struct RawMember {
     id: Spanned<u32>,
     role: Spanned<Role>,
     address: Spanned<SocketAddr>,
+    parent: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -283,6 +247,8 @@ impl Cluster {
             id: u32,
             role: Role,
             address: SocketAddr,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            parent: Option<&'a str>,
         }
         let out = Out {
             version: VERSION,
@@ -294,6 +260,7 @@ impl Cluster {
                     id: m.id,
                     role: m.role,
                     address: m.address,
+                    parent: m.parent.as_deref(),
                 })
                 .collect(),
             route: self
@@ -318,6 +285,7 @@ fn check_members(source: &Source, raw: Vec<RawMember>) -> Result<Vec<Member>, Co
     let mut addresses = BTreeSet::new();
     let mut roots = 0;
     let mut members = Vec::with_capacity(raw.len());
+    check_parents(source, &raw)?;
     for node in raw {
         let at = |span, message: String| Err(source.error(Some(span), message));
         let name = node.name.get_ref();
@@ -361,6 +329,7 @@ fn check_members(source: &Source, raw: Vec<RawMember>) -> Result<Vec<Member>, Co
             id,
             role,
             address,
+            parent: node.parent.map(Spanned::into_inner),
         });
     }
     for (role, what) in [
@@ -373,6 +342,26 @@ fn check_members(source: &Source, raw: Vec<RawMember>) -> Result<Vec<Member>, Co
         }
     }
     Ok(members)
+}
+
+/// Proxies and clients may have a router above them, nobody else anything but the root.
+fn check_parents(source: &Source, raw: &[RawMember]) -> Result<(), ConfigError> {
+    for node in raw {
+        let Some(parent) = &node.parent else {
+            continue;
+        };
+        let above = raw.iter().find(|m| m.name.get_ref() == parent.get_ref());
+        if above.is_none_or(|m| *m.role.get_ref() != Role::Router) {
+            let message = format!("'{}' is no router, expected one", parent.get_ref());
+            return Err(source.error(Some(parent.span()), message));
+        }
+        let role = *node.role.get_ref();
+        if !matches!(role, Role::Proxy | Role::Client) {
+            let message = format!("a {role} pings the root, expected no parent");
+            return Err(source.error(Some(parent.span()), message));
+        }
+    }
+    Ok(())
 }
 
 fn check_routes(
@@ -563,6 +552,12 @@ name = "client0"
 id = 5
 role = "client"
 address = "127.9.9.5:4791"
+parent = "router0"
+[[node]]
+name = "router0"
+id = 6
+role = "router"
+address = "127.9.9.6:4791"
 [[route]]
 client = "client0"
 home = "meta0"
@@ -579,7 +574,8 @@ proxy = "proxy0"
     fn a_cluster_is_read_back_as_written() {
         let dir = tempfile::tempdir().unwrap();
         let cluster = Cluster::load(&write(dir.path(), "a.toml", GOOD)).unwrap();
-        assert_eq!(cluster.members.len(), 5);
+        assert_eq!(cluster.members.len(), 6);
+        assert_eq!(cluster.members[4].parent.as_deref(), Some("router0"));
         assert_eq!(cluster.routes[0].proxy, "proxy0");
         let again = Cluster::load(&write(dir.path(), "b.toml", &cluster.to_toml())).unwrap();
         assert_eq!(again, cluster);
@@ -642,18 +638,30 @@ proxy = "proxy0"
                 "role = \"object\"",
             ),
             (
+                "parent = \"router0\"",
+                "parent = \"meta0\"",
+                Some((28, 10)),
+                "no router",
+            ),
+            (
+                "role = \"meta\"\n",
+                "role = \"meta\"\nparent = \"router0\"\n",
+                Some((12, 10)),
+                "a meta pings the root",
+            ),
+            (
                 "proxy = \"proxy0\"",
                 "proxy = \"proxy9\"",
-                Some((31, 9)),
+                Some((37, 9)),
                 "no node is called",
             ),
             (
                 "proxy = \"proxy0\"",
                 "proxy = \"root\"",
-                Some((31, 9)),
+                Some((37, 9)),
                 "expected a proxy",
             ),
-            ("[[route]]", "[[route]", Some((28, 9)), "expected"),
+            ("[[route]]", "[[route]", Some((34, 9)), "expected"),
         ];
         for (from, to, position, message) in table {
             assert!(GOOD.contains(from), "{from}");

@@ -102,6 +102,9 @@ pub enum Job {
         share: u32,
         /// Of how many.
         shares: u32,
+        /// Where to write down what is stable ([`crate::journal`]).
+        #[serde(default)]
+        journal: Option<RawPath>,
     },
     /// Read the whole tree back and compare it with a local directory, and check it by itself.
     Verify {

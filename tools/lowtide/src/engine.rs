@@ -9,7 +9,7 @@ use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, StartError};
 pub use lowtide_engine::status::{NodeCounters, Status};
 use lowtide_engine_core::ids::NodeId;
 
-use crate::config::{Cluster, NodeFile, Provider, Role};
+use crate::config::{Cluster, NodeFile, Provider};
 
 /// Starts the node that a file describes.
 ///
@@ -48,7 +48,7 @@ fn config(cluster: &Cluster, name: &str) -> NodeConfig {
             .iter()
             .map(|member| Peer {
                 id: NodeId(member.id),
-                role: role(member.role),
+                role: member.role,
                 addr: member.address,
             })
             .collect(),
@@ -58,18 +58,8 @@ fn config(cluster: &Cluster, name: &str) -> NodeConfig {
             .filter(|route| route.client == name)
             .map(|route| (id_of(&route.home), id_of(&route.proxy)))
             .collect(),
-        ..NodeConfig::new(NodeId(me.id), role(me.role), me.address)
-    }
-}
-
-fn role(role: Role) -> node::Role {
-    match role {
-        Role::Root => node::Role::Root,
-        Role::Meta => node::Role::Meta,
-        Role::Object => node::Role::Object,
-        Role::Proxy => node::Role::Proxy,
-        Role::Client => node::Role::Client,
-        Role::Router => node::Role::Router,
+        parent: me.parent.as_deref().map(id_of),
+        ..NodeConfig::new(NodeId(me.id), me.role, me.address)
     }
 }
 

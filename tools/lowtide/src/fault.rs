@@ -4,12 +4,15 @@
 //!
 //! ```text
 //! kill:ROLEn@P%       SIGKILL at P percent of the work, then a restart
-//! kill:ROLEn@P%!      SIGKILL, never restarted (clients and proxies)
+//! kill:ROLEn@P%!      SIGKILL, never restarted (clients, proxies and routers)
 //! pause:ROLEn@P%:MS   SIGSTOP for MS milliseconds
 //! partition:A,B@P%:MS A and B drop each other's datagrams for MS milliseconds
 //! loss:PCT            every node drops PCT percent of the datagrams it sends, all the time
 //! poweroff:ROLEn@P%   SIGKILL, and each page not yet synced becomes old, new or torn
 //! ```
+//!
+//! `P%+MS` instead of `P%` is MS milliseconds after P percent of the work were done: so one fault
+//! can strike while the cluster still recovers from another.
 //!
 //! Deliberately absent: how a fault is injected (`supervisor::chaos`).
 
@@ -36,13 +39,22 @@ impl fmt::Display for NodeName {
     }
 }
 
-/// When a fault strikes, as a share of the work in percent, 0 to 100.
+/// When a fault strikes.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
-pub struct Percent(pub f64);
+pub struct Moment {
+    /// Share of the work that must be done, in percent, 0 to 100.
+    pub percent: f64,
+    /// Milliseconds after that, at most an hour.
+    pub delay_ms: u64,
+}
 
-impl fmt::Display for Percent {
+impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}%", self.0)
+        write!(f, "{}%", self.percent)?;
+        match self.delay_ms {
+            0 => Ok(()),
+            ms => write!(f, "+{ms}"),
+        }
     }
 }
 
@@ -54,7 +66,7 @@ pub enum Fault {
         /// Who dies.
         node: NodeName,
         /// When.
-        at: Percent,
+        at: Moment,
         /// Whether it comes back.
         restart: bool,
     },
@@ -63,7 +75,7 @@ pub enum Fault {
         /// Who stops.
         node: NodeName,
         /// When.
-        at: Percent,
+        at: Moment,
         /// For how long, in milliseconds.
         duration_ms: u64,
     },
@@ -74,7 +86,7 @@ pub enum Fault {
         /// The other side.
         b: NodeName,
         /// When.
-        at: Percent,
+        at: Moment,
         /// For how long, in milliseconds.
         duration_ms: u64,
     },
@@ -88,14 +100,14 @@ pub enum Fault {
         /// Whose power fails.
         node: NodeName,
         /// When.
-        at: Percent,
+        at: Moment,
     },
 }
 
 impl Fault {
     /// When the fault strikes; `None` when it holds during the whole run.
     #[must_use]
-    pub fn at(&self) -> Option<Percent> {
+    pub fn at(&self) -> Option<Moment> {
         match self {
             Fault::Kill { at, .. }
             | Fault::Pause { at, .. }
@@ -142,19 +154,23 @@ impl Fault {
                 node,
                 restart: false,
                 ..
-            } if !matches!(node.role, Role::Client | Role::Proxy) => Err(self.error(
+            } if node.role.is_persistent() => Err(self.error(
                 "!",
                 format!(
-                    "without {node} the work can never finish; only clients and proxies may stay dead"
+                    "without {node} the work can never finish; only clients, proxies and routers \
+                     may stay dead"
                 ),
             )),
             Fault::Kill {
                 node,
                 restart: false,
                 ..
-            } if shape.count(node.role) < 2 => Err(self.error(
+            } if node.role != Role::Router && shape.count(node.role) < 2 => Err(self.error(
                 "!",
-                format!("{node} is the only {}; give the cluster another one", node.role),
+                format!(
+                    "{node} is the only {}; give the cluster another one",
+                    node.role
+                ),
             )),
             Fault::PowerOff { node, .. } if !node.role.is_persistent() => Err(self.error(
                 &node.to_string(),
@@ -215,9 +231,17 @@ pub struct Shape {
     pub proxy: u32,
     /// Clients.
     pub client: u32,
+    /// Aggregators between the members and the root.
+    pub router: u32,
 }
 
 impl Shape {
+    /// How many nodes it has, the root included.
+    #[must_use]
+    pub fn total(&self) -> u32 {
+        1 + self.meta + self.object + self.proxy + self.client + self.router
+    }
+
     /// Nodes of one role.
     #[must_use]
     pub fn count(&self, role: Role) -> u32 {
@@ -227,7 +251,7 @@ impl Shape {
             Role::Object => self.object,
             Role::Proxy => self.proxy,
             Role::Client => self.client,
-            Role::Router => 0,
+            Role::Router => self.router,
         }
     }
 }
@@ -253,7 +277,7 @@ const EXAMPLE_PARTITION: &str = "partition:proxy0,meta1@50%:5000";
 const EXAMPLE_LOSS: &str = "loss:10";
 const EXAMPLE_POWEROFF: &str = "poweroff:object0@60%";
 
-/// Longest pause or partition: one hour.
+/// Longest pause, partition or delay: one hour.
 const DURATION_MS_MAX: u64 = 3_600_000;
 
 impl FromStr for Fault {
@@ -293,7 +317,7 @@ impl FromStr for Fault {
                 if a == b {
                     return Err(p.error(pair, "a node cannot be parted from itself"));
                 }
-                let at = p.percent(at)?;
+                let at = p.moment(at)?;
                 Ok(Fault::Partition {
                     a,
                     b,
@@ -338,9 +362,9 @@ impl Parser<'_> {
     }
 
     /// `ROLEn@P%`
-    fn node_at(&self, text: &str) -> Result<(NodeName, Percent), SpecError> {
+    fn node_at(&self, text: &str) -> Result<(NodeName, Moment), SpecError> {
         let (node, at) = self.split_at_sign(text)?;
-        Ok((self.node(node)?, self.percent(at)?))
+        Ok((self.node(node)?, self.moment(at)?))
     }
 
     fn split_at_sign<'t>(&self, text: &'t str) -> Result<(&'t str, &'t str), SpecError> {
@@ -348,23 +372,12 @@ impl Parser<'_> {
             .ok_or_else(|| self.error(text, "expected NODE@P%: the moment is missing"))
     }
 
-    /// `…:MS`
+    /// `…:MS`: the place and the duration.
     fn timed<'t>(&self, text: &'t str) -> Result<(&'t str, u64), SpecError> {
         let (place, ms) = text
             .rsplit_once(':')
             .ok_or_else(|| self.error(text, "expected NODE@P%:MS: the duration is missing"))?;
-        let parsed = ms
-            .bytes()
-            .all(|b| b.is_ascii_digit())
-            .then(|| ms.parse().ok())
-            .flatten();
-        match parsed {
-            Some(ms @ 1..=DURATION_MS_MAX) => Ok((place, ms)),
-            _ => Err(self.error(
-                ms,
-                format!("expected milliseconds from 1 to {DURATION_MS_MAX}"),
-            )),
-        }
+        Ok((place, self.milliseconds(ms)?))
     }
 
     fn node(&self, text: &str) -> Result<NodeName, SpecError> {
@@ -376,10 +389,11 @@ impl Parser<'_> {
             "object" => Role::Object,
             "proxy" => Role::Proxy,
             "client" => Role::Client,
+            "router" => Role::Router,
             _ => {
                 return Err(self.error(
                     text,
-                    "expected root, metaN, objectN, proxyN or clientN, N from 0",
+                    "expected root, metaN, objectN, proxyN, clientN or routerN, N from 0",
                 ));
             }
         };
@@ -395,11 +409,28 @@ impl Parser<'_> {
         Ok(NodeName { role, index })
     }
 
-    fn percent(&self, text: &str) -> Result<Percent, SpecError> {
-        text.strip_suffix('%')
+    /// `P%` or `P%+MS`
+    fn moment(&self, text: &str) -> Result<Moment, SpecError> {
+        let (share, delay_ms) = match text.split_once('+') {
+            None => (text, 0),
+            Some((share, ms)) => (share, self.milliseconds(ms)?),
+        };
+        let percent = share
+            .strip_suffix('%')
             .and_then(|number| self.number(number))
-            .map(Percent)
-            .ok_or_else(|| self.error(text, "expected a percentage from 0% to 100%"))
+            .ok_or_else(|| self.error(share, "expected a percentage from 0% to 100%"))?;
+        Ok(Moment { percent, delay_ms })
+    }
+
+    fn milliseconds(&self, text: &str) -> Result<u64, SpecError> {
+        let is_plain = text.bytes().all(|b| b.is_ascii_digit());
+        let parsed = is_plain.then(|| text.parse().ok()).flatten();
+        parsed
+            .filter(|ms| (1..=DURATION_MS_MAX).contains(ms))
+            .ok_or_else(|| {
+                let reason = format!("expected milliseconds from 1 to {DURATION_MS_MAX}");
+                self.error(text, reason)
+            })
     }
 
     /// A plain decimal from 0 to 100; no sign, exponent, infinity.
@@ -421,12 +452,20 @@ mod tests {
         object: 2,
         proxy: 2,
         client: 2,
+        router: 2,
     };
 
     fn meta(index: u32) -> NodeName {
         NodeName {
             role: Role::Meta,
             index,
+        }
+    }
+
+    fn after(percent: f64) -> Moment {
+        Moment {
+            percent,
+            delay_ms: 0,
         }
     }
 
@@ -437,7 +476,7 @@ mod tests {
                 "kill:meta1@40%",
                 Fault::Kill {
                     node: meta(1),
-                    at: Percent(40.0),
+                    at: after(40.0),
                     restart: true,
                 },
             ),
@@ -448,7 +487,7 @@ mod tests {
                         role: Role::Client,
                         index: 0,
                     },
-                    at: Percent(12.5),
+                    at: after(12.5),
                     restart: false,
                 },
             ),
@@ -459,7 +498,7 @@ mod tests {
                         role: Role::Root,
                         index: 0,
                     },
-                    at: Percent(0.0),
+                    at: after(0.0),
                     duration_ms: 5000,
                 },
             ),
@@ -471,8 +510,22 @@ mod tests {
                         index: 0,
                     },
                     b: meta(1),
-                    at: Percent(50.0),
+                    at: after(50.0),
                     duration_ms: 5000,
+                },
+            ),
+            (
+                "kill:router1@40%+250",
+                Fault::Kill {
+                    node: NodeName {
+                        role: Role::Router,
+                        index: 1,
+                    },
+                    at: Moment {
+                        percent: 40.0,
+                        delay_ms: 250,
+                    },
+                    restart: true,
                 },
             ),
             ("loss:10", Fault::Loss { percent: 10.0 }),
@@ -483,7 +536,7 @@ mod tests {
                         role: Role::Object,
                         index: 0,
                     },
-                    at: Percent(100.0),
+                    at: after(100.0),
                 },
             ),
         ];
@@ -513,6 +566,9 @@ mod tests {
             ("kill:meta1@-1%", "-1%", "kill:meta1@40%"),
             ("kill:meta1@nan%", "nan%", "kill:meta1@40%"),
             ("kill:meta1@1e1%", "1e1%", "kill:meta1@40%"),
+            ("kill:meta1@4%+", "", "kill:meta1@40%"),
+            ("kill:meta1@4%+1s", "1s", "kill:meta1@40%"),
+            ("kill:meta1@4+9%", "9%", "kill:meta1@40%"),
             ("pause:client0@20%", "client0@20%", "pause:client0@20%:5000"),
             ("pause:client0@20%:", "", "pause:client0@20%:5000"),
             ("pause:client0@20%:5s", "5s", "pause:client0@20%:5000"),
@@ -565,7 +621,8 @@ mod tests {
             Just(Role::Meta),
             Just(Role::Object),
             Just(Role::Proxy),
-            Just(Role::Client)
+            Just(Role::Client),
+            Just(Role::Router)
         ];
         prop_oneof![
             Just(NodeName {
@@ -577,7 +634,10 @@ mod tests {
     }
 
     fn fault() -> impl Strategy<Value = Fault> {
-        let at = || (0.0..=100.0).prop_map(Percent);
+        let at = || {
+            let delay = prop_oneof![Just(0), 1..=DURATION_MS_MAX];
+            (0.0..=100.0, delay).prop_map(|(percent, delay_ms)| Moment { percent, delay_ms })
+        };
         let ms = || 1..=DURATION_MS_MAX;
         prop_oneof![
             (node(), at(), any::<bool>()).prop_map(|(node, at, restart)| Fault::Kill {
@@ -611,7 +671,7 @@ mod tests {
 
         #[test]
         fn any_text_is_either_a_fault_or_an_error(
-            spec in "(kill|pause|partition|loss|poweroff|.{0,4}):?(root|meta|proxy)?[0-9@%,:!.é]{0,12}"
+            spec in "(kill|pause|partition|loss|poweroff|.{0,4}):?(root|meta|proxy)?[0-9@%,:!.+é]{0,12}"
         ) {
             if let Ok(fault) = spec.parse::<Fault>() {
                 prop_assert_eq!(fault.to_string().parse::<Fault>().unwrap(), fault);

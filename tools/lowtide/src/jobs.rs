@@ -15,12 +15,12 @@ use std::time::{Duration, UNIX_EPOCH};
 use lowtide_engine_core::session::Session;
 use lowtide_filetree::check;
 use lowtide_filetree::compare::{self, CompareOptions};
-use lowtide_filetree::store::{self, Share, StoreOptions};
+use lowtide_filetree::store::{self, Share, StoreOptions, StoreReport};
 use lowtide_filetree::tree::Tree;
 use lowtide_filetree::{Notes, Progress as TreeProgress};
 
 use crate::control::{Job, JobReport, Outcome, Progress};
-use crate::files;
+use crate::{files, journal};
 
 /// Most jobs at one time, those included whose outcome nobody has fetched.
 const JOBS_MAX: usize = 64;
@@ -169,7 +169,18 @@ pub fn execute<S: Session + ?Sized>(
             input,
             share,
             shares,
-        } => store_share(tree, &input.0, *share, *shares, progress),
+            journal,
+        } => {
+            let options = StoreOptions {
+                share: Share {
+                    index: *share,
+                    of: *shares,
+                },
+                ..StoreOptions::default()
+            };
+            let journal = journal.as_ref().map(|path| path.0.as_path());
+            store_share(tree, &input.0, options, journal, progress)
+        }
         Job::Verify { input, since } => verify(tree, &input.0, *since, progress),
         Job::Files(job) => {
             files::execute(tree, job, progress).map(|lines| Outcome::Output { lines })
@@ -181,27 +192,42 @@ pub fn execute<S: Session + ?Sized>(
 fn store_share<S: Session + ?Sized>(
     tree: &Tree<'_, S>,
     input: &Path,
-    share: u32,
-    shares: u32,
+    mut options: StoreOptions,
+    journal: Option<&Path>,
     progress: &TreeProgress,
 ) -> Result<Outcome, String> {
-    if share >= shares {
-        return Err(format!("no share {share} of {shares}"));
+    let Share { index, of } = options.share;
+    if index >= of {
+        return Err(format!("no share {index} of {of}"));
     }
-    let options = StoreOptions {
-        share: Share {
-            index: share,
-            of: shares,
-        },
-        ..StoreOptions::default()
+    let Some(path) = journal else {
+        let report = store::store(tree, input, &options, progress).map_err(words)?;
+        return Ok(stored(&report));
     };
-    let report = store::store(tree, input, &options, progress).map_err(words)?;
-    Ok(Outcome::Stored {
+    let failed = |error: std::io::Error| format!("{}: {error}", path.display());
+    let file = journal::open(path).map_err(failed)?;
+    let (executed, receiver) = channel();
+    options.executed = Some(executed);
+    std::thread::scope(|scope| {
+        let keeper = scope.spawn(move || journal::keep(tree.session(), receiver, file));
+        let report = store::store(tree, input, &options, progress).map_err(words);
+        // The keeper ends once nothing can arrive any more.
+        drop(options);
+        let kept = keeper
+            .join()
+            .unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into()));
+        kept.map_err(failed)?;
+        Ok(stored(&report?))
+    })
+}
+
+fn stored(report: &StoreReport) -> Outcome {
+    Outcome::Stored {
         unreadable_count: report.unreadable.count,
         unreadable: lines(&report.unreadable),
         skipped: lines(&report.special),
         changed: lines(&report.changed),
-    })
+    }
 }
 
 fn verify<S: Session + ?Sized>(
@@ -307,6 +333,7 @@ mod tests {
                     input: input.clone(),
                     share,
                     shares: 2,
+                    journal: None,
                 },
             );
             assert!(matches!(
@@ -370,6 +397,7 @@ mod tests {
                 input: RawPath("/nonexistent/input".into()),
                 share: 0,
                 shares: 1,
+                journal: None,
             },
         );
         match failed {

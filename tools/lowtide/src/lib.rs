@@ -7,7 +7,7 @@
 //!   [`address`]: where its nodes listen.
 //! - [`fault`]: what `run` can break; [`input`]: what it stores; [`report`]: what it found.
 //! - [`supervisor`]: the run itself.
-//! - [`jobs`], [`files`]: what a client process does with the tree.
+//! - [`jobs`], [`files`], [`journal`]: what a client process does with the tree.
 //! - [`control`]: how node processes take orders; [`engine`]: the one place that meets the engine.
 #![forbid(unsafe_code)]
 
@@ -21,6 +21,7 @@ pub mod fault;
 pub mod files;
 pub mod input;
 pub mod jobs;
+pub mod journal;
 pub mod report;
 pub mod state;
 pub mod supervisor;

@@ -73,6 +73,8 @@ pub struct Options {
     pub patience: Duration,
     /// Keep the cluster running after the verification, until interrupted.
     pub stay: bool,
+    /// Directory for the clients' journals of what is stable, if they are to keep any.
+    pub journal: Option<PathBuf>,
 }
 
 /// Why a run has no report.
@@ -182,7 +184,7 @@ impl<'a> Run<'a> {
         interrupted: &'a AtomicBool,
     ) -> Result<Run<'a>, RunError> {
         let shape = &options.shape;
-        let count = 1 + shape.meta + shape.object + shape.proxy + shape.client;
+        let count = shape.total();
         let addresses = address::choose(std::process::id(), count as usize)?;
         let cluster = layout::cluster(shape, &addresses);
         let loss_percent = options
@@ -303,6 +305,10 @@ impl<'a> Run<'a> {
                 input: self.options.input.as_path().into(),
                 share,
                 shares,
+                journal: self.options.journal.as_ref().map(|dir| {
+                    let file = dir.join(format!("share-{share}"));
+                    file.as_path().into()
+                }),
             };
             Task::new(job, client)
         });
@@ -396,6 +402,7 @@ impl<'a> Run<'a> {
         for role in [
             Role::Client,
             Role::Proxy,
+            Role::Router,
             Role::Object,
             Role::Meta,
             Role::Root,

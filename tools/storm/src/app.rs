@@ -5,7 +5,6 @@
 //! each of them under exclusive locks, checked against what was read. A tag names one attempt.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::op::{
@@ -211,10 +210,10 @@ impl App {
             values[index] = Some(value.clone());
             let (home, key) = keys[index].clone();
             let complete = values.iter().all(Option::is_some);
-            if let Some(tag) = own {
-                if !tags_of(value.as_deref().unwrap_or(&[])).any(|t| t == tag) {
-                    self.complaint = Some(format!("a read of {key:?} misses own append {tag:#x}"));
-                }
+            if let Some(tag) = own
+                && !tags_of(value.as_deref().unwrap_or(&[])).any(|t| t == tag)
+            {
+                self.complaint = Some(format!("a read of {key:?} misses own append {tag:#x}"));
             }
             if complete {
                 self.append(task);
@@ -407,7 +406,7 @@ impl App {
             request.updates.push(Update {
                 home: *home,
                 key: key.clone(),
-                change: Change::Put(Arc::from(list)),
+                change: Change::Put(Bytes::from(list)),
             });
             if self.is_spread() {
                 let other = self.key(REGISTERS);
@@ -444,7 +443,7 @@ impl App {
         if self.rng.chance(self.bulk) {
             value.resize(BULK, 7);
         }
-        Arc::from(value)
+        Bytes::from(value)
     }
 
     fn blind(&mut self, delete: bool) {
@@ -472,7 +471,7 @@ impl App {
             }
             if self.is_spread() {
                 let key = self.key(COUNTERS);
-                let change = Change::Add(Arc::from(1i64.to_le_bytes()));
+                let change = Change::Add(Bytes::from(1i64.to_le_bytes()));
                 request.updates.push(Update { home, key, change });
             }
         }
@@ -519,7 +518,7 @@ impl App {
                 let word = self.rng.below(7) as i64 - 3;
                 words.extend_from_slice(&word.to_le_bytes());
             }
-            let change = Change::Add(Arc::from(words));
+            let change = Change::Add(Bytes::from(words));
             request.updates.push(Update { home, key, change });
         }
         self.submit(request);

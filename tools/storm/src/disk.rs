@@ -12,7 +12,6 @@
 //! (checksums and commit groups turn those into an earlier step), failing media.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 
 use lowtide_engine_core::destination::shard::{Shard, ShardSet, shard_of};
 use lowtide_engine_core::ids::{Epoch, Lsn, Step};
@@ -358,9 +357,7 @@ impl Storage for View<'_> {
     fn place(&mut self, bytes: &Bytes) -> Extent {
         let offset = self.disk.next_extent;
         self.disk.next_extent += bytes.len() as u64;
-        self.disk
-            .extents
-            .insert(offset, (Arc::clone(bytes), self.step));
+        self.disk.extents.insert(offset, (bytes.clone(), self.step));
         Extent {
             offset,
             len: bytes.len() as u32,

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::{Destination, DestinationConfig, Image, Stage};
-use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step};
-use lowtide_engine_core::op::{Change, Mode, Update, Want};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, ViewId};
+use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
 use lowtide_engine_core::root::{Root, RootConfig, RootState};
 use lowtide_engine_core::session::Ticket;
@@ -17,6 +17,15 @@ use crate::plan::{Fault, Index};
 use crate::probe::Probe;
 use crate::shards::Shards;
 use crate::world::{Core, Event, World};
+
+/// What a crash keeps of records that are not durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Losses {
+    /// Any prefix.
+    Random,
+    /// None: the power fails.
+    All,
+}
 
 impl World {
     /// Starts a node's process.
@@ -75,6 +84,7 @@ impl World {
         match state {
             Ok(state) => {
                 self.oracle.root_restarted(state.minimum());
+                self.seen_view = ViewId(0);
                 let root = Root::new(self.nodes[0].id, config, state, self.time());
                 let open = root.evictions().filter(|(_, stage)| *stage != "RELEASING");
                 self.evicting = open.map(|(life, _)| life).collect();
@@ -220,7 +230,7 @@ impl World {
         }
         let left = n.originate.0;
         let tag = ((node as u64) << 40) + (n.boot << 20) + left;
-        let value = std::sync::Arc::from(tag.to_le_bytes());
+        let value = Bytes::from(tag.to_le_bytes());
         let mut asked = Originate {
             ticket: Ticket(left),
             locks: Vec::new(),
@@ -238,7 +248,7 @@ impl World {
                 range: key.range(),
                 mode: Mode::Exclusive,
             });
-            let change = Change::Put(std::sync::Arc::clone(&value));
+            let change = Change::Put(value.clone());
             asked.updates.push(Update { home, key, change });
         }
         self.hit(Probe::ProxyOriginated);
@@ -279,7 +289,10 @@ impl World {
             choices.insert(0, disk.synced);
             let split = disk.newest(Step(u64::MAX)) > executed;
             self.probes.hit_if(Probe::CrashSplitShards, split);
-            let survives = *self.rng.pick(&choices);
+            let survives = match self.losses {
+                Losses::Random => *self.rng.pick(&choices),
+                Losses::All => disk.synced,
+            };
             self.probes
                 .hit_if(Probe::CrashKeptUnsyncedRecords, survives > choices[0]);
             let lost = self.oracle.tally.lost_in_crash;
@@ -462,14 +475,12 @@ impl World {
             self.nodes[node].slow_until = 0;
             self.nodes[node].disk.full = false;
         }
+        // Deliveries that waited for the end of a pause or partition happen soon.
         for key in self.net.pairs() {
-            let link = self.net.link(key);
             for lane in 0..2 {
-                let l = &mut link.lane[lane];
-                l.blocked_until = 0;
+                self.unblock(key, lane);
             }
         }
-        self.replay_blocked();
         for node in 0..self.nodes.len() {
             let n = &self.nodes[node];
             if matches!(n.core, Core::Down) && n.returns {
@@ -478,18 +489,14 @@ impl World {
         }
     }
 
-    /// Deliveries that waited for the end of a pause or partition happen soon.
-    fn replay_blocked(&mut self) {
-        for key in self.net.pairs() {
-            for lane in 0..2 {
-                let l = &mut self.net.link(key).lane[lane];
-                let waiting = l.queue.len();
-                l.last_at = self.now;
-                for _ in 0..waiting {
-                    let delay = 1 + self.rng.below(self.plan.delay_max);
-                    self.at(self.now + delay, Event::Deliver { key, lane });
-                }
-            }
+    /// A partition ends in one direction: what was held back is delivered soon.
+    pub(crate) fn unblock(&mut self, key: (Index, Index), lane: usize) {
+        let l = &mut self.net.link(key).lane[lane];
+        l.blocked_until = 0;
+        l.last_at = self.now;
+        for _ in 0..l.queue.len() {
+            let delay = 1 + self.rng.below(self.plan.delay_max);
+            self.at(self.now + delay, Event::Deliver { key, lane });
         }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Reading order: [`plan`] (what a seed stands for), [`world`] (events and connections),
 //! [`mod@step`], `shards` and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
-//! [`runner`] (many seeds, determinism, minimising).
+//! [`runner`] (many seeds, determinism, minimising), [`scenario`] (scripts instead of chance).
 #![forbid(unsafe_code)]
 
 pub mod app;
@@ -15,6 +15,7 @@ pub mod plan;
 pub mod probe;
 pub mod rng;
 pub mod runner;
+pub mod scenario;
 pub(crate) mod shards;
 pub mod step;
 pub mod verify;

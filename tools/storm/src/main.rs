@@ -48,6 +48,9 @@ enum Command {
         /// Do not minimise.
         #[arg(long)]
         whole: bool,
+        /// Print what every node was at the end.
+        #[arg(long)]
+        state: bool,
         /// How many of the last events to print.
         #[arg(long, default_value_t = 120)]
         lines: usize,
@@ -78,8 +81,16 @@ fn main() -> ExitCode {
             seed,
             trace,
             whole,
+            state,
             lines,
-        } => one(seed, trace, whole, lines),
+        } => {
+            let show = Show {
+                trace,
+                state,
+                lines,
+            };
+            one(seed, whole, &show)
+        }
         Command::Soak {
             minutes,
             jobs,
@@ -93,8 +104,35 @@ fn main() -> ExitCode {
     }
 }
 
+/// Seeds that once found something, with what it was.
+const FOUND: &str = include_str!("../../../ci/seeds.txt");
+
+/// The numbers in [`FOUND`]: the first word of each line that is not a comment.
+fn found() -> Vec<u64> {
+    let lines = FOUND.lines().filter(|line| !line.starts_with('#'));
+    let numbers = lines.filter_map(|line| line.split_whitespace().next());
+    numbers
+        .map(|n| n.parse().expect("ci/seeds.txt: a line begins with a seed"))
+        .collect()
+}
+
+/// Replays the seeds that once found something; returns how many fail.
+fn replay() -> usize {
+    let seeds = found();
+    let mut failed = 0;
+    for &seed in &seeds {
+        if let Some(what) = run(&Plan::of(seed), false).failure {
+            println!("seed {seed} of ci/seeds.txt failed: {what}");
+            failed += 1;
+        }
+    }
+    println!("{} seeds of ci/seeds.txt replayed", seeds.len());
+    failed
+}
+
 fn gate(first: u64, seeds: u64, jobs: usize, json: bool) -> bool {
     let started = Instant::now();
+    let found = replay();
     let progress = AtomicU64::new(0);
     let summary = sweep(first, jobs, |seed| {
         let done = progress.fetch_add(1, Ordering::Relaxed);
@@ -112,7 +150,7 @@ fn gate(first: u64, seeds: u64, jobs: usize, json: bool) -> bool {
     for probe in &missed {
         println!("never reached: {}", probe.name());
     }
-    let failed = summary.failures.len() + missed.len();
+    let failed = summary.failures.len() + missed.len() + found;
     println!("{} passed, {failed} failed", summary.passed);
     failed == 0
 }
@@ -155,7 +193,14 @@ fn report(summary: &Summary, elapsed: Duration, json: bool) {
     );
 }
 
-fn one(seed: u64, trace: bool, whole: bool, lines: usize) -> bool {
+/// What to print of one seed.
+struct Show {
+    trace: bool,
+    state: bool,
+    lines: usize,
+}
+
+fn one(seed: u64, whole: bool, show: &Show) -> bool {
     let mut plan = Plan::of(seed);
     let mut failed = run(&plan, false).failure.is_some();
     if failed && !whole {
@@ -163,12 +208,17 @@ fn one(seed: u64, trace: bool, whole: bool, lines: usize) -> bool {
     }
     let result = run(&plan, true);
     failed |= result.failure.is_some();
-    if failed || trace {
-        let skip = result.trace.len().saturating_sub(lines);
+    if failed || show.trace {
+        let skip = result.trace.len().saturating_sub(show.lines);
         for line in &result.trace[skip..] {
             println!("{line}");
         }
         println!("{plan:?}");
+    }
+    if show.state {
+        for node in &result.nodes {
+            println!("{node}");
+        }
     }
     if let Some(what) = &result.failure {
         println!("seed {seed} failed: {what}");

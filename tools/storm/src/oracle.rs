@@ -192,11 +192,11 @@ impl Oracle {
     /// I11: a live source's bound covers its unfinished operations.
     pub fn covered(&mut self, life: Life, bound: Epoch) {
         let mut first = self.unfinished.iter().filter(|(_, id)| id.source == life);
-        if let Some((epoch, id)) = first.next() {
-            if *epoch < bound {
-                let text = format!("I11: {id} at {epoch} is not covered by bound {bound}");
-                self.fail(text);
-            }
+        if let Some((epoch, id)) = first.next()
+            && *epoch < bound
+        {
+            let text = format!("I11: {id} at {epoch} is not covered by bound {bound}");
+            self.fail(text);
         }
     }
 
@@ -212,12 +212,12 @@ impl Oracle {
             return;
         }
         self.minimum = minimum;
-        if let Some((epoch, id)) = self.unfinished.first() {
-            if *epoch < minimum {
-                let places = &self.ops[id].places;
-                let text = format!("I10: m rises to {minimum} above {id} at {epoch}: {places:?}");
-                self.fail(text);
-            }
+        if let Some((epoch, id)) = self.unfinished.first()
+            && *epoch < minimum
+        {
+            let places = &self.ops[id].places;
+            let text = format!("I10: m rises to {minimum} above {id} at {epoch}: {places:?}");
+            self.fail(text);
         }
     }
 
@@ -372,7 +372,7 @@ impl Oracle {
             if let (LISTS, Change::Put(value)) = (u.key.space, &u.change) {
                 let old = top
                     .and_then(|(_, _, v)| v.clone())
-                    .unwrap_or_else(|| Arc::from([]));
+                    .unwrap_or_else(|| Bytes::from([]));
                 if value.len() != old.len() + 8 || value[..old.len()] != old[..] {
                     let list: Vec<u64> = tags_of(&old).collect();
                     text = Some(format!(
@@ -427,7 +427,7 @@ impl Oracle {
                             let sum = home
                                 .counters
                                 .entry(u.key.clone())
-                                .or_insert_with(|| Arc::from([]));
+                                .or_insert_with(|| Bytes::from([]));
                             *sum = add_words(sum, words);
                             continue;
                         }
@@ -453,7 +453,7 @@ impl Oracle {
                         let sum = home
                             .counters
                             .entry(u.key.clone())
-                            .or_insert_with(|| Arc::from([]));
+                            .or_insert_with(|| Bytes::from([]));
                         *sum = add_words(sum, &negated);
                     } else if let Some(history) = home.objects.get_mut(&u.key) {
                         history.retain(|(other, ..)| *other != id);
@@ -513,6 +513,24 @@ impl Oracle {
         if let Some(text) = text {
             self.fail(text);
         }
+    }
+
+    /// How an operation stands at a home.
+    #[must_use]
+    pub fn place(&self, id: OpId, home: NodeId) -> Place {
+        let state = self.ops.get(&id);
+        let places = state.and_then(|s| {
+            let mut all = s.op.participants.iter().zip(&s.places);
+            all.find(|(p, _)| p.node == home).map(|(_, place)| *place)
+        });
+        places.unwrap_or(Place::Absent)
+    }
+
+    /// Whether an operation's record is durable at a home.
+    #[must_use]
+    pub fn is_committed(&self, id: OpId, home: NodeId) -> bool {
+        let synced = self.homes.get(&home).map_or(Step(0), |h| h.synced);
+        matches!(self.place(id, home), Place::Executed(lsn) if lsn <= synced)
     }
 
     /// Whether an operation up to `seq` of `life` has not executed at `home`.
@@ -669,7 +687,7 @@ impl Oracle {
                 .cloned()
                 .and_then(|s| disk.fetch(&s.value));
             let trim = |b: &[u8]| b.iter().rposition(|x| *x != 0).map_or(0, |i| i + 1);
-            let found = found.unwrap_or_else(|| Arc::from([]));
+            let found = found.unwrap_or_else(|| Bytes::from([]));
             if found[..trim(&found)] != sum[..trim(sum)] {
                 text = Some(format!(
                     "I17: {when}: {node} {key:?} is {found:?} and should be {sum:?}"
@@ -837,10 +855,12 @@ impl Oracle {
         if let (Some(range), Some(home)) = (&seen.whole, self.homes.get(&seen.home)) {
             for (key, history) in &home.objects {
                 let listed = seen.values.iter().any(|(k, _)| k == key);
-                if let Some((id, _, Some(_))) = history.last() {
-                    if range.holds(key) && !listed && id.source != life {
-                        text = Some(format!("{life} scans {range:?} and misses {key:?} of {id}"));
-                    }
+                if let Some((id, _, Some(_))) = history.last()
+                    && range.holds(key)
+                    && !listed
+                    && id.source != life
+                {
+                    text = Some(format!("{life} scans {range:?} and misses {key:?} of {id}"));
                 }
             }
         }

@@ -241,6 +241,13 @@ impl Plan {
         }
     }
 
+    /// The same plan with every home reached directly.
+    #[must_use]
+    pub fn direct(mut self) -> Plan {
+        self.clients.iter_mut().for_each(|c| c.via.clear());
+        self
+    }
+
     /// The plan of a seed. Every second one is short.
     #[must_use]
     pub fn of(seed: u64) -> Plan {
@@ -300,6 +307,7 @@ impl Plan {
             }
             list.push((at, fault));
         }
+        plan.draw_bypass(&mut list);
         list.sort_by_key(|(at, _)| *at);
         plan.faults = list;
         plan.draw_shards(&mut Rng::branch(seed, 7));
@@ -317,6 +325,30 @@ impl Plan {
         self.shard_delay = *rng.pick(&[0, 2, 8, 20]);
         let lives = if rng.chance(70) { 3 } else { 1 };
         self.shards = (0..lives).map(|_| rng.range(1, 3) as u32).collect();
+    }
+
+    /// A proxy that the root cannot hear is evicted and bypassed, while a home that does not hear
+    /// the root still takes what the proxy brings: parts arrive over both paths.
+    fn draw_bypass(&mut self, list: &mut Vec<(u64, Fault)>) {
+        let mut rng = Rng::branch(self.seed, 3);
+        if self.is_short || self.proxies == 0 || !rng.chance(6) {
+            return;
+        }
+        let proxy = self.first_proxy() + rng.below(self.proxies as u64) as usize;
+        let home = self.first_destination() + rng.below(self.destinations as u64) as usize;
+        let at = rng.range(5, self.horizon / 2);
+        let ticks = self.evict_after + self.bypass_after + rng.range(50, 800);
+        self.bypass_after = rng.range(1, 20);
+        for (from, to) in [(proxy, 0), (0, home)] {
+            let breaks = false;
+            let cut = Fault::Cut {
+                from,
+                to,
+                ticks,
+                breaks,
+            };
+            list.push((at, cut));
+        }
     }
 
     fn knobs(&mut self, rng: &mut Rng) {

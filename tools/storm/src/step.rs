@@ -11,6 +11,7 @@ use lowtide_engine_core::wire;
 use crate::app::Ask;
 use crate::plan::Index;
 use crate::probe::Probe;
+use crate::scenario::TICKETS;
 use crate::world::{Core, Event, World};
 
 impl Core {
@@ -279,15 +280,20 @@ impl World {
     }
 
     fn carry_out(&mut self, node: Index, effect: Effect) {
+        let answer = matches!(
+            effect,
+            Effect::Outcome { .. } | Effect::Value { .. } | Effect::Listing { .. }
+        );
+        self.progress += u64::from(answer);
         match effect {
             Effect::Send { to, envelope } => {
                 let home = self.is_destination(node);
                 self.oracle
                     .sent(envelope.from, home, envelope.epoch, envelope.minimum);
-                if let Message::Progress { streams, .. } = &envelope.body {
-                    if home {
-                        self.oracle.committed(self.nodes[node].id, streams);
-                    }
+                if let Message::Progress { streams, .. } = &envelope.body
+                    && home
+                {
+                    self.oracle.committed(self.nodes[node].id, streams);
                 }
                 let Some(&peer) = self.by_id.get(&to) else {
                     return self
@@ -313,6 +319,10 @@ impl World {
                 }
             }
             Effect::Outcome { ticket, result } => {
+                if ticket.0 >= TICKETS {
+                    self.outcomes.insert(ticket, result);
+                    return;
+                }
                 let n = &mut self.nodes[node];
                 if let Core::Proxy(_) = n.core {
                     n.originate.1 = n.originate.1.saturating_sub(1);
@@ -331,6 +341,10 @@ impl World {
                 }
             }
             Effect::Value { ticket, result } => {
+                if ticket.0 >= TICKETS {
+                    self.found.extend(result.ok().map(|value| (ticket, value)));
+                    return;
+                }
                 let n = &mut self.nodes[node];
                 let life = n.life;
                 let (Some(app), Ok(value)) = (&mut n.app, result) else {
@@ -439,20 +453,26 @@ impl World {
                     let done: Vec<Life> = self.evicting.difference(&now).copied().collect();
                     self.evicting = now;
                     for life in done {
+                        self.progress += 1;
                         self.oracle.resolved(life);
                     }
                 }
                 // An eviction that needs nobody's answer is over within one step.
-                let view = c.view();
-                let over = |life: &Life| {
-                    let seat = view.seat(life.node);
-                    seat.is_some_and(|s| s.life > *life || (s.life == *life && !s.live))
-                        && !self.evicting.contains(life)
-                };
-                let frozen = self.oracle.frozen_locks().keys();
-                let done: Vec<Life> = frozen.filter(|l| over(l)).copied().collect();
-                for life in done {
-                    self.oracle.resolved(life);
+                if c.view_id() != self.seen_view {
+                    self.seen_view = c.view_id();
+                    let view = c.view();
+                    let sources = view.seats.iter().filter(|s| s.role.is_volatile_source());
+                    self.lives.extend(sources.map(|s| s.life));
+                    let over = |life: &&Life| {
+                        let seat = view.seat(life.node);
+                        seat.is_some_and(|s| s.life > **life || (s.life == **life && !s.live))
+                            && !self.evicting.contains(life)
+                            && !self.oracle.is_gone(**life)
+                    };
+                    let done: Vec<Life> = self.lives.iter().filter(over).copied().collect();
+                    for life in done {
+                        self.oracle.resolved(life);
+                    }
                 }
             }
             _ => {}
@@ -477,6 +497,9 @@ impl World {
         let disk = &mut n.disk;
         if disk.syncing.is_none() && newest > disk.synced {
             disk.syncing = Some(newest);
+            if self.stalled.contains(&node) {
+                return;
+            }
             let boot = self.nodes[node].boot;
             let delay = self.sync_delay(node);
             self.at(self.now + delay, Event::Synced { node, boot });

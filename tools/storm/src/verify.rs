@@ -111,11 +111,11 @@ impl World {
                         .fail(format!("{id} keeps {count} extents of no object"));
                 }
             }
-            if let Core::Destination(d) = &self.nodes[node].core {
-                if d.counters().claims_refused > 0 {
-                    let life = self.nodes[node].life;
-                    self.oracle.fail(format!("{life} refused a claim"));
-                }
+            if let Core::Destination(d) = &self.nodes[node].core
+                && d.counters().claims_refused > 0
+            {
+                let life = self.nodes[node].life;
+                self.oracle.fail(format!("{life} refused a claim"));
             }
         }
     }

@@ -12,12 +12,15 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use lowtide_engine_core::aggregator::Aggregator;
 use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::Destination;
-use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, Time};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, Time, ViewId};
+use lowtide_engine_core::op::{Bytes, Stamp};
 use lowtide_engine_core::proxy::Proxy;
 use lowtide_engine_core::root::Root;
+use lowtide_engine_core::session::{SessionError, Ticket};
 
 use crate::app::App;
 use crate::disk::{Disk, RootDisk};
+use crate::fate::Losses;
 use crate::net::{Item, Net, Side, pair};
 use crate::oracle::Oracle;
 use crate::plan::{Fault, Index, Plan};
@@ -153,6 +156,8 @@ pub struct Report {
     pub probes: Probes,
     /// The last events, if asked for.
     pub trace: Vec<String>,
+    /// What every node was at the end, if the trace was asked for.
+    pub nodes: Vec<String>,
     /// Operations stamped.
     pub operations: u64,
 }
@@ -181,6 +186,20 @@ pub struct World {
     pub(crate) by_id: BTreeMap<NodeId, Index>,
     /// Evictions that the root had under way.
     pub(crate) evicting: BTreeSet<Life>,
+    /// Lives of clients and proxies that the root admitted.
+    pub(crate) lives: BTreeSet<Life>,
+    /// The root's membership that was looked at last.
+    pub(crate) seen_view: ViewId,
+    /// What a crash keeps of records that are not durable.
+    pub(crate) losses: Losses,
+    /// Homes whose syncs a script holds up.
+    pub(crate) stalled: BTreeSet<Index>,
+    /// Outcomes of requests that a script made.
+    pub(crate) outcomes: BTreeMap<Ticket, Result<Stamp, SessionError>>,
+    /// Values that a script's reads found.
+    pub(crate) found: BTreeMap<Ticket, Option<Bytes>>,
+    /// Requests answered and evictions finished.
+    pub(crate) progress: u64,
     /// Pins held: (coordinator, peer).
     pub(crate) pins: BTreeSet<(Index, Index)>,
 }
@@ -234,6 +253,13 @@ impl World {
             is_healed: false,
             by_id,
             evicting: BTreeSet::new(),
+            lives: BTreeSet::new(),
+            seen_view: ViewId(0),
+            losses: Losses::Random,
+            stalled: BTreeSet::new(),
+            outcomes: BTreeMap::new(),
+            found: BTreeMap::new(),
+            progress: 0,
             pins: BTreeSet::new(),
         };
         for node in 0..world.nodes.len() {
@@ -251,12 +277,25 @@ impl World {
     pub fn drive(&mut self) {
         let horizon = self.plan.horizon;
         self.run_until(horizon);
+        self.converge();
+        self.count_final_probes();
+    }
+
+    /// Heals everything and demands that all comes to rest in the right state.
+    pub(crate) fn converge(&mut self) {
         self.heal();
         let patience = 30 * self.plan.evict_after
             + 100 * (self.plan.delay_max + self.plan.sync_max)
-            + 100 * self.plan.shard_delay;
-        let (mut deadline, mut stamped) = (self.now + patience + 3000, 0);
+            + 100 * self.plan.shard_delay
+            + 3000;
+        let mut deadline = self.now + patience;
+        let mut progress = self.progress;
         while self.oracle.failure().is_none() && !self.is_converged() {
+            // Work that goes on, however slowly, is not stuck.
+            if self.progress > progress {
+                progress = self.progress;
+                deadline = self.now + patience;
+            }
             if self.now > deadline || self.processed > EVENTS_MAX {
                 let text = self.describe_stuck();
                 self.oracle.fail(format!("I15: no convergence: {text}"));
@@ -264,26 +303,20 @@ impl World {
             }
             let next = self.now + 25;
             self.run_until(next);
-            if self.oracle.tally.stamped > stamped {
-                // Work that goes on slowly is not stuck; there is an end of it.
-                stamped = self.oracle.tally.stamped;
-                deadline = deadline.max(self.now + patience);
-            }
         }
         if self.oracle.failure().is_none() {
             self.final_checks();
         }
-        if self.oracle.failure().is_some() {
-            let state: Vec<String> = self.nodes.iter().map(|n| format!("{:?}", n.core)).collect();
-            if let Some(trace) = &mut self.trace {
-                trace.extend(
-                    state
-                        .into_iter()
-                        .filter(|_| std::env::var_os("STATE").is_some()),
-                );
-            }
-        }
-        self.count_final_probes();
+    }
+
+    /// The last events of the trace.
+    pub(crate) fn trace_end(&self, lines: usize) -> Vec<String> {
+        let trace = self.trace.iter().flatten();
+        let skip = self
+            .trace
+            .as_ref()
+            .map_or(0, |t| t.len().saturating_sub(lines));
+        trace.skip(skip).cloned().collect()
     }
 
     /// A state machine panicked: an assertion of its own failed.
@@ -294,7 +327,12 @@ impl World {
     /// How it ended.
     #[must_use]
     pub fn into_report(self) -> Report {
+        let mut nodes = Vec::new();
+        if self.trace.is_some() {
+            nodes.extend(self.nodes.iter().map(|n| format!("{:?}", n.core)));
+        }
         Report {
+            nodes,
             failure: self.oracle.failure().map(str::to_owned),
             hash: self.hash,
             events: self.processed,
@@ -306,21 +344,30 @@ impl World {
 
     /// Processes everything up to and including `until`.
     pub fn run_until(&mut self, until: u64) {
-        while self.oracle.failure().is_none() && self.processed <= EVENTS_MAX {
-            let Some(&Reverse((at, number))) = self.heap.peek() else {
-                break;
-            };
-            if at > until {
-                break;
-            }
-            self.heap.pop();
-            self.now = at;
-            self.processed += 1;
-            if let Some(event) = self.events.remove(&number) {
-                self.handle(event);
-            }
-        }
+        while self.oracle.failure().is_none() && self.processed <= EVENTS_MAX && self.step(until) {}
         self.now = self.now.max(until);
+    }
+
+    /// Processes the next event if it happens up to `until`; returns whether it did.
+    pub(crate) fn step(&mut self, until: u64) -> bool {
+        let Some(&Reverse((at, number))) = self.heap.peek() else {
+            return false;
+        };
+        if at > until {
+            return false;
+        }
+        self.heap.pop();
+        self.now = at;
+        self.processed += 1;
+        if let Some(event) = self.events.remove(&number) {
+            self.handle(event);
+        }
+        true
+    }
+
+    /// The first start of a node does not happen.
+    pub(crate) fn cancel_start(&mut self, node: Index) {
+        self.events.retain(|_, e| *e != Event::Start { node });
     }
 
     pub(crate) fn at(&mut self, at: u64, event: Event) {

@@ -186,6 +186,12 @@ impl QueuePair {
             || (self.state == QpState::Rts && self.requester.can_send(&self.timers))
     }
 
+    /// The PSN that the peer's next request must have (`rq_psn` of ibverbs).
+    #[must_use]
+    pub fn expected_psn(&self) -> crate::wire::Psn {
+        self.responder.expected()
+    }
+
     /// Receives posted and not yet used.
     #[must_use]
     pub fn receives_posted(&self) -> u32 {
@@ -343,9 +349,12 @@ impl QueuePair {
     }
 
     /// The caller could not find the memory that a [`Transmit`] named. The queue pair goes to ERR:
-    /// the oldest send fails with [`Status::LocalProtection`], or the peer's READ is refused.
+    /// the oldest send fails with [`Status::LocalProtection`], or the peer's READ is refused. The
+    /// answer to a repeated READ is dropped instead: what was answered before may be deregistered.
     pub fn handle_transmit_failure(&mut self, transmit: &Transmit) {
-        if transmit.is_response {
+        if transmit.is_response && transmit.is_retransmission {
+            self.responder.forget_repeated(transmit.psn);
+        } else if transmit.is_response {
             self.responder.refuse_read(transmit.psn, &mut self.out);
             self.enter_error(None);
         } else {

@@ -1866,6 +1866,59 @@ fn memory_that_vanishes_fails_the_queue_pair() {
 }
 
 #[test]
+fn memory_that_vanishes_under_a_repeated_answer_harms_nobody() {
+    let mut net = net(Setup::default());
+    let read = request(
+        Opcode::RcReadRequest,
+        FIRST_PSN,
+        Extension::Reth(reth(0, 3000)),
+        &[],
+    );
+    let packet = Packet::new_checked(&read).unwrap();
+    let end = &mut net.ends[1];
+    end.qp.handle_packet(Nanos(1), &packet, &mut end.memory);
+    let first: Vec<_> =
+        core::iter::from_fn(|| end.qp.poll_transmit(Nanos(1), Allow::All)).collect();
+    assert!(first.iter().all(|t| !t.is_retransmission));
+    // Asked again, although nothing was lost; then the peer says that it has all, and the memory
+    // goes while the second answer is under way.
+    end.qp.handle_packet(Nanos(2), &packet, &mut end.memory);
+    let again = end.qp.poll_transmit(Nanos(2), Allow::All).unwrap();
+    assert!(again.is_retransmission && again.header() == first[0].header());
+    end.qp.handle_transmit_failure(&again);
+    assert_eq!(end.qp.poll_transmit(Nanos(2), Allow::All), None);
+    assert_eq!(end.qp.state(), QpState::Rts);
+    let next = request(
+        Opcode::RcReadRequest,
+        FIRST_PSN + first.len() as u32,
+        Extension::Reth(reth(0, 10)),
+        &[],
+    );
+    let packet = Packet::new_checked(&next).unwrap();
+    end.qp.handle_packet(Nanos(3), &packet, &mut end.memory);
+    let answer = end.qp.poll_transmit(Nanos(3), Allow::Answers).unwrap();
+    assert_eq!(
+        (answer.payload_len(), answer.is_retransmission),
+        (10, false)
+    );
+}
+
+#[test]
+fn answers_need_no_leave_to_send_requests() {
+    let mut net = net(Setup::default());
+    send(&mut net, 1, write_to(0), 100);
+    let client = &mut net.ends[0].qp;
+    assert_eq!(client.poll_transmit(Nanos(1), Allow::Answers), None);
+    assert!(client.poll_transmit(Nanos(1), Allow::All).is_some());
+    let due = client.poll_timeout().unwrap();
+    client.handle_timeout(due);
+    assert!(
+        client.poll_transmit(due, Allow::Answers).is_some(),
+        "a probe"
+    );
+}
+
+#[test]
 fn a_peer_that_vanishes_in_mid_traffic_leaves_everything_flushed_once() {
     for seed in 0..40 {
         let mut net = net(Setup {

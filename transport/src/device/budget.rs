@@ -5,10 +5,11 @@
 //! send everything again.
 //!
 //! Rules: the window starts at what the peer says its buffer holds, or [`UNKNOWN_PEER`]; a sequence
-//! NAK or a timeout halves it, at most once per round trip; each round trip (a window's worth of
-//! acknowledgements) adds one, up to what the peer said, or [`WINDOW_MAX`].
+//! NAK, a timeout or a congestion notification (CNP) halves it, at most once per [`EVENT`]; each
+//! round trip (a window's worth of acknowledgements) adds one, up to what the peer said, or
+//! [`WINDOW_MAX`].
 //!
-//! Deliberately absent: rates and explicit congestion notification.
+//! Deliberately absent: rates, and notifications of our own (nothing we send is marked ECN-capable).
 
 use lowtide_transport_proto::time::Nanos;
 
@@ -68,7 +69,7 @@ impl Budget {
         }
     }
 
-    /// Packets were lost.
+    /// Packets were lost, or some switch on the way is about to lose some.
     pub(crate) fn cut(&mut self, now: Nanos) {
         if self.last_cut.is_some_and(|last| now.since(last) < EVENT) {
             return;

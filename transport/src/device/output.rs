@@ -4,6 +4,7 @@
 //! fault injector to the socket.
 
 use std::net::SocketAddr;
+use std::ops::ControlFlow;
 
 use lowtide_transport_proto::icrc::Icrc;
 use lowtide_transport_proto::qp::{self, Allow, Transmit};
@@ -11,13 +12,16 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
 use super::view::{key_of, wanted};
-use super::{Device, QpId, flow};
+use super::{Device, QpId, Slot, flow};
 use crate::faults::Fate;
-use crate::memory::{self, Access, Memory};
+use crate::memory::{self, Access, Memory, Span};
 use crate::udp::{Frame, HEADER_MAX, Payload, TRAILER_MAX};
 
 /// Frames one queue pair sends before the next has its turn: one UDP_SEGMENT send.
 const BURST: usize = 15;
+/// Datagrams that one queue pair sends in one [`Device::transmit`] at most in answer to READs: their
+/// number is the peer's choice, up to 2^23 for one request. Then input has its turn.
+pub(super) const RESPONSES_MAX: u32 = 256;
 /// Byte and bit of the BTH that ask for an acknowledgement.
 const ACK_REQ: (usize, u8) = (8, 0x80);
 /// Region number of payload that was copied for sending.
@@ -31,17 +35,24 @@ impl Device {
 
     /// Sends what queue pairs have to send and budgets allow.
     pub(crate) fn transmit(&mut self, now: Nanos) {
+        let mut later = std::mem::take(&mut self.later);
         while let Some(index) = self.ready.pop_front() {
             self.slots[index as usize].is_ready = false;
-            self.transmit_from(index, now);
+            if self.transmit_from(index, now).is_break() {
+                later.push(index);
+            }
         }
         self.flush();
+        for index in later.drain(..) {
+            self.mark_ready(index);
+        }
+        self.later = later;
     }
 
-    /// One turn of one queue pair.
-    fn transmit_from(&mut self, index: u32, now: Nanos) {
+    /// One turn of one queue pair; `Break` if it has answered enough for now.
+    fn transmit_from(&mut self, index: u32, now: Nanos) -> ControlFlow<()> {
         let Some(peer) = self.slots[index as usize].peer else {
-            return;
+            return ControlFlow::Continue(());
         };
         let address = self.peers[peer as usize].address;
         for sent in 0.. {
@@ -49,30 +60,35 @@ impl Device {
                 self.mark_ready(index);
                 break;
             }
+            if self.slots[index as usize].responses >= RESPONSES_MAX {
+                self.slots[index as usize].responses = 0;
+                return ControlFlow::Break(());
+            }
             let room = self.peers[peer as usize].budget.room();
-            let allow = if room > 0 {
-                Allow::All
-            } else {
-                Allow::ControlOnly
-            };
+            // Answers need no room. The peer keeps room for the READ responses it asks for; and an
+            // ACK that waits behind one must not wait for the ACKs that we wait for.
+            let allow = if room > 0 { Allow::All } else { Allow::Answers };
             let slot = &mut self.slots[index as usize];
-            let Some(qp) = slot.qp.as_mut() else { return };
+            let Some(qp) = slot.qp.as_mut() else {
+                return ControlFlow::Continue(());
+            };
             let Some(transmit) = qp.poll_transmit(now, allow) else {
                 if room == 0 && qp.has_pending_transmit() && !slot.is_waiting {
                     slot.is_waiting = true;
                     self.peers[peer as usize].waiting.push_back(index);
                 }
+                slot.responses = 0;
                 break;
             };
+            slot.responses += u32::from(transmit.is_response);
             let counters = qp.counters();
             let losses = counters.retransmitted_pkts - counters.probes;
             if losses > std::mem::replace(&mut slot.losses, losses) {
                 self.peers[peer as usize].budget.cut(now);
             }
-            let domain = slot.domain;
             self.settle(index);
             let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
-            match self.gather(domain, &transmit) {
+            match self.gather(index, &transmit) {
                 Ok(payload) => self.push(address, transmit.header(), payload, is_last),
                 Err(_) => {
                     // Memory that was deregistered under a posted request, or a peer's READ.
@@ -88,6 +104,7 @@ impl Device {
         if let Some(qp) = &slot.qp {
             self.timers.set(index, qp.poll_timeout());
         }
+        ControlFlow::Continue(())
     }
 
     /// Sends one management datagram of queue pair 1: headers and payload.
@@ -108,18 +125,23 @@ impl Device {
     }
 
     /// Finds a packet's payload: by reference where nobody else can change it, else as a copy.
-    fn gather(&mut self, domain: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
+    fn gather(&mut self, index: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
+        let Slot {
+            domain,
+            peer_domain,
+            ..
+        } = self.slots[index as usize];
         let fragments = transmit.payload.as_slice();
         let mut payload = Payload::EMPTY;
         for fragment in fragments {
-            let right = match fragment.key {
-                qp::Key::Local(_) => Access::default(),
-                qp::Key::Remote(_) => wanted(qp::Access::READ),
+            let (domain, right) = match fragment.key {
+                qp::Key::Local(_) => (domain, Access::default()),
+                qp::Key::Remote(_) => (peer_domain, wanted(qp::Access::READ)),
             };
             let span =
                 self.memory
                     .check(domain, key_of(fragment), fragment.addr, fragment.len, right)?;
-            if fragments.len() == 1 && self.memory.private(span.region).is_some() {
+            if fragments.len() == 1 && self.memory.stable(span).is_some() {
                 return Ok(Payload {
                     region: span.region,
                     offset: span.offset,
@@ -223,14 +245,17 @@ impl Device {
 }
 
 fn resolve<'m>(payload: &Payload, scratch: &'m [u8], memory: &'m Memory) -> &'m [u8] {
-    let bytes = match payload.region {
-        _ if payload.len == 0 => return &[],
-        SCRATCH => scratch,
+    match payload.region {
+        _ if payload.len == 0 => &[],
+        SCRATCH => &scratch[payload.offset as usize..][..payload.len as usize],
         region => memory
-            .private(region)
+            .stable(Span {
+                region,
+                offset: payload.offset,
+                len: payload.len,
+            })
             .expect("staged payload outlives its batch"),
-    };
-    &bytes[payload.offset as usize..][..payload.len as usize]
+    }
 }
 
 /// Writes pad and ICRC for the place in a run that the frame got.

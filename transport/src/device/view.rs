@@ -11,10 +11,13 @@ pub(super) fn key_of(fragment: &Fragment) -> Key {
     }
 }
 
-/// One protection domain of a device's memory, for the handling of one packet.
+/// A device's memory as far as one queue pair and its peer may reach, for the handling of one packet.
 pub(super) struct View<'a> {
     pub(super) memory: &'a mut Memory,
+    /// Protection domain of our own work requests.
     pub(super) domain: u32,
+    /// Protection domain of what the peer names.
+    pub(super) peer_domain: u32,
     /// Offset in its message of a payload for an [`IN_PLACE`] receive.
     pub(super) placed: Option<u64>,
 }
@@ -38,7 +41,7 @@ impl qp::Memory for View<'_> {
     ) -> Result<(), AccessError> {
         let checked = self
             .memory
-            .check(self.domain, Key(rkey.0), va, len, wanted(access));
+            .check(self.peer_domain, Key(rkey.0), va, len, wanted(access));
         checked.map(drop).map_err(|_| AccessError)
     }
 
@@ -47,17 +50,14 @@ impl qp::Memory for View<'_> {
             self.placed = Some(target.addr);
             return Ok(());
         }
-        let right = match target.key {
-            qp::Key::Local(_) => Access::LOCAL,
-            qp::Key::Remote(_) => Access {
-                remote_write: true,
-                ..Access::default()
-            },
+        let (domain, right) = match target.key {
+            qp::Key::Local(_) => (self.domain, Access::LOCAL),
+            qp::Key::Remote(_) => (self.peer_domain, wanted(qp::Access::WRITE)),
         };
         let key = key_of(&target);
         let span = self
             .memory
-            .check(self.domain, key, target.addr, target.len, right)
+            .check(domain, key, target.addr, target.len, right)
             .map_err(|_| AccessError)?;
         self.memory.place(span, payload);
         Ok(())
@@ -70,7 +70,7 @@ impl qp::Memory for View<'_> {
         };
         let span = self
             .memory
-            .check(self.domain, Key(rkey.0), va, 8, right)
+            .check(self.peer_domain, Key(rkey.0), va, 8, right)
             .map_err(|_| AccessError)?;
         let shared = self.memory.shared(span).ok_or(AccessError)?;
         let offset = span.offset as usize;
@@ -82,8 +82,7 @@ impl qp::Memory for View<'_> {
 
     fn invalidate(&mut self, rkey: Rkey) -> Result<(), AccessError> {
         self.memory
-            .deregister(Key(rkey.0))
-            .map(drop)
-            .ok_or(AccessError)
+            .invalidate(self.peer_domain, Key(rkey.0))
+            .map_err(|_| AccessError)
     }
 }

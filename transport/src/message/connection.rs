@@ -1,12 +1,13 @@
 //! One connection after its handshake: credits, order, reassembly.
 //!
-//! Owns: the outbox, the credits both ways, and a message whose fragments are still coming in.
+//! Owns: the outbox, the credits both ways, what is lent and fetched, and a message whose packets
+//! are still coming in.
 //!
 //! Invariants:
 //! * a data parcel is posted only against a credit, and each side posts [`RESERVE`] receives more
-//!   than it grants: a credit parcel needs no credit and there are never more than two of them
-//!   under way, since each returns half of what is granted. So no receive is ever missing (RNR),
-//!   and two sides that have spent all their credits still hear from each other;
+//!   than it grants: a credit parcel needs no credit and at most [`CREDITS_MAX`] of them are under
+//!   way. So no receive is ever missing (RNR), and two sides that have spent all their credits
+//!   still hear from each other;
 //! * what is received is taken before the receive is posted again; the peer's pace is ours.
 //!
 //! Deliberately absent: who the peer is (`endpoint`), retransmission (the queue pair).
@@ -16,12 +17,17 @@ use std::ops::Range;
 use lowtide_transport_proto::qp::{Lkey, QueuePair};
 use lowtide_transport_proto::qp::{RecvWr, SendOp, SendWr, SgList, WrId};
 
+use super::Violation;
+use super::fetch::Inbox;
+use super::loans::Loans;
 use super::outbox::{Outbox, SlotPool};
-use super::parcel::{Header, Kind, SLOT_LEN, Violation, next_record};
+use super::parcel::{Header, Kind, MESSAGE_MAX, Offer, SLOT_LEN, next_record};
 use crate::device::{Device, IN_PLACE, QpId};
 
 /// Receives and sends beyond the credits, for credit parcels.
 pub(crate) const RESERVE: u16 = 4;
+/// Credit parcels under way at most.
+const CREDITS_MAX: usize = 2;
 /// Data parcels under way at most, however many the peer grants: it bounds the send queue.
 pub(crate) const SENDS_MAX: u16 = 128;
 
@@ -29,6 +35,8 @@ pub(crate) const SENDS_MAX: u16 = 128;
 pub(crate) struct Stream {
     pub(crate) qp: QpId,
     pub(crate) outbox: Outbox,
+    pub(crate) loans: Loans,
+    pub(crate) inbox: Inbox,
     /// Data parcels we may still post.
     credits: u16,
     /// What the peer granted in all.
@@ -37,22 +45,25 @@ pub(crate) struct Stream {
     owed: u16,
     /// What we granted in all.
     granted: u16,
+    /// Offers that the peer has been told we have taken.
+    taken_told: u32,
     tx_sequence: u32,
     rx_sequence: u32,
     assembly: Assembly,
 }
 
-/// A message coming in as fragments.
+/// A message coming in as several packets.
 #[derive(Default)]
 struct Assembly {
     message: Vec<u8>,
-    /// Its full length; 0 when there is none.
-    message_len: usize,
+    /// Its full length.
+    len: usize,
     /// Whether a parcel of it is open: its header has been read, its last packet has not come.
     is_open: bool,
 }
 
 /// What a packet of a parcel brought.
+#[derive(Debug)]
 pub(crate) enum Arrived {
     /// Nothing to hand up yet.
     Nothing,
@@ -62,18 +73,31 @@ pub(crate) enum Arrived {
     Whole(Range<usize>),
     /// A message that was put together.
     Assembled(Vec<u8>),
+    /// Nothing but credits; so many offers of ours have been taken.
+    Credit { taken: u32 },
+    /// A message of `len` bytes can be fetched.
+    Offer { len: u32, rkey: u32, offer: Offer },
 }
 
 impl Stream {
     /// `credits` were granted by the peer, `granted` by us.
-    pub(crate) fn new(qp: QpId, outbox: Outbox, credits: u16, granted: u16) -> Stream {
+    pub(crate) fn new(
+        qp: QpId,
+        outbox: Outbox,
+        loans: Loans,
+        credits: u16,
+        granted: u16,
+    ) -> Stream {
         Stream {
             qp,
             outbox,
+            loans,
+            inbox: Inbox::default(),
             credits,
             credits_max: credits,
             owed: 0,
             granted,
+            taken_told: 0,
             tx_sequence: 0,
             rx_sequence: 0,
             assembly: Assembly::default(),
@@ -91,28 +115,40 @@ impl Stream {
         });
     }
 
-    /// Posts what waits and may go, and returns credits if many are owed.
+    /// Owes the peer the credit of a parcel that has been handed up.
+    pub(crate) fn owe(&mut self) {
+        self.owed += 1;
+    }
+
+    /// Posts what waits and may go, and returns credits if many are owed, or at once if an offer has
+    /// been taken.
     pub(crate) fn pump(&mut self, device: &mut Device, pool: &mut SlotPool) {
         while self.outbox.is_waiting() && self.credits > 0 {
-            if !self.post(device, pool, false) {
-                return;
+            if !self.post(device, pool, None) {
+                break;
             }
             self.credits -= 1;
         }
-        if self.owed > 0 && self.owed >= self.granted / 2 {
-            self.post(device, pool, true);
+        let is_owing = self.owed > 0 && self.owed >= self.granted / 2;
+        let taken = self.inbox.taken();
+        let is_due = is_owing || taken != self.taken_told;
+        if is_due
+            && self.outbox.credits_posted() < CREDITS_MAX
+            && self.post(device, pool, Some(taken))
+        {
+            self.taken_told = taken;
         }
     }
 
-    fn post(&mut self, device: &mut Device, pool: &mut SlotPool, is_credit: bool) -> bool {
-        let reserve = if is_credit { RESERVE } else { 0 };
+    fn post(&mut self, device: &mut Device, pool: &mut SlotPool, credit: Option<u32>) -> bool {
+        let reserve = if credit.is_some() { RESERVE } else { 0 };
         if self.outbox.posted() >= usize::from(SENDS_MAX + reserve) {
             return false;
         }
         let memory = &mut device.memory;
         let posting = self
             .outbox
-            .post(pool, memory, is_credit, self.owed, self.tx_sequence);
+            .post(pool, memory, credit, self.owed, self.tx_sequence);
         let (Some(posting), Some(qp)) = (posting, device.qp(self.qp)) else {
             return false;
         };
@@ -123,6 +159,9 @@ impl Stream {
         {
             // Only a queue pair in error refuses; its completions will close the connection.
             return false;
+        }
+        if posting.is_offer {
+            self.loans.note_told();
         }
         self.owed = 0;
         self.tx_sequence = self.tx_sequence.wrapping_add(1);
@@ -135,74 +174,65 @@ impl Stream {
         payload: &[u8],
         offset: u64,
         is_last: bool,
-        message_max: usize,
         spare: &mut Vec<Vec<u8>>,
     ) -> Result<Arrived, Violation> {
         if offset > 0 {
             if !self.assembly.is_open {
-                return Err(Violation);
+                return Err(Violation::Layout);
             }
             return self.append(payload, is_last);
         }
         let (header, body) = Header::parse(payload)?;
         if header.sequence != self.rx_sequence || self.assembly.is_open {
-            return Err(Violation);
+            return Err(Violation::Sequence);
         }
         self.rx_sequence = self.rx_sequence.wrapping_add(1);
-        self.credits = self.credits.checked_add(header.credits).ok_or(Violation)?;
-        if self.credits > self.credits_max {
-            return Err(Violation);
-        }
-        if header.kind != Kind::Credit {
-            self.owed += 1;
-        }
+        self.credits = self
+            .credits
+            .checked_add(header.credits)
+            .filter(|credits| *credits <= self.credits_max)
+            .ok_or(Violation::Credits)?;
         let body_range = payload.len() - body.len()..payload.len();
         match header.kind {
-            Kind::Credit if is_last => Ok(Arrived::Nothing),
-            Kind::Records { count } if is_last && self.assembly.message_len == 0 => {
+            Kind::Credit { taken } if is_last => Ok(Arrived::Credit { taken }),
+            Kind::Offer { len, rkey } if is_last => {
+                let offer = Offer::parse(body)?;
+                Ok(Arrived::Offer { len, rkey, offer })
+            }
+            Kind::Records { count } if is_last => {
                 check_records(count, body)?;
                 Ok(Arrived::Records {
                     count,
                     body: body_range,
                 })
             }
-            Kind::Fragment {
-                message_len,
-                offset,
-            } => {
-                let message_len = message_len as usize;
-                if offset as usize != self.assembly.message.len()
-                    || message_len > message_max
-                    || message_len == 0
-                {
-                    return Err(Violation);
+            Kind::Message { len } => {
+                let len = len as usize;
+                if len == 0 || len > MESSAGE_MAX {
+                    return Err(Violation::Length);
                 }
-                if offset == 0 {
-                    if is_last && body.len() == message_len {
-                        return Ok(Arrived::Whole(body_range));
-                    }
-                    self.assembly.message = spare.pop().unwrap_or_default();
-                    self.assembly.message_len = message_len;
-                } else if message_len != self.assembly.message_len {
-                    return Err(Violation);
+                if is_last && body.len() == len {
+                    return Ok(Arrived::Whole(body_range));
                 }
+                self.assembly.message = spare.pop().unwrap_or_default();
+                self.assembly.len = len;
                 self.append(body, is_last)
             }
-            _ => Err(Violation),
+            _ => Err(Violation::Layout),
         }
     }
 
     fn append(&mut self, bytes: &[u8], is_last: bool) -> Result<Arrived, Violation> {
         let assembly = &mut self.assembly;
         assembly.is_open = !is_last;
-        if bytes.len() > assembly.message_len - assembly.message.len() {
-            return Err(Violation);
+        let left = assembly.len - assembly.message.len();
+        if bytes.len() > left || (is_last && bytes.len() < left) {
+            return Err(Violation::Length);
         }
         assembly.message.extend_from_slice(bytes);
-        if !is_last || assembly.message.len() < assembly.message_len {
+        if !is_last {
             return Ok(Arrived::Nothing);
         }
-        assembly.message_len = 0;
         Ok(Arrived::Assembled(std::mem::take(&mut assembly.message)))
     }
 }
@@ -215,7 +245,7 @@ fn check_records(count: u32, mut body: &[u8]) -> Result<(), Violation> {
     if body.is_empty() {
         Ok(())
     } else {
-        Err(Violation)
+        Err(Violation::Layout)
     }
 }
 
@@ -224,7 +254,7 @@ mod tests {
     use super::*;
 
     fn stream() -> Stream {
-        Stream::new(QpId(0), Outbox::new(4096, 8), 8, 8)
+        Stream::new(QpId(0), Outbox::new(4096, 8), Loans::new(1), 8, 8)
     }
 
     fn parcel(kind: Kind, credits: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
@@ -240,76 +270,109 @@ mod tests {
     }
 
     #[test]
-    fn fragments_of_several_packets_become_one_message() {
+    fn several_packets_become_one_message() {
         let mut stream = stream();
         let mut spare = Vec::new();
-        let first = Kind::Fragment {
-            message_len: 10,
-            offset: 0,
-        };
-        let second = Kind::Fragment {
-            message_len: 10,
-            offset: 6,
-        };
-        let start = parcel(first, 0, 0, b"abc");
+        let start = parcel(Kind::Message { len: 10 }, 0, 0, b"abc");
         let mut receive =
-            |bytes: &[u8], offset, last| stream.receive(bytes, offset, last, 100, &mut spare);
+            |bytes: &[u8], offset, last| stream.receive(bytes, offset, last, &mut spare);
         assert!(matches!(receive(&start, 0, false), Ok(Arrived::Nothing)));
-        assert!(matches!(receive(b"def", 19, true), Ok(Arrived::Nothing)));
-        let end = parcel(second, 0, 1, b"ghij");
-        match receive(&end, 0, true) {
+        assert!(matches!(receive(b"def", 19, false), Ok(Arrived::Nothing)));
+        match receive(b"ghij", 22, true) {
             Ok(Arrived::Assembled(message)) => assert_eq!(message, b"abcdefghij"),
-            _ => panic!("the message is complete"),
+            other => panic!("the message is complete, but {other:?}"),
         }
+        let next = parcel(Kind::Message { len: 2 }, 0, 1, b"kl");
+        assert!(matches!(receive(&next, 0, true), Ok(Arrived::Whole(range)) if range.len() == 2));
     }
 
     #[test]
     fn every_broken_rule_is_a_violation() {
-        let fragment = |message_len, offset| Kind::Fragment {
-            message_len,
-            offset,
-        };
-        let cases: [(&str, Vec<u8>, bool); 8] = [
-            ("wrong sequence", parcel(Kind::Credit, 0, 1, b""), true),
+        let message = |len| Kind::Message { len };
+        let credit = Kind::Credit { taken: 0 };
+        let offer = Kind::Offer { len: 1, rkey: 2 };
+        let none = Kind::Records { count: 0 };
+        use Violation::{Credits, Layout, Length, Sequence};
+        let cases: [(&str, Violation, Vec<u8>, bool); 10] = [
+            ("wrong sequence", Sequence, parcel(credit, 0, 1, b""), true),
             (
                 "credits from nowhere",
-                parcel(Kind::Credit, 1, 0, b""),
+                Credits,
+                parcel(credit, 1, 0, b""),
                 true,
             ),
             (
                 "longer than admitted",
-                parcel(fragment(101, 0), 0, 0, b"x"),
-                true,
+                Length,
+                parcel(message(1 << 16), 0, 0, b"x"),
+                false,
             ),
             (
                 "more than announced",
-                parcel(fragment(2, 0), 0, 0, b"abc"),
+                Length,
+                parcel(message(2), 0, 0, b"abc"),
                 true,
             ),
             (
-                "starts in the middle",
-                parcel(fragment(10, 5), 0, 0, b"abcde"),
+                "less than announced",
+                Length,
+                parcel(message(4), 0, 0, b"abc"),
                 true,
             ),
             (
                 "fewer records than said",
+                Layout,
                 parcel(Kind::Records { count: 1 }, 0, 0, b""),
                 true,
             ),
             (
                 "bytes after the records",
-                parcel(Kind::Records { count: 0 }, 0, 0, b"abcd"),
+                Layout,
+                parcel(none, 0, 0, b"abcd"),
                 true,
             ),
             (
                 "records over two packets",
-                parcel(Kind::Records { count: 0 }, 0, 0, b""),
+                Layout,
+                parcel(none, 0, 0, b""),
+                false,
+            ),
+            (
+                "an offer cut short",
+                Layout,
+                parcel(offer, 0, 0, &[0; 15]),
+                true,
+            ),
+            (
+                "an offer over two packets",
+                Layout,
+                parcel(offer, 0, 0, &[0; 16]),
                 false,
             ),
         ];
-        for (name, bytes, is_last) in cases {
-            let result = stream().receive(&bytes, 0, is_last, 100, &mut Vec::new());
-            assert!(result.is_err(), "{name}");
+        for (name, violation, bytes, is_last) in cases {
+            let result = stream().receive(&bytes, 0, is_last, &mut Vec::new());
+            assert_eq!(result.err(), Some(violation), "{name}");
         }
+        let middle = stream().receive(b"abc", 4096, true, &mut Vec::new());
+        assert_eq!(middle.err(), Some(Layout), "starts in the middle");
+    }
+
+    #[test]
+    fn offers_are_numbered_bounded_and_neither_short_nor_long() {
+        let offer = |number| Offer { address: 0, number };
+        let mut inbox = Inbox::default();
+        let (short, long) = (MESSAGE_MAX as u32, 1 << 20);
+        let mut ask = |len, number| inbox.offer(len, 1, offer(number), 1 << 20);
+        assert_eq!(ask(short, 0), Err(Violation::Length));
+        assert_eq!(ask(long + 1, 0), Err(Violation::Length));
+        assert_eq!(ask(u32::MAX, 0), Err(Violation::Length));
+        assert_eq!(ask(long, 1), Err(Violation::OfferOrder));
+        for number in 0..super::super::loans::OFFERS_MAX as u32 {
+            assert_eq!(ask(short + 1, number), Ok(()));
+            assert_eq!(ask(long, number), Err(Violation::OfferOrder), "repeated");
+        }
+        let next = super::super::loans::OFFERS_MAX as u32;
+        assert_eq!(ask(long, next), Err(Violation::OfferFlood));
     }
 }

@@ -1,7 +1,8 @@
 //! The endpoint: a device, its connections, and the wait.
 //!
 //! Owns: the round of work (`turn`): receive, hand up, expire timers, post, transmit; and the table
-//! of connections with their life from `connect` or REQ to `Closed`.
+//! of connections. What comes in is `input`'s, long messages are `bulk`'s, the way from `connect` or
+//! REQ to `Closed` is `life`'s.
 //!
 //! Invariants:
 //! * a handler runs with nothing half done: it may send, connect and close, also the connection it
@@ -10,6 +11,8 @@
 //!
 //! Deliberately absent: the bytes of management datagrams (`handshake`).
 
+mod bulk;
+mod input;
 mod life;
 
 use std::collections::{HashMap, VecDeque};
@@ -20,24 +23,25 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lowtide_transport_proto::qp::{self, CompletionKind, InitAttr, QpCaps, Status};
+use lowtide_transport_proto::qp::{self, InitAttr, QpCaps};
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{PKEY_DEFAULT, Psn, Qpn};
 
-use super::connection::{Arrived, RESERVE, SENDS_MAX, Stream};
+use super::connection::{RESERVE, SENDS_MAX, Stream};
+use super::fetch::{FetchPool, READS_MAX};
 use super::handshake::{Greeting, Handshakes};
+use super::loans::LoanPool;
 use super::outbox::SlotPool;
-use super::parcel::next_record;
+use super::parcel::MESSAGE_MAX;
 use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
-use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
-use crate::udp::{Arrival, ReceiveBatch};
+use crate::device::{Device, DeviceOptions, Peers, QpId};
+use crate::memory::{Lent, Piece};
+use crate::udp::ReceiveBatch;
 
-/// The one protection domain: nothing here gives a peer a key.
+/// Protection domain of our own work requests. What a peer may reach is in one of its connection's.
 const DOMAIN: u32 = 0;
-/// Reassembly buffers kept for the next long message.
-const SPARE_MAX: usize = 4;
 /// The index part of an id that never had an entry.
 const INDEX_NONE: u32 = 0xFF_FFFF;
 const TOKEN_SOCKET: mio::Token = mio::Token(0);
@@ -67,6 +71,10 @@ pub struct EndpointCtx {
     /// Which connection a queue pair serves.
     by_qp: HashMap<QpId, u32>,
     pool: SlotPool,
+    lending: LoanPool,
+    fetching: FetchPool,
+    /// What holds the message being handed up, if it was fetched.
+    handing_up: Option<Arc<[u8]>>,
     /// Connections that may have something to post.
     dirty: VecDeque<u32>,
     spare: Vec<Vec<u8>>,
@@ -94,7 +102,8 @@ struct Connection {
     stream: Option<Stream>,
     /// Whether `Connected` has been handed up.
     is_established: bool,
-    wants_writable: bool,
+    /// Length of the message that was not taken for want of room.
+    refused: Option<usize>,
     is_dirty: bool,
     heard: Nanos,
 }
@@ -116,6 +125,12 @@ impl Endpoint {
         if config.limits.message_max > 1 << 30 {
             return Err(BindError::Config(
                 "limits.message_max must be at most 1 GiB",
+            ));
+        }
+        let pools = config.limits.lent_max.min(config.limits.fetched_max);
+        if pools < config.limits.message_max {
+            return Err(BindError::Config(
+                "limits.lent_max and limits.fetched_max must be at least limits.message_max",
             ));
         }
         let addr = config.addr;
@@ -245,6 +260,7 @@ impl Endpoint {
             ctx.poll_completions(id, None, &mut count);
         }
         ctx.manage(now, &mut count);
+        ctx.offer_room_to_all(&mut count);
         ctx.pump();
         ctx.device.transmit(now);
         self.is_drained = filled < batch.capacity();
@@ -271,6 +287,9 @@ impl EndpointCtx {
     fn new(device: Device, config: EndpointConfig, random: RandomState) -> EndpointCtx {
         EndpointCtx {
             handshakes: Handshakes::new(&config, device.local_addr(), random.hash_one(0)),
+            lending: LoanPool::new(&config.limits),
+            fetching: FetchPool::new(DOMAIN, &config.limits, device.receive_budget()),
+            handing_up: None,
             device,
             config,
             connections: Vec::new(),
@@ -317,21 +336,31 @@ impl EndpointCtx {
     }
 
     /// Queues a message, the concatenation of `parts`; it is copied once, into registered memory.
-    /// It leaves in the next `poll`, when the peer's credits and budget allow.
+    /// It leaves in the next `poll`, when the peer's credits and budget allow. A long message that is
+    /// in shared memory is better sent by [`send_pieces`](Self::send_pieces).
     ///
     /// # Errors
     /// [`SendError`]; the message was not taken.
     pub fn send(&mut self, conn: ConnId, parts: &[IoSlice<'_>]) -> Result<(), SendError> {
         let len = parts.iter().map(|part| part.len()).sum::<usize>();
-        if len > self.config.limits.message_max {
-            return Err(SendError::TooLarge);
+        let index = self.admit(conn, len)?;
+        if len > MESSAGE_MAX {
+            let mut copy = self.lending.buffer();
+            copy.reserve(len);
+            for part in parts {
+                copy.extend_from_slice(part);
+            }
+            let counters = self.device.counters_mut();
+            counters.copies += 1;
+            counters.bulk_copied_bytes += len as u64;
+            let lent = Lent::new([Piece::Owned(copy)]);
+            return self.lend(index, lent).map_err(|(error, _)| error);
         }
-        let index = self.index(conn).ok_or(SendError::Closed)?;
-        let connection = self.connections[index as usize]
+        let Some(stream) = self.connections[index as usize]
             .as_mut()
-            .ok_or(SendError::Closed)?;
-        let Some(stream) = &mut connection.stream else {
-            return Err(SendError::WouldBlock);
+            .and_then(|connection| connection.stream.as_mut())
+        else {
+            return Err(SendError::Closed);
         };
         let memory = &mut self.device.memory;
         if stream
@@ -339,12 +368,42 @@ impl EndpointCtx {
             .push(&mut self.pool, memory, parts, len)
             .is_err()
         {
-            connection.wants_writable = true;
-            return Err(SendError::WouldBlock);
+            return Err(self.refuse(index, len));
         }
-        self.device.counters_mut().copies += 1;
+        let counters = self.device.counters_mut();
+        counters.copies += 1;
+        counters.sent_copied_bytes += len as u64;
         self.mark_dirty(index);
         Ok(())
+    }
+
+    /// Queues a message, the concatenation of `pieces`. Nothing is copied if it is longer than a
+    /// parcel (61,424 bytes): the peer fetches it from the pieces, which are taken out of the list and
+    /// kept until it has.
+    ///
+    /// # Errors
+    /// [`SendError`]; the message was not taken, and the pieces are still there.
+    pub fn send_pieces(&mut self, conn: ConnId, pieces: &mut Vec<Piece>) -> Result<(), SendError> {
+        let len = pieces
+            .iter()
+            .map(|piece| piece.bytes().len())
+            .sum::<usize>();
+        if len <= MESSAGE_MAX {
+            let parts: Vec<_> = pieces.iter().map(|p| IoSlice::new(p.bytes())).collect();
+            return self.send(conn, &parts);
+        }
+        let index = self.admit(conn, len)?;
+        let lent = Lent::new(pieces.drain(..));
+        self.lend(index, lent).map_err(|(error, lent)| {
+            pieces.extend(lent.into_pieces());
+            error
+        })
+    }
+
+    /// The memory that holds the message just being handed up, if it was fetched: the message is its
+    /// first bytes. Who keeps this needs no copy, but keeps up to twice the message's length.
+    pub fn shared_message(&self) -> Option<&Arc<[u8]>> {
+        self.handing_up.as_ref()
     }
 
     /// Ends a connection: the peer gets a DREQ. What is queued and not yet acknowledged may be
@@ -358,7 +417,7 @@ impl EndpointCtx {
     }
 
     /// Whether something sent on the connection has not been acknowledged: closing it now would lose
-    /// that. What is acknowledged has reached the peer's endpoint, in the `poll` of which it is
+    /// that. What is acknowledged has reached the peer's endpoint, in a `poll` of which it is
     /// handed up.
     pub fn is_sending(&self, conn: ConnId) -> bool {
         let connection = self
@@ -366,7 +425,10 @@ impl EndpointCtx {
             .and_then(|index| self.connections[index as usize].as_ref());
         connection
             .and_then(|connection| connection.stream.as_ref())
-            .is_some_and(|stream| stream.outbox.is_waiting() || stream.outbox.posted() > 0)
+            .is_some_and(|stream| {
+                let outbox = &stream.outbox;
+                outbox.is_waiting() || outbox.posted() > 0 || !stream.loans.is_empty()
+            })
     }
 
     /// Cuts a peer off, both ways, or lets it through again: an injected partition.
@@ -376,7 +438,10 @@ impl EndpointCtx {
 
     /// What has been seen so far.
     pub fn counters(&self) -> Counters {
-        self.device.counters()
+        let mut counters = self.device.counters();
+        counters.lent_bytes_peak = self.lending.bytes_peak() as u64;
+        counters.fetched_bytes_peak = self.fetching.bytes_peak() as u64;
+        counters
     }
 
     /// Connections that are not closed, also those still being made.
@@ -404,13 +469,13 @@ impl EndpointCtx {
         }
         let depth = u32::from(self.config.limits.credits + RESERVE);
         let caps = QpCaps {
-            send_wr_max: u32::from(SENDS_MAX + RESERVE),
+            send_wr_max: u32::from(SENDS_MAX + RESERVE) + READS_MAX as u32,
             recv_wr_max: depth,
         };
         let (qp, qpn) = self.device.create_qp(DOMAIN, caps)?;
         let state = self.device.qp(qp)?;
         let init = InitAttr {
-            access: qp::Access::default(),
+            access: qp::Access::READ,
             pkey: PKEY_DEFAULT,
         };
         state.to_init(init).expect("a new queue pair is in Reset");
@@ -437,7 +502,7 @@ impl EndpointCtx {
             peer_qpn: Qpn::new(0),
             stream: None,
             is_established: false,
-            wants_writable: false,
+            refused: None,
             is_dirty: false,
             heard,
         });
@@ -453,6 +518,14 @@ impl EndpointCtx {
         self.free.push(index);
         if let Some(stream) = &mut connection.stream {
             stream.outbox.clear(&mut self.pool);
+            stream
+                .loans
+                .end_all(&mut self.lending, &mut self.device.memory);
+            stream
+                .inbox
+                .clear(&mut self.fetching, &mut self.device, index);
+            self.lending.refused.retain(|other| *other != index);
+            self.lending.note_freed();
         }
     }
 
@@ -465,9 +538,17 @@ impl EndpointCtx {
         // A caller who never got through was never here.
         let is_known = connection.is_established || !connection.is_incoming;
         let now = self.device.now();
+        if let CloseReason::Violation(_) = reason {
+            self.device.counters_mut().violations += 1;
+        }
         match reason {
             CloseReason::PeerClosed | CloseReason::PeerRestarted | CloseReason::Refused => {
                 self.handshakes.forget(index);
+            }
+            CloseReason::Failed => {
+                // The NAK that says why leaves before the goodbye.
+                self.device.transmit(now);
+                self.handshakes.disconnect(now, index);
             }
             _ => self.handshakes.disconnect(now, index),
         }
@@ -486,164 +567,6 @@ impl EndpointCtx {
         }
     }
 
-    // Input.
-
-    fn arrive(&mut self, now: Nanos, arrival: &Arrival<'_>, handler: &mut Handler<'_>) {
-        let datagrams = arrival.bytes.len().div_ceil(arrival.segment);
-        self.device
-            .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
-        for datagram in arrival.bytes.chunks(arrival.segment) {
-            match self
-                .device
-                .handle(now, arrival.source, arrival.target, datagram)
-            {
-                Input::Dropped => {}
-                Input::Taken { id, placed } => {
-                    let placed = placed.map(|(offset, range)| (offset, &datagram[range]));
-                    self.note_heard(id, now);
-                    self.poll_completions(id, placed, handler);
-                }
-                Input::Management(range) => {
-                    self.handshakes
-                        .handle(now, arrival.source, &datagram[range]);
-                    self.manage(now, handler);
-                }
-                Input::UnknownQueuePair(qpn) => {
-                    self.handshakes.complain(now, arrival.source, qpn);
-                }
-            }
-        }
-    }
-
-    fn note_heard(&mut self, id: QpId, now: Nanos) {
-        if let Some(index) = self.by_qp.get(&id)
-            && let Some(connection) = &mut self.connections[*index as usize]
-        {
-            connection.heard = now;
-        }
-    }
-
-    /// Takes what a queue pair reports; `placed` is the payload that the packet just handled
-    /// brought, and its offset in its parcel.
-    fn poll_completions(
-        &mut self,
-        id: QpId,
-        placed: Option<(u64, &[u8])>,
-        handler: &mut Handler<'_>,
-    ) {
-        let Some(&index) = self.by_qp.get(&id) else {
-            return;
-        };
-        let mut is_last = false;
-        let mut is_failed = false;
-        let mut is_acknowledged = false;
-        while let Some(completion) = self.device.poll_completion(id) {
-            match (completion.status, completion.kind) {
-                (Status::Success, CompletionKind::Recv) => is_last = true,
-                (Status::Success, _) => {
-                    is_acknowledged = true;
-                    if let Some(stream) = self.stream(index) {
-                        stream.0.outbox.complete(stream.1);
-                    }
-                }
-                _ => is_failed = true,
-            }
-        }
-        if let Some((offset, payload)) = placed {
-            self.take_payload(index, offset, payload, is_last, handler);
-        } else if is_last {
-            // A SEND without a byte: not even a parcel's header.
-            self.end(index, CloseReason::Violation, handler);
-        }
-        // The handler may have closed the connection, and another may have its place.
-        if self.by_qp.get(&id) != Some(&index) {
-            return;
-        }
-        if is_failed {
-            self.end(index, CloseReason::Failed, handler);
-        } else if is_acknowledged {
-            self.mark_dirty(index);
-            self.offer_room(index, handler);
-        }
-    }
-
-    fn stream(&mut self, index: u32) -> Option<(&mut Stream, &mut SlotPool)> {
-        let connection = self.connections[index as usize].as_mut()?;
-        Some((connection.stream.as_mut()?, &mut self.pool))
-    }
-
-    fn offer_room(&mut self, index: u32, handler: &mut Handler<'_>) {
-        let Some(connection) = &mut self.connections[index as usize] else {
-            return;
-        };
-        let is_roomy = connection
-            .stream
-            .as_ref()
-            .is_some_and(|s| s.outbox.is_roomy());
-        if connection.wants_writable && is_roomy {
-            connection.wants_writable = false;
-            let conn = connection.id;
-            handler(self, Event::Writable { conn });
-        }
-    }
-
-    fn take_payload(
-        &mut self,
-        index: u32,
-        offset: u64,
-        payload: &[u8],
-        is_last: bool,
-        handler: &mut Handler<'_>,
-    ) {
-        // The first packet may overtake the RTU: then it is as good as one.
-        self.establish(index, handler);
-        let message_max = self.config.limits.message_max;
-        let Some(connection) = &mut self.connections[index as usize] else {
-            return;
-        };
-        let (conn, qp) = (connection.id, connection.qp);
-        let Some(stream) = &mut connection.stream else {
-            return;
-        };
-        let arrived = stream.receive(payload, offset, is_last, message_max, &mut self.spare);
-        if is_last {
-            if let Some(qp) = self.device.qp(qp) {
-                Stream::post_receive(qp);
-            }
-            self.mark_dirty(index);
-        }
-        match arrived {
-            Ok(Arrived::Nothing) => {}
-            Ok(Arrived::Whole(range)) => self.hand_up(conn, &payload[range], handler),
-            Ok(Arrived::Records { count, body }) => {
-                let mut body = &payload[body];
-                for _ in 0..count {
-                    let Ok(bytes) = next_record(&mut body) else {
-                        break;
-                    };
-                    if self.index(conn).is_none() {
-                        return;
-                    }
-                    self.hand_up(conn, bytes, handler);
-                }
-            }
-            Ok(Arrived::Assembled(mut bytes)) => {
-                self.device.counters_mut().copies += 1;
-                self.hand_up(conn, &bytes, handler);
-                if self.spare.len() < SPARE_MAX {
-                    bytes.clear();
-                    self.spare.push(bytes);
-                }
-            }
-            Err(_) => self.end(index, CloseReason::Violation, handler),
-        }
-    }
-
-    fn hand_up(&mut self, conn: ConnId, bytes: &[u8], handler: &mut Handler<'_>) {
-        self.device.counters_mut().messages += 1;
-        handler(self, Event::Message { conn, bytes });
-    }
-
     // Output.
 
     /// Lets every connection post that may have something to post.
@@ -657,6 +580,7 @@ impl EndpointCtx {
                 stream.pump(&mut self.device, &mut self.pool);
             }
         }
+        self.ask();
     }
 }
 
@@ -671,3 +595,6 @@ impl Drop for EndpointCtx {
         self.device.flush();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -35,7 +35,7 @@ use super::{EndpointConfig, HELLO_MAX};
 use crate::device::Device;
 
 /// Version of the private data and of the parcels.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const GREETING_LEN: usize = 24;
 const COMPLAINT_LEN: usize = 24;
 /// "lowtid" in the locally administered range.
@@ -503,7 +503,7 @@ mod tests {
         };
         let good = good.encode();
         assert!(Greeting::decode(&good).is_some());
-        for (at, value) in [(0, 2), (1, 33), (2, 0)] {
+        for (at, value) in [(0, VERSION - 1), (0, VERSION + 1), (1, 33), (2, 0)] {
             let mut bytes = good.clone();
             bytes.resize(200, 0);
             bytes[at] = value;

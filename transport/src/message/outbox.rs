@@ -2,7 +2,8 @@
 //!
 //! Owns: the slots of registered memory that hold the messages, each copied there once, and the
 //! division into parcels. Small messages share a parcel for as long as it has not been posted, so a
-//! backlog packs itself; nothing waits for company.
+//! backlog packs itself; nothing waits for company. Of a message that is lent (`loans`) only the
+//! offer lies here.
 //!
 //! Invariants:
 //! * a parcel lies in one slot and its bytes do not change between posting and completion;
@@ -14,7 +15,7 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 
-use super::parcel::{self, FRAGMENT_MAX, HEADER_LEN, Header, Kind, SLOT_LEN};
+use super::parcel::{self, HEADER_LEN, Header, Kind, MESSAGE_MAX, OFFER_LEN, Offer, SLOT_LEN};
 use crate::memory::{Key, Memory};
 
 /// Slots cut from one region.
@@ -84,6 +85,7 @@ pub(crate) struct Posting {
     pub(crate) key: Key,
     pub(crate) offset: u64,
     pub(crate) len: u32,
+    pub(crate) is_offer: bool,
 }
 
 /// The send side's memory.
@@ -93,8 +95,10 @@ pub(crate) struct Outbox {
     /// Serial number of `held[0]`.
     first: u64,
     waiting: VecDeque<Waiting>,
-    /// Slot serials of posted parcels, in order.
-    posted: VecDeque<u64>,
+    /// Slot serials of posted parcels, in order, and whether they carry credits only.
+    posted: VecDeque<(u64, bool)>,
+    /// How many of them carry credits only.
+    credits_posted: usize,
     packet_len: usize,
     slots_max: usize,
 }
@@ -111,6 +115,7 @@ impl Outbox {
             first: 0,
             waiting: VecDeque::new(),
             posted: VecDeque::new(),
+            credits_posted: 0,
             packet_len,
             slots_max,
         }
@@ -126,12 +131,17 @@ impl Outbox {
         self.posted.len()
     }
 
-    /// Whether so little memory is held that a message of any admitted length fits.
+    /// Parcels with nothing but credits, posted and not completed.
+    pub(crate) fn credits_posted(&self) -> usize {
+        self.credits_posted
+    }
+
+    /// Whether so little memory is held that some messages of any length fit.
     pub(crate) fn is_roomy(&self) -> bool {
         self.held.len() <= self.slots_max / 4
     }
 
-    /// Copies a message of `len` bytes in.
+    /// Copies a message of `len` bytes in, at most [`MESSAGE_MAX`].
     pub(crate) fn push(
         &mut self,
         pool: &mut SlotPool,
@@ -139,11 +149,30 @@ impl Outbox {
         parts: &[IoSlice<'_>],
         len: usize,
     ) -> Result<(), Full> {
+        assert!(len <= MESSAGE_MAX);
         if HEADER_LEN + parcel::record_len(len) <= self.packet_len {
-            self.push_record(pool, memory, parts, len)
-        } else {
-            self.push_fragments(pool, memory, parts, len)
+            return self.push_record(pool, memory, parts, len);
         }
+        let kind = Kind::Message { len: len as u32 };
+        let at = self.reserve(pool, memory, HEADER_LEN + len, kind, self.slots_max)?;
+        let out = &mut self.tail_bytes(memory)[at + HEADER_LEN..][..len];
+        copy_parts(out, parts);
+        Ok(())
+    }
+
+    /// Offers a message of `len` bytes that waits in memory.
+    pub(crate) fn push_offer(
+        &mut self,
+        pool: &mut SlotPool,
+        memory: &mut Memory,
+        (len, key): (u32, Key),
+        offer: Offer,
+    ) -> Result<(), Full> {
+        let kind = Kind::Offer { len, rkey: key.0 };
+        let need = HEADER_LEN + OFFER_LEN;
+        let at = self.reserve(pool, memory, need, kind, self.slots_max)?;
+        offer.emit(&mut self.tail_bytes(memory)[at + HEADER_LEN..][..OFFER_LEN]);
+        Ok(())
     }
 
     fn push_record(
@@ -165,7 +194,7 @@ impl Outbox {
         let out = &mut self.tail_bytes(memory)[at..at + need];
         out[..parcel::RECORD_PREFIX].copy_from_slice(&(len as u32).to_le_bytes());
         let (body, pad) = out[parcel::RECORD_PREFIX..].split_at_mut(len);
-        copy_parts(body, parts, 0);
+        copy_parts(body, parts);
         pad.fill(0);
         Ok(())
     }
@@ -190,33 +219,6 @@ impl Outbox {
         last.len += need;
         tail.filled += need;
         Some(end)
-    }
-
-    fn push_fragments(
-        &mut self,
-        pool: &mut SlotPool,
-        memory: &mut Memory,
-        parts: &[IoSlice<'_>],
-        len: usize,
-    ) -> Result<(), Full> {
-        let count = len.div_ceil(FRAGMENT_MAX);
-        let room = self.held.back().map_or(0, |held| SLOT_LEN - held.filled);
-        if self.held.len() + count > self.slots_max && HEADER_LEN + len > room {
-            return Err(Full);
-        }
-        let mut offset = 0;
-        while offset < len {
-            let take = (len - offset).min(FRAGMENT_MAX);
-            let kind = Kind::Fragment {
-                message_len: len as u32,
-                offset: offset as u32,
-            };
-            let slots_max = self.slots_max;
-            let at = self.reserve(pool, memory, HEADER_LEN + take, kind, slots_max)? + HEADER_LEN;
-            copy_parts(&mut self.tail_bytes(memory)[at..at + take], parts, offset);
-            offset += take;
-        }
-        Ok(())
     }
 
     /// Appends a parcel of `len` bytes to the last slot, or to a new one.
@@ -263,19 +265,19 @@ impl Outbox {
         slot_bytes(memory, slot)
     }
 
-    /// Takes the next waiting parcel, or (if `is_credit`) makes one that carries nothing, writes
-    /// its header and counts it as posted.
+    /// Takes the next waiting parcel, or (if `credit` is how many offers have been taken) makes one
+    /// that carries only that, writes its header and counts it as posted.
     pub(crate) fn post(
         &mut self,
         pool: &mut SlotPool,
         memory: &mut Memory,
-        is_credit: bool,
+        credit: Option<u32>,
         credits: u16,
         sequence: u32,
     ) -> Option<Posting> {
-        let parcel = if is_credit {
+        let parcel = if let Some(taken) = credit {
             let slots_max = self.slots_max + 1;
-            self.reserve(pool, memory, HEADER_LEN, Kind::Credit, slots_max)
+            self.reserve(pool, memory, HEADER_LEN, Kind::Credit { taken }, slots_max)
                 .ok()?;
             self.waiting.pop_back()?
         } else {
@@ -289,20 +291,23 @@ impl Outbox {
             sequence,
         }
         .emit(bytes);
-        self.posted.push_back(parcel.serial);
+        self.posted.push_back((parcel.serial, credit.is_some()));
+        self.credits_posted += usize::from(credit.is_some());
         Some(Posting {
             key: slot.key,
             offset: slot.offset + parcel.offset as u64,
             len: parcel.len as u32,
+            is_offer: matches!(parcel.kind, Kind::Offer { .. }),
         })
     }
 
     /// The oldest posted parcel has been acknowledged.
     pub(crate) fn complete(&mut self, pool: &mut SlotPool) {
-        let serial = self
+        let (serial, is_credit) = self
             .posted
             .pop_front()
             .expect("a completion for each posting, in order");
+        self.credits_posted -= usize::from(is_credit);
         self.held[(serial - self.first) as usize].parcels -= 1;
         self.release(pool);
     }
@@ -320,6 +325,7 @@ impl Outbox {
     pub(crate) fn clear(&mut self, pool: &mut SlotPool) {
         self.waiting.clear();
         self.posted.clear();
+        self.credits_posted = 0;
         self.first += self.held.len() as u64;
         for held in self.held.drain(..) {
             pool.give_back(held.slot);
@@ -334,21 +340,12 @@ fn slot_bytes(memory: &mut Memory, slot: Slot) -> &mut [u8] {
     &mut region[slot.offset as usize..slot.offset as usize + SLOT_LEN]
 }
 
-/// Copies the bytes from `skip` on of the concatenated `parts` until `out` is full.
-fn copy_parts(mut out: &mut [u8], parts: &[IoSlice<'_>], mut skip: usize) {
+/// Copies the concatenated `parts`, which are as long as `out`.
+fn copy_parts(mut out: &mut [u8], parts: &[IoSlice<'_>]) {
     for part in parts {
-        if out.is_empty() {
-            return;
-        }
-        if skip >= part.len() {
-            skip -= part.len();
-            continue;
-        }
-        let take = out.len().min(part.len() - skip);
-        let (now, later) = out.split_at_mut(take);
-        now.copy_from_slice(&part[skip..skip + take]);
+        let (now, later) = out.split_at_mut(part.len());
+        now.copy_from_slice(part);
         out = later;
-        skip = 0;
     }
     assert!(out.is_empty(), "the parts are as long as their sum");
 }
@@ -379,14 +376,25 @@ mod tests {
                 .push(&mut self.pool, &mut self.memory, &parts, message.len())
         }
 
+        fn offer(&mut self, number: u32) -> Result<(), Full> {
+            let offer = Offer { address: 0, number };
+            self.outbox.push_offer(
+                &mut self.pool,
+                &mut self.memory,
+                (70_000, Key(0x8000_0000 | number)),
+                offer,
+            )
+        }
+
         fn post(&mut self, is_credit: bool) -> Option<Vec<u8>> {
+            let credit = is_credit.then_some(5);
             let World {
                 memory,
                 pool,
                 outbox,
             } = self;
-            let posting = outbox.post(pool, memory, is_credit, 7, 9)?;
-            let region = memory.private(posting.key.region()).unwrap();
+            let posting = outbox.post(pool, memory, credit, 7, 9)?;
+            let region = memory.private_mut(posting.key.region()).unwrap();
             Some(region[posting.offset as usize..][..posting.len as usize].to_vec())
         }
     }
@@ -394,7 +402,6 @@ mod tests {
     /// Puts parcels together again.
     fn unpack(parcels: &[Vec<u8>]) -> Vec<Vec<u8>> {
         let mut messages = Vec::new();
-        let mut open: Vec<u8> = Vec::new();
         for bytes in parcels {
             let (header, mut body) = Header::parse(bytes).unwrap();
             assert_eq!((header.credits, header.sequence), (7, 9));
@@ -406,17 +413,16 @@ mod tests {
                     }
                     assert!(body.is_empty());
                 }
-                Kind::Fragment {
-                    message_len,
-                    offset,
-                } => {
-                    assert_eq!(offset as usize, open.len());
-                    open.extend_from_slice(body);
-                    if open.len() == message_len as usize {
-                        messages.push(std::mem::take(&mut open));
-                    }
+                Kind::Message { len } => {
+                    assert_eq!(len as usize, body.len());
+                    messages.push(body.to_vec());
                 }
-                Kind::Credit => {}
+                Kind::Credit { taken } => assert_eq!(taken, 5),
+                Kind::Offer { len, rkey } => {
+                    let number = Offer::parse(body).unwrap().number;
+                    assert_eq!((len, rkey), (70_000, 0x8000_0000 | number));
+                    messages.push(number.to_le_bytes().to_vec());
+                }
             }
         }
         messages
@@ -430,11 +436,18 @@ mod tests {
     fn messages_of_every_length_come_out_as_they_went_in() {
         let mut world = World::new(100);
         let lens = [
-            0, 1, 3, 4, 100, 4076, 4077, 4080, 5000, 61_424, 61_425, 200_000, 8, 4076, 9,
+            0, 1, 3, 4, 100, 4076, 4077, 4080, 5000, 61_423, 61_424, 8, 4076, 9,
         ];
-        let messages: Vec<_> = lens.iter().map(|len| message(*len)).collect();
+        let mut messages: Vec<_> = lens.iter().map(|len| message(*len)).collect();
         for message in &messages {
             world.push(message).unwrap();
+        }
+        // Offers keep their place among the others.
+        for number in 0..3 {
+            world.offer(number).unwrap();
+            world.push(b"between").unwrap();
+            messages.push(number.to_le_bytes().to_vec());
+            messages.push(b"between".to_vec());
         }
         let mut parcels = Vec::new();
         while let Some(parcel) = world.post(false) {
@@ -464,14 +477,16 @@ mod tests {
     #[test]
     fn memory_is_bounded_and_comes_back_when_parcels_complete() {
         let mut world = World::new(18);
-        let big = message(1 << 20);
-        world.push(&big).unwrap();
-        assert_eq!(world.push(&big), Err(Full));
+        let big = message(MESSAGE_MAX);
+        for _ in 0..17 {
+            world.push(&big).unwrap();
+        }
         let mut small = 0;
         while world.push(&message(3000)).is_ok() {
             small += 1;
         }
-        assert!((1..20).contains(&small));
+        assert!((1..=20).contains(&small));
+        assert_eq!(world.push(&big), Err(Full));
         let mut posted = 0;
         while world.post(false).is_some() {
             posted += 1;
@@ -483,7 +498,13 @@ mod tests {
         for _ in 0..=posted {
             world.outbox.complete(&mut world.pool);
         }
-        world.push(&big).unwrap();
+        assert_eq!(
+            (world.outbox.posted(), world.outbox.credits_posted()),
+            (0, 0)
+        );
+        for _ in 0..17 {
+            world.push(&big).unwrap();
+        }
         assert!(
             world.pool.free.len() < 3 * SLOTS_PER_REGION,
             "slots are used again"

@@ -10,9 +10,12 @@
 //! ```
 //! * kind 1, *records*: `a` whole messages, `b` = 0. Each is a u32 length, the bytes, and zeroes up
 //!   to a multiple of four. The parcel fits one packet, so its messages are handed up in place.
-//! * kind 2, *fragment*: the bytes from `b` on of a message of `a` bytes. A message longer than a
-//!   packet travels as fragments of [`FRAGMENT_MAX`] bytes, in order, nothing between them.
-//! * kind 3, *credit*: nothing but credits.
+//! * kind 2, *message*: one message of `a` bytes, more than a packet and at most [`MESSAGE_MAX`];
+//!   `b` = 0.
+//! * kind 3, *credit*: nothing but credits, and how many offers have been taken so far (`a`, modulo
+//!   2^32); `b` = 0.
+//! * kind 4, *offer*: a message of `a` bytes, more than [`MESSAGE_MAX`], waits under key `b` to be
+//!   READ. The body is its address (u64), the offer's number (u32: 0, 1, 2 …) and four zeroes.
 //!
 //! `credits` returns receive slots: the sender may have that many more parcels under way.
 //! `sequence` counts the parcels of this direction; queue pairs deliver in order, so a surprise
@@ -23,14 +26,18 @@
 //! Deliberately absent: who may send when (`connection`), and any checksum (the ICRC has been
 //! verified, and the engine's own header has another).
 
+use super::Violation;
+
 /// Version of the layout.
-pub(crate) const VERSION: u8 = 1;
+pub(crate) const VERSION: u8 = 2;
 /// Length of the parcel header in bytes.
 pub(crate) const HEADER_LEN: usize = 16;
 /// A slot holds one parcel of fifteen full packets: as many as one UDP_SEGMENT send carries.
 pub(crate) const SLOT_LEN: usize = 15 * 4096;
-/// Message bytes in a full fragment.
-pub(crate) const FRAGMENT_MAX: usize = SLOT_LEN - HEADER_LEN;
+/// The longest message that a parcel carries, in bytes; longer ones are offered.
+pub(crate) const MESSAGE_MAX: usize = SLOT_LEN - HEADER_LEN;
+/// Length of an offer's body.
+pub(crate) const OFFER_LEN: usize = 16;
 /// Length prefix of a record.
 pub(crate) const RECORD_PREFIX: usize = 4;
 
@@ -42,15 +49,50 @@ pub(crate) enum Kind {
         /// How many.
         count: u32,
     },
-    /// Part of one message.
-    Fragment {
-        /// Length of the whole message.
-        message_len: u32,
-        /// Where in it the body belongs.
-        offset: u32,
+    /// One message.
+    Message {
+        /// Its length in bytes.
+        len: u32,
     },
     /// Nothing.
-    Credit,
+    Credit {
+        /// Offers taken so far.
+        taken: u32,
+    },
+    /// Where a message is to be READ.
+    Offer {
+        /// Its length in bytes.
+        len: u32,
+        /// The key.
+        rkey: u32,
+    },
+}
+
+/// The body of an offer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) address: u64,
+    pub(crate) number: u32,
+}
+
+impl Offer {
+    pub(crate) fn emit(self, out: &mut [u8]) {
+        out[..8].copy_from_slice(&self.address.to_le_bytes());
+        out[8..12].copy_from_slice(&self.number.to_le_bytes());
+        out[12..OFFER_LEN].fill(0);
+    }
+
+    pub(crate) fn parse(body: &[u8]) -> Result<Offer, Violation> {
+        let (address, rest) = body.split_first_chunk::<8>().ok_or(Violation::Layout)?;
+        let (number, rest) = rest.split_first_chunk::<4>().ok_or(Violation::Layout)?;
+        if rest != [0; 4] {
+            return Err(Violation::Layout);
+        }
+        Ok(Offer {
+            address: u64::from_le_bytes(*address),
+            number: u32::from_le_bytes(*number),
+        })
+    }
 }
 
 /// A parcel's header.
@@ -61,20 +103,14 @@ pub(crate) struct Header {
     pub(crate) sequence: u32,
 }
 
-/// A peer that breaks the layout or the order; the connection cannot go on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Violation;
-
 impl Header {
     /// Writes the header to the start of `out`.
     pub(crate) fn emit(&self, out: &mut [u8]) {
         let (kind, a, b) = match self.kind {
             Kind::Records { count } => (1, count, 0),
-            Kind::Fragment {
-                message_len,
-                offset,
-            } => (2, message_len, offset),
-            Kind::Credit => (3, 0, 0),
+            Kind::Message { len } => (2, len, 0),
+            Kind::Credit { taken } => (3, taken, 0),
+            Kind::Offer { len, rkey } => (4, len, rkey),
         };
         out[0] = VERSION;
         out[1] = kind;
@@ -86,22 +122,22 @@ impl Header {
 
     /// Reads a header; returns it and the body that follows in `bytes`.
     pub(crate) fn parse(bytes: &[u8]) -> Result<(Header, &[u8]), Violation> {
-        let (header, body) = bytes.split_at_checked(HEADER_LEN).ok_or(Violation)?;
+        let (header, body) = bytes
+            .split_at_checked(HEADER_LEN)
+            .ok_or(Violation::Layout)?;
         let word = |at: usize| {
             u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
         };
         let (a, b) = (word(8), word(12));
         let kind = match header[1] {
             1 if b == 0 => Kind::Records { count: a },
-            2 => Kind::Fragment {
-                message_len: a,
-                offset: b,
-            },
-            3 if a == 0 && b == 0 && body.is_empty() => Kind::Credit,
-            _ => return Err(Violation),
+            2 if b == 0 => Kind::Message { len: a },
+            3 if b == 0 && body.is_empty() => Kind::Credit { taken: a },
+            4 => Kind::Offer { len: a, rkey: b },
+            _ => return Err(Violation::Layout),
         };
         if header[0] != VERSION {
-            return Err(Violation);
+            return Err(Violation::Layout);
         }
         let credits = u16::from_le_bytes([header[2], header[3]]);
         Ok((
@@ -122,14 +158,16 @@ pub(crate) fn record_len(len: usize) -> usize {
 
 /// Takes the first message off `body`, the rest of a records parcel.
 pub(crate) fn next_record<'a>(body: &mut &'a [u8]) -> Result<&'a [u8], Violation> {
-    let (prefix, rest) = body.split_first_chunk::<RECORD_PREFIX>().ok_or(Violation)?;
+    let (prefix, rest) = body
+        .split_first_chunk::<RECORD_PREFIX>()
+        .ok_or(Violation::Layout)?;
     let len = u32::from_le_bytes(*prefix) as usize;
     if len > rest.len() {
-        return Err(Violation);
+        return Err(Violation::Layout);
     }
     let (record, rest) = rest
         .split_at_checked(len.next_multiple_of(4))
-        .ok_or(Violation)?;
+        .ok_or(Violation::Layout)?;
     *body = rest;
     Ok(&record[..len])
 }
@@ -142,11 +180,12 @@ mod tests {
     fn headers_come_back_as_they_were_written() {
         let kinds = [
             Kind::Records { count: 3 },
-            Kind::Fragment {
-                message_len: 1 << 20,
-                offset: 61_424,
+            Kind::Message { len: 61_424 },
+            Kind::Credit { taken: 0xFFFF_FFFF },
+            Kind::Offer {
+                len: 1 << 20,
+                rkey: 0x9ABC_DEF0,
             },
-            Kind::Credit,
         ];
         for kind in kinds {
             let header = Header {
@@ -172,11 +211,11 @@ mod tests {
         assert_eq!(next_record(&mut body), Ok(&b"one"[..]));
         assert_eq!(next_record(&mut body), Ok(&b""[..]));
         assert_eq!(next_record(&mut body), Ok(&b"eight by"[..]));
-        assert_eq!(next_record(&mut body), Err(Violation));
+        assert_eq!(next_record(&mut body), Err(Violation::Layout));
         for len in [9u32, 1 << 31, u32::MAX] {
             let mut lie = len.to_le_bytes().to_vec();
             lie.extend_from_slice(b"eight by");
-            assert_eq!(next_record(&mut &lie[..]), Err(Violation));
+            assert_eq!(next_record(&mut &lie[..]), Err(Violation::Layout));
         }
     }
 
@@ -192,9 +231,10 @@ mod tests {
         for round in 0..20_000 {
             let mut bytes: Vec<u8> = (0..round % 64).map(|_| next()).collect();
             if round % 2 == 0 && bytes.len() > 1 {
-                (bytes[0], bytes[1]) = (VERSION, 1 + next() % 3);
+                (bytes[0], bytes[1]) = (VERSION, 1 + next() % 4);
             }
             if let Ok((_, mut body)) = Header::parse(&bytes) {
+                let _ = Offer::parse(body);
                 while next_record(&mut body).is_ok() {}
             }
         }

@@ -208,7 +208,10 @@ impl Shared {
 
     /// Wakes the device's thread if it would oversleep a timer.
     pub(super) fn note_deadline(&self, state: &mut MutexGuard<'_, State>) {
-        let due = state.device.next_timeout().map_or(NEVER, |due| due.0);
+        let due = match state.device.next_timeout() {
+            _ if state.device.has_output() => 0,
+            due => due.map_or(NEVER, |due| due.0),
+        };
         // Both sides use the value only under the lock, but for a sleep that has begun.
         if due < self.sleeps_until.load(Ordering::Relaxed) {
             self.sleeps_until.store(due, Ordering::Relaxed);
@@ -255,7 +258,7 @@ impl Shared {
             self.sleeps_until
                 .store(due.map_or(NEVER, |due| due.0), Ordering::Relaxed);
             wait = match due {
-                _ if !is_drained => Some(Duration::ZERO),
+                _ if !is_drained || state.device.has_output() => Some(Duration::ZERO),
                 Some(due) => Some(Duration::from_nanos(due.since(now).0)),
                 None => None,
             };

@@ -1,5 +1,6 @@
 //! Locks, hops and routes of a client: acquiring in order, pinning, yielding, reconnecting.
 
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 
 use super::{Asked, Client, HopSession, Item, Queued};
@@ -74,14 +75,37 @@ impl Client {
             return;
         };
         let idle = state.connected && state.session == HopSession::Closed;
-        if !idle || homes.is_empty() || hop == self.config.root || !joined {
+        if !idle || hop == self.config.root || !joined {
             return;
         }
+        if homes.is_empty() && !self.may_release(hop) {
+            return;
+        }
+        let Some(state) = self.hops.get_mut(&hop) else {
+            return;
+        };
         state.session = HopSession::Opening;
         let known = state.life;
         self.holdings.forget_revokes(|home| homes.contains(&home));
         let reclaim = self.holdings.claims(|home| homes.contains(&home));
         self.port.send(hop, Message::Open { known, reclaim });
+    }
+
+    /// Whether a bypassed proxy may hear that nothing is claimed from it any more: it lives after
+    /// all, so others wait for what it granted, and what was stamped under those grants is
+    /// everywhere committed, so nobody can overtake it.
+    fn may_release(&self, hop: NodeId) -> bool {
+        let of_hop = self.voided.iter().filter(|(l, _)| l.node == hop);
+        let mut living = of_hop.filter(|(l, _)| !self.is_dead(**l)).peekable();
+        living.peek().is_some() && living.all(|(_, &seq)| seq <= self.redo.done())
+    }
+
+    /// Opens sessions with bypassed proxies, to release what they granted.
+    pub(super) fn release_voided(&mut self) {
+        let bypassed: BTreeSet<NodeId> = self.voided.keys().map(|life| life.node).collect();
+        for proxy in bypassed {
+            self.open_hop(proxy);
+        }
     }
 
     pub(super) fn hop_opened(&mut self, life: Life) {
@@ -203,6 +227,11 @@ impl Client {
                 continue;
             }
             if !self.holdings.covers(want.home, want.range, want.mode) {
+                // Locks that were lost with a proxy leave later ones pinned; nobody may hold a later
+                // one while it waits for an earlier one.
+                let first = order(want.home, &want.range);
+                self.pins
+                    .retain(|(pin, h, r)| *pin != ticket.0 || order(*h, r) < first);
                 self.want(want);
                 return false;
             }
@@ -306,10 +335,9 @@ impl Client {
         }
         let awaited = self.awaited();
         for (home, grant, range) in yielding {
-            if let Some((owner, want)) = awaited.filter(|(_, w)| w.home == home) {
-                if want.range.overlaps(&range) {
-                    self.give_back(owner, home, &range);
-                }
+            let blocked = |w: &Want| w.home == home && w.range.overlaps(&range);
+            if let Some((owner, _)) = awaited.filter(|(_, want)| blocked(want)) {
+                self.give_back(owner, home, &range);
             }
             let pinned = self
                 .pins
@@ -345,7 +373,6 @@ impl Client {
     /// Unpins what the head `owner` has in `range`, and what it acquired after that: it must not
     /// hold later locks while it waits for an earlier one.
     fn give_back(&mut self, owner: u64, home: NodeId, range: &Range) {
-        let order = |home: NodeId, range: &Range| (home, range.space, range.lo);
         let mine = self.pins.iter().filter(|(pin, _, _)| *pin == owner);
         let first = mine
             .filter(|(_, h, r)| *h == home && r.overlaps(range))
@@ -364,4 +391,9 @@ impl Client {
             .last_touching(home, range)
             .is_some_and(|seq| seq > self.redo.done())
     }
+}
+
+/// The global order in which locks are acquired.
+fn order(home: NodeId, range: &Range) -> (NodeId, u64, u64) {
+    (home, range.space, range.lo)
 }

@@ -1,10 +1,9 @@
 //! What an update does to an object: execution, replay, and the way back.
 
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use crate::ids::{Epoch, NodeId, Version};
-use crate::op::{Bytes, Change, Key, Operation, Update};
+use crate::ids::{Epoch, Version};
+use crate::op::{Bytes, Change, Key, Update};
 use crate::record::{Objects, Recorded, Storage, Stored, Value, Write};
 
 /// Values at least this long are placed out of line and their record points to them, in bytes.
@@ -108,7 +107,7 @@ fn add<S: Objects>(before: Option<Stored>, words: &Bytes, storage: &mut S) -> St
     let version = next_version(before.as_ref());
     let old = before
         .and_then(|s| storage.fetch(&s.value))
-        .unwrap_or_else(|| Arc::from([]));
+        .unwrap_or_else(|| Bytes::from([]));
     let sum = add_words(&old, words);
     Stored {
         version,
@@ -132,7 +131,7 @@ pub fn add_words(a: &[u8], b: &[u8]) -> Bytes {
             .wrapping_add(word(b, i).unwrap_or(0));
         sum.extend_from_slice(&value.to_le_bytes());
     }
-    Arc::from(sum)
+    Bytes::from(sum)
 }
 
 /// The words whose addition undoes the addition of `words`.
@@ -143,23 +142,5 @@ pub fn negate_words(words: &[u8]) -> Bytes {
         let word = i64::from_le_bytes(chunk.try_into().unwrap_or_default());
         negated.extend_from_slice(&word.wrapping_neg().to_le_bytes());
     }
-    Arc::from(negated)
-}
-
-/// Other participants' updates for the record, as far as they fit the budget. A participant's
-/// updates are carried all or not at all: half of a part completes nothing.
-pub(super) fn carry(op: &Operation, own: NodeId, budget: usize) -> Vec<Update> {
-    let mut left = budget;
-    let mut carried = Vec::new();
-    for p in op.participants.iter().filter(|p| p.node != own) {
-        let weight: usize = op
-            .updates_for(p.node)
-            .map(|u| u.change.weight() + u.key.name.len())
-            .sum();
-        if weight <= left {
-            left -= weight;
-            carried.extend(op.updates_for(p.node).cloned());
-        }
-    }
-    carried
+    Bytes::from(negated)
 }

@@ -155,7 +155,8 @@ impl Destination {
         let Some(at) = op.at(self.port.node()).filter(|_| allowed) else {
             return;
         };
-        if at.0 == self.ordered(victim).0 + 1 {
+        let writes = op.updates_for(self.port.node()).next().is_some();
+        if writes && at.0 == self.ordered(victim).0 + 1 {
             self.execute(op, at);
             self.counters.completed += 1;
         }

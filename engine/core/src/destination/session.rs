@@ -8,12 +8,19 @@ use super::{Destination, Session, Stage, shard_of};
 use crate::ids::{Life, Step};
 use crate::lock::Notice;
 use crate::message::{LockRefusal, Message, Reclaim};
+use crate::op::Mode;
 use crate::record::Record;
 
 impl Destination {
-    /// A source opens its session: its grants are made to agree with what it claims.
+    /// A source opens its session: its grants are made to agree with what it claims. Without a
+    /// view nobody is served, because the dead cannot be told from the living.
     pub(super) fn open(&mut self, from: Life, reclaim: Vec<Reclaim>) {
-        if self.is_fenced(from) {
+        if !self.member.is_joined() {
+            // Said once per connection, so it is kept.
+            self.early.insert(from.node, (from, reclaim));
+            return;
+        }
+        if self.is_refused(from) {
             return;
         }
         self.deferred.retain(|(asker, _)| *asker != from);
@@ -59,7 +66,7 @@ impl Destination {
     }
 
     pub(super) fn lock_message(&mut self, from: Life, body: Message) {
-        if self.is_fenced(from) {
+        if self.is_refused(from) {
             if let Message::Lock { request, .. } = body {
                 let reason = LockRefusal::Fenced;
                 self.port
@@ -71,7 +78,8 @@ impl Destination {
             return;
         }
         match body {
-            Message::Lock { request, .. } if !self.has_room => {
+            // A shared lock brings no work, and what is stored can be read of a full home.
+            Message::Lock { request, mode, .. } if mode == Mode::Exclusive && !self.has_room => {
                 let reason = LockRefusal::Full;
                 self.port
                     .send(from.node, Message::Refused { request, reason });

@@ -462,11 +462,12 @@ impl Shard {
             replaced.or_default().push(extent);
         }
         // One record of the step carries the others' updates.
-        let carried = if piece.index == 0 {
-            objects::carry(op, self.node, self.carry_bytes)
-        } else {
-            Vec::new()
-        };
+        let mut carried = Vec::new();
+        if piece.index == 0 {
+            let homes = op.carried(|home| home == self.node, self.carry_bytes);
+            let others = op.updates.iter().filter(|u| homes.contains(&u.home));
+            carried.extend(others.cloned());
+        }
         let record = Record::Op(OpRecord {
             id: op.id,
             epoch: op.epoch,

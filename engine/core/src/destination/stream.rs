@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use super::Destination;
 use super::shard::{Order, ShardSet, Task};
 use crate::ids::{Epoch, Life, NodeId, Seq, Step, StreamSeq};
-use crate::message::{Message, StreamBase, StreamState};
+use crate::message::{Message, Parts, StreamBase, StreamState};
 use crate::op::Operation;
 use crate::record::{Piece, Record};
 
@@ -80,7 +80,8 @@ impl Source {
 
 impl Destination {
     pub(super) fn announce(&mut self, from: Life, base: StreamBase) {
-        if base.home != self.port.node() || self.is_fenced(from) || self.is_fenced(base.source) {
+        let refused = self.is_refused(from) || self.is_refused(base.source);
+        if base.home != self.port.node() || refused || !self.member.is_joined() {
             return;
         }
         if !self.sources.contains_key(&base.source) && base.base.0 > 1 {
@@ -96,12 +97,14 @@ impl Destination {
     }
 
     /// O2.
-    pub(super) fn reintegrate(&mut self, op: Arc<Operation>) {
-        let Some(at) = op.at(self.port.node()) else {
+    pub(super) fn reintegrate(&mut self, parts: Parts) {
+        let Parts { homes, op } = parts;
+        let own = self.port.node();
+        let Some(at) = op.at(own).filter(|_| homes.contains(&own)) else {
             self.counters.refused_order += 1;
             return;
         };
-        if self.is_fenced(op.id.source) {
+        if self.is_refused(op.id.source) {
             self.counters.refused_fenced += 1;
             return;
         }
@@ -112,8 +115,12 @@ impl Destination {
         if at <= source.ordered {
             self.counters.duplicates += 1;
             source.dirty = true;
-        } else if at.0 > source.ordered.0 + 1 || op.epoch < self.port.minimum() {
-            // The second cannot be: m passes an epoch only when its operations are committed.
+        } else if at.0 > source.ordered.0 + 1
+            || op.epoch < self.port.minimum()
+            || op.updates_for(own).next().is_none()
+        {
+            // The second cannot be: m passes an epoch only when its operations are committed. Nor
+            // can the third: payloads are kept as long as anybody may need them.
             self.counters.refused_order += 1;
         } else {
             self.execute(op, at);
@@ -127,10 +134,6 @@ impl Destination {
         let mut shards = ShardSet::default();
         for update in op.updates_for(self.port.node()) {
             shards.insert(self.shard_of(update.key.space));
-        }
-        if shards.is_empty() {
-            // It takes part and writes nothing here; its position wants a record all the same.
-            shards.insert(0);
         }
         let (life, seq, epoch) = (op.id.source, op.id.seq, op.epoch);
         let step = self.next_step();

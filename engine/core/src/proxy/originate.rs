@@ -47,9 +47,14 @@ struct Pending {
     request: Option<u64>,
     /// Proxies whose pin is awaited; `None` before the round began.
     awaiting: Option<BTreeSet<NodeId>>,
+    /// Proxies that were asked to pin.
+    peers: BTreeSet<NodeId>,
     round: u64,
     at: Epoch,
 }
+
+/// Grants of this proxy's own lock server to itself.
+type Grants = Vec<(NodeId, GrantId, Range)>;
 
 /// What the proxy keeps for its own operations and for pins of others.
 #[derive(Debug)]
@@ -57,7 +62,7 @@ pub(super) struct Own {
     redo: Redo,
     queue: VecDeque<Pending>,
     /// Stamped operations whose locks are still held.
-    holding: VecDeque<(Ticket, Stamp, Vec<(NodeId, GrantId, Range)>)>,
+    holding: VecDeque<(Ticket, Stamp, Grants)>,
     /// Pins held for coordinators.
     pins: BTreeMap<(Life, u64), Epoch>,
     next: u64,
@@ -84,8 +89,11 @@ impl Own {
 
     /// Pins are not awaited from proxies that `dead` selects; their parts take another path.
     pub(super) fn forget_pins_of(&mut self, dead: impl Fn(NodeId) -> bool) {
-        for awaiting in self.queue.iter_mut().filter_map(|p| p.awaiting.as_mut()) {
-            awaiting.retain(|proxy| !dead(*proxy));
+        for pending in &mut self.queue {
+            pending.peers.retain(|proxy| !dead(*proxy));
+            if let Some(awaiting) = &mut pending.awaiting {
+                awaiting.retain(|proxy| !dead(*proxy));
+            }
         }
     }
 
@@ -105,6 +113,7 @@ impl Proxy {
             granted: Vec::new(),
             request: None,
             awaiting: None,
+            peers: BTreeSet::new(),
             round: self.own.next,
             at: Epoch(0),
         });
@@ -160,12 +169,11 @@ impl Proxy {
     }
 
     pub(super) fn own_granted(&mut self, request: u64, home: NodeId, grant: GrantId, range: Range) {
-        if let Some(head) = self.own.queue.front_mut() {
-            if head.request == Some(request) {
-                head.request = None;
-                head.granted.push((home, grant, range));
-                return;
-            }
+        let head = self.own.queue.front_mut();
+        if let Some(head) = head.filter(|head| head.request == Some(request)) {
+            head.request = None;
+            head.granted.push((home, grant, range));
+            return;
         }
         self.locks
             .unlock(home, self.port.life(), grant, range, &mut self.notices);
@@ -231,6 +239,7 @@ impl Proxy {
             for &peer in &peers {
                 self.port.send(peer, Message::Pin { round: head.round });
             }
+            head.peers.clone_from(&peers);
             head.awaiting = Some(peers);
         }
         if head.awaiting.as_ref().is_some_and(BTreeSet::is_empty) {
@@ -238,12 +247,18 @@ impl Proxy {
         }
     }
 
-    /// Pins that were asked for before a connection broke are asked for again.
-    pub(super) fn repeat_pins(port: &mut Port, own: &Own, peer: NodeId) {
-        let Some(head) = own.queue.front() else {
+    /// A peer drops the pins of a coordinator that opens a session, because the word to let go
+    /// may have been lost with the last one. The round that is not over asks again.
+    pub(super) fn repeat_pins(port: &mut Port, own: &mut Own, peer: NodeId) {
+        let Some(head) = own.queue.front_mut() else {
             return;
         };
-        if head.awaiting.as_ref().is_some_and(|a| a.contains(&peer)) {
+        if let Some(awaiting) = head
+            .awaiting
+            .as_mut()
+            .filter(|_| head.peers.contains(&peer))
+        {
+            awaiting.insert(peer);
             port.send(peer, Message::Pin { round: head.round });
         }
     }
@@ -254,12 +269,6 @@ impl Proxy {
         };
         let epoch = self.port.epoch().max(head.at);
         self.port.raise(epoch);
-        let peers: BTreeSet<NodeId> = head
-            .asked
-            .updates
-            .iter()
-            .filter_map(|u| self.via.get(&u.home).copied())
-            .collect();
         for u in &head.asked.updates {
             self.holdings.occupy(u.home, &u.key);
         }
@@ -276,7 +285,7 @@ impl Proxy {
         // The parts leave before the pins are let go: same connection, in order. A part that has
         // to wait for the stream to be ready is still covered by this coordinator's own redo.
         self.merge();
-        for peer in peers {
+        for peer in head.peers {
             self.port.send(peer, Message::Unpin { round: head.round });
         }
     }

@@ -38,7 +38,13 @@ pub struct RootState {
 }
 
 impl RootState {
-    pub(super) fn encode(&self, evictions: &[Eviction]) -> Vec<u8> {
+    /// The state of a root that evicts nobody, as [`RootState::decode`] takes it.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        self.encode_with(&[])
+    }
+
+    pub(super) fn encode_with(&self, evictions: &[Eviction]) -> Vec<u8> {
         let mut out = alloc::vec![VERSION];
         self.term.put(&mut out);
         self.minimum.put(&mut out);

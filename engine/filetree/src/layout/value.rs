@@ -23,8 +23,6 @@
 //! Every value read is hostile: decoding checks every byte, reserved ones included, and answers
 //! with a [`Malformed`] reason. What is encoded decodes to itself.
 
-use std::sync::Arc;
-
 use lowtide_engine_core::op::Bytes;
 
 use super::{CHUNK_LOG2_MAX, CHUNK_LOG2_MIN, Ino};
@@ -134,7 +132,7 @@ impl Entry {
     pub fn encode(&self) -> Bytes {
         let mut bytes = word(self.ino.get());
         bytes[field::KIND] = self.kind.encode();
-        Arc::from(bytes)
+        Bytes::from(bytes)
     }
 
     /// Reads the value of an entry object.
@@ -209,7 +207,7 @@ impl Inode {
         bytes[field::WRITES].copy_from_slice(&self.writes.to_le_bytes());
         bytes[field::INODE_END..].copy_from_slice(&self.target);
         debug_assert!(Inode::decode(&bytes).as_ref() == Ok(self));
-        Arc::from(bytes)
+        Bytes::from(bytes)
     }
 
     /// Reads the value of an inode object.
@@ -303,7 +301,7 @@ impl Parent {
     /// The value of a parent object.
     #[must_use]
     pub fn encode(self) -> Bytes {
-        Arc::from(word(self.0.get()))
+        Bytes::from(word(self.0.get()))
     }
 
     /// Reads the value of a parent object.
@@ -328,7 +326,7 @@ impl Pending {
     /// The value of a pending note.
     #[must_use]
     pub fn encode(self) -> Bytes {
-        Arc::from(word(self.0.get()))
+        Bytes::from(word(self.0.get()))
     }
 
     /// Reads the value of a pending note.
@@ -356,7 +354,7 @@ impl Freeing {
     /// The value of a freeing note.
     #[must_use]
     pub fn encode(self) -> Bytes {
-        Arc::from(word(self.chunks))
+        Bytes::from(word(self.chunks))
     }
 
     /// Reads the value of a freeing note.
@@ -391,7 +389,7 @@ impl Chunk {
         let mut value = Vec::with_capacity(1 + contents.len());
         value.push(FORM_BYTES);
         value.extend_from_slice(contents);
-        Chunk::Bytes(Arc::from(value))
+        Chunk::Bytes(Bytes::from(value))
     }
 
     /// As [`Chunk::new`], copying once: the contents begin at the second byte of `framed`, the
@@ -402,7 +400,7 @@ impl Chunk {
             [form, contents @ ..] if contents.iter().any(|&b| b != 0) => *form = FORM_BYTES,
             _ => return Chunk::new(framed.get(1..).unwrap_or_default()),
         }
-        Chunk::Bytes(Arc::from(&*framed))
+        Chunk::Bytes(Bytes::from(&*framed))
     }
 
     /// The value of a chunk object.
@@ -413,7 +411,7 @@ impl Chunk {
             Chunk::Zeros(length) => {
                 let mut value = [FORM_ZEROS, 0, 0, 0, 0];
                 value[1..].copy_from_slice(&length.to_le_bytes());
-                Arc::from(value)
+                Bytes::from(value)
             }
         }
     }
@@ -479,13 +477,13 @@ impl Chunk {
 /// The value of the note that a directory is removed.
 #[must_use]
 pub fn removed_value() -> Bytes {
-    Arc::from([VERSION])
+    Bytes::from([VERSION])
 }
 
 /// A count, or an amount to add to one, as the engine's word.
 #[must_use]
 pub fn count_value(count: i64) -> Bytes {
-    Arc::from(count.to_le_bytes())
+    Bytes::from(count.to_le_bytes())
 }
 
 /// Reads a count.

@@ -396,6 +396,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 self.report.files += 1;
                 self.report.bytes += bytes;
                 self.run.progress.entry(bytes, 1);
+                self.tell_executed(|| here.path());
                 return Ok(());
             }
             if let Err(why) = io::Seek::rewind(&mut file) {
@@ -438,9 +439,13 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
     fn submit_new(&mut self, here: &Here<'_>, new: New) -> Result<(), StoreError> {
         let directory = self.ready_directory(here)?;
         if here.known.is_some() {
-            return self
+            let stored = self
                 .replace_new(directory, here.name, &new)
-                .map_err(|why| failed(&here.path(), why));
+                .map_err(|why| failed(&here.path(), why))?;
+            if stored {
+                self.tell_executed(|| here.path());
+            }
+            return Ok(());
         }
         let (ino, request) = self
             .run
@@ -471,9 +476,10 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 .tree
                 .abandon(directory, &later.name)
                 .map_err(|why| failed(&path, why))?;
-            return self
-                .replace_with_link(directory, &later.name, target)
-                .map_err(|why| failed(&path, why));
+            self.replace_with_link(directory, &later.name, target)
+                .map_err(|why| failed(&path, why))?;
+            self.tell_executed(|| path);
+            return Ok(());
         }
         let request = self
             .run
@@ -531,26 +537,33 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
         let outcome = match (waited, &open.what) {
             (Ok(_), What::Create(new, ino)) => {
                 self.created(new, *ino);
-                Ok(())
+                Ok(true)
             }
             (Ok(_), What::Link(_)) => {
                 self.linked();
-                Ok(())
+                Ok(true)
             }
             (
                 Err(SessionError::Refused(Refusal::CheckFailed { .. } | Refusal::Full { .. })),
                 what,
             ) => match what {
                 What::Create(new, _) => self.replace_new(open.directory, &open.name, new),
-                What::Link(target) => self.replace_with_link(open.directory, &open.name, *target),
+                What::Link(target) => self
+                    .replace_with_link(open.directory, &open.name, *target)
+                    .map(|()| true),
             },
             (Err(e), _) => Err(e.into()),
         };
-        outcome.map_err(|why| failed(&open.place.path_of(&open.name), why))
+        let path = || open.place.path_of(&open.name);
+        let stored = outcome.map_err(|why| failed(&path(), why))?;
+        if stored {
+            self.tell_executed(path);
+        }
+        Ok(())
     }
 
-    /// Stores something whose name may be taken.
-    fn replace_new(&mut self, directory: Ino, name: &[u8], new: &New) -> Result<(), TreeError> {
+    /// Stores something whose name may be taken; `false` if somebody has stored it by now.
+    fn replace_new(&mut self, directory: Ino, name: &[u8], new: &New) -> Result<bool, TreeError> {
         let tree = self.run.tree;
         loop {
             if let Some(entry) = self.equal_by_now(directory, name, new)? {
@@ -559,12 +572,12 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
                 }
                 self.report.skipped += 1;
                 self.run.progress.equal();
-                return Ok(());
+                return Ok(false);
             }
             match tree.replace_whole(directory, name, &new.inode, new.chunk.as_ref()) {
                 Ok(ino) => {
                     self.created(new, ino);
-                    return Ok(());
+                    return Ok(true);
                 }
                 Err(TreeError::IsADirectory) => self.remove_directory(directory, name)?,
                 Err(e) => return Err(e),

@@ -41,11 +41,12 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
         object: args.object,
         proxy: args.proxy,
         client: args.clients,
+        router: args.routers,
     };
     for fault in &args.faults {
         fault.validate(&shape).map_err(Failure::usage)?;
     }
-    let count = 1 + (shape.meta + shape.object + shape.proxy + shape.client) as usize;
+    let count = shape.total() as usize;
     if count > address::NODES_MAX {
         return Err(Failure::usage(format!(
             "{count} nodes are too many for one machine, at most {}",
@@ -75,7 +76,15 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
         restart_after: Duration::from_millis(args.restart_after),
         patience: Duration::from_secs(args.patience),
         stay: args.stay,
+        journal: args.journal.as_deref().map(journal).transpose()?,
     })
+}
+
+/// The directory of the journals, absolute, since nodes may run elsewhere.
+fn journal(dir: &Path) -> Result<PathBuf, Failure> {
+    std::fs::create_dir_all(dir)
+        .and_then(|()| dir.canonicalize())
+        .map_err(|error| Failure::usage(format!("--journal {}: {error}", dir.display())))
 }
 
 /// A state directory inside the input would be stored while it grows.

@@ -14,17 +14,36 @@ use std::time::{Duration, Instant};
 use super::nodes::{NodeIndex, Nodes, NodesError};
 use crate::control::Order;
 use crate::engine::{NodeCounters, Status};
-use crate::fault::{Fault, Percent};
+use crate::fault::{Fault, Moment};
 use crate::report::FaultReport;
 
 /// Faults to come, faults that last, faults that are over.
 #[derive(Debug, Default)]
 pub struct Chaos {
-    /// Not yet injected; the next one last.
-    pending: Vec<Fault>,
+    /// Not yet injected, in the order in which they become due.
+    pending: Vec<Pending>,
     injected: Vec<Injected>,
     /// Told once the process is dead and before it is started again, where power failed.
     powerless: Vec<NodeIndex>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    fault: Fault,
+    moment: Moment,
+    /// When its share of the work was done; its delay runs from then.
+    reached: Option<Instant>,
+}
+
+impl Pending {
+    /// Whether it strikes now, when `percent` of the work are done.
+    fn is_due(&mut self, percent: f64, now: Instant) -> bool {
+        if self.reached.is_none() && self.moment.percent <= percent {
+            self.reached = Some(now);
+        }
+        let delay = Duration::from_millis(self.moment.delay_ms);
+        self.reached.is_some_and(|at| now - at >= delay)
+    }
 }
 
 #[derive(Debug)]
@@ -68,12 +87,21 @@ impl Chaos {
     /// Faults of a run, injected in the order of their moments.
     #[must_use]
     pub fn new(faults: &[Fault]) -> Chaos {
-        let mut pending: Vec<Fault> = faults.to_vec();
-        pending.retain(|fault| fault.at().is_some());
-        let moment = |fault: &Fault| fault.at().map_or(0.0, |Percent(p)| p);
+        let mut pending: Vec<Pending> = faults
+            .iter()
+            .filter_map(|fault| {
+                Some(Pending {
+                    moment: fault.at()?,
+                    fault: fault.clone(),
+                    reached: None,
+                })
+            })
+            .collect();
         // Stable, so that faults of one moment strike in the order of the command line.
-        pending.sort_by(|a, b| moment(a).total_cmp(&moment(b)));
-        pending.reverse();
+        pending.sort_by(|Pending { moment: a, .. }, Pending { moment: b, .. }| {
+            let by_share = a.percent.total_cmp(&b.percent);
+            by_share.then(a.delay_ms.cmp(&b.delay_ms))
+        });
         let always = faults.iter().filter(|fault| fault.at().is_none());
         Chaos {
             pending,
@@ -117,13 +145,15 @@ impl Chaos {
         now: Instant,
     ) -> Result<Vec<String>, NodesError> {
         let mut events = Vec::new();
-        while let Some(percent) = stored
-            && let Some(fault) = self
+        if let Some(percent) = stored {
+            let due: Vec<Pending> = self
                 .pending
-                .pop_if(|f| f.at().is_some_and(|at| at.0 <= percent))
-        {
-            events.push(format!("fault {fault} at {percent:.1}%"));
-            self.inject(&fault, nodes)?;
+                .extract_if(.., |pending| pending.is_due(percent, now))
+                .collect();
+            for Pending { fault, .. } in due {
+                events.push(format!("fault {fault} at {percent:.1}%"));
+                self.inject(&fault, nodes)?;
+            }
         }
         for fault in &mut self.injected {
             fault.drive(nodes, now, &mut events)?;

@@ -33,7 +33,8 @@ pub fn shards_for(servers: u32) -> u32 {
 ///
 /// Clients reach servers through proxies, and the servers of one client are spread over all
 /// proxies: so an operation on two servers travels in the windows of two proxies, and two clients
-/// meet at a server through different proxies. Without proxies they talk directly.
+/// meet at a server through different proxies. Without proxies they talk directly. Proxies and
+/// clients, whose bounds make the minimum, are spread over the routers too.
 #[must_use]
 pub fn cluster(shape: &Shape, addresses: &[SocketAddr]) -> Cluster {
     let names = [
@@ -42,9 +43,18 @@ pub fn cluster(shape: &Shape, addresses: &[SocketAddr]) -> Cluster {
         Role::Object,
         Role::Proxy,
         Role::Client,
+        Role::Router,
     ]
     .into_iter()
     .flat_map(|role| (0..shape.count(role)).map(move |index| NodeName { role, index }));
+    let parent = |name: NodeName| {
+        let counted = matches!(name.role, Role::Proxy | Role::Client);
+        let router = NodeName {
+            role: Role::Router,
+            index: name.index.checked_rem(shape.router)?,
+        };
+        counted.then(|| router.to_string())
+    };
     let members: Vec<Member> = (1..)
         .zip(names)
         .zip(addresses)
@@ -53,6 +63,7 @@ pub fn cluster(shape: &Shape, addresses: &[SocketAddr]) -> Cluster {
             id,
             role: name.role,
             address: *address,
+            parent: parent(name),
         })
         .collect();
     let of = |role| members.iter().filter(move |m| m.role == role);
@@ -118,17 +129,21 @@ mod tests {
             object: 2,
             proxy: 2,
             client: 2,
+            router: 1,
         };
-        let addresses: Vec<SocketAddr> = (1..=9).map(|z| ([127, 1, 1, z], 4791).into()).collect();
+        let addresses: Vec<SocketAddr> = (1..=10).map(|z| ([127, 1, 1, z], 4791).into()).collect();
         let cluster = cluster(&shape, &addresses);
         let names: Vec<&str> = cluster.members.iter().map(|m| m.name.as_str()).collect();
         assert_eq!(
             names,
             [
                 "root", "meta0", "meta1", "object0", "object1", "proxy0", "proxy1", "client0",
-                "client1"
+                "client1", "router0"
             ]
         );
+        let parent = |name: &str| cluster.member(name).unwrap().parent.as_deref();
+        assert_eq!(parent("client1"), Some("router0"));
+        assert_eq!(parent("meta0"), None);
         let via = |client: &str, home: &str| {
             let mut found = cluster
                 .routes
@@ -168,10 +183,12 @@ mod tests {
             object: 1,
             proxy: 0,
             client: 3,
+            router: 0,
         };
         let addresses: Vec<SocketAddr> = (1..=6).map(|z| ([127, 1, 1, z], 4791).into()).collect();
         let cluster = cluster(&shape, &addresses);
         assert_eq!(cluster.members.len(), 6);
         assert!(cluster.routes.is_empty());
+        assert!(cluster.members.iter().all(|m| m.parent.is_none()));
     }
 }

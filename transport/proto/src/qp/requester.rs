@@ -200,7 +200,7 @@ impl Requester {
             out.counters.retransmitted_pkts += 1;
             return Some(transmit);
         }
-        if allow == Allow::ControlOnly
+        if allow != Allow::All
             || self.in_flight() >= WINDOW
             || timers.is_set(Timer::RnrWait)
             || self.is_held_back()

@@ -109,6 +109,10 @@ impl Responder {
         (self.msn, self.nak_sent, self.unacknowledged) = (0, false, 0);
     }
 
+    pub fn expected(&self) -> Psn {
+        self.expected
+    }
+
     pub fn receives_posted(&self) -> u32 {
         self.recv.len() as u32
     }
@@ -476,6 +480,11 @@ impl Responder {
     pub fn refuse_read(&mut self, psn: Psn, out: &mut Reports) {
         self.answers.clear();
         self.nak(psn, Syndrome::Nak(NakCode::RemoteOperational), out);
+    }
+
+    /// The memory of a READ response to a repeated request is gone.
+    pub fn forget_repeated(&mut self, psn: Psn) {
+        self.answers.forget_repeated(psn);
     }
 
     /// The next answer, if there is one and `allow` admits it.

@@ -132,8 +132,10 @@ pub struct RtsAttr {
 pub enum Allow {
     /// Any packet.
     All,
-    /// No payload and no new request: the peer's buffer is full as far as we know. ACKs, NAKs and
-    /// probes still go.
+    /// No new request: the peer's buffer is full as far as we know. What it is owed still goes, READ
+    /// responses too, for who asks for them keeps room for them; and so do probes.
+    Answers,
+    /// No payload and no new request. ACKs, NAKs and probes still go.
     ControlOnly,
 }
 
@@ -149,7 +151,7 @@ pub struct Transmit {
     pub pad: u8,
     /// It answers the peer's request (ACK, NAK, READ or atomic response).
     pub is_response: bool,
-    /// It has been sent before.
+    /// It has been sent before, or answers a request that came before.
     pub is_retransmission: bool,
 }
 

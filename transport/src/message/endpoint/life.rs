@@ -12,14 +12,18 @@ use lowtide_transport_proto::wire::{Mtu, Psn, Qpn, RnrTimer};
 
 use super::super::connection::Stream;
 use super::super::handshake::{EndQp, Greeting, News, RETRY_FOREVER};
+use super::super::loans::Loans;
 use super::super::outbox::Outbox;
-use super::super::parcel::FRAGMENT_MAX;
 use super::super::{CloseReason, Event};
 use super::{Connection, EndpointCtx, Handler};
 use crate::udp::path_mtu;
 
-/// Slots a connection may hold beyond those of one longest message.
-const SLOTS_EXTRA: usize = 8;
+/// Slots of outgoing parcels that a connection may hold: twice what may be on the wire at once.
+const SLOTS_MAX: usize = 16;
+/// Protection domains of what single peers may reach.
+const PEER_DOMAINS: u32 = 1 << 31;
+/// READs of the peer that are remembered, and those of ours under way; a few more than are used.
+const READS_SERVED: u8 = 8;
 /// How often silence is looked for, in parts of the time admitted.
 const SILENCE_CHECKS: u64 = 8;
 
@@ -207,7 +211,7 @@ impl EndpointCtx {
             dest: theirs.qpn,
             path_mtu: theirs.mtu,
             rq_psn: theirs.psn,
-            max_dest_rd_atomic: 0,
+            max_dest_rd_atomic: READS_SERVED,
             min_rnr_timer: RnrTimer::new(1),
         };
         // No ACK timeout: probes find losses, and a paused peer is not flooded.
@@ -216,18 +220,21 @@ impl EndpointCtx {
             timeout: 0,
             retry_cnt: RETRY_FOREVER,
             rnr_retry: RETRY_FOREVER,
-            max_rd_atomic: 0,
-            read_chunk_packets: 0,
+            max_rd_atomic: READS_SERVED,
+            read_chunk_packets: 0, // a READ of ours is one request
         };
         qp.to_rtr(rtr)
             .expect("the queue pair is in Init until its peer is known");
         qp.to_rts(rts).expect("Rtr leads to Rts");
-        let slots_max = self.config.limits.message_max.div_ceil(FRAGMENT_MAX) + SLOTS_EXTRA;
-        let outbox = Outbox::new(theirs.mtu.bytes() as usize, slots_max);
+        // The serial numbers of connections stay below 2^31 for longer than anybody lives.
+        let domain = PEER_DOMAINS | (connection.id.0 >> 24) as u32;
+        self.device.set_peer_domain(connection.qp, domain);
+        let outbox = Outbox::new(theirs.mtu.bytes() as usize, SLOTS_MAX);
         let granted = self.config.limits.credits;
         connection.stream = Some(Stream::new(
             connection.qp,
             outbox,
+            Loans::new(domain),
             greeting.credits,
             granted,
         ));
@@ -293,7 +300,10 @@ impl EndpointCtx {
         self.next_silence_check = now + Nanos(silence_max.0 / SILENCE_CHECKS);
         for index in 0..self.connections.len() as u32 {
             let is_silent = self.connections[index as usize].as_ref().is_some_and(|c| {
-                let is_owed = c.stream.as_ref().is_some_and(|s| s.outbox.posted() > 0);
+                let is_owed = c
+                    .stream
+                    .as_ref()
+                    .is_some_and(|s| s.outbox.posted() > 0 || s.inbox.is_reading());
                 is_owed && now.since(c.heard) > silence_max
             });
             if is_silent {

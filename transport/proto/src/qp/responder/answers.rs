@@ -34,6 +34,8 @@ struct ReadAnswer {
     left: u32,
     /// No packet of it has been sent.
     fresh: bool,
+    /// The request was a repeated one.
+    again: bool,
     msn: u32,
 }
 
@@ -122,7 +124,7 @@ impl Answers {
     pub fn read(&mut self, psn: Psn, packets: u32, reth: Reth, msn: u32) {
         self.remember(Replay::Read { psn, packets, reth });
         self.line
-            .push_back(Answer::Read(ReadAnswer::new(psn, reth, msn)));
+            .push_back(Answer::Read(ReadAnswer::new(psn, reth, msn, false)));
     }
 
     /// The response to an atomic.
@@ -175,7 +177,7 @@ impl Answers {
         });
         if !waits {
             self.line
-                .push_back(Answer::Read(ReadAnswer::new(psn, asked, msn)));
+                .push_back(Answer::Read(ReadAnswer::new(psn, asked, msn, true)));
         }
         true
     }
@@ -207,6 +209,7 @@ impl Answers {
         let head = self.line.front_mut()?;
         let mut payload = Fragments::EMPTY;
         let mut is_over = true;
+        let mut is_retransmission = false;
         let mut header = match head {
             Answer::Acknowledge { psn, msn, syndrome } => {
                 let aeth = Extension::Aeth(Aeth {
@@ -230,6 +233,7 @@ impl Answers {
                 let header;
                 (header, payload) = read.next_packet(link);
                 is_over = read.left == 0;
+                is_retransmission = read.again;
                 header
             }
         };
@@ -237,18 +241,33 @@ impl Answers {
             self.line.pop_front();
         }
         header.pkey = link.pkey;
-        Some(transmit(header, payload))
+        Some(Transmit {
+            is_retransmission,
+            ..transmit(header, payload)
+        })
+    }
+
+    /// The memory of a repeated answer is gone after its packet `psn` was made: its peer has what it
+    /// needs already, or will ask once more and hear nothing.
+    pub fn forget_repeated(&mut self, psn: Psn) {
+        if let Some(Answer::Read(read)) = self.line.front()
+            && read.again
+            && read.psn == psn.plus(1)
+        {
+            self.line.pop_front();
+        }
     }
 }
 
 impl ReadAnswer {
-    const fn new(psn: Psn, reth: Reth, msn: u32) -> Self {
+    const fn new(psn: Psn, reth: Reth, msn: u32, again: bool) -> Self {
         Self {
             psn,
             rkey: Rkey(reth.rkey),
             va: reth.va,
             left: reth.len,
             fresh: true,
+            again,
             msn,
         }
     }

@@ -1,0 +1,225 @@
+//! What comes in: datagrams, completions, the payload of parcels.
+//!
+//! Owns: the way from a datagram to the handler. Messages are handed up where they arrived; those
+//! behind a message that is still being fetched are held back, and their credits with them.
+
+use lowtide_transport_proto::qp::{CompletionKind, Status};
+use lowtide_transport_proto::time::Nanos;
+
+use super::super::connection::{Arrived, Stream};
+use super::super::parcel::next_record;
+use super::super::{CloseReason, ConnId, Event, Violation};
+use super::{EndpointCtx, Handler};
+use crate::device::{Input, QpId};
+use crate::udp::Arrival;
+
+/// Reassembly buffers kept for the next message of several packets.
+const SPARE_MAX: usize = 4;
+
+impl EndpointCtx {
+    pub(super) fn arrive(&mut self, now: Nanos, arrival: &Arrival<'_>, handler: &mut Handler<'_>) {
+        let datagrams = arrival.bytes.len().div_ceil(arrival.segment);
+        self.device
+            .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
+        for datagram in arrival.bytes.chunks(arrival.segment) {
+            match self
+                .device
+                .handle(now, arrival.source, arrival.target, datagram)
+            {
+                Input::Dropped => {}
+                Input::Taken { id, placed } => {
+                    let placed = placed.map(|(offset, range)| (offset, &datagram[range]));
+                    self.note_heard(id, now);
+                    self.poll_completions(id, placed, handler);
+                }
+                Input::Management(range) => {
+                    self.handshakes
+                        .handle(now, arrival.source, &datagram[range]);
+                    self.manage(now, handler);
+                }
+                Input::UnknownQueuePair(qpn) => {
+                    self.handshakes.complain(now, arrival.source, qpn);
+                }
+            }
+        }
+    }
+
+    fn note_heard(&mut self, id: QpId, now: Nanos) {
+        if let Some(index) = self.by_qp.get(&id)
+            && let Some(connection) = &mut self.connections[*index as usize]
+        {
+            connection.heard = now;
+        }
+    }
+
+    /// Takes what a queue pair reports; `placed` is the payload that the packet just handled
+    /// brought, and its offset in its parcel.
+    pub(super) fn poll_completions(
+        &mut self,
+        id: QpId,
+        placed: Option<(u64, &[u8])>,
+        handler: &mut Handler<'_>,
+    ) {
+        let Some(&index) = self.by_qp.get(&id) else {
+            return;
+        };
+        let mut is_last = false;
+        let mut failure = None;
+        let mut is_acknowledged = false;
+        let mut is_fetched = false;
+        while let Some(completion) = self.device.poll_completion(id) {
+            match (completion.status, completion.kind) {
+                (Status::Success, CompletionKind::Recv) => is_last = true,
+                (Status::Success, CompletionKind::Read) => is_fetched |= self.note_read(index),
+                (Status::Success, _) => {
+                    is_acknowledged = true;
+                    if let Some(stream) = self.stream(index) {
+                        stream.0.outbox.complete(stream.1);
+                    }
+                }
+                (
+                    Status::RemoteAccess | Status::RemoteInvalidRequest | Status::BadResponse,
+                    CompletionKind::Read,
+                ) => failure = Some(CloseReason::Violation(Violation::OfferKey)),
+                _ => failure = failure.or(Some(CloseReason::Failed)),
+            }
+        }
+        if let Some((offset, payload)) = placed {
+            self.take_payload(index, offset, payload, is_last, handler);
+        } else if is_last {
+            // A SEND without a byte: not even a parcel's header.
+            let reason = CloseReason::Violation(Violation::Layout);
+            self.end(index, reason, handler);
+        }
+        // The handler may have closed the connection, and another may have its place.
+        if self.by_qp.get(&id) != Some(&index) {
+            return;
+        }
+        if let Some(reason) = failure {
+            self.end(index, reason, handler);
+            return;
+        }
+        if is_fetched {
+            self.hand_up_waiting(index, handler);
+        }
+        if is_acknowledged && self.by_qp.get(&id) == Some(&index) {
+            self.mark_dirty(index);
+            self.offer_room(index, handler);
+        }
+    }
+
+    fn take_payload(
+        &mut self,
+        index: u32,
+        offset: u64,
+        payload: &[u8],
+        is_last: bool,
+        handler: &mut Handler<'_>,
+    ) {
+        // The first packet may overtake the RTU: then it is as good as one.
+        self.establish(index, handler);
+        let Some(connection) = &mut self.connections[index as usize] else {
+            return;
+        };
+        let (conn, qp) = (connection.id, connection.qp);
+        let Some(stream) = &mut connection.stream else {
+            return;
+        };
+        let arrived = stream.receive(payload, offset, is_last, &mut self.spare);
+        if is_last {
+            if let Some(qp) = self.device.qp(qp) {
+                Stream::post_receive(qp);
+            }
+            self.mark_dirty(index);
+        }
+        let taken = match arrived {
+            Ok(Arrived::Nothing) => return,
+            Ok(Arrived::Credit { taken }) => self.end_taken(index, taken, handler),
+            Ok(Arrived::Offer { len, rkey, offer }) => self.note_offer(index, len, rkey, offer),
+            Ok(Arrived::Whole(range)) => {
+                self.take_message(conn, &payload[range], handler);
+                self.give_credit(conn);
+                Ok(())
+            }
+            Ok(Arrived::Records { count, body }) => {
+                let mut body = &payload[body];
+                for _ in 0..count {
+                    let Ok(bytes) = next_record(&mut body) else {
+                        break;
+                    };
+                    self.take_message(conn, bytes, handler);
+                }
+                self.give_credit(conn);
+                Ok(())
+            }
+            Ok(Arrived::Assembled(bytes)) => {
+                self.take_assembled(conn, bytes, handler);
+                self.give_credit(conn);
+                Ok(())
+            }
+            Err(violation) => Err(violation),
+        };
+        if let Err(violation) = taken {
+            self.end(index, CloseReason::Violation(violation), handler);
+        }
+    }
+
+    /// Hands a message up in place, or keeps a copy if others must go first. Nothing happens if the
+    /// handler has closed the connection meanwhile.
+    fn take_message(&mut self, conn: ConnId, bytes: &[u8], handler: &mut Handler<'_>) {
+        let Some(stream) = self.stream_of(conn) else {
+            return;
+        };
+        if stream.inbox.is_holding() {
+            stream.inbox.hold(bytes.to_vec());
+            let counters = self.device.counters_mut();
+            counters.copies += 1;
+            counters.held_copied_bytes += bytes.len() as u64;
+        } else {
+            self.hand_up(conn, bytes, handler);
+        }
+    }
+
+    fn take_assembled(&mut self, conn: ConnId, bytes: Vec<u8>, handler: &mut Handler<'_>) {
+        let counters = self.device.counters_mut();
+        counters.copies += 1;
+        counters.assembled_copied_bytes += bytes.len() as u64;
+        let Some(stream) = self.stream_of(conn) else {
+            return;
+        };
+        if stream.inbox.is_holding() {
+            stream.inbox.hold(bytes);
+        } else {
+            self.hand_up(conn, &bytes, handler);
+            self.keep_spare(bytes);
+        }
+    }
+
+    pub(super) fn keep_spare(&mut self, mut bytes: Vec<u8>) {
+        if self.spare.len() < SPARE_MAX {
+            bytes.clear();
+            self.spare.push(bytes);
+        }
+    }
+
+    /// A parcel has been dealt with: its credit goes back, behind what is held.
+    fn give_credit(&mut self, conn: ConnId) {
+        if let Some(stream) = self.stream_of(conn) {
+            if stream.inbox.is_holding() {
+                stream.inbox.hold_credit();
+            } else {
+                stream.owe();
+            }
+        }
+    }
+
+    pub(super) fn hand_up(&mut self, conn: ConnId, bytes: &[u8], handler: &mut Handler<'_>) {
+        self.device.counters_mut().messages += 1;
+        handler(self, Event::Message { conn, bytes });
+    }
+
+    fn stream_of(&mut self, conn: ConnId) -> Option<&mut Stream> {
+        let index = self.index(conn)?;
+        self.connections[index as usize].as_mut()?.stream.as_mut()
+    }
+}
