@@ -279,27 +279,29 @@ mod loom_tests {
     fn capacity_two_loses_nothing_and_wakes_its_receiver() {
         loom::model(|| {
             let (mut sender, mut receiver) = ring(2);
+            // The receiver is the thread that is joined: loom takes an unpark that comes late for
+            // the end of a join.
             let thread = thread::spawn(move || {
-                for number in 0..3u32 {
-                    let mut value = Box::new(number);
-                    while let Err(back) = sender.send(value) {
-                        value = back;
-                        thread::yield_now();
+                let mut expected = 0;
+                loop {
+                    while let Some(found) = receiver.receive() {
+                        assert_eq!(*found, expected);
+                        expected += 1;
+                    }
+                    if !receiver.wait() {
+                        return expected;
                     }
                 }
             });
-            let mut expected = 0;
-            loop {
-                while let Some(found) = receiver.receive() {
-                    assert_eq!(*found, expected);
-                    expected += 1;
-                }
-                if !receiver.wait() {
-                    break;
+            for number in 0..3u32 {
+                let mut value = Box::new(number);
+                while let Err(back) = sender.send(value) {
+                    value = back;
+                    thread::yield_now();
                 }
             }
-            assert_eq!(expected, 3);
-            thread.join().unwrap();
+            drop(sender);
+            assert_eq!(thread.join().unwrap(), 3);
         });
     }
 

@@ -45,7 +45,7 @@ use crate::medium::dir::{DirOptions, DirVolume};
 use crate::medium::{MediumError, Volume};
 use crate::store::extents::{ExtentError, ExtentFile, ExtentRef};
 use crate::store::overlay::DurablePoint;
-use crate::store::redb_store::RedbStore;
+use crate::store::redb_store::{RedbStore, STORE_FILE};
 use crate::store::{Store, StoreError};
 
 /// Page cache of the checkpoint store, in bytes.
@@ -582,19 +582,23 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 
 fn open_superblock(volume: &dyn Volume) -> Result<Superblock, StorageError> {
     match Superblock::open(volume, None) {
-        Ok(superblock) => Ok(superblock),
-        Err(SuperblockError::Absent) => {
-            let storage = random_u128()?;
-            Ok(Superblock::create(
-                volume,
-                NodeState {
-                    storage,
-                    ..NodeState::default()
-                },
-            )?)
-        }
-        Err(error) => Err(error.into()),
+        Ok(superblock) => return Ok(superblock),
+        Err(SuperblockError::Absent) => {}
+        // Cut off while it was created: it is the first file with anything in it.
+        Err(SuperblockError::Damaged) if is_new(volume)? => {}
+        Err(error) => return Err(error.into()),
     }
+    let state = NodeState {
+        storage: random_u128()?,
+        ..NodeState::default()
+    };
+    Ok(Superblock::create(volume, state)?)
+}
+
+/// Whether there is no store and no log yet.
+fn is_new(volume: &dyn Volume) -> Result<bool, StorageError> {
+    let names = volume.list()?;
+    Ok(!names.iter().any(|n| n == STORE_FILE || n.ends_with(".seg")))
 }
 
 /// A storage's uuid, from the operating system.

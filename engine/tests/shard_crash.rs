@@ -14,7 +14,7 @@ use lowtide_engine_core::effect::Effect;
 use lowtide_engine_core::ids::{
     Epoch, Incarnation, Life, NodeId, OpId, Seq, StreamSeq, Term, Time,
 };
-use lowtide_engine_core::message::{Envelope, Message, Parts, StreamBase};
+use lowtide_engine_core::message::{Envelope, Message, Parts, StreamBase, View};
 use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
 use lowtide_engine_core::record::Objects;
 use std::sync::Arc;
@@ -71,14 +71,22 @@ impl Home {
         };
         let (front, minds) = Destination::new(HOME, config, image);
         node.begin_at(front.step());
-        Ok(Home {
+        let mut home = Home {
             front,
             shards: minds.into_iter().zip(storages).collect(),
             node,
             committed: StreamSeq(0),
             resolved: false,
             was_checkpointing: false,
-        })
+        };
+        let joined = Message::Joined {
+            nonce: 1,
+            life: life(HOME.0, 1),
+            floor: Epoch(0),
+            view: View::default(),
+        };
+        home.hear(ROOT, Epoch(0), joined);
+        Ok(home)
     }
 
     fn hear(&mut self, from: Life, minimum: Epoch, body: Message) {
@@ -276,7 +284,7 @@ fn a_restart_with_any_number_of_shards_shows_whole_operations() {
             volume.fail_power_at(nth);
             let committed = live(&volume, before, 60);
             committed_max = committed_max.max(committed);
-            for image in images(&volume, 1, 2, true, &mut rng) {
+            for image in images(&volume, 1, 2, false, &mut rng) {
                 let mut home = Home::open(&image, after)
                     .unwrap_or_else(|e| panic!("{before} {after} {nth}: {e}"));
                 let shown = home.shown();
