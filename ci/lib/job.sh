@@ -9,7 +9,8 @@
 #   sum EXPRESSION          adds the jq expression up over all reports so far
 #   above_zero WORDS EXPR   that sum is above 0
 #
-# Every report is also kept in $REPORTS, where that is set, for sums over several scripts.
+# Every report is also kept in $REPORTS, where that is set. Without $WORK the sums are over that,
+# so over the runs of several scripts.
 
 # Far above what a run takes, so that only a run that hangs meets it.
 RUN_SECONDS=${RUN_SECONDS:-420}
@@ -124,7 +125,7 @@ check_export() {
     rm -rf "$out" "${WORK:?}/$name"
 }
 
-sum() { jq -s "map($1) | add // 0" "${REPORTS:-$WORK}"/*.json 2>/dev/null || echo 0; }
+sum() { jq -s "map($1) | add // 0" "${WORK:-$REPORTS}"/*.json 2>/dev/null || echo 0; }
 
 above_zero() {
     local total

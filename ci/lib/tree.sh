@@ -33,7 +33,7 @@ make_tree() {
 }
 
 make_directory() {
-    mkdir -p "$1/d" && (cd "$1/d" && seq "$2" | split -l 1 -a 4 - file-)
+    mkdir -p "$1/d" && (cd "$1/d" && seq "$2" | split -l 1 -a 5 - file-)
 }
 
 # Entries below a directory, itself not counted; names may contain anything.

@@ -278,7 +278,7 @@ mod loom_tests {
     #[test]
     fn capacity_two_loses_nothing_and_wakes_its_receiver() {
         loom::model(|| {
-            let (mut sender, mut receiver) = ring(2);
+            let (mut sender, mut receiver) = ring::<Box<u32>>(2);
             // The receiver is the thread that is joined: loom takes an unpark that comes late for
             // the end of a join.
             let thread = thread::spawn(move || {

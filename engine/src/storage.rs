@@ -5,7 +5,7 @@
 //! Order of durability (D2): an extent is synced before the log record that points to it can
 //! commit; a checkpoint is written only once every record it reflects is durable on every log (the
 //! overlay asserts it). Everything that blocks runs on other threads: the committer syncs logs, the
-//! bulk thread syncs extents, the checkpoint thread writes the store.
+//! bulk thread writes and syncs extents, the checkpoint thread writes the store.
 //!
 //! The engine thread gives the steps of a round one commit group and pins it; each shard's batch
 //! carries a clone of the pin until its records are published. Groups are given by one thread, so
@@ -35,7 +35,7 @@ use lowtide_engine_core::op::{Key, Range};
 use lowtide_engine_core::record::Extent;
 
 pub use shard::{ShardGauge, ShardStorage};
-use work::{BulkSync, CheckpointPart, Checkpointer};
+use work::{BulkSync, CheckpointPart, Checkpointer, Unwritten};
 
 use crate::log::commit::{Committer, GroupClock, GroupPin, ShardLog};
 use crate::log::set::{LogSet, SetConfig};
@@ -357,10 +357,12 @@ impl NodeStorage {
         let (logs, committer) = start_committer(set, &durability, wake.clone())?;
         let extents = Arc::new(recovered.extents);
         let checkpointing = Arc::new(AtomicBool::new(false));
+        let unwritten = Arc::new(Unwritten::default());
         let (bulk, batches) = unbounded();
         let (checkpoints, parts) = unbounded();
         let bulk_thread = BulkSync {
             extents: extents.clone(),
+            unwritten: unwritten.clone(),
             durability: durability.clone(),
         };
         let checkpoint_thread = Checkpointer {
@@ -378,6 +380,7 @@ impl NodeStorage {
             extents,
             durability: durability.clone(),
             bulk,
+            unwritten,
             checkpoints: checkpoints.clone(),
             readers,
             moved: AtomicU32::new(0),
@@ -610,3 +613,6 @@ fn random_u128() -> Result<u128, StorageError> {
         .map_err(|e| StorageError::Append(format!("/dev/urandom: {e}")))?;
     Ok(u128::from_le_bytes(bytes))
 }
+
+#[cfg(test)]
+mod tests;

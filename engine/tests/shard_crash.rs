@@ -267,6 +267,7 @@ fn live(volume: &RecordingVolume, shards: u32, last: u64) -> u64 {
             home.until(|h| h.committed.0 + 3 > op);
         }
     }
+    home.until(|h| h.committed.0 >= last);
     home.close().0
 }
 

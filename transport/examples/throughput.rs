@@ -39,7 +39,7 @@ fn sample(name: &str, len: usize, count: usize, stream: impl FnOnce()) -> Sample
     Sample {
         name: format!("{name} {len} B"),
         mb_per_s: bytes / start.elapsed().as_secs_f64() / 1e6,
-        cpu_ns_per_kb: (cpu_time() - cpu).as_nanos() as f64 / (bytes / 1e3),
+        cpu_ns_per_kb: cpu_time().saturating_sub(cpu).as_nanos() as f64 / (bytes / 1e3),
     }
 }
 

@@ -111,6 +111,8 @@ pub struct Counters {
     pub rx_overflow: u64,
     pub rx_malformed: u64,
     pub rx_bad_icrc: u64,
+    /// An ICRC that is right for an Identification which the sender would not have used.
+    pub rx_odd_identification: u64,
     pub rx_unknown_qp: u64,
     /// Right queue pair, wrong source.
     pub rx_wrong_peer: u64,
@@ -186,6 +188,8 @@ pub(crate) struct Device {
     socket: Socket,
     staged: TransmitBatch,
     scratch: Vec<u8>,
+    /// How much of `scratch` the staged frames refer to.
+    scratch_used: usize,
     /// A frame that the next one overtakes.
     overtaken: Option<Frame>,
     /// Everything registered.
@@ -220,6 +224,7 @@ impl Device {
             socket: Socket::bind(address, &options.socket)?,
             staged: TransmitBatch::default(),
             scratch: Vec::new(),
+            scratch_used: 0,
             overtaken: None,
             memory: Memory::default(),
             faults: FaultInjector::new(&options.faults),
@@ -459,8 +464,12 @@ impl Device {
             let target = SocketAddr::new(target.unwrap_or(local.ip()), local.port());
             capture.record(source, target, identification, &[datagram]);
         }
-        if !solved.is_some_and(|solved| self.identities.believe(now, source.ip(), solved)) {
+        let Some(solved) = solved else {
             self.counters.rx_bad_icrc += 1;
+            return Input::Dropped;
+        };
+        if !self.identities.believe(now, source.ip(), solved) {
+            self.counters.rx_odd_identification += 1;
             return Input::Dropped;
         }
         if packet.dest() == Qpn::GSI {

@@ -415,6 +415,45 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_that_refuses_the_offload_gets_the_same_datagrams_one_by_one() {
+        let (mut from, mut to) = pair(50, &SocketOptions::default());
+        // The kernel does not segment for a socket without checksums: EINVAL at the first send.
+        set_option(from.as_raw_fd(), libc::SOL_SOCKET, libc::SO_NO_CHECK, 1).unwrap();
+        assert!(from.is_segmenting());
+        let memory = [7u8; 2048];
+        for round in 0..2 {
+            let mut batch = TransmitBatch::default();
+            for mark in 0..8 {
+                batch.push(frame(to.local_addr(), mark, 1000));
+            }
+            let report = from.send(
+                &mut batch,
+                |p| &memory[p.offset as usize..][..p.len as usize],
+                |frame, _, ident| frame.trailer[..2].copy_from_slice(&ident.to_le_bytes()),
+            );
+            assert_eq!(
+                (report.datagrams, report.gso_sends, report.refused),
+                (8, 0, 0),
+                "round {round}"
+            );
+            assert!(!from.is_segmenting(), "not tried again");
+            let mut received = ReceiveBatch::default();
+            let mut count = 0;
+            while count < 8 {
+                to.receive(&mut received).unwrap();
+                for slot in 0..received.len() {
+                    let arrival = received.arrival(slot).unwrap();
+                    assert_eq!(arrival.bytes[0], count, "in order");
+                    // Sealed again, for the Identification of a datagram that leaves alone.
+                    let trailer = &arrival.bytes[arrival.bytes.len() - 4..];
+                    assert_eq!(trailer[..2], [0, 0]);
+                    count += 1;
+                }
+            }
+        }
+    }
+
+    #[test]
     fn without_offload_every_identification_is_zero() {
         let options = SocketOptions {
             offload: false,

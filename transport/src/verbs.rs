@@ -51,9 +51,10 @@ pub use crate::udp::SocketOptions;
 use crate::udp::path_mtu;
 
 /// READs and atomics a queue pair serves, and has under way, at once.
-const RD_ATOMIC: u8 = 16;
-/// Response packets asked for by one READ request, so that no READ floods its requester.
-const READ_CHUNK: u16 = 16;
+const RD_ATOMIC: u8 = 8;
+/// Response packets asked for by one READ request at most, so that no READ floods its requester: with
+/// the last of the request before, two full runs of segments.
+const READ_CHUNK: u32 = 33;
 /// Local ACK timeout: 4.096 us times 2^14, 67 ms.
 const ACK_TIMEOUT: u8 = 14;
 const RETRY_COUNT: u8 = 7;
@@ -479,13 +480,15 @@ impl QueuePair {
             max_dest_rd_atomic: RD_ATOMIC,
             min_rnr_timer: RnrTimer::new(12),
         };
+        // Half of what our receive buffer holds, if that is less.
+        let budget = self.device.shared.lock().device.receive_budget();
         let rts = RtsAttr {
             sq_psn: self.psn,
             timeout: ACK_TIMEOUT,
             retry_cnt: RETRY_COUNT,
             rnr_retry: RETRY_COUNT,
             max_rd_atomic: RD_ATOMIC,
-            read_chunk_packets: READ_CHUNK,
+            read_chunk_packets: READ_CHUNK.min(budget / 2).max(1) as u16,
         };
         let mut state = self.device.shared.lock();
         let qp = state

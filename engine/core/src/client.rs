@@ -603,6 +603,7 @@ impl Client {
         }
         self.connect();
         self.watch_proxies(now);
+        self.reopen_proxies();
     }
 
     fn watch_proxies(&mut self, now: Time) {

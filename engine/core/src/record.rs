@@ -126,8 +126,8 @@ pub struct Write {
     pub key: Key,
     /// What was done to it (redo).
     pub change: Recorded,
-    /// What it was before (undo); `None` when it did not exist. Not used for `Add`, which is
-    /// undone by the negated words.
+    /// What it was before (undo); `None` when it did not exist. For `Add`, which is
+    /// undone by the negated words, only whether it existed: its value is left out.
     pub before: Option<Stored>,
 }
 wire_struct!(Write {

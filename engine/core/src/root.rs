@@ -23,7 +23,7 @@ use state::{Eviction, Row};
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Term, Time, ViewId};
-use crate::message::{Covered, Envelope, Message, Role, Seat, View};
+use crate::message::{Covered, Envelope, Message, Role, View};
 
 /// How far ahead of the epoch the durable ceiling is kept.
 const CEILING_STEP: u64 = 10_000;
@@ -261,28 +261,8 @@ impl Root {
     /// The current membership.
     #[must_use]
     pub fn view(&self) -> View {
-        let seats = self
-            .state
-            .rows
-            .iter()
-            .map(|r| Seat {
-                life: r.life,
-                role: r.role,
-                live: r.live,
-            })
-            .collect();
-        View {
-            id: self.state.view,
-            seats,
-        }
+        self.state.view()
     }
-
-    /// Number of the current membership.
-    #[must_use]
-    pub fn view_id(&self) -> ViewId {
-        self.state.view
-    }
-
     /// The life that holds m back, with its bound.
     #[must_use]
     pub fn blocked_by(&self) -> Option<(Life, Epoch)> {
@@ -517,7 +497,7 @@ impl Root {
         if core::mem::take(&mut self.changed) {
             self.version += 1;
             let durable: Vec<Eviction> = self.evictions.values().cloned().collect();
-            let state = self.state.encode_with(&durable);
+            let state = self.state.encode(&durable);
             self.port.ask(Effect::Persist {
                 version: self.version,
                 state,

@@ -435,6 +435,29 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_that_is_filled_is_the_chunk_of_its_contents() {
+        let fill = |len_max, contents: &[u8]| {
+            Chunk::fill(len_max, |room| {
+                room[..contents.len()].copy_from_slice(contents);
+                Ok::<_, ()>(contents.len())
+            })
+            .unwrap()
+        };
+        assert_eq!(fill(8, b""), None);
+        for (len_max, contents) in [
+            (8, &b"full 8 b"[..]),
+            (8, b"short"),
+            (8, &[0; 8]),
+            (8, &[0; 3]),
+        ] {
+            let chunk = fill(len_max, contents).unwrap();
+            assert_eq!(chunk, Chunk::new(contents));
+            assert_eq!(Chunk::decode(&chunk.encode()), Ok(chunk));
+        }
+        assert_eq!(Chunk::fill(8, |_| Err(5)), Err(5));
+    }
+
+    #[test]
     fn keys_tell_what_they_name() {
         let dir = Ino::new(77).unwrap();
         assert_eq!(inode_part(&inode_key(dir)), Some(InodePart::Inode));

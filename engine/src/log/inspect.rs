@@ -59,6 +59,8 @@ pub enum Verdict {
     Unwritten,
     /// A damaged header or body: torn by a crash if it is the end of the log.
     Damaged,
+    /// The file is not as long as its header says: somebody cut it off or added to it.
+    WrongLength,
     /// Another format version.
     Version(u32),
 }
@@ -80,7 +82,10 @@ pub fn own_kind(kind: u8) -> Option<&'static str> {
 pub fn inspect(path: impl AsRef<Path>) -> Result<Entries, MediumError> {
     let path = path.as_ref();
     let (dir, only) = match path.file_name().and_then(|n| n.to_str()) {
-        Some(name) if path.is_file() => (path.parent().unwrap_or(Path::new(".")), Some(name)),
+        Some(name) if path.is_file() => {
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+            (dir.unwrap_or(Path::new(".")), Some(name))
+        }
         _ => (path, None),
     };
     inspect_volume(&DirVolume::inspect(dir), only)
@@ -176,7 +181,10 @@ impl Entries {
             verdict,
         };
         let Some(bytes) = read_slot(&*file.medium, offset, file.len)? else {
-            return Ok(end(Verdict::Sealed));
+            return Ok(end(match file.len == segment.segment_bytes {
+                true => Verdict::Sealed,
+                false => Verdict::WrongLength,
+            }));
         };
         let header = match RecordHeader::decode(&bytes) {
             Ok(header) => header,

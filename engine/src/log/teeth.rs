@@ -10,11 +10,12 @@ pub(crate) enum Tooth {
     /// A group is reported before the shards' logs are synced (found by `commit_crash`,
     /// `store_crash`).
     NoticeBeforeDurable,
-    /// The scan goes on after a gap (found by `log_crash`).
+    /// The scan goes on after a gap (found by `log_crash`, `hostile_files`).
     ScanAfterGap,
     /// Generations are not checked (found by `log_crash`).
     AnyGeneration,
-    /// Positions are not checked: an earlier use of a segment is believed (found by `log_crash`).
+    /// Positions are not checked: an earlier use of a segment is believed (found by `log_crash`,
+    /// `hostile_files`).
     AnyPosition,
     /// A failed sync is tried again and does not poison (found by `io_errors`).
     RetrySync,

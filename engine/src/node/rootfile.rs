@@ -161,13 +161,31 @@ impl Drop for RootFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lowtide_engine_core::effect::Effect;
+    use lowtide_engine_core::ids::{NodeId, Time};
+    use lowtide_engine_core::root::{Root, RootConfig};
+
+    /// What a new root wants kept first.
+    fn state() -> Vec<u8> {
+        let config = RootConfig {
+            interval: 1,
+            evict_after: 1,
+            retry_after: 1,
+        };
+        let mut root = Root::new(NodeId(1), config, RootState::default(), Time(0));
+        root.handle_timeout(Time(1));
+        match root.poll_effect() {
+            Some(Effect::Persist { state, .. }) => state,
+            other => panic!("{other:?}"),
+        }
+    }
 
     #[test]
     fn a_damaged_file_is_named_and_a_whole_one_read() {
         let dir = std::env::temp_dir().join(format!("lowtide-root-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         assert!(read_state(&dir).unwrap().is_none(), "a new root");
-        write(&dir, &RootState::default().encode()).unwrap();
+        write(&dir, &state()).unwrap();
         let whole = fs::read(dir.join(NAME)).unwrap();
         assert!(read_state(&dir).unwrap().is_some());
         let refused = |bytes: &[u8]| {

@@ -350,7 +350,8 @@ impl Inner {
         status.counters.messages_sent = self.links.messages;
         status.counters.message_bytes_sent = self.links.bytes;
         status.counters.frames_dropped = self.frames_dropped;
-        status.counters.datagrams_dropped = transport.rx_bad_icrc + transport.rx_malformed;
+        status.counters.datagrams_dropped =
+            transport.rx_bad_icrc + transport.rx_odd_identification + transport.rx_malformed;
         let micros = |quantile| self.latency.value_at_quantile(quantile);
         if !self.latency.is_empty() {
             status.latency = LatencyUs {

@@ -12,11 +12,11 @@ use lowtide_engine_core::record::{Extent, Objects, Position, Storage, Stored, Va
 use lowtide_engine_core::session::Page;
 use lowtide_engine_core::wire;
 
-use super::work::{BulkBatch, CheckpointPart};
+use super::work::{Bulk, BulkBatch, CheckpointPart, Unwritten};
 use super::{Durability, StorageError, bounds, decode_key, encode_key, extent_ref};
 use crate::log::commit::{GroupPin, Publisher};
 use crate::log::{self, Append, Log, LogReader};
-use crate::store::extents::{ExtentFile, ExtentRef};
+use crate::store::extents::ExtentFile;
 use crate::store::overlay::{FreezePoint, Overlay};
 
 /// What a shard's storage lets others see.
@@ -49,7 +49,9 @@ impl ShardGauge {
 pub(super) struct Common {
     pub(super) extents: Arc<ExtentFile>,
     pub(super) durability: Arc<Durability>,
-    pub(super) bulk: Sender<BulkBatch>,
+    pub(super) bulk: Sender<Bulk>,
+    /// Bulk data that is not in its file yet.
+    pub(super) unwritten: Arc<Unwritten>,
     pub(super) checkpoints: Sender<CheckpointPart>,
     /// All logs, for undo after the number of shards has changed.
     pub(super) readers: Vec<LogReader>,
@@ -188,7 +190,7 @@ impl ShardStorage {
                 pin,
                 end,
             };
-            let _ = self.common.bulk.send(batch);
+            let _ = self.common.bulk.send(Bulk::Batch(batch));
         } else {
             self.publisher.publish(pin, end);
         }
@@ -240,6 +242,9 @@ impl Objects for ShardStorage {
         match value {
             Value::Inline(bytes) => Some(bytes.clone()),
             Value::Extent(extent) => {
+                if let Some(bytes) = self.common.unwritten.get(&extent_ref(extent)) {
+                    return Some(bytes);
+                }
                 let read = self.common.extents.read_verify(extent_ref(extent));
                 let read = self.keep(read.map_err(StorageError::from));
                 read.map(Bytes::from)
@@ -337,19 +342,24 @@ impl Storage for ShardStorage {
     }
 
     fn place(&mut self, bytes: &Bytes) -> Extent {
-        let written = self.common.extents.write(bytes).map_err(StorageError::from);
+        let reserved = self.common.extents.reserve(bytes);
         self.placed = true;
-        let nowhere = ExtentRef {
-            offset: 0,
-            len: 0,
-            crc32c: 0,
+        let Some(extent) = self.keep(reserved.map_err(StorageError::from)) else {
+            return Extent {
+                offset: 0,
+                len: 0,
+                crc: 0,
+            };
         };
-        let ExtentRef {
-            offset,
-            len,
-            crc32c: crc,
-        } = self.keep(written).unwrap_or(nowhere);
-        Extent { offset, len, crc }
+        let unwritten = &self.common.unwritten;
+        unwritten.map().insert(extent.offset, bytes.clone());
+        // The thread lives as long as this sender, or has said why not.
+        let _ = self.common.bulk.send(Bulk::Write(extent));
+        Extent {
+            offset: extent.offset,
+            len: extent.len,
+            crc: extent.crc32c,
+        }
     }
 
     fn release(&mut self, extent: Extent) {

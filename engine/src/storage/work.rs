@@ -1,16 +1,30 @@
-//! The threads that block: one syncs extents, one writes checkpoints.
+//! The threads that block: one writes and syncs extents, one writes checkpoints.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::Receiver;
+use lowtide_engine_core::op::Bytes;
 
 use super::{Durability, encode_position};
 use crate::log;
 use crate::log::commit::{GroupPin, Publisher};
 use crate::store::Store;
-use crate::store::extents::ExtentFile;
+use crate::store::extents::{ExtentError, ExtentFile, ExtentRef};
 use crate::store::overlay::{DurablePoint, Frozen, checkpoint_all};
+
+/// Extents and batches that one sync serves at most.
+const BULK_PER_SYNC: usize = 64;
+
+/// Work of the bulk thread, done in the order given.
+#[derive(Debug)]
+pub(super) enum Bulk {
+    /// Write this extent; its data is in [`Unwritten`].
+    Write(ExtentRef),
+    /// These records may commit once what was given before is durable.
+    Batch(BulkBatch),
+}
 
 /// Records that point to extents, or stand behind such.
 #[derive(Debug)]
@@ -22,27 +36,64 @@ pub(super) struct BulkBatch {
     pub(super) end: log::Lsn,
 }
 
-/// Syncs extents, then lets the committer have the records that point to them.
+/// Data of extents that are reserved and not written, by offset. Their sources hold them until they
+/// are committed, which bounds them.
+#[derive(Debug, Default)]
+pub(super) struct Unwritten(Mutex<HashMap<u64, Bytes>>);
+
+impl Unwritten {
+    pub(super) fn map(&self) -> MutexGuard<'_, HashMap<u64, Bytes>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn get(&self, extent: &ExtentRef) -> Option<Bytes> {
+        self.map().get(&extent.offset).cloned()
+    }
+}
+
+/// Writes and syncs extents, then lets the committer have the records that point to them.
 pub(super) struct BulkSync {
     pub(super) extents: Arc<ExtentFile>,
+    pub(super) unwritten: Arc<Unwritten>,
     pub(super) durability: Arc<Durability>,
 }
 
 impl BulkSync {
-    pub(super) fn run(self, batches: &Receiver<BulkBatch>) {
-        while let Ok(first) = batches.recv() {
+    pub(super) fn run(self, work: &Receiver<Bulk>) {
+        let mut waiting: Vec<BulkBatch> = Vec::new();
+        while let Ok(first) = work.recv() {
             // One sync serves all batches that wait.
-            let mut waiting = vec![first];
-            waiting.extend(batches.try_iter());
-            if let Err(error) = self.extents.sync() {
-                self.durability.fail(error.to_string());
-                return;
+            let rest = work.try_iter().take(BULK_PER_SYNC);
+            for bulk in std::iter::once(first).chain(rest) {
+                match bulk {
+                    Bulk::Batch(batch) => waiting.push(batch),
+                    Bulk::Write(extent) => {
+                        if let Err(error) = self.write(extent) {
+                            return self.durability.fail(error.to_string());
+                        }
+                    }
+                }
             }
-            for batch in waiting {
+            if waiting.is_empty() {
+                continue;
+            }
+            if let Err(error) = self.extents.sync() {
+                return self.durability.fail(error.to_string());
+            }
+            for batch in waiting.drain(..) {
                 batch.publisher.publish(batch.pin, batch.end);
                 batch.under_way.fetch_sub(1, Ordering::AcqRel);
             }
         }
+    }
+
+    fn write(&self, extent: ExtentRef) -> Result<(), ExtentError> {
+        let data = self.unwritten.get(&extent);
+        let data = data.expect("it stays until it is written");
+        self.extents.fill(extent, &data)?;
+        // From here on it is read from the file.
+        self.unwritten.map().remove(&extent.offset);
+        Ok(())
     }
 }
 

@@ -236,16 +236,34 @@ impl ExtentFile {
     /// # Errors
     /// See [`ExtentError`].
     pub fn write(&self, data: &[u8]) -> Result<ExtentRef, ExtentError> {
+        let extent = self.reserve(data)?;
+        self.fill(extent, data)?;
+        Ok(extent)
+    }
+
+    /// Takes free space for data, which is still to be written.
+    ///
+    /// # Errors
+    /// See [`ExtentError`].
+    pub fn reserve(&self, data: &[u8]) -> Result<ExtentRef, ExtentError> {
         let len = data.len() as u64;
         if len == 0 || len > EXTENT_MAX {
             return Err(ExtentError::Length { len });
         }
-        let offset = self.allocate(len)?;
-        let extent = ExtentRef {
-            offset,
+        Ok(ExtentRef {
+            offset: self.allocate(len)?,
             len: len as u32,
             crc32c: crc32c::crc32c(data),
-        };
+        })
+    }
+
+    /// Writes the data of a reserved extent. Not durable before [`sync`](Self::sync).
+    ///
+    /// # Errors
+    /// See [`ExtentError`]; then the space is free again.
+    pub fn fill(&self, extent: ExtentRef, data: &[u8]) -> Result<(), ExtentError> {
+        let ExtentRef { offset, len, .. } = extent;
+        let len = u64::from(len);
         if let Err(error) = self.medium.store(offset, data) {
             self.free(extent)?;
             return Err(if error.is_no_space() {
@@ -254,7 +272,7 @@ impl ExtentFile {
                 error.into()
             });
         }
-        Ok(extent)
+        Ok(())
     }
 
     fn allocate(&self, len: u64) -> Result<u64, ExtentError> {

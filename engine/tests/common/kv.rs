@@ -129,6 +129,7 @@ impl Kv {
     /// Waits until what was done so far has a commit group of its own: the committer has closed it
     /// and begins to sync, while the next operations are done. So the number of groups does not
     /// depend on when the committer gets to run.
+    #[allow(dead_code, reason = "each test program uses a part")]
     pub fn end_group(&mut self) {
         let Some(&group) = self.waiting.keys().next_back() else {
             return;

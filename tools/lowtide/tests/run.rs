@@ -1,102 +1,14 @@
 //! The command as its users meet it: real processes on loopback addresses.
 
-use std::collections::BTreeSet;
+mod common;
+
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command, Stdio};
 
+use common::{check, diff, lowtide, make_input, processes, start_staying, text, wait_until};
 use serde_json::Value;
-
-fn lowtide(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lowtide"));
-    command.args(args);
-    command
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temporary paths are UTF-8")
-}
-
-/// Some files of each kind.
-fn make_input(dir: &Path, files: u32) {
-    for i in 0..files {
-        let sub = dir.join(format!("d{}", i % 10));
-        fs::create_dir_all(&sub).unwrap();
-        let contents = vec![i as u8; (i as usize * 977) % 50_000];
-        fs::write(sub.join(format!("f{i}")), contents).unwrap();
-    }
-    fs::write(dir.join("large"), vec![0xa5; 3 << 20]).unwrap();
-    fs::set_permissions(dir.join("large"), fs::Permissions::from_mode(0o640)).unwrap();
-    symlink("d0/f0", dir.join("link")).unwrap();
-    fs::hard_link(dir.join("large"), dir.join("d1/also-large")).unwrap();
-    fs::create_dir(dir.join("empty")).unwrap();
-}
-
-fn check(output: &Output, status: i32) {
-    assert_eq!(
-        output.status.code(),
-        Some(status),
-        "{}\n{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-fn diff(a: &Path, b: &Path) {
-    let output = Command::new("diff")
-        .args(["-r", "--no-dereference"])
-        .args([a, b])
-        .output()
-        .unwrap();
-    check(&output, 0);
-}
-
-/// Processes of this state directory.
-fn processes(state: &Path) -> BTreeSet<u32> {
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    entries
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|pid: &u32| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line);
-            line.contains("node.toml") && line.contains(text(state))
-        })
-        .collect()
-}
-
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// A `run` that stays, once it says so; its output goes on to be read by a thread.
-fn start_staying(input: &Path, state: &Path) -> Child {
-    let mut child = lowtide(&["run", "--stay", "--clients", "1", "--input", text(input)])
-        .args(["--state", text(state)])
-        .stderr(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let mut seen = Vec::new();
-    loop {
-        let line = lines.next().expect("the run ended early").unwrap();
-        let stays = line.contains("staying;");
-        seen.push(line);
-        if stays {
-            break;
-        }
-        assert!(seen.len() < 1000, "{seen:?}");
-    }
-    std::thread::spawn(move || lines.for_each(drop));
-    child
-}
 
 #[test]
 fn a_killed_server_is_restarted_and_everything_is_there() {
@@ -120,6 +32,7 @@ fn a_killed_server_is_restarted_and_everything_is_there() {
     // 300 files, 10 directories, and the six others with the top.
     assert_eq!(report["entries"], 315);
     assert!(report["operations"].as_u64().unwrap() >= 300);
+    check_report(&report);
     assert_eq!(report["faults"][0]["spec"], "kill:meta1@40%");
     assert!(report["faults"][0]["detected_ms"].is_u64());
     assert!(report["faults"][0]["recovered_ms"].is_u64());
@@ -136,11 +49,25 @@ fn a_killed_server_is_restarted_and_everything_is_there() {
         0,
     );
     diff(&input, &out);
+    let verified = lowtide(&["verify", "--state", text(&state)])
+        .output()
+        .unwrap();
+    check(&verified, 0);
+    let said = String::from_utf8_lossy(&verified.stdout);
+    // The root and 312 others; 314 names besides the root's.
+    assert!(said.contains("checked   314 inodes, 314 entries"), "{said}");
     for node in ["meta0", "object1"] {
         let data = state.join(node).join("data");
         let output = lowtide(&["log", "--verify", text(&data)]).output().unwrap();
         check(&output, 0);
         assert!(String::from_utf8_lossy(&output.stdout).contains("intact up to byte"));
+        let output = lowtide(&["log", text(&data)]).output().unwrap();
+        check(&output, 0);
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            printed.lines().any(|line| line.contains(" lsn ")),
+            "{printed}"
+        );
     }
     // The state is somebody's work now; another run must not touch it.
     let again = lowtide(&["run", "--input", text(&input), "--state", text(&state)])
@@ -148,6 +75,50 @@ fn a_killed_server_is_restarted_and_everything_is_there() {
         .unwrap();
     check(&again, 2);
     assert!(String::from_utf8_lossy(&again.stderr).contains("not empty"));
+}
+
+/// Every key that programs rely on, with its type and a value that can be.
+fn check_report(report: &Value) {
+    let number = |path: &str| {
+        let value = report.pointer(path);
+        let value = value.unwrap_or_else(|| panic!("{path} is missing"));
+        value
+            .as_u64()
+            .unwrap_or_else(|| panic!("{path} is {value}"))
+    };
+    assert!(report["verified"].is_boolean());
+    assert_eq!(report["provider"], "softroce");
+    assert!(number("/entries") > 0);
+    // 3 MiB are the large file alone, counted once although it has two names or twice.
+    assert!(number("/bytes") >= 3 << 20);
+    assert!(number("/operations") >= number("/entries") / 2);
+    assert_eq!(number("/mismatches") + number("/partial_operations"), 0);
+    let (seconds, rate) = (&report["elapsed_s"], &report["ops_per_s"]);
+    let (seconds, rate) = (seconds.as_f64().unwrap(), rate.as_f64().unwrap());
+    assert!(seconds > 0.0 && rate > 0.0);
+    assert!((seconds * rate - number("/operations") as f64).abs() < 1.0);
+    for (index, fault) in report["faults"].as_array().unwrap().iter().enumerate() {
+        assert!(fault["spec"].is_string());
+        for key in ["in_flight", "replayed", "completed", "undone"] {
+            number(&format!("/faults/{index}/{key}"));
+        }
+        let recovered = number(&format!("/faults/{index}/recovered_ms"));
+        assert!(
+            fault["detected_ms"]
+                .as_u64()
+                .is_none_or(|ms| ms <= recovered)
+        );
+    }
+    assert_eq!(number("/minimum/final_lag"), 0);
+    assert!(number("/minimum/max_lag_ms") < 120_000);
+    assert!(number("/windows/sent") >= number("/windows/discarded"));
+    assert!(number("/windows/held_max") >= 1);
+    assert!(number("/undo/appended") >= number("/operations"));
+    assert!(number("/undo/appended") >= number("/undo/rolled_back"));
+    // What the next life of a killed server lets go, its last one had appended.
+    assert!(number("/undo/purged") > 0);
+    let latency = ["p50", "p99", "p999"].map(|key| number(&format!("/latency_us/{key}")));
+    assert!(latency[0] > 0 && latency.is_sorted(), "{latency:?}");
 }
 
 /// Runs with these faults and returns the report of a run that succeeded.
@@ -206,6 +177,33 @@ fn power_loss_and_lost_datagrams_are_survived_together() {
 }
 
 #[test]
+fn a_router_may_die_and_never_return() {
+    let tmp = tempfile::tempdir().unwrap();
+    let input = tmp.path().join("in");
+    make_input(&input, 300);
+    let faults = ["kill:router0@20%", "kill:router1@40%!", "kill:root@60%"];
+    let mut run = lowtide(&["run", "--routers", "2", "--report", "-"]);
+    run.args(["--patience", "30", "--input", text(&input)]);
+    for fault in faults {
+        run.args(["--fault", fault]);
+    }
+    let output = run.output().unwrap();
+    check(&output, 0);
+    let said = String::from_utf8(output.stdout).unwrap();
+    let report: Value = serde_json::from_str(&said[said.find('{').unwrap()..]).unwrap();
+    check_report(&report);
+    assert_eq!(report["nodes"]["router0"]["lives"], 2);
+    assert_eq!(report["nodes"]["router1"]["lives"], 1);
+    assert_eq!(report["nodes"]["client0"]["lives"], 1);
+}
+
+#[test]
+fn a_fault_may_strike_while_another_one_is_recovered_from() {
+    let report = run_with(&["kill:meta1@40%", "kill:meta1@40%+450"], 400);
+    assert_eq!(report["nodes"]["meta1"]["lives"], 3);
+}
+
+#[test]
 fn two_runs_at_once_do_not_meet() {
     let tmp = tempfile::tempdir().unwrap();
     let input = tmp.path().join("in");
@@ -258,6 +256,26 @@ fn a_cluster_that_stays_serves_commands_until_it_is_told_to_end() {
     let status: Value = serde_json::from_slice(&status.stdout).unwrap();
     assert_eq!(status["root"]["status"]["stage"], "COMPLETE");
     assert_eq!(status.as_object().unwrap().len(), 8);
+    for (name, node) in status.as_object().unwrap() {
+        let status = &node["status"];
+        assert!(name.starts_with(status["role"].as_str().unwrap()), "{name}");
+        assert_eq!(status["stage"], "COMPLETE", "{name}");
+        for key in ["id", "incarnation", "epoch", "minimum", "term"] {
+            assert!(
+                status[key].as_u64().unwrap() > 0,
+                "{name}: {key} of {status}"
+            );
+        }
+        assert!(status["minimum"].as_u64() <= status["epoch"].as_u64());
+        assert!(status["counters"]["messages_sent"].as_u64().unwrap() > 0);
+    }
+    assert_eq!(
+        status["root"]["status"]["members"]
+            .as_array()
+            .unwrap()
+            .len(),
+        7
+    );
     // In use: nobody else may open it.
     check(&on(&["export", "--to", "/nonexistent"]), 2);
 
@@ -330,7 +348,9 @@ fn an_interrupted_run_says_where_its_state_is() {
     let mut lines = BufReader::new(run.stderr.take().unwrap()).lines();
     let struck = lines.any(|line| line.unwrap().contains("fault pause:client0@0%"));
     assert!(struck, "the pause begins");
-    let killed = Command::new("kill").arg(run.id().to_string()).status();
+    let killed = Command::new("kill")
+        .args(["-INT", &run.id().to_string()])
+        .status();
     assert!(killed.unwrap().success());
     let rest: Vec<String> = lines.map(Result::unwrap).collect();
     assert_eq!(run.wait().unwrap().code(), Some(130));
@@ -366,29 +386,4 @@ fn mistakes_are_usage_errors() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(said.contains(message), "{args:?}: {said}");
     }
-}
-
-#[test]
-fn what_cannot_be_read_is_named_and_decides_the_exit_status() {
-    let tmp = tempfile::tempdir().unwrap();
-    let input = tmp.path().join("in");
-    make_input(&input, 10);
-    // A socket is skipped; a file without permissions is unreadable for all but the superuser.
-    let _socket = std::os::unix::net::UnixListener::bind(input.join("socket")).unwrap();
-    let secret = input.join("secret");
-    fs::write(&secret, "x").unwrap();
-    fs::set_permissions(&secret, fs::Permissions::from_mode(0o0)).unwrap();
-    let is_secret = fs::File::open(&secret).is_err();
-    let run = |extra: &[&str]| {
-        lowtide(&["run", "--clients", "1", "--input", text(&input)])
-            .args(extra)
-            .output()
-            .unwrap()
-    };
-    let output = run(&[]);
-    check(&output, if is_secret { 4 } else { 0 });
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(said.contains("skipped: socket"), "{said}");
-    assert_eq!(said.contains("cannot be read: secret"), is_secret, "{said}");
-    check(&run(&["--skip-unreadable"]), 0);
 }

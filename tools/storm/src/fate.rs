@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::{Destination, DestinationConfig, Image, Stage};
-use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, ViewId};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step};
 use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
 use lowtide_engine_core::root::{Root, RootConfig, RootState};
@@ -83,11 +83,10 @@ impl World {
         };
         match state {
             Ok(state) => {
-                self.oracle.root_restarted(state.minimum());
-                self.seen_view = ViewId(0);
+                // A crash may have left a newer state than the last one told as durable.
+                self.evictions_persisted(&state);
+                self.oracle.minimum_persisted(state.minimum());
                 let root = Root::new(self.nodes[0].id, config, state, self.time());
-                let open = root.evictions().filter(|(_, stage)| *stage != "RELEASING");
-                self.evicting = open.map(|(life, _)| life).collect();
                 self.nodes[0].core = Core::Root(Box::new(root));
             }
             Err(e) => self

@@ -102,7 +102,6 @@ pub struct Oracle {
     frozen: BTreeMap<Life, Vec<Reclaim>>,
     /// Seen by another life than their source.
     observed: BTreeSet<OpId>,
-    minimum: Epoch,
     minimum_durable: Epoch,
     /// Newest seq that was taken over per life.
     known: BTreeMap<Life, Seq>,
@@ -158,10 +157,10 @@ impl Oracle {
         let dropped = self.gone.contains(&life);
         if !dropped {
             self.unfinished.insert((op.epoch, op.id));
-            if op.epoch < self.minimum {
+            if op.epoch < self.minimum_durable {
                 self.fail(format!(
                     "I10: {} stamped at {} below m {}",
-                    op.id, op.epoch, self.minimum
+                    op.id, op.epoch, self.minimum_durable
                 ));
             }
         }
@@ -200,18 +199,16 @@ impl Oracle {
         }
     }
 
-    /// The root is about to make m durable.
-    pub fn minimum_proposed(&mut self, minimum: Epoch) {
+    /// m is durable at the root and may be published.
+    pub fn minimum_persisted(&mut self, minimum: Epoch) {
         if minimum < self.minimum_durable {
-            self.fail(format!(
-                "I9: m falls from {} to {minimum}",
-                self.minimum_durable
-            ));
+            let before = self.minimum_durable;
+            self.fail(format!("I9: m falls from {before} to {minimum}"));
         }
-        if minimum <= self.minimum {
+        if minimum <= self.minimum_durable {
             return;
         }
-        self.minimum = minimum;
+        self.minimum_durable = minimum;
         if let Some((epoch, id)) = self.unfinished.first()
             && *epoch < minimum
         {
@@ -219,17 +216,6 @@ impl Oracle {
             let text = format!("I10: m rises to {minimum} above {id} at {epoch}: {places:?}");
             self.fail(text);
         }
-    }
-
-    /// m is durable at the root.
-    pub fn minimum_persisted(&mut self, minimum: Epoch) {
-        self.minimum_durable = self.minimum_durable.max(minimum);
-    }
-
-    /// The root restarted with this durable m; what was proposed beyond it never was.
-    pub fn root_restarted(&mut self, minimum: Epoch) {
-        self.minimum_persisted(minimum);
-        self.minimum = self.minimum_durable;
     }
 
     /// An envelope left a node.
@@ -393,8 +379,9 @@ impl Oracle {
             return self.fail(format!("{node} undoes {id} that was never stamped"));
         };
         let epoch = state.op.epoch;
-        if epoch < self.minimum {
-            let text = format!("{node} undoes {id} at {epoch} though m is {}", self.minimum);
+        if epoch < self.minimum_durable {
+            let m = self.minimum_durable;
+            let text = format!("{node} undoes {id} at {epoch} though m is {m}");
             self.fail(text);
         }
         if self.observed.contains(&id) {

@@ -1,5 +1,7 @@
 //! One step of one node: an input, its effects, and the checks that follow every step.
 
+use std::collections::BTreeSet;
+
 use lowtide_engine_core::effect::{Effect, Port};
 use lowtide_engine_core::ids::{Life, Step, Time};
 use lowtide_engine_core::message::{Envelope, Message, Reclaim};
@@ -131,15 +133,49 @@ impl World {
         let Some(version) = self.nodes[node].root_disk.complete() else {
             return;
         };
-        let minimum = RootState::decode(&self.nodes[node].root_disk.durable).map(|s| s.minimum());
-        match minimum {
-            Ok(m) => self.oracle.minimum_persisted(m),
+        match RootState::decode(&self.nodes[node].root_disk.durable) {
+            Ok(state) => {
+                self.evictions_persisted(&state);
+                self.oracle.minimum_persisted(state.minimum());
+            }
             Err(e) => self.oracle.fail(format!("root state does not decode: {e}")),
         }
         if let Core::Root(c) = &mut self.nodes[node].core {
             c.handle_persisted(now, version);
         }
         self.after(node);
+    }
+
+    /// Lives whose eviction is durably decided and carried out count as GONE: what the root does
+    /// before its state is durable may be forgotten in a crash.
+    pub(crate) fn evictions_persisted(&mut self, state: &RootState) {
+        // From RELEASING on, because homes release the locks one by one.
+        let open = state.evictions().filter(|(_, stage)| *stage != "RELEASING");
+        let now: BTreeSet<Life> = open.map(|(life, _)| life).collect();
+        let done: Vec<Life> = self.evicting.difference(&now).copied().collect();
+        self.evicting = now;
+        for life in done {
+            self.progress += 1;
+            self.oracle.resolved(life);
+        }
+        // An eviction that needs nobody's answer is over within one state.
+        let view = state.view();
+        if view.id == self.seen_view {
+            return;
+        }
+        self.seen_view = view.id;
+        let sources = view.seats.iter().filter(|s| s.role.is_volatile_source());
+        self.lives.extend(sources.map(|s| s.life));
+        let over = |life: &&Life| {
+            let seat = view.seat(life.node);
+            seat.is_some_and(|s| s.life > **life || (s.life == **life && !s.live))
+                && !self.evicting.contains(life)
+                && !self.oracle.is_gone(**life)
+        };
+        let done: Vec<Life> = self.lives.iter().filter(over).copied().collect();
+        for life in done {
+            self.oracle.resolved(life);
+        }
     }
 
     pub(crate) fn connected(&mut self, node: Index, peer: Index) {
@@ -365,10 +401,6 @@ impl World {
                 }
             }
             Effect::Persist { version, state } => {
-                match RootState::decode(&state) {
-                    Ok(s) => self.oracle.minimum_proposed(s.minimum()),
-                    Err(e) => self.oracle.fail(format!("root state does not decode: {e}")),
-                }
                 let n = &mut self.nodes[node];
                 n.root_disk.pending.push_back((version, state));
                 let boot = n.boot;
@@ -443,36 +475,6 @@ impl World {
                     let more = self.oracle.tally.completed > completed;
                     self.probes
                         .hit_if(Probe::CompletedAtRestartedHome, more && restarted);
-                }
-            }
-            Core::Root(c) => {
-                // From RELEASING on a life counts as GONE: homes release its locks one by one.
-                let open = c.evictions().filter(|(_, stage)| *stage != "RELEASING");
-                let now: std::collections::BTreeSet<Life> = open.map(|(l, _)| l).collect();
-                if now != self.evicting {
-                    let done: Vec<Life> = self.evicting.difference(&now).copied().collect();
-                    self.evicting = now;
-                    for life in done {
-                        self.progress += 1;
-                        self.oracle.resolved(life);
-                    }
-                }
-                // An eviction that needs nobody's answer is over within one step.
-                if c.view_id() != self.seen_view {
-                    self.seen_view = c.view_id();
-                    let view = c.view();
-                    let sources = view.seats.iter().filter(|s| s.role.is_volatile_source());
-                    self.lives.extend(sources.map(|s| s.life));
-                    let over = |life: &&Life| {
-                        let seat = view.seat(life.node);
-                        seat.is_some_and(|s| s.life > **life || (s.life == **life && !s.live))
-                            && !self.evicting.contains(life)
-                            && !self.oracle.is_gone(**life)
-                    };
-                    let done: Vec<Life> = self.lives.iter().filter(over).copied().collect();
-                    for life in done {
-                        self.oracle.resolved(life);
-                    }
                 }
             }
             _ => {}

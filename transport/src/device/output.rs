@@ -109,19 +109,26 @@ impl Device {
 
     /// Sends one management datagram of queue pair 1: headers and payload.
     pub(crate) fn send_management(&mut self, target: SocketAddr, header: &[u8], payload: &[u8]) {
-        let payload = self.copy_to_scratch(|scratch| scratch.extend_from_slice(payload));
+        let copied = self.scratch_space(payload.len());
+        copied.1.copy_from_slice(payload);
+        let payload = copied.0;
         self.push(target, header, payload, false);
     }
 
-    fn copy_to_scratch(&mut self, copy: impl FnOnce(&mut Vec<u8>)) -> Payload {
-        let offset = self.scratch.len();
-        copy(&mut self.scratch);
-        let len = (self.scratch.len() - offset) as u32;
-        Payload {
-            region: SCRATCH,
-            offset: offset as u64,
-            len,
+    /// Room for payload that has to be copied. What it held before is overwritten, not cleared: that
+    /// would be another pass over every such packet.
+    fn scratch_space(&mut self, len: usize) -> (Payload, &mut [u8]) {
+        let start = self.scratch_used;
+        self.scratch_used += len;
+        if self.scratch.len() < self.scratch_used {
+            self.scratch.resize(self.scratch_used, 0);
         }
+        let payload = Payload {
+            region: SCRATCH,
+            offset: start as u64,
+            len: len as u32,
+        };
+        (payload, &mut self.scratch[start..start + len])
     }
 
     /// Finds a packet's payload: by reference where nobody else can change it, else as a copy.
@@ -148,17 +155,13 @@ impl Device {
                     len: span.len,
                 });
             }
-            let start = self.scratch.len();
-            if payload.len == 0 {
-                payload = Payload {
-                    region: SCRATCH,
-                    offset: start as u64,
-                    len: 0,
-                };
+            let (copied, _) = self.scratch_space(span.len as usize);
+            let into = &mut self.scratch[copied.offset as usize..][..span.len as usize];
+            self.memory.fetch(span, into);
+            match payload.len {
+                0 => payload = copied,
+                _ => payload.len += span.len,
             }
-            self.scratch.resize(start + span.len as usize, 0);
-            self.memory.fetch(span, &mut self.scratch[start..]);
-            payload.len += span.len;
         }
         Ok(payload)
     }
@@ -213,12 +216,14 @@ impl Device {
             self.staged.push(overtaken);
         }
         if self.staged.is_empty() {
+            self.scratch_used = 0;
             return;
         }
         let Device {
             socket,
             staged,
             scratch,
+            scratch_used,
             memory,
             counters,
             capture,
@@ -240,7 +245,7 @@ impl Device {
         counters.tx_bytes += report.bytes;
         counters.gso_sends += report.gso_sends;
         counters.tx_refused += report.refused;
-        scratch.clear();
+        *scratch_used = 0;
     }
 }
 

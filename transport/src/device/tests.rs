@@ -81,13 +81,25 @@ fn connect(device: &mut Device, domain: u32, address: SocketAddr) -> (QpId, Qpn)
 }
 
 /// A datagram with a right ICRC.
-fn datagram(device: &Device, from: SocketAddr, mut header: Header, payload: &[u8]) -> Vec<u8> {
+fn datagram(device: &Device, from: SocketAddr, header: Header, payload: &[u8]) -> Vec<u8> {
+    identified(device, from, header, payload, 0)
+}
+
+/// The same with an IPv4 Identification.
+fn identified(
+    device: &Device,
+    from: SocketAddr,
+    mut header: Header,
+    payload: &[u8],
+    identification: u16,
+) -> Vec<u8> {
     header.pad = pad_len(payload.len()) as u8;
     let local = device.local_addr();
     let mut bytes = vec![0; 64];
     let len = header.emit(&mut bytes);
     bytes.truncate(len);
     let flow = flow(from, local.ip(), local.port()).unwrap();
+    let flow = flow.with_identification(identification);
     let total = len + payload.len() + pad_len(payload.len()) + 4;
     let mut crc = Icrc::begin(&flow, &bytes, total);
     crc.update(payload);
@@ -202,6 +214,32 @@ fn a_congestion_notification_halves_the_budget_of_its_peer_alone() {
     header.becn = true;
     deliver(&mut device, peer(1), header, &[]);
     assert_eq!(rooms(&device), [before[0] / 2, before[1]]);
+}
+
+#[test]
+fn an_identification_out_of_turn_is_counted_and_dropped_until_the_next_confirms_it() {
+    let mut device = device();
+    let (id, qpn) = connect(&mut device, ATTACKED, peer(1));
+    for place in 0..4 {
+        let list = SgList::EMPTY;
+        let qp = device.qp(id).unwrap();
+        let wr_id = WrId(place);
+        qp.post_recv(RecvWr { wr_id, local: list }).unwrap();
+    }
+    let mut send = |psn, identification| {
+        let header = request(Opcode::RcSendOnly, qpn, psn, Extension::Bare);
+        let bytes = identified(&device, peer(1), header, &[], identification);
+        let now = device.now();
+        let taken = matches!(
+            device.handle(now, peer(1), None, &bytes),
+            Input::Taken { .. }
+        );
+        (taken, device.counters().rx_odd_identification)
+    };
+    assert_eq!(send(PSN, 0), (true, 0));
+    assert_eq!(send(PSN + 1, 5000), (false, 1));
+    assert_eq!(send(PSN + 1, 5007), (true, 1));
+    assert_eq!(send(PSN + 2, 5100), (true, 1));
 }
 
 #[test]

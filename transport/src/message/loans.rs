@@ -20,8 +20,8 @@ use crate::memory::{Key, Lent, Memory, Piece};
 pub(crate) const OFFERS_MAX: usize = 64;
 /// One connection's share of the pool, in parts, unless the longest message is more.
 const SHARES: usize = 4;
-/// Buffers kept for the next message that has to be copied.
-const SPARE_MAX: usize = 4;
+/// Bytes of buffers kept for the next messages that have to be copied.
+const SPARE_BYTES_MAX: usize = 16 << 20;
 
 /// What an endpoint has lent in all.
 #[derive(Debug)]
@@ -31,6 +31,7 @@ pub(crate) struct LoanPool {
     bytes_peak: usize,
     share_max: usize,
     spare: Vec<Vec<u8>>,
+    spare_bytes: usize,
     /// Connections that were refused for want of room.
     pub(super) refused: VecDeque<u32>,
     /// Whether room has been freed since the refused ones were last told.
@@ -45,6 +46,7 @@ impl LoanPool {
             bytes_peak: 0,
             share_max: limits.message_max.max(limits.lent_max / SHARES),
             spare: Vec::new(),
+            spare_bytes: 0,
             refused: VecDeque::new(),
             is_freed: false,
         }
@@ -73,15 +75,18 @@ impl LoanPool {
 
     /// An empty buffer that has been in use, so that its pages are there.
     pub(crate) fn buffer(&mut self) -> Vec<u8> {
-        self.spare.pop().unwrap_or_default()
+        let buffer = self.spare.pop().unwrap_or_default();
+        self.spare_bytes -= buffer.capacity();
+        buffer
     }
 
     fn recycle(&mut self, lent: Lent) {
         for piece in lent.into_pieces() {
             if let Piece::Owned(mut bytes) = piece
-                && self.spare.len() < SPARE_MAX
+                && self.spare_bytes + bytes.capacity() <= SPARE_BYTES_MAX
             {
                 bytes.clear();
+                self.spare_bytes += bytes.capacity();
                 self.spare.push(bytes);
             }
         }

@@ -71,21 +71,21 @@ impl ReceiveBatch {
     /// One `recvmmsg`.
     pub(super) fn fill(&mut self, fd: RawFd) -> io::Result<usize> {
         self.filled = 0;
-        for (index, buffer) in self
-            .buffers
-            .chunks_exact_mut(RECEIVE_SLOT_BYTES)
-            .enumerate()
-        {
-            self.vectors[index] = libc::iovec {
+        // One borrow of each array: a second one would end what pointers from the first may reach.
+        let buffers = self.buffers.chunks_exact_mut(RECEIVE_SLOT_BYTES);
+        let slots = buffers.zip(&mut self.vectors).zip(&mut self.names);
+        let slots = slots.zip(&mut self.controls).zip(&mut self.messages);
+        for ((((buffer, vector), name), control), message) in slots {
+            *vector = libc::iovec {
                 iov_base: buffer.as_mut_ptr().cast(),
                 iov_len: buffer.len(),
             };
-            let header = &mut self.messages[index].msg_hdr;
-            header.msg_name = (&raw mut self.names[index]).cast();
+            let header = &mut message.msg_hdr;
+            header.msg_name = (&raw mut *name).cast();
             header.msg_namelen = mem::size_of::<libc::sockaddr_storage>() as libc::socklen_t;
-            header.msg_iov = &raw mut self.vectors[index];
+            header.msg_iov = vector;
             header.msg_iovlen = 1;
-            header.msg_control = self.controls[index].0.as_mut_ptr().cast();
+            header.msg_control = control.0.as_mut_ptr().cast();
             header.msg_controllen = CONTROL_BYTES;
             header.msg_flags = 0;
         }

@@ -186,20 +186,22 @@ impl TransmitBatch {
             self.vectors.push(vector(body));
             self.vectors.push(vector(frame.trailer()));
         }
+        // One borrow of each array: a second one would end what pointers from the first may reach.
+        let vectors = self.vectors.as_mut_ptr();
+        let slots = self.names.iter_mut().zip(&mut self.controls);
         let mut frame = 0;
-        for (index, run) in self.runs.iter().enumerate() {
-            let name_len = write_name(&mut self.names[index], &frames[frame].target);
+        for (run, (name, control)) in self.runs.iter().zip(slots) {
+            let name_len = write_name(name, &frames[frame].target);
             // SAFETY: an all-zero msghdr is a valid one.
             let mut message: libc::mmsghdr = unsafe { mem::zeroed() };
             let header = &mut message.msg_hdr;
-            header.msg_name = (&raw mut self.names[index]).cast();
+            header.msg_name = (&raw mut *name).cast();
             header.msg_namelen = name_len;
-            header.msg_iov = &raw mut self.vectors[3 * frame];
+            header.msg_iov = vectors.wrapping_add(3 * frame);
             header.msg_iovlen = 3 * usize::from(run.frames);
             if run.frames > 1 {
-                let control = &mut self.controls[index];
-                header.msg_control = control.0.as_mut_ptr().cast();
                 header.msg_controllen = write_segment_control(control, run.segment);
+                header.msg_control = control.0.as_mut_ptr().cast();
             }
             self.messages.push(message);
             frame += usize::from(run.frames);

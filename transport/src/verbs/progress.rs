@@ -4,7 +4,7 @@
 //!
 //! The thread sleeps in epoll. Threads that post or poll drive the device themselves and note the
 //! time; as long as that is less than [`TICK`] ago the thread only looks again after another
-//! [`TICK`]. A thread that is going to sleep until a completion comes says so, and the device's
+//! [`TICK`], and no packet wakes it meanwhile. A thread that is going to sleep until a completion comes says so, and the device's
 //! thread takes over at once. No thread that drives the device blocks on anything but its lock.
 
 use std::collections::VecDeque;
@@ -13,7 +13,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -123,6 +123,8 @@ pub(super) struct Shared {
     sleeps_until: AtomicU64,
     is_stopping: AtomicBool,
     waker: mio::Waker,
+    /// The device's thread, to be woken from a nap.
+    thread: OnceLock<std::thread::Thread>,
 }
 
 /// The device's thread; it ends when this is dropped.
@@ -160,11 +162,14 @@ pub(super) fn start(
         sleeps_until: AtomicU64::new(NEVER),
         is_stopping: AtomicBool::new(false),
         waker,
+        thread: OnceLock::new(),
     });
     let ours = shared.clone();
     let handle = std::thread::Builder::new()
         .name("lowtide-softroce".into())
         .spawn(move || ours.run(poll))?;
+    // Set once, here.
+    let _ = shared.thread.set(handle.thread().clone());
     Ok((
         shared.clone(),
         Thread {
@@ -178,7 +183,7 @@ impl Drop for Thread {
     fn drop(&mut self) {
         self.shared.is_stopping.store(true, Ordering::Release);
         // A thread that cannot be woken ends at its next tick or packet.
-        if self.shared.waker.wake().is_ok()
+        if self.shared.wake().is_ok()
             && let Some(handle) = self.handle.take()
         {
             // It only ends by returning; a panic there has been printed.
@@ -216,14 +221,22 @@ impl Shared {
         if due < self.sleeps_until.load(Ordering::Relaxed) {
             self.sleeps_until.store(due, Ordering::Relaxed);
             // At worst the timer is late by the time until the next packet.
-            let _ = self.waker.wake();
+            let _ = self.wake();
         }
+    }
+
+    /// Wakes the device's thread, from epoll or from a nap.
+    fn wake(&self) -> io::Result<()> {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+        self.waker.wake()
     }
 
     /// Sleeps until something completes on `cq`; false when `deadline` has passed.
     pub(super) fn sleep(&self, cq: CqId, deadline: Instant) -> bool {
         self.driven_at.store(0, Ordering::Relaxed);
-        let _ = self.waker.wake();
+        let _ = self.wake();
         let mut state = self.lock();
         while state.is_cq_empty(cq) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -247,7 +260,8 @@ impl Shared {
             let _ = poll.poll(&mut occurred, wait);
             let driven_at = Duration::from_nanos(self.driven_at.load(Ordering::Relaxed));
             if self.origin.elapsed().saturating_sub(driven_at) < TICK && !driven_at.is_zero() {
-                wait = Some(TICK);
+                std::thread::park_timeout(TICK);
+                wait = Some(Duration::ZERO);
                 continue;
             }
             let mut state = self.lock();

@@ -78,7 +78,7 @@ impl Client {
         if !idle || hop == self.config.root || !joined {
             return;
         }
-        if homes.is_empty() && !self.may_release(hop) {
+        if (homes.is_empty() && !self.may_release(hop)) || self.is_between_lives(hop) {
             return;
         }
         let Some(state) = self.hops.get_mut(&hop) else {
@@ -89,6 +89,32 @@ impl Client {
         self.holdings.forget_revokes(|home| homes.contains(&home));
         let reclaim = self.holdings.claims(|home| homes.contains(&home));
         self.port.send(hop, Message::Open { known, reclaim });
+    }
+
+    /// Whether the newest life of a proxy that is known here is dead. A process that still runs in
+    /// that life would take a session without claims for the release of what it granted, and grant
+    /// it to others who have not heard yet.
+    fn is_between_lives(&self, proxy: NodeId) -> bool {
+        let seat = self.member.view().seat(proxy);
+        let newest = seat
+            .map(|s| s.life.incarnation)
+            .max(self.dead.get(&proxy).copied());
+        newest.is_some_and(|incarnation| {
+            self.is_dead(Life {
+                node: proxy,
+                incarnation,
+            })
+        })
+    }
+
+    /// Opens sessions with proxies whose next life the view names.
+    pub(super) fn reopen_proxies(&mut self) {
+        let proxies: BTreeSet<NodeId> = self.config.via.values().copied().collect();
+        for proxy in proxies {
+            if !self.routes_through(proxy).is_empty() {
+                self.open_hop(proxy);
+            }
+        }
     }
 
     /// Whether a bypassed proxy may hear that nothing is claimed from it any more: it lives after
@@ -104,7 +130,9 @@ impl Client {
     pub(super) fn release_voided(&mut self) {
         let bypassed: BTreeSet<NodeId> = self.voided.keys().map(|life| life.node).collect();
         for proxy in bypassed {
-            self.open_hop(proxy);
+            if self.routes_through(proxy).is_empty() {
+                self.open_hop(proxy);
+            }
         }
     }
 

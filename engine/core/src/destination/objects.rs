@@ -33,8 +33,12 @@ pub(super) fn write<S: Storage>(update: &Update, epoch: Epoch, storage: &mut S) 
             (Recorded::Delete, None, before)
         }
         Change::Add(words) => {
+            let existed = before.clone().map(|stored| Stored {
+                value: Value::Inline(Bytes::from([])),
+                ..stored
+            });
             let after = add(before, words, storage);
-            (Recorded::Add(words.clone()), Some(after), None)
+            (Recorded::Add(words.clone()), Some(after), existed)
         }
     };
     storage.put(&update.key, after);
@@ -69,10 +73,11 @@ pub(super) fn undo<S: Objects>(write: &Write, storage: &mut S) -> Option<Stored>
         Recorded::Add(words) => {
             let old = now.and_then(|s| storage.fetch(&s.value));
             let sum = add_words(old.as_deref().unwrap_or(&[]), &negate_words(words));
-            // Words that are all 0 mean the same as no object.
-            let zero = sum.iter().all(|b| *b == 0);
+            // An addition that made the object takes it away again, unless others have added to it
+            // since.
+            let keeps = write.before.is_some() || sum.iter().any(|b| *b != 0);
             let value = Value::Inline(sum);
-            (!zero).then_some(Stored {
+            keeps.then_some(Stored {
                 version,
                 epoch: Epoch(0),
                 value,

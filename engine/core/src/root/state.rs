@@ -4,7 +4,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
 use crate::ids::{Epoch, Life, NodeId, Seq, StreamSeq, Term, Time, ViewId};
-use crate::message::{Held, Role};
+use crate::message::{Held, Role, Seat, View};
 use crate::wire::{Malformed, Reader, Wire};
 use crate::wire_struct;
 
@@ -38,13 +38,7 @@ pub struct RootState {
 }
 
 impl RootState {
-    /// The state of a root that evicts nobody, as [`RootState::decode`] takes it.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        self.encode_with(&[])
-    }
-
-    pub(super) fn encode_with(&self, evictions: &[Eviction]) -> Vec<u8> {
+    pub(super) fn encode(&self, evictions: &[Eviction]) -> Vec<u8> {
         let mut out = alloc::vec![VERSION];
         self.term.put(&mut out);
         self.minimum.put(&mut out);
@@ -91,6 +85,25 @@ impl RootState {
     #[must_use]
     pub fn term(&self) -> Term {
         self.term
+    }
+
+    /// The membership view.
+    #[must_use]
+    pub fn view(&self) -> View {
+        let seat = |r: &Row| Seat {
+            life: r.life,
+            role: r.role,
+            live: r.live,
+        };
+        View {
+            id: self.view,
+            seats: self.rows.iter().map(seat).collect(),
+        }
+    }
+
+    /// Evictions that are not over: victim and stage.
+    pub fn evictions(&self) -> impl Iterator<Item = (Life, &'static str)> + '_ {
+        self.evictions.iter().map(|e| (e.victim, e.stage.name()))
     }
 
     /// Lives whose resolution is not finished.

@@ -23,6 +23,8 @@
 //! Every value read is hostile: decoding checks every byte, reserved ones included, and answers
 //! with a [`Malformed`] reason. What is encoded decodes to itself.
 
+use std::sync::Arc;
+
 use lowtide_engine_core::op::Bytes;
 
 use super::{CHUNK_LOG2_MAX, CHUNK_LOG2_MIN, Ino};
@@ -401,6 +403,32 @@ impl Chunk {
             _ => return Chunk::new(framed.get(1..).unwrap_or_default()),
         }
         Chunk::Bytes(Bytes::from(&*framed))
+    }
+
+    /// A chunk whose contents `fill` puts where they are kept: into the first bytes of the room it is
+    /// given, of which it returns how many it used. `None` if it used none.
+    ///
+    /// # Errors
+    /// Those of `fill`.
+    pub fn fill<E>(
+        len_max: usize,
+        fill: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+    ) -> Result<Option<Chunk>, E> {
+        let mut framed: Arc<[u8]> = std::iter::repeat_n(0, 1 + len_max).collect();
+        let mut len = 0;
+        if let Some([form, room @ ..]) = Arc::get_mut(&mut framed) {
+            *form = FORM_BYTES;
+            len = fill(room)?;
+        }
+        let contents = framed.get(1..1 + len).unwrap_or_default();
+        if contents.is_empty() {
+            return Ok(None);
+        }
+        // A short end is copied: it would keep all of its room.
+        if len < len_max || contents.iter().all(|&b| b == 0) {
+            return Ok(Some(Chunk::new(contents)));
+        }
+        Ok(Some(Chunk::Bytes(framed.into())))
     }
 
     /// The value of a chunk object.

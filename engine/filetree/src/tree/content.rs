@@ -234,17 +234,18 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         begin: (&[u8], &[u8]),
         content: &mut dyn Read,
     ) -> Result<u64, TreeError> {
-        upload.push(begin.0)?;
-        upload.push(begin.1)?;
+        upload.push(Chunk::new(begin.0))?;
+        upload.push(Chunk::new(begin.1))?;
         let chunk_size = begin.0.len();
         let mut size = (begin.0.len() + begin.1.len()) as u64;
         let mut is_last = begin.1.len() < chunk_size;
         while !is_last {
-            let chunk = read_up_to(content, chunk_size)?;
-            is_last = chunk.len() < chunk_size;
-            size += chunk.len() as u64;
-            if !chunk.is_empty() {
-                upload.push(&chunk)?;
+            let chunk = Chunk::fill(chunk_size, |room| fill_from(content, room))?;
+            let len = chunk.as_ref().map_or(0, Chunk::len);
+            is_last = len < chunk_size;
+            size += len as u64;
+            if let Some(chunk) = chunk {
+                upload.push(chunk)?;
             }
         }
         upload.flush()?;
@@ -477,4 +478,18 @@ fn read_up_to(content: &mut dyn Read, max: usize) -> Result<Vec<u8>, TreeError> 
         .read_to_end(&mut bytes)
         .map_err(TreeError::Input)?;
     Ok(bytes)
+}
+
+/// Reads until `room` is full or the stream ends; returns how much came.
+fn fill_from(content: &mut dyn Read, room: &mut [u8]) -> Result<usize, TreeError> {
+    let mut filled = 0;
+    while filled < room.len() {
+        match content.read(&mut room[filled..]) {
+            Ok(0) => break,
+            Ok(more) => filled += more,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(TreeError::Input(e)),
+        }
+    }
+    Ok(filled)
 }

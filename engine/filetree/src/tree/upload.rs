@@ -80,14 +80,14 @@ impl<'t, 's, S: Session + ?Sized> Upload<'t, 's, S> {
     }
 
     /// Hands over the next chunk.
-    pub fn push(&mut self, contents: &[u8]) -> Result<(), TreeError> {
-        if self.group_bytes + contents.len() > GROUP_BYTES_MAX
+    pub fn push(&mut self, chunk: Chunk) -> Result<(), TreeError> {
+        if self.group_bytes + chunk.len() > GROUP_BYTES_MAX
             || self.group.len() as u64 == CHUNKS_PER_OP_MAX
         {
             self.submit_group()?;
         }
-        self.group.push(Chunk::new(contents));
-        self.group_bytes += contents.len();
+        self.group_bytes += chunk.len();
+        self.group.push(chunk);
         Ok(())
     }
 

@@ -127,6 +127,7 @@ fn words(verdict: Verdict) -> String {
         Verdict::Sealed => "sealed".to_owned(),
         Verdict::Unwritten => "nothing written beyond".to_owned(),
         Verdict::Damaged => "damaged record".to_owned(),
+        Verdict::WrongLength => "the file is not as long as its header says".to_owned(),
         Verdict::Version(version) => format!("record of version {version}"),
         _ => "unknown".to_owned(),
     }
@@ -156,6 +157,8 @@ struct Audit {
 #[derive(Debug)]
 struct Segment {
     file: String,
+    /// Bytes of the file.
+    len: u64,
     header: SegmentHeader,
     records: u64,
     /// Byte offset up to which everything is intact.
@@ -166,7 +169,7 @@ struct Segment {
 impl Audit {
     fn take(&mut self, entry: &Entry) {
         match entry {
-            Entry::Segment { file, header, .. } => {
+            Entry::Segment { file, len, header } => {
                 self.current = None;
                 let Some(header) = header else {
                     self.headless.push(file.clone());
@@ -176,6 +179,7 @@ impl Audit {
                 self.current = Some(key);
                 let segment = Segment {
                     file: file.clone(),
+                    len: *len,
                     header: *header,
                     records: 0,
                     end: 0,
@@ -256,9 +260,16 @@ impl Audit {
                 *proof = (*proof).max(end.0);
             }
         }
-        proofs
-            .iter()
-            .filter_map(|(number, proof)| self.missing(*number, *proof))
+        let cut = self
+            .segments
+            .values()
+            .filter(|s| s.len != s.header.segment_bytes);
+        let cut = cut.map(|s| {
+            let expected = s.header.segment_bytes;
+            format!("{}: {} bytes long, {expected} expected", s.file, s.len)
+        });
+        let missing = proofs.iter();
+        cut.chain(missing.filter_map(|(number, proof)| self.missing(*number, *proof)))
             .collect()
     }
 

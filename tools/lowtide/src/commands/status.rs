@@ -92,7 +92,7 @@ fn line(name: &str, report: &NodeReport) -> String {
         }
     }
     if let Some(blocker) = &status.blocked_by {
-        line += &format!(", minimum held by {blocker}");
+        line += &format!("; {blocker}");
     }
     line
 }
