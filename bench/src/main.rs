@@ -17,6 +17,7 @@ mod logs;
 mod machine;
 mod messages;
 mod programs;
+mod queue;
 mod row;
 mod small;
 mod tree;
@@ -151,6 +152,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "costs",
         about: "memory and messages of a run of the small files, against their limits",
         run: costs::costs,
+    },
+    Benchmark {
+        name: "queue",
+        about: "the ring between a server's front and a shard, against crossbeam's bounded channel",
+        run: queue::queue,
     },
     Benchmark {
         name: "memory-million",

@@ -3,6 +3,7 @@
 //!
 //! - [`node`]: a running node of any role; start here.
 //! - [`session`]: what an application holds of a client node.
+//! - `server`: a destination's front and shards with their threads and [`ring`]s.
 //! - [`storage`]: a destination's durable state behind the mind's `Storage` trait.
 //! - [`log`], [`store`], [`medium`]: mapped log with group commit, checkpoint store, and the media
 //!   both run on.
@@ -15,6 +16,8 @@ pub mod log;
 pub mod medium;
 pub mod node;
 pub mod offline;
+pub mod ring;
+pub(crate) mod server;
 pub mod session;
 pub mod status;
 pub mod storage;

@@ -515,6 +515,14 @@ impl Log {
         .map_err(|e| e.at(lsn))
     }
 
+    /// Reads this log's records from any thread.
+    pub fn reader(&self) -> LogReader {
+        LogReader {
+            shared: self.shared.clone(),
+            tag: self.tag,
+        }
+    }
+
     /// The caller's records from `from` on (a record's position, or zero for the first), in order,
     /// without those of void groups.
     pub fn iter(&self, from: Lsn) -> Records<'_> {
@@ -540,6 +548,37 @@ impl Log {
             parts: &[&body],
         };
         self.append_any(open).map_err(OpenError::from)
+    }
+}
+
+/// Reads single records of a log that another thread may be appending to. For rare use: it takes
+/// the lock of the segment table. Whoever reads knows that the record is there and not recycled.
+#[derive(Debug, Clone)]
+pub struct LogReader {
+    shared: Arc<Shared>,
+    tag: u64,
+}
+
+impl LogReader {
+    /// Reads the record at `lsn` and verifies it.
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    pub fn read(&self, lsn: Lsn) -> Result<Record, ReadError> {
+        let segment_bytes = self.shared.config.segment_bytes;
+        let segment = self.shared.live_segment(lsn.0 / segment_bytes);
+        let segment = segment.ok_or(ReadError::Outside {
+            lsn,
+            first: Lsn(0),
+            end: self.shared.durable(),
+        })?;
+        recover::read_record(
+            &segment,
+            lsn.0 % segment_bytes,
+            &self.shared.config,
+            self.tag,
+        )
+        .map_err(|e| e.at(lsn))
     }
 }
 

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::Sender;
+use lowtide_engine_core::destination::shard::SHARDS_MAX;
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::session::Placement;
 use lowtide_transport::message::{BindError, Waker};
@@ -112,6 +113,9 @@ pub struct NodeConfig {
     pub evict_after_ms: u64,
     /// Most bytes of other participants' updates in one log record.
     pub carry_bytes: usize,
+    /// Shards of a persistent server, 1 to 64; each but a single one has a thread of its own. May
+    /// differ from the last start.
+    pub shards: u32,
 }
 
 impl NodeConfig {
@@ -132,6 +136,7 @@ impl NodeConfig {
             ping_interval_ms: 20,
             evict_after_ms: 30_000,
             carry_bytes: 64 << 10,
+            shards: default_shards(),
         }
     }
 
@@ -155,6 +160,12 @@ impl NodeConfig {
             object: of(Role::Object),
         }
     }
+}
+
+/// As many shards as there are cores to run on.
+fn default_shards() -> u32 {
+    let cores = std::thread::available_parallelism();
+    cores.map_or(1, |n| (n.get() as u32).min(SHARDS_MAX))
 }
 
 /// Why a node cannot start.

@@ -11,18 +11,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use lowtide_engine_core::destination::{Destination, DestinationConfig, DestinationCounters};
+use lowtide_engine_core::destination::{DestinationConfig, DestinationCounters};
 use lowtide_engine_core::effect::Effect;
 use lowtide_engine_core::ids::{Life, NodeId, Time};
 use lowtide_engine_core::message::Envelope;
 use lowtide_engine_core::op::{Bytes, Key, Range};
-use lowtide_engine_core::record::Storage;
+use lowtide_engine_core::record::{Objects, Storage};
 use lowtide_engine_core::root::{Root, RootConfig};
 use lowtide_engine_core::session::Page;
 
 use crate::node::StartError;
 use crate::node::rootfile::RootFile;
-use crate::storage::{ShardStorage, StorageError};
+use crate::server::Server;
+use crate::storage::StorageError;
 
 /// How long recovery may go without any progress before it is given up.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -59,11 +60,6 @@ pub enum OfflineError {
     /// Recovery stopped making progress.
     #[error("work is unresolved: {0}")]
     Unresolved(String),
-}
-
-struct Server {
-    destination: Destination,
-    storage: ShardStorage,
 }
 
 /// A recovered cluster at rest.
@@ -124,14 +120,6 @@ impl Recovery {
         let root = Root::new(*root_id, settings, state, Time(0));
         let mut servers = BTreeMap::new();
         for (index, (node, dir)) in config.servers.iter().enumerate() {
-            let (storage, image) =
-                ShardStorage::open(dir, false, wake.clone()).map_err(|error| {
-                    OfflineError::Server {
-                        node: *node,
-                        dir: dir.clone(),
-                        error,
-                    }
-                })?;
             let nonce = crate::node::process_nonce().wrapping_add(index as u64);
             let settings = DestinationConfig {
                 root: *root_id,
@@ -140,14 +128,14 @@ impl Recovery {
                 nonce,
                 carry_bytes: 0,
             };
-            let destination = Destination::new(*node, settings, image);
-            servers.insert(
-                *node,
-                Server {
-                    destination,
-                    storage,
-                },
-            );
+            // One shard, whatever the cluster ran with: its objects are read from this thread.
+            let server = Server::open(*node, settings, (dir, false), 1, wake.clone());
+            let server = server.map_err(|error| OfflineError::Server {
+                node: *node,
+                dir: dir.clone(),
+                error,
+            })?;
+            servers.insert(*node, server);
         }
         let (root_id, mail) = (*root_id, VecDeque::new());
         Ok(Recovery {
@@ -194,7 +182,7 @@ impl Recovery {
         let done: u64 = self
             .servers
             .values()
-            .map(|s| total(s.destination.counters()))
+            .map(|s| total(s.front().counters()))
             .sum();
         (
             self.root.counters().evicted,
@@ -215,7 +203,7 @@ impl Recovery {
             && self
                 .servers
                 .values()
-                .all(|s| s.destination.stage().1.is_empty())
+                .all(|s| s.front().stage().1.is_empty())
     }
 
     fn describe(&self) -> String {
@@ -227,8 +215,8 @@ impl Recovery {
         let waiting: Vec<String> = self
             .servers
             .iter()
-            .filter(|(_, s)| !s.destination.stage().1.is_empty())
-            .map(|(node, s)| format!("server {node} waits for {:?}", s.destination.stage().1))
+            .filter(|(_, s)| !s.front().stage().1.is_empty())
+            .map(|(node, s)| format!("server {node} waits for {:?}", s.front().stage().1))
             .collect();
         [evictions, waiting].concat().join("; ")
     }
@@ -241,9 +229,7 @@ impl Recovery {
             if to == self.root_id {
                 self.root.handle_message(now, envelope);
             } else if let Some(server) = self.servers.get_mut(&to) {
-                server
-                    .destination
-                    .handle_message(now, envelope, &mut server.storage);
+                server.front_mut().handle_message(now, envelope);
             }
         }
         self.root.handle_persisted(now, self.root_file.persisted());
@@ -259,17 +245,13 @@ impl Recovery {
             }
         }
         for server in self.servers.values_mut() {
-            let Server {
-                destination,
-                storage,
-            } = server;
-            destination.handle_durable(now, storage.durable(), storage);
-            destination.handle_timeout(now, storage);
-            storage.finish_batch(|| destination.image(), destination.undo_floor(), || 0);
-            if let Some(why) = storage.failure() {
+            server.settle(now);
+            server.front_mut().handle_timeout(now);
+            server.pass(now);
+            if let Some(why) = server.failure() {
                 return Err(OfflineError::Failed(why));
             }
-            while let Some(effect) = destination.poll_effect() {
+            while let Some(effect) = server.front_mut().poll_effect() {
                 if let Effect::Send { to, envelope } = effect {
                     self.mail.push_back((to, envelope));
                 }
@@ -302,7 +284,7 @@ impl OfflineState {
     /// Operations undone and completed meanwhile.
     #[must_use]
     pub fn undone_and_completed(&self) -> (u64, u64) {
-        let counters = self.servers.values().map(|s| s.destination.counters());
+        let counters = self.servers.values().map(|s| s.front().counters());
         counters.fold((0, 0), |(u, c), next| (u + next.undone, c + next.completed))
     }
 
@@ -314,10 +296,11 @@ impl OfflineState {
         let Some(server) = self.servers.get_mut(&home) else {
             return Ok(None);
         };
-        let stored = server.storage.get(key);
-        let value = stored.and_then(|s| server.storage.fetch(&s.value));
+        let value = server.objects().and_then(|objects| {
+            let stored = objects.get(key)?;
+            objects.fetch(&stored.value)
+        });
         server
-            .storage
             .failure()
             .map_or(Ok(value), |why| Err(OfflineError::Failed(why)))
     }
@@ -336,9 +319,10 @@ impl OfflineState {
         let Some(server) = self.servers.get_mut(&home) else {
             return Ok(Page::default());
         };
-        let page = server.storage.scan(range, after, bytes_max);
+        let objects = server.objects();
+        let page = objects.map(|o| o.scan(range, after, bytes_max));
+        let page = page.unwrap_or_default();
         server
-            .storage
             .failure()
             .map_or(Ok(page), |why| Err(OfflineError::Failed(why)))
     }

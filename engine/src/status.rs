@@ -88,6 +88,8 @@ pub struct Status {
     /// `JOINING`, `RECONNECT`, `COMPLETE`, at the root also stages of evictions; `FULL` when new
     /// work is refused.
     pub stage: String,
+    /// Shards of a persistent server; 0 for other roles.
+    pub shards: u32,
     /// What it waits for, in words.
     pub blocked_by: Option<String>,
     /// Root only: every member.

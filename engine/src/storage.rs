@@ -1,60 +1,139 @@
-//! A destination's storage: log, overlay, checkpoint store and extents behind the mind's
-//! [`Storage`] trait.
+//! A destination's storage: one log, overlay and way to the committer per shard
+//! ([`ShardStorage`]), and what the node has once ([`NodeStorage`]): checkpoint store, extents,
+//! committer, superblock.
 //!
 //! Order of durability (D2): an extent is synced before the log record that points to it can
-//! commit; a checkpoint is written only once every record it reflects is durable (the overlay
-//! asserts it). Everything that blocks runs on other threads: the committer syncs logs, the bulk
-//! thread writes and syncs extents, the checkpoint thread writes the store.
+//! commit; a checkpoint is written only once every record it reflects is durable on every log (the
+//! overlay asserts it). Everything that blocks runs on other threads: the committer syncs logs, the
+//! bulk thread writes and syncs extents, the checkpoint thread writes the store.
 //!
-//! A failure anywhere is kept in [`ShardStorage::failure`]; the node looks before it lets any
-//! effect out and leaves the cluster, so nothing is acknowledged after it.
+//! The engine thread gives the steps of a round one commit group and pins it; each shard's batch
+//! carries a clone of the pin until its records are published. Groups are given by one thread, so
+//! they rise with the steps, in every log, and "group durable" says "steps durable".
 //!
-//! Deliberately absent: freeing of extents while the node runs; the map is rebuilt at each start
-//! from what the store and the log still refer to.
+//! A checkpoint is of the node: the front's image and every shard's objects as of one step, written
+//! in one transaction. So objects may move between shards from one start to the next.
+//!
+//! A failure anywhere is kept in [`Durability`]; the node looks before it lets any effect out and
+//! leaves the cluster, so nothing is acknowledged after it.
 
-use std::collections::HashMap;
+mod recover;
+mod shard;
+mod work;
+
+use std::collections::VecDeque;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Sender, unbounded};
 use lowtide_engine_core::destination::{Image, RecoverError};
-use lowtide_engine_core::ids::{Epoch, Lsn};
-use lowtide_engine_core::op::{Bytes, Key, Range};
-use lowtide_engine_core::record::{Extent, Record, Recorded, Storage, Stored, Value};
-use lowtide_engine_core::session::Page;
-use lowtide_engine_core::wire;
+use lowtide_engine_core::ids::Step;
+use lowtide_engine_core::op::{Key, Range};
+use lowtide_engine_core::record::Extent;
 
-use crate::log::commit::{Committer, GroupPin, Publisher};
+pub use shard::{ShardGauge, ShardStorage};
+use work::{BulkSync, CheckpointPart, Checkpointer, Unwritten};
+
+use crate::log::commit::{Committer, GroupClock, GroupPin, ShardLog};
 use crate::log::set::{LogSet, SetConfig};
 use crate::log::superblock::{NodeState, Superblock, SuperblockError};
-use crate::log::{self, Append, Log, LogConfig, LogIdentity, OpenError};
+use crate::log::{self, Log, LogConfig, LogIdentity, OpenError};
 use crate::medium::dir::{DirOptions, DirVolume};
 use crate::medium::{MediumError, Volume};
 use crate::store::extents::{ExtentError, ExtentFile, ExtentRef};
-use crate::store::overlay::{DurablePoint, FreezePoint, Frozen, Overlay};
-use crate::store::redb_store::RedbStore;
+use crate::store::overlay::DurablePoint;
+use crate::store::redb_store::{RedbStore, STORE_FILE};
 use crate::store::{Store, StoreError};
 
-/// A checkpoint begins when the overlay holds this much, in bytes.
-const CHECKPOINT_BYTES: usize = 32 << 20;
 /// Page cache of the checkpoint store, in bytes.
 const STORE_CACHE: usize = 32 << 20;
-/// Largest extent file, in bytes.
-const EXTENTS_MAX: u64 = 1 << 40;
-/// Extents and batches that one sync serves at most.
-const BULK_PER_SYNC: usize = 64;
-/// Room that new work leaves in the log for what is already stamped, in bytes.
-const ROOM: u64 = 48 << 20;
-/// Disk space that new work leaves for the checkpoint store, whatever happens, in bytes.
-const DISK_STORE: u64 = 2 * CHECKPOINT_BYTES as u64;
-/// Disk space that new work leaves for what one client may have stamped, in bytes: a session lets
-/// it have [`crate::session::UNCOMMITTED_BYTES_MAX`] under way and one operation more.
-const DISK_CLIENT: u64 = crate::session::UNCOMMITTED_BYTES_MAX + (8 << 20);
 /// How often the disk is asked how much is free.
 const DISK_EVERY: Duration = Duration::from_millis(20);
+/// Most log segments of a node, shared out to its shards.
+const SEGMENTS_MAX: usize = 24;
+/// Fewest that a shard may use at most.
+const SEGMENTS_PER_SHARD: usize = 6;
+
+/// Shape of a destination's storage.
+#[derive(Clone, Debug)]
+pub struct StorageConfig {
+    /// Shards, from 1 to the mind's `SHARDS_MAX`; may be another number than the last time.
+    pub shards: u32,
+    /// Length of a log segment, in bytes. Fixed for the life of the state.
+    pub segment_bytes: u64,
+    /// Longest log record, in bytes; at most a quarter of a segment.
+    pub record_bytes_max: u64,
+    /// Most segments of one shard's log.
+    pub segments_max: usize,
+    /// Room that new work leaves in each log for what is already stamped, in bytes.
+    pub room: u64,
+    /// A checkpoint begins when the overlays hold this much, in bytes.
+    pub checkpoint_bytes: usize,
+    /// Largest extent file, in bytes.
+    pub extents_max: u64,
+    /// Disk space that new work leaves for what one client may have stamped, in bytes.
+    pub client_bytes: u64,
+}
+
+impl StorageConfig {
+    /// The product's shape.
+    #[must_use]
+    pub fn new(shards: u32) -> StorageConfig {
+        StorageConfig {
+            shards,
+            segment_bytes: 64 << 20,
+            record_bytes_max: 12 << 20,
+            segments_max: (SEGMENTS_MAX / shards.max(1) as usize).max(SEGMENTS_PER_SHARD),
+            room: 48 << 20,
+            checkpoint_bytes: 32 << 20,
+            extents_max: 1 << 40,
+            // A session lets it have this much under way, and one operation more.
+            client_bytes: crate::session::UNCOMMITTED_BYTES_MAX + (8 << 20),
+        }
+    }
+}
+
+/// What is known of the disk under the files. Operations that are stamped may not be refused any
+/// more, so new ones are refused while the disk still holds whatever may be under way.
+#[derive(Debug)]
+struct Disk {
+    volume: Arc<dyn Volume>,
+    /// When to ask again.
+    due: Instant,
+    /// Why there is no room, in words, when asked last.
+    full: Option<String>,
+    /// Space left for the checkpoint store, whatever happens, in bytes.
+    store_bytes: u64,
+    client_bytes: u64,
+}
+
+impl Disk {
+    fn ask(
+        &mut self,
+        extents: &ExtentFile,
+        clients: impl FnOnce() -> u64,
+    ) -> Result<(), StorageError> {
+        let now = Instant::now();
+        if now >= self.due {
+            self.due = now + DISK_EVERY;
+            let wanted = self.store_bytes + clients() * self.client_bytes;
+            let free = self.volume.free_bytes()?;
+            let free = free.saturating_add(extents.free_bytes());
+            self.full = (free < wanted).then(|| {
+                format!(
+                    "no room for new work on the disk: {} MiB are free, {} MiB are kept for what \
+                     is under way",
+                    free >> 20,
+                    wanted >> 20
+                )
+            });
+        }
+        Ok(())
+    }
+}
 
 /// Why a destination's state cannot be opened or has failed.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +166,7 @@ pub enum StorageError {
 }
 
 /// Encodes a key so that byte order is key order.
-fn encode_key(key: &Key) -> Vec<u8> {
+pub(crate) fn encode_key(key: &Key) -> Vec<u8> {
     let mut out = Vec::with_capacity(16 + key.name.len());
     out.extend_from_slice(&key.space.to_be_bytes());
     out.extend_from_slice(&key.slot.to_be_bytes());
@@ -95,7 +174,7 @@ fn encode_key(key: &Key) -> Vec<u8> {
     out
 }
 
-fn decode_key(bytes: &[u8]) -> Option<Key> {
+pub(crate) fn decode_key(bytes: &[u8]) -> Option<Key> {
     let space = u64::from_be_bytes(bytes.get(..8)?.try_into().ok()?);
     let slot = u64::from_be_bytes(bytes.get(8..16)?.try_into().ok()?);
     Some(Key {
@@ -124,32 +203,50 @@ fn extent_ref(extent: &Extent) -> ExtentRef {
     }
 }
 
-/// Position of a checkpoint: how far the log is reflected, and the mind's image.
-fn encode_position(lsn: u64, image: &[u8]) -> Vec<u8> {
-    [&lsn.to_le_bytes()[..], image].concat()
+/// Position of a checkpoint: how far each log is reflected, and the mind's image.
+fn encode_position(ends: &[log::Lsn], image: &[u8]) -> Vec<u8> {
+    let mut out = (ends.len() as u32).to_le_bytes().to_vec();
+    for end in ends {
+        out.extend_from_slice(&end.0.to_le_bytes());
+    }
+    out.extend_from_slice(image);
+    out
 }
 
-fn decode_position(bytes: &[u8]) -> Result<(u64, &[u8]), StorageError> {
-    let (lsn, image) = bytes
-        .split_at_checked(8)
-        .ok_or(StorageError::Malformed("checkpoint position"))?;
-    Ok((
-        u64::from_le_bytes(lsn.try_into().unwrap_or_default()),
-        image,
-    ))
+fn decode_position(bytes: &[u8]) -> Result<(Vec<log::Lsn>, &[u8]), StorageError> {
+    let malformed = StorageError::Malformed("checkpoint position");
+    let Some((count, rest)) = bytes.split_first_chunk::<4>() else {
+        return Err(malformed);
+    };
+    let count = u32::from_le_bytes(*count) as usize;
+    let Some((ends, image)) = count.checked_mul(8).and_then(|n| rest.split_at_checked(n)) else {
+        return Err(malformed);
+    };
+    let ends = ends.as_chunks::<8>().0.iter();
+    let ends = ends.map(|e| log::Lsn(u64::from_le_bytes(*e))).collect();
+    Ok((ends, image))
 }
 
 /// What is told to the engine thread from the threads that block.
 #[derive(Debug, Default)]
 pub struct Durability {
-    /// The log is durable before this position.
-    pub lsn: AtomicU64,
+    /// Each log is durable before this position.
+    ends: Vec<AtomicU64>,
     /// Groups up to this one are durable.
-    pub group: AtomicU64,
+    group: AtomicU64,
     failed: std::sync::Mutex<Option<String>>,
 }
 
 impl Durability {
+    /// How far log `number` and the groups are durable.
+    fn point(&self, number: u32) -> DurablePoint {
+        let end = self.ends.get(number as usize);
+        DurablePoint {
+            lsn: log::Lsn(end.map_or(0, |e| e.load(Ordering::Acquire))),
+            group: self.group.load(Ordering::Acquire),
+        }
+    }
+
     fn fail(&self, why: String) {
         let mut failed = self
             .failed
@@ -166,164 +263,166 @@ impl Durability {
     }
 }
 
-/// Everything a destination keeps, in one directory.
+/// What a destination's storage has once, whatever the number of shards. Belongs to the thread of
+/// the front.
 #[derive(Debug)]
-pub struct ShardStorage {
-    overlay: Overlay,
-    log: Log,
-    publisher: Publisher,
-    pin: Option<GroupPin>,
-    last_group: u64,
-    appended: bool,
-    extents: Arc<ExtentFile>,
-    placed: bool,
-    bulk: Sender<Bulk>,
-    /// Bulk data that is not in its file yet.
-    unwritten: Arc<Unwritten>,
-    /// Batches that the bulk thread has not handed to the committer.
-    bulk_under_way: Arc<AtomicU64>,
+pub struct NodeStorage {
+    clock: Arc<GroupClock>,
     durability: Arc<Durability>,
-    checkpoints: Sender<(Arc<Frozen>, Vec<u8>)>,
-    checkpoint_lsn: u64,
-    threads: Vec<JoinHandle<()>>,
-    committer: Option<Committer>,
-    failure: Option<StorageError>,
-    /// Why there is no room for new work, in words.
-    full: Option<String>,
+    /// Groups that were given out and are not known durable, with the newest step of each.
+    groups: VecDeque<(u64, Step)>,
+    durable: Step,
+    checkpoint_bytes: usize,
+    gauges: Vec<Arc<ShardGauge>>,
+    checkpoints: Sender<CheckpointPart>,
+    checkpointing: Arc<AtomicBool>,
+    /// Logs that a larger number of shards has left.
+    left: Vec<Log>,
     disk: Disk,
+    common: Arc<shard::Common>,
+    threads: Vec<JoinHandle<()>>,
+    committer: Committer,
     boots: u64,
     recovered_records: u64,
 }
 
-impl ShardStorage {
+impl NodeStorage {
     /// Opens or creates the state in `dir` and recovers what the mind needs. `wake` is called from
     /// other threads whenever something became durable or failed.
     ///
     /// # Errors
     /// [`StorageError`] naming the file and what is wrong with it.
+    ///
+    /// # Panics
+    /// If the number of shards is out of range.
     pub fn open(
         dir: &Path,
+        config: &StorageConfig,
         power_fail: bool,
         wake: impl Fn() + Send + Sync + Clone + 'static,
-    ) -> Result<(ShardStorage, Image), StorageError> {
+    ) -> Result<(NodeStorage, Vec<ShardStorage>, Image), StorageError> {
         let options = DirOptions {
             power_fail,
             ..DirOptions::default()
         };
         let volume: Arc<dyn Volume> = Arc::new(DirVolume::open(dir, options)?);
+        NodeStorage::open_on(volume, config, wake)
+    }
+
+    /// As [`NodeStorage::open`], on a volume of the caller's.
+    ///
+    /// # Errors
+    /// As [`NodeStorage::open`].
+    ///
+    /// # Panics
+    /// As [`NodeStorage::open`].
+    pub fn open_on(
+        volume: Arc<dyn Volume>,
+        config: &StorageConfig,
+        wake: impl Fn() + Send + Sync + Clone + 'static,
+    ) -> Result<(NodeStorage, Vec<ShardStorage>, Image), StorageError> {
         let mut superblock = open_superblock(&*volume)?;
         let store: Arc<dyn Store> = Arc::new(RedbStore::open(&*volume, STORE_CACHE)?);
-        let position = store
-            .last_checkpoint(0)?
-            .unwrap_or_else(|| encode_position(0, &[]));
-        let (checkpoint_lsn, image) = decode_position(&position)?;
+        let position = store.last_checkpoint(0)?;
+        let position = position.unwrap_or_else(|| encode_position(&[], &[]));
+        let (covered, image) = decode_position(&position)?;
         let storage = superblock.state().storage;
+        let shards = config.shards;
         let shard = LogConfig {
-            record_bytes_max: 12 << 20,
-            segments_max: 24,
+            segment_bytes: config.segment_bytes,
+            record_bytes_max: config.record_bytes_max,
+            segments_max: config.segments_max,
+            reserve_bytes: config.segment_bytes / 4,
             ..LogConfig::new("shard", LogIdentity { storage, number: 0 })
         };
-        let must_reach = vec![log::Lsn(checkpoint_lsn)];
-        let config = SetConfig {
+        let logs = SetConfig {
             storage,
-            shards: 1,
+            shards,
             shard,
-            must_reach,
+            must_reach: covered.clone(),
         };
-        let (set, _report) = LogSet::open(volume.clone(), &config)?;
-        let live = live_extents(&*store, &set.logs()[0])?;
-        let extents = Arc::new(ExtentFile::open(&*volume, EXTENTS_MAX, live)?);
+        let (set, _report) = LogSet::open(volume.clone(), &logs)?;
+        let recovered = recover::replay(&volume, &set, &store, (config, image))?;
         superblock.update(|s| s.boots += 1)?;
-        let boots = superblock.state().boots;
 
-        let durability = Arc::new(Durability::default());
-        let (told, wake_commit) = (durability.clone(), wake.clone());
-        let (mut logs, committer) = set.start(move |news| {
-            match news {
-                Ok(committed) => {
-                    let end = committed.ends.first().map_or(0, |lsn| lsn.0);
-                    told.lsn.store(end, Ordering::Release);
-                    told.group.store(committed.group, Ordering::Release);
-                }
-                Err(error) => told.fail(error.to_string()),
-            }
-            wake_commit();
-        })?;
-        let shard = logs.remove(0);
-        durability.lsn.store(shard.log.end().0, Ordering::Release);
-        durability
-            .group
-            .store(committer.durable_group(), Ordering::Release);
-
-        let bulk_under_way = Arc::new(AtomicU64::new(0));
+        let durability = Arc::new(Durability {
+            ends: set
+                .logs()
+                .iter()
+                .map(|l| AtomicU64::new(l.end().0))
+                .collect(),
+            ..Durability::default()
+        });
+        let readers = set.logs().iter().map(Log::reader).collect();
+        let (logs, committer) = start_committer(set, &durability, wake.clone())?;
+        let extents = Arc::new(recovered.extents);
+        let checkpointing = Arc::new(AtomicBool::new(false));
         let unwritten = Arc::new(Unwritten::default());
         let (bulk, batches) = unbounded();
+        let (checkpoints, parts) = unbounded();
         let bulk_thread = BulkSync {
-            unwritten: unwritten.clone(),
             extents: extents.clone(),
-            publisher: shard.publisher.clone(),
-            under_way: bulk_under_way.clone(),
+            unwritten: unwritten.clone(),
             durability: durability.clone(),
         };
-        let (checkpoints, frozen) = unbounded();
         let checkpoint_thread = Checkpointer {
-            store: store.clone(),
+            store,
             durability: durability.clone(),
+            shards: shards as usize,
+            under_way: checkpointing.clone(),
             wake: Box::new(wake),
         };
         let threads = vec![
             spawn("lowtide-bulk", move || bulk_thread.run(&batches))?,
-            spawn("lowtide-ckpt", move || checkpoint_thread.run(&frozen))?,
+            spawn("lowtide-ckpt", move || checkpoint_thread.run(&parts))?,
         ];
-        let mut storage = ShardStorage {
-            overlay: Overlay::new(store),
-            log: shard.log,
-            publisher: shard.publisher,
-            pin: None,
-            last_group: 0,
-            appended: false,
+        let common = Arc::new(shard::Common {
             extents,
-            placed: false,
+            durability: durability.clone(),
             bulk,
             unwritten,
-            bulk_under_way,
+            checkpoints: checkpoints.clone(),
+            readers,
+            moved: AtomicU32::new(0),
+            room: config.room,
+        });
+        let mut logs: VecDeque<ShardLog> = logs.into();
+        let mut list = Vec::new();
+        for (number, overlay) in (0..).zip(recovered.overlays) {
+            let covered = covered.get(number as usize).map_or(0, |lsn| lsn.0);
+            let log = logs.pop_front().ok_or(StorageError::Malformed("logs"))?;
+            list.push(ShardStorage::new(
+                number,
+                overlay,
+                log,
+                common.clone(),
+                covered,
+            ));
+        }
+        let node = NodeStorage {
+            clock: committer.clock().clone(),
             durability,
+            groups: VecDeque::new(),
+            durable: Step(0),
+            checkpoint_bytes: config.checkpoint_bytes,
+            gauges: list.iter().map(ShardStorage::gauge).collect(),
             checkpoints,
-            checkpoint_lsn,
-            threads,
-            committer: Some(committer),
-            failure: None,
-            full: None,
+            checkpointing,
+            left: logs.into_iter().map(|l| l.log).collect(),
             disk: Disk {
                 volume,
                 due: Instant::now(),
                 full: None,
+                store_bytes: 2 * config.checkpoint_bytes as u64,
+                client_bytes: config.client_bytes,
             },
-            boots,
-            recovered_records: 0,
+            common,
+            threads,
+            committer,
+            boots: superblock.state().boots,
+            recovered_records: recovered.records,
         };
-        let image = storage.recover(image)?;
-        Ok((storage, image))
-    }
-
-    fn recover(&mut self, image: &[u8]) -> Result<Image, StorageError> {
-        let mut image = Image::decode(image).map_err(|m| StorageError::Malformed(m.what))?;
-        let mut next = log::Lsn(0);
-        // The log is read record by record, because replaying writes to the overlay.
-        let record_at = |storage: &Self, lsn| storage.log.iter(lsn).next();
-        while let Some(record) = record_at(self, next) {
-            let record = record.map_err(|e| StorageError::Append(e.to_string()))?;
-            let lsn = record.header.lsn;
-            let fresh = lsn.0 >= self.checkpoint_lsn;
-            image.replay(Lsn(lsn.0), (record.header.kind, &record.body), fresh, self)?;
-            self.recovered_records += 1;
-            next = log::Lsn(lsn.0 + record.header.total_len());
-        }
-        image.finish();
-        if let Some(failure) = self.failure.take() {
-            return Err(failure);
-        }
-        Ok(image)
+        Ok((node, list, recovered.image))
     }
 
     /// How often this state was opened.
@@ -338,160 +437,143 @@ impl ShardStorage {
         self.recovered_records
     }
 
-    /// Everything before this position is durable.
-    #[must_use]
-    pub fn durable(&self) -> Lsn {
-        Lsn(self
-            .durability
-            .lsn
-            .load(Ordering::Acquire)
-            .saturating_sub(1))
+    /// Pins the current group for steps up to `last`, the newest that was ordered.
+    pub fn pin(&mut self, last: Step) -> GroupPin {
+        let pin = self.clock.pin();
+        match self.groups.back_mut() {
+            Some((group, step)) if *group == pin.group() => *step = last,
+            _ => self.groups.push_back((pin.group(), last)),
+        }
+        pin
+    }
+
+    /// Records of steps up to this one are durable, since the start.
+    pub fn durable(&mut self) -> Step {
+        let group = self.durability.group.load(Ordering::Acquire);
+        while let Some((_, step)) = self.groups.pop_front_if(|(g, _)| *g <= group) {
+            self.durable = step;
+        }
+        self.durable
     }
 
     /// What broke, if anything. After that nothing may be acknowledged.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
-        self.failure
-            .as_ref()
-            .map(ToString::to_string)
-            .or_else(|| self.durability.failure())
+        self.durability.failure()
     }
 
-    /// Ends a batch: hands what was appended to the committer, checkpoints and recycles when due.
-    /// `image` is the mind's image as of now, `undo_floor` its oldest kept undo record; `clients`
-    /// tells how many may have stamped operations under way.
-    pub fn finish_batch(
-        &mut self,
-        image: impl FnOnce() -> Vec<u8>,
-        undo_floor: Option<Lsn>,
-        clients: impl FnOnce() -> u64,
-    ) {
-        self.publish();
-        if let Some(point) = self.overlay.retire() {
-            self.checkpoint_lsn = point.lsn.0;
-        }
-        let keep = undo_floor.map_or(self.checkpoint_lsn, |lsn| lsn.0.min(self.checkpoint_lsn));
-        self.log.recycle(log::Lsn(keep));
-        let log_full = match self.log.reserve(ROOM) {
-            Ok(_reservation) => None,
-            Err(
-                error @ (log::ReserveError::HighWater { .. } | log::ReserveError::DiskFull { .. }),
-            ) => Some(format!("no room for new work in the log: {error}")),
-            Err(error) => {
-                let error = StorageError::Append(error.to_string());
-                Some(self.failure.get_or_insert(error).to_string())
-            }
-        };
-        let due = self.overlay.active_bytes() >= CHECKPOINT_BYTES
-            || (log_full.is_some() && self.overlay.active_bytes() > 0);
-        let asked = self.disk.ask(&self.extents, clients);
-        let disk_full = self.keep(asked).flatten();
-        self.full = log_full.or(disk_full);
-        if due {
-            let end = self.log.end();
-            let point = FreezePoint {
-                lsn: end,
-                group: self.last_group,
-            };
-            if let Some(frozen) = self.overlay.freeze(point) {
-                let position = encode_position(end.0, &image());
-                // The thread lives as long as this sender.
-                let _ = self.checkpoints.send((frozen, position));
-            }
-        }
+    /// Everything up to this step was recovered, hence is durable.
+    pub fn begin_at(&mut self, step: Step) {
+        self.durable = step;
     }
 
-    fn publish(&mut self) {
-        let Some(pin) = self.pin.take() else { return };
-        if !std::mem::take(&mut self.appended) {
-            return;
-        }
-        let end = self.log.end();
-        // Once a batch waits for its extents, later ones queue behind it: publishing them would
-        // commit the earlier one's records too.
-        if std::mem::take(&mut self.placed) || self.bulk_under_way.load(Ordering::Acquire) > 0 {
-            self.bulk_under_way.fetch_add(1, Ordering::AcqRel);
-            let _ = self.bulk.send(Bulk::Batch(pin, end));
-        } else {
-            self.publisher.publish(pin, end);
-        }
+    /// Whether a checkpoint is being written.
+    #[must_use]
+    pub fn is_checkpointing(&self) -> bool {
+        self.checkpointing.load(Ordering::Acquire)
+    }
+
+    /// Whether the disk and every log have room for new work.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.disk.full.is_none() && self.logs_have_room()
+    }
+
+    fn logs_have_room(&self) -> bool {
+        let mut gauges = self.gauges.iter();
+        gauges.all(|g| g.has_room.load(Ordering::Acquire))
     }
 
     /// Why new work is refused, in words, if it is.
     #[must_use]
-    pub fn full(&self) -> Option<&str> {
-        self.full.as_deref()
+    pub fn full(&self) -> Option<String> {
+        let log = self.gauges.iter().find_map(|g| g.full());
+        log.or_else(|| self.disk.full.clone())
+    }
+
+    /// Looks now and then whether the disk has room; `clients` tells how many may have stamped
+    /// operations under way.
+    pub fn ask_disk(&mut self, clients: impl FnOnce() -> u64) {
+        if let Err(error) = self.disk.ask(&self.common.extents, clients) {
+            self.durability.fail(error.to_string());
+        }
+    }
+
+    /// Begins a checkpoint if one is due and none is under way. The caller then has every shard
+    /// [freeze](ShardStorage::freeze) when it has come to the step that `image` is of.
+    pub fn begin_checkpoint(&mut self, image: impl FnOnce() -> Vec<u8>) -> bool {
+        let gauges = self.gauges.iter();
+        let bytes: usize = gauges.map(|g| g.active_bytes.load(Ordering::Relaxed)).sum();
+        let due = bytes >= self.checkpoint_bytes || (!self.logs_have_room() && bytes > 0);
+        // Acquire pairs with the Release when the one before was written.
+        if !due || self.checkpointing.load(Ordering::Acquire) {
+            return false;
+        }
+        self.checkpointing.store(true, Ordering::Relaxed);
+        let first = self.gauges.len() as u32;
+        let ends = self.left.iter().map(Log::end);
+        let ends = (first..).zip(ends).collect();
+        // The thread lives as long as this sender.
+        let _ = self.checkpoints.send(CheckpointPart::Front(image(), ends));
+        if self.common.moved.load(Ordering::Acquire) == 0 {
+            // The checkpoint before covered them, or they were empty.
+            for log in &mut self.left {
+                let end = log.end();
+                log.recycle(end);
+            }
+        }
+        true
     }
 
     /// Bytes of objects held in memory in front of the store.
     #[must_use]
     pub fn overlay_bytes(&self) -> usize {
-        self.overlay.bytes()
+        let gauges = self.gauges.iter();
+        gauges
+            .map(|g| g.overlay_bytes.load(Ordering::Relaxed))
+            .sum()
     }
 
-    /// Commits what was appended and stops the threads.
-    pub fn close(mut self) {
-        self.publish();
-        let ShardStorage {
-            bulk,
+    /// Commits what was appended and stops the threads. The shards' storages must be gone.
+    pub fn close(self) {
+        let NodeStorage {
             checkpoints,
+            common,
             threads,
             committer,
             ..
         } = self;
-        drop((bulk, checkpoints));
+        drop((checkpoints, common));
         for thread in threads {
             // A panic there was reported by the panic hook.
             let _ = thread.join();
         }
-        if let Some(committer) = committer {
-            committer.stop();
-        }
-    }
-
-    fn keep<T>(&mut self, result: Result<T, StorageError>) -> Option<T> {
-        result
-            .map_err(|error| self.failure.get_or_insert(error))
-            .ok()
+        committer.stop();
     }
 }
 
-/// What is known of the disk under the files. Operations that are stamped may not be refused any
-/// more, so new ones are refused while the disk still holds whatever may be under way.
-#[derive(Debug)]
-struct Disk {
-    volume: Arc<dyn Volume>,
-    /// When to ask again.
-    due: Instant,
-    /// Why there is no room, in words, when asked last.
-    full: Option<String>,
-}
-
-impl Disk {
-    fn ask(
-        &mut self,
-        extents: &ExtentFile,
-        clients: impl FnOnce() -> u64,
-    ) -> Result<Option<String>, StorageError> {
-        let now = Instant::now();
-        if now >= self.due {
-            self.due = now + DISK_EVERY;
-            let wanted = DISK_STORE + clients() * DISK_CLIENT;
-            let free = self
-                .volume
-                .free_bytes()?
-                .saturating_add(extents.free_bytes());
-            self.full = (free < wanted).then(|| {
-                format!(
-                    "no room for new work on the disk: {} MiB are free, {} MiB are kept for what \
-                     is under way",
-                    free >> 20,
-                    wanted >> 20
-                )
-            });
+fn start_committer(
+    set: LogSet,
+    durability: &Arc<Durability>,
+    wake: impl Fn() + Send + 'static,
+) -> Result<(Vec<ShardLog>, Committer), StorageError> {
+    let told = durability.clone();
+    let (logs, committer) = set.start(move |news| {
+        match news {
+            Ok(committed) => {
+                for (cell, end) in told.ends.iter().zip(committed.ends) {
+                    cell.store(end.0, Ordering::Release);
+                }
+                told.group.store(committed.group, Ordering::Release);
+            }
+            Err(error) => told.fail(error.to_string()),
         }
-        Ok(self.full.clone())
-    }
+        wake();
+    })?;
+    durability
+        .group
+        .store(committer.durable_group(), Ordering::Release);
+    Ok((logs, committer))
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StorageError> {
@@ -503,19 +585,23 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 
 fn open_superblock(volume: &dyn Volume) -> Result<Superblock, StorageError> {
     match Superblock::open(volume, None) {
-        Ok(superblock) => Ok(superblock),
-        Err(SuperblockError::Absent) => {
-            let storage = random_u128()?;
-            Ok(Superblock::create(
-                volume,
-                NodeState {
-                    storage,
-                    ..NodeState::default()
-                },
-            )?)
-        }
-        Err(error) => Err(error.into()),
+        Ok(superblock) => return Ok(superblock),
+        Err(SuperblockError::Absent) => {}
+        // Cut off while it was created: it is the first file with anything in it.
+        Err(SuperblockError::Damaged) if is_new(volume)? => {}
+        Err(error) => return Err(error.into()),
     }
+    let state = NodeState {
+        storage: random_u128()?,
+        ..NodeState::default()
+    };
+    Ok(Superblock::create(volume, state)?)
+}
+
+/// Whether there is no store and no log yet.
+fn is_new(volume: &dyn Volume) -> Result<bool, StorageError> {
+    let names = volume.list()?;
+    Ok(!names.iter().any(|n| n == STORE_FILE || n.ends_with(".seg")))
 }
 
 /// A storage's uuid, from the operating system.
@@ -526,312 +612,6 @@ fn random_u128() -> Result<u128, StorageError> {
         .and_then(|mut f| f.read_exact(&mut bytes))
         .map_err(|e| StorageError::Append(format!("/dev/urandom: {e}")))?;
     Ok(u128::from_le_bytes(bytes))
-}
-
-/// Every extent that an object or a kept record refers to.
-fn live_extents(store: &dyn Store, log: &Log) -> Result<Vec<ExtentRef>, StorageError> {
-    let mut live = Vec::new();
-    let mut bad = None;
-    let all = (std::ops::Bound::Unbounded, std::ops::Bound::Unbounded);
-    store.scan(all, usize::MAX, &mut |_, value| {
-        match wire::decode::<Stored>(value, "stored object") {
-            Ok(Stored {
-                value: Value::Extent(extent),
-                ..
-            }) => live.push(extent_ref(&extent)),
-            Ok(_) => {}
-            Err(m) => bad = Some(m.what),
-        }
-        bad.is_none()
-    })?;
-    if let Some(what) = bad {
-        return Err(StorageError::Malformed(what));
-    }
-    for record in log.iter(log::Lsn(0)) {
-        let record = record.map_err(|e| StorageError::Append(e.to_string()))?;
-        let Ok(record) = Record::from_parts(record.header.kind, &record.body) else {
-            continue;
-        };
-        let mut values: Vec<&Value> = Vec::new();
-        match &record {
-            Record::Op(op) => {
-                for w in &op.writes {
-                    values.extend(w.before.as_ref().map(|s| &s.value));
-                    if let Recorded::Put(value) = &w.change {
-                        values.push(value);
-                    }
-                }
-            }
-            Record::Undone(undone) => {
-                values.extend(
-                    undone
-                        .restored
-                        .iter()
-                        .filter_map(|(_, s)| Some(&s.as_ref()?.value)),
-                );
-            }
-            _ => {}
-        }
-        live.extend(values.into_iter().filter_map(|value| match value {
-            Value::Extent(extent) => Some(extent_ref(extent)),
-            Value::Inline(_) => None,
-        }));
-    }
-    live.sort_unstable();
-    live.dedup();
-    Ok(live)
-}
-
-/// Work of the bulk thread, done in the order given.
-enum Bulk {
-    /// Write this extent; its data is in [`Unwritten`].
-    Write(ExtentRef),
-    /// The batch of records up to here may commit once what was given before is durable.
-    Batch(GroupPin, log::Lsn),
-}
-
-/// Data of extents that are reserved and not written, by offset. Their sources hold them until they
-/// are committed, which bounds them.
-#[derive(Debug, Default)]
-struct Unwritten(Mutex<HashMap<u64, Bytes>>);
-
-impl Unwritten {
-    fn map(&self) -> MutexGuard<'_, HashMap<u64, Bytes>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn get(&self, extent: &ExtentRef) -> Option<Bytes> {
-        self.map().get(&extent.offset).cloned()
-    }
-}
-
-/// Writes and syncs extents, then lets the committer have the records that point to them.
-struct BulkSync {
-    extents: Arc<ExtentFile>,
-    unwritten: Arc<Unwritten>,
-    publisher: Publisher,
-    under_way: Arc<AtomicU64>,
-    durability: Arc<Durability>,
-}
-
-impl BulkSync {
-    fn run(self, work: &Receiver<Bulk>) {
-        let mut waiting = Vec::new();
-        while let Ok(first) = work.recv() {
-            // One sync serves all batches that wait.
-            let rest = work.try_iter().take(BULK_PER_SYNC);
-            for bulk in std::iter::once(first).chain(rest) {
-                match bulk {
-                    Bulk::Batch(pin, end) => waiting.push((pin, end)),
-                    Bulk::Write(extent) => {
-                        if let Err(error) = self.write(extent) {
-                            return self.durability.fail(error.to_string());
-                        }
-                    }
-                }
-            }
-            if waiting.is_empty() {
-                continue;
-            }
-            if let Err(error) = self.extents.sync() {
-                return self.durability.fail(error.to_string());
-            }
-            let count = waiting.len() as u64;
-            for (pin, end) in waiting.drain(..) {
-                self.publisher.publish(pin, end);
-            }
-            self.under_way.fetch_sub(count, Ordering::AcqRel);
-        }
-    }
-
-    fn write(&self, extent: ExtentRef) -> Result<(), ExtentError> {
-        let data = self.unwritten.get(&extent);
-        let data = data.expect("it stays until it is written");
-        self.extents.fill(extent, &data)?;
-        // From here on it is read from the file.
-        self.unwritten.map().remove(&extent.offset);
-        Ok(())
-    }
-}
-
-/// Writes frozen overlays to the store once the WAL rule allows it.
-struct Checkpointer {
-    store: Arc<dyn Store>,
-    durability: Arc<Durability>,
-    wake: Box<dyn Fn() + Send>,
-}
-
-impl Checkpointer {
-    fn run(self, work: &Receiver<(Arc<Frozen>, Vec<u8>)>) {
-        while let Ok((frozen, position)) = work.recv() {
-            let durable = loop {
-                let durable = DurablePoint {
-                    lsn: log::Lsn(self.durability.lsn.load(Ordering::Acquire)),
-                    group: self.durability.group.load(Ordering::Acquire),
-                };
-                if frozen.is_durable(durable) {
-                    break durable;
-                }
-                if self.durability.failure().is_some() {
-                    return;
-                }
-                // The committer is a sync away; checkpoints are rare and in no hurry.
-                std::thread::park_timeout(std::time::Duration::from_millis(2));
-            };
-            if let Err(error) = frozen.checkpoint(&*self.store, 0, &position, durable) {
-                self.durability.fail(error.to_string());
-                return;
-            }
-            (self.wake)();
-        }
-    }
-}
-
-impl Storage for ShardStorage {
-    fn get(&mut self, key: &Key) -> Option<Stored> {
-        let found = self
-            .overlay
-            .get(&encode_key(key))
-            .map_err(StorageError::from);
-        let bytes = self.keep(found)??;
-        let stored = wire::decode(&bytes, "stored object");
-        self.keep(stored.map_err(|m| StorageError::Malformed(m.what)))
-    }
-
-    fn put(&mut self, key: &Key, value: Option<Stored>) {
-        let encoded = value.map(|stored| wire::encode(&stored));
-        self.overlay.put(&encode_key(key), encoded.as_deref());
-    }
-
-    fn is_empty(&mut self, range: &Range) -> bool {
-        let (from, to) = bounds(range);
-        let mut empty = true;
-        let scanned = self.overlay.scan(&from, to.as_deref(), 1, &mut |_, _| {
-            empty = false;
-            false
-        });
-        self.keep(scanned.map_err(StorageError::from)).is_some() && empty
-    }
-
-    fn scan(&mut self, range: &Range, after: Option<&Key>, bytes_max: usize) -> Page {
-        let (mut from, to) = bounds(range);
-        if let Some(after) = after {
-            // The first key behind `after` is `after` with one more byte.
-            from = from.max([encode_key(after), vec![0]].concat());
-        }
-        let mut found: Vec<(Key, Value)> = Vec::new();
-        let mut bytes = 0;
-        let mut more = false;
-        let mut bad = None;
-        let scanned = self
-            .overlay
-            .scan(&from, to.as_deref(), usize::MAX, &mut |key, value| {
-                if bytes >= bytes_max && !found.is_empty() {
-                    more = true;
-                    return false;
-                }
-                let stored = wire::decode::<Stored>(value, "stored object");
-                let (Some(key), Ok(stored)) = (decode_key(key), stored) else {
-                    bad = Some(StorageError::Malformed("object"));
-                    return false;
-                };
-                bytes += key.name.len() + 32;
-                bytes += match &stored.value {
-                    Value::Inline(inline) => inline.len(),
-                    Value::Extent(extent) => extent.len as usize,
-                };
-                found.push((key, stored.value));
-                true
-            });
-        self.keep(scanned.map_err(StorageError::from));
-        if let Some(bad) = bad {
-            self.failure.get_or_insert(bad);
-        }
-        let fetched = found
-            .into_iter()
-            .filter_map(|(key, value)| Some((key, self.fetch(&value)?)));
-        Page {
-            entries: fetched.collect(),
-            more,
-        }
-    }
-
-    fn append(&mut self, kind: u8, epoch: Epoch, body: &[u8]) -> Lsn {
-        let pin = self.pin.get_or_insert_with(|| self.publisher.clock().pin());
-        let group = pin.group();
-        self.last_group = group;
-        self.appended = true;
-        let append = Append {
-            kind,
-            flags: 0,
-            epoch: epoch.0,
-            group,
-            parts: &[body],
-        };
-        match self.log.append(append) {
-            Ok(lsn) => Lsn(lsn.0),
-            Err(error) => {
-                self.failure
-                    .get_or_insert(StorageError::Append(error.to_string()));
-                Lsn(u64::MAX)
-            }
-        }
-    }
-
-    fn load(&mut self, lsn: Lsn) -> Option<Vec<u8>> {
-        let read = self
-            .log
-            .read(log::Lsn(lsn.0))
-            .map_err(|e| StorageError::Append(e.to_string()));
-        self.keep(read).map(|record| record.body)
-    }
-
-    fn place(&mut self, bytes: &Bytes) -> Extent {
-        let reserved = self.extents.reserve(bytes).map_err(StorageError::from);
-        self.placed = true;
-        let reserved = self.keep(reserved);
-        if let Some(extent) = reserved {
-            self.unwritten.map().insert(extent.offset, bytes.clone());
-            // The thread lives as long as this sender, or has said why not.
-            let _ = self.bulk.send(Bulk::Write(extent));
-        }
-        match reserved {
-            Some(ExtentRef {
-                offset,
-                len,
-                crc32c,
-            }) => Extent {
-                offset,
-                len,
-                crc: crc32c,
-            },
-            None => Extent {
-                offset: 0,
-                len: 0,
-                crc: 0,
-            },
-        }
-    }
-
-    fn fetch(&mut self, value: &Value) -> Option<Bytes> {
-        match value {
-            Value::Inline(bytes) => Some(bytes.clone()),
-            Value::Extent(extent) => {
-                if let Some(bytes) = self.unwritten.get(&extent_ref(extent)) {
-                    return Some(bytes);
-                }
-                let read = self
-                    .extents
-                    .read_verify(extent_ref(extent))
-                    .map_err(StorageError::from);
-                self.keep(read).map(Bytes::from)
-            }
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        self.full.is_none()
-    }
 }
 
 #[cfg(test)]

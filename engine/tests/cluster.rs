@@ -39,7 +39,7 @@ fn peers() -> Vec<Peer> {
             127,
             (pid >> 8) as u8 | 1,
             pid as u8,
-            cluster * 64 + id.0 as u8,
+            cluster * 48 + id.0 as u8,
         );
         Peer {
             id,
@@ -50,11 +50,17 @@ fn peers() -> Vec<Peer> {
     roles.into_iter().map(peer).collect()
 }
 
-fn begin(peers: &[Peer], id: NodeId, dir: &Path, through_proxy: bool) -> NodeHandle {
+fn begin(
+    peers: &[Peer],
+    id: NodeId,
+    dir: &Path,
+    (through_proxy, shards): (bool, u32),
+) -> NodeHandle {
     let me = peers.iter().find(|p| p.id == id).expect("a known node");
     let mut config = NodeConfig::new(id, me.role, me.addr);
     config.peers = peers.to_vec();
     config.dir = Some(dir.join(id.to_string()));
+    config.shards = shards;
     if through_proxy && id == CLIENT {
         config.via = [META[0], META[1], OBJECT]
             .map(|home| (home, PROXY))
@@ -113,6 +119,12 @@ fn create(slot: u64, value: &[u8]) -> Request {
                 key: inode,
                 change: Change::Put(Bytes::from(value)),
             },
+            // Another space at the same home: another shard, if there are several.
+            Update {
+                home: META[1],
+                key: Key::at(101, slot % 7),
+                change: Change::Add(Bytes::from(1i64.to_le_bytes())),
+            },
             Update {
                 home: OBJECT,
                 key: Key::at(9, slot),
@@ -122,12 +134,14 @@ fn create(slot: u64, value: &[u8]) -> Request {
     }
 }
 
-fn run(through_proxy: bool) {
+/// The servers run with `shards[0]` shards at first, then with `shards[1]`.
+fn run(through_proxy: bool, shards: [u32; 2]) {
     let dir = tempfile::tempdir().expect("a directory");
     let peers = peers();
-    let begin = |id| begin(&peers, id, dir.path(), through_proxy);
-    let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(begin);
-    let client = begin(CLIENT);
+    let begin = |id, shards| begin(&peers, id, dir.path(), (through_proxy, shards));
+    let [first, second] = shards;
+    let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(|id| begin(id, first));
+    let client = begin(CLIENT, first);
     let mut handles: Vec<&NodeHandle> = servers.iter().collect();
     handles.push(&client);
     watch(&handles, || {
@@ -151,8 +165,8 @@ fn run(through_proxy: bool) {
         server.stop().expect("a clean end");
     }
 
-    let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(begin);
-    let client = begin(CLIENT);
+    let servers = [ROOT, META[0], META[1], OBJECT, PROXY].map(|id| begin(id, second));
+    let client = begin(CLIENT, second);
     let mut handles: Vec<&NodeHandle> = servers.iter().collect();
     handles.push(&client);
     watch(&handles, || {
@@ -195,14 +209,31 @@ fn run(through_proxy: bool) {
         .expect("get")
         .expect("exists");
     assert_eq!(data.len(), 5 * (1 + 199 * 700));
+    let mut counted = 0;
+    for slot in 0..7 {
+        let words = state.get(META[1], &Key::at(101, slot)).expect("get");
+        let words = words.expect("exists")[..8].try_into().expect("a word");
+        counted += i64::from_le_bytes(words);
+    }
+    assert_eq!(counted, 200);
 }
 
 #[test]
 fn operations_survive_a_restart_of_the_whole_cluster() {
-    run(false);
+    run(false, [1, 1]);
+}
+
+#[test]
+fn operations_survive_a_restart_with_more_shards() {
+    run(false, [1, 3]);
+}
+
+#[test]
+fn operations_survive_a_restart_with_fewer_shards() {
+    run(false, [3, 2]);
 }
 
 #[test]
 fn operations_through_a_proxy_survive_a_restart_of_the_whole_cluster() {
-    run(true);
+    run(true, [2, 1]);
 }

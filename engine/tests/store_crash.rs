@@ -17,6 +17,9 @@ use lowtide_engine::store::{Store, StoreError};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// Rounds of a node's life: four operations and a commit group each.
+const ROUNDS: u64 = 60;
+
 /// Runs a node until the power fails; says how many operations were acknowledged.
 fn live(volume: &RecordingVolume, rounds: u64) -> u64 {
     let Ok(mut kv) = Kv::open(Arc::new(volume.clone())) else {
@@ -27,6 +30,7 @@ fn live(volume: &RecordingVolume, rounds: u64) -> u64 {
             for _ in 0..4 {
                 kv.step()?;
             }
+            kv.end_group();
             if round % 2 == 0 {
                 kv.settle()?;
             }
@@ -43,45 +47,41 @@ fn live(volume: &RecordingVolume, rounds: u64) -> u64 {
 #[test]
 fn a_restart_shows_a_prefix_with_everything_acknowledged() {
     let mut rng = SplitMix(11);
-    let (mut points, mut looked_at) = (0, 0);
-    // How many durable operations one pass has depends on how the committer batches, hence on
-    // the load of the machine; passes are repeated until enough crash points were looked at.
-    while points < 150 || looked_at < 3000 {
-        let whole = RecordingVolume::new();
-        assert_eq!(live(&whole, 40), 160);
-        let total = whole.durable_ops();
-        assert!(total > 0);
-        for nth in 1..=total {
-            let volume = RecordingVolume::new();
-            volume.fail_power_at(nth);
-            let acknowledged = live(&volume, 40);
-            for image in images(&volume, 2, 8, false, &mut rng) {
-                let second = image.crash_image(&mut |_| PageFate::Complete);
-                let kv = Kv::open(Arc::new(image)).unwrap_or_else(|e| panic!("at {nth}: {e}"));
-                assert!(
-                    kv.ops >= acknowledged,
-                    "at {nth}: {} of {acknowledged}",
-                    kv.ops
-                );
-                kv.stop();
-                looked_at += 1;
-                // Again, during the recovery or soon after.
-                if looked_at % 5 == 0 {
-                    second.fail_power_at(1 + rng.next_u64() % 60);
-                    let acknowledged = live(&second, 6).max(acknowledged);
-                    for image in images(&second, 1, 3, false, &mut rng) {
-                        let kv =
-                            Kv::open(Arc::new(image)).unwrap_or_else(|e| panic!("at {nth}: {e}"));
-                        assert!(kv.ops >= acknowledged);
-                        kv.stop();
-                        looked_at += 1;
-                    }
+    let whole = RecordingVolume::new();
+    assert_eq!(live(&whole, ROUNDS), 4 * ROUNDS);
+    let total = whole.durable_ops();
+    // One group a round, whatever the load of the machine.
+    assert!(total >= 150, "{total}");
+    let mut looked_at = 0;
+    for nth in 1..=total {
+        let volume = RecordingVolume::new();
+        volume.fail_power_at(nth);
+        let acknowledged = live(&volume, ROUNDS);
+        for image in images(&volume, 2, 8, false, &mut rng) {
+            let second = image.crash_image(&mut |_| PageFate::Complete);
+            let kv = Kv::open(Arc::new(image)).unwrap_or_else(|e| panic!("at {nth}: {e}"));
+            assert!(
+                kv.ops >= acknowledged,
+                "at {nth}: {} of {acknowledged}",
+                kv.ops
+            );
+            kv.stop();
+            looked_at += 1;
+            // Again, during the recovery or soon after.
+            if looked_at % 5 == 0 {
+                second.fail_power_at(1 + rng.next_u64() % 60);
+                let acknowledged = live(&second, 6).max(acknowledged);
+                for image in images(&second, 1, 3, false, &mut rng) {
+                    let kv = Kv::open(Arc::new(image)).unwrap_or_else(|e| panic!("at {nth}: {e}"));
+                    assert!(kv.ops >= acknowledged);
+                    kv.stop();
+                    looked_at += 1;
                 }
             }
         }
-        points += total;
     }
-    println!("{points} operations, {looked_at} images");
+    println!("{total} operations, {looked_at} images");
+    assert!(looked_at > 1500);
 }
 
 #[test]

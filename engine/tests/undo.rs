@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use lowtide_engine::storage::ShardStorage;
+use lowtide_engine::storage::{NodeStorage, ShardStorage, StorageConfig};
+use lowtide_engine_core::destination::shard::{Order, Shard, shard_of};
 use lowtide_engine_core::destination::{Destination, DestinationConfig};
 use lowtide_engine_core::effect::Effect;
 use lowtide_engine_core::ids::{
@@ -12,7 +13,7 @@ use lowtide_engine_core::ids::{
 };
 use lowtide_engine_core::message::{Envelope, Message, Parts, StreamBase, View};
 use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
-use lowtide_engine_core::record::{Storage, Value};
+use lowtide_engine_core::record::{Objects, Value};
 
 const ROOT: Life = life(1);
 const HOME: NodeId = NodeId(2);
@@ -27,18 +28,21 @@ const fn life(node: u32) -> Life {
 }
 
 struct Bench {
-    destination: Destination,
-    storage: ShardStorage,
+    front: Destination,
+    shards: Vec<(Shard, ShardStorage)>,
+    node: NodeStorage,
     durable: Receiver<()>,
 }
 
 impl Bench {
-    fn new(dir: &std::path::Path) -> Bench {
+    fn new(dir: &std::path::Path, shards: u32) -> Bench {
         let (wake, durable) = channel();
         let wake = move || {
             let _ = wake.send(());
         };
-        let (storage, image) = ShardStorage::open(dir, false, wake).unwrap();
+        let shape = StorageConfig::new(shards);
+        let opened = NodeStorage::open(dir, &shape, false, wake);
+        let (mut node, storages, image) = opened.unwrap();
         let config = DestinationConfig {
             root: ROOT.node,
             parent: ROOT.node,
@@ -46,10 +50,12 @@ impl Bench {
             nonce: 7,
             carry_bytes: 0,
         };
-        let destination = Destination::new(HOME, config, image);
+        let (front, minds) = Destination::new(HOME, config, image);
+        node.begin_at(front.step());
         let mut bench = Bench {
-            destination,
-            storage,
+            front,
+            shards: minds.into_iter().zip(storages).collect(),
+            node,
             durable,
         };
         let joined = Message::Joined {
@@ -70,13 +76,30 @@ impl Bench {
             term: Term(1),
             body,
         };
-        let Bench {
-            destination,
-            storage,
-            ..
-        } = self;
-        destination.handle_message(Time(0), envelope, storage);
-        storage.finish_batch(|| destination.image(), destination.undo_floor(), || 0);
+        self.front.handle_message(Time(0), envelope);
+        self.pass();
+    }
+
+    /// Carries out what the front has ordered.
+    fn pass(&mut self) {
+        let mut busy = true;
+        while std::mem::take(&mut busy) {
+            for (number, (shard, storage)) in (0..).zip(&mut self.shards) {
+                let front = &mut self.front;
+                let orders: Vec<Order> = std::iter::from_fn(|| front.poll_order(number)).collect();
+                busy |= !orders.is_empty();
+                let pin = self.node.pin(front.step());
+                storage.begin(pin.group());
+                for order in orders {
+                    shard.handle(order, storage);
+                }
+                storage.finish(pin, shard);
+                while let Some(answer) = shard.poll_answer() {
+                    front.handle_answer(number, answer);
+                }
+                front.handle_done(Time(0), number, shard.done());
+            }
+        }
     }
 
     /// An operation of `source`, number `seq`, on this home alone.
@@ -117,10 +140,11 @@ impl Bench {
 
     /// Fences a life and undoes all its operations after `through`.
     fn resolves(&mut self, victim: Life, through: u64) {
-        self.hears(ROOT, Message::Fence { victim });
+        self.hears(ROOT, Message::Fence { victim, round: 0 });
         self.says("Fenced");
         let resolve = Message::Resolve {
             victim,
+            round: 0,
             through: Seq(through),
             until: StreamSeq(through),
             supply: Vec::new(),
@@ -131,27 +155,29 @@ impl Bench {
 
     fn says(&mut self, name: &str) {
         loop {
-            let durable = self.storage.durable();
-            let Bench {
-                destination,
-                storage,
-                ..
-            } = self;
-            destination.handle_durable(Time(0), durable, storage);
-            while let Some(effect) = destination.poll_effect() {
+            let durable = self.node.durable();
+            self.front.handle_durable(Time(0), durable);
+            while let Some(effect) = self.front.poll_effect() {
                 if matches!(&effect, Effect::Send { envelope, .. } if envelope.body.name() == name)
                 {
                     return;
                 }
             }
-            storage.finish_batch(|| destination.image(), destination.undo_floor(), || 0);
+            self.pass();
+            while let Some(effect) = self.front.poll_effect() {
+                if matches!(&effect, Effect::Send { envelope, .. } if envelope.body.name() == name)
+                {
+                    return;
+                }
+            }
             let news = self.durable.recv_timeout(Duration::from_secs(20));
             news.unwrap_or_else(|_| panic!("{name} is never said"));
         }
     }
 
     fn value(&mut self, key: &Key) -> Option<Bytes> {
-        let stored = self.storage.get(key)?;
+        let number = shard_of(key.space, self.shards.len() as u32);
+        let stored = self.shards[number as usize].1.get(key)?;
         match stored.value {
             Value::Inline(bytes) => Some(bytes),
             Value::Extent(_) => panic!("a counter is small"),
@@ -165,9 +191,18 @@ fn word(value: i64) -> Bytes {
 
 #[test]
 fn undone_additions_leave_a_counter_as_they_found_it() {
+    undone_additions(1, 1);
+}
+
+#[test]
+fn with_shards_too() {
+    undone_additions(3, 2);
+}
+
+fn undone_additions(shards: u32, shards_later: u32) {
     let tmp = tempfile::tempdir().unwrap();
-    let (made, absent, shared) = (Key::at(1, 1), Key::at(1, 2), Key::at(1, 3));
-    let mut bench = Bench::new(tmp.path());
+    let (made, absent, shared) = (Key::at(1, 1), Key::at(2, 2), Key::at(3, 3));
+    let mut bench = Bench::new(tmp.path(), shards);
     bench.executes(OTHER, 1, &made, Change::Put(word(0)));
     bench.executes(CLIENT, 1, &made, Change::Add(word(5)));
     bench.executes(CLIENT, 2, &absent, Change::Add(word(5)));
@@ -178,12 +213,13 @@ fn undone_additions_leave_a_counter_as_they_found_it() {
     assert_eq!(bench.value(&made), Some(word(0)), "it was there before");
     assert_eq!(bench.value(&absent), None);
     assert_eq!(bench.value(&shared), Some(word(2)));
-    assert_eq!(bench.destination.counters().undone, 4);
+    assert_eq!(bench.front.counters().undone, 4);
 
     // The same from the log.
-    let Bench { storage, .. } = bench;
-    storage.close();
-    let mut bench = Bench::new(tmp.path());
+    let Bench { shards, node, .. } = bench;
+    drop(shards);
+    node.close();
+    let mut bench = Bench::new(tmp.path(), shards_later);
     assert_eq!(bench.value(&made), Some(word(0)));
     assert_eq!(bench.value(&absent), None);
     assert_eq!(bench.value(&shared), Some(word(2)));

@@ -57,6 +57,11 @@ number!(
     Lsn(u64), "l"
 );
 number!(
+    /// A step of a destination: its shards' work of one step is durable as a whole. Increases over
+    /// all of the node's lives; records of all its logs in the order of their steps are its history.
+    Step(u64), "s"
+);
+number!(
     /// Number of a membership view of the root.
     ViewId(u64), "w"
 );

@@ -462,11 +462,15 @@ messages! {
     40 Fence {
         /// The life.
         victim: Life,
+        /// Round of fencing and deciding; increases for a victim when a decision is revised.
+        round: u32,
     }
     /// The fence and every listed operation are durable here.
     41 Fenced {
         /// The life.
         victim: Life,
+        /// The round of the Fence.
+        round: u32,
         /// Operations held, ascending by seq.
         held: Vec<Held>,
     }
@@ -474,6 +478,8 @@ messages! {
     42 Resolve {
         /// The life.
         victim: Life,
+        /// The round that led to the decision.
+        round: u32,
         /// Last operation that survives.
         through: Seq,
         /// Where the receiver's stream must end, if any surviving operation involves it.
@@ -485,6 +491,8 @@ messages! {
     43 Resolved {
         /// The life.
         victim: Life,
+        /// The round of the Resolve.
+        round: u32,
     }
     /// A holder sends an operation to a participant that lacks it, by order of a Resolve.
     44 Complete {

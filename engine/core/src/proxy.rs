@@ -438,15 +438,25 @@ impl Proxy {
 
     fn resolve_message(&mut self, from: Life, body: Message) {
         match body {
-            Message::Fence { victim } => {
+            Message::Fence { victim, round } => {
                 self.fenced.insert(victim);
                 self.locks.forget_waiting(victim, &mut self.notices);
                 self.waiting.retain(|w| w.holder != victim);
                 self.own.drop_pins_of(victim);
                 let held = self.held_of(victim);
-                self.port.send(from.node, Message::Fenced { victim, held });
+                let fenced = Message::Fenced {
+                    victim,
+                    round,
+                    held,
+                };
+                self.port.send(from.node, fenced);
             }
-            Message::Resolve { victim, supply, .. } => {
+            Message::Resolve {
+                victim,
+                round,
+                supply,
+                ..
+            } => {
                 let held = self.outbox.held_of(victim);
                 for (seq, home) in supply {
                     if let Some(op) = held.iter().find(|op| op.id.seq == seq) {
@@ -454,7 +464,8 @@ impl Proxy {
                         self.port.send(home, Message::Complete { op: op.clone() });
                     }
                 }
-                self.port.send(from.node, Message::Resolved { victim });
+                self.port
+                    .send(from.node, Message::Resolved { victim, round });
             }
             Message::Gone { victim } => {
                 let gone = self.gone.entry(victim.node).or_default();

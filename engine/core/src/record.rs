@@ -1,7 +1,8 @@
 //! What a destination writes to its log, and the storage it runs on.
 //!
 //! ```text
-//! Op      id | epoch | previous | participants | position here | own writes | carried updates
+//! step, and then by kind
+//! Op      id | epoch | previous | participants | position here | piece | own writes | carried updates
 //! Undone  id | position | restored writes
 //! Fence, Row, Gone      a life
 //! Base    a stream and where it starts here
@@ -9,12 +10,13 @@
 //! ```
 //!
 //! An own write keeps the change (redo) and what it replaced (undo), with versions. Carried
-//! updates are the other participants' parts, so that any holder can complete the operation.
+//! updates are the other participants' parts, so that any holder can complete the operation. An
+//! operation that writes objects of several shards has one record, a piece, in the log of each.
 //! Framing, checksums, positions and epochs for purging are the log's business.
 
 use alloc::vec::Vec;
 
-use crate::ids::{Epoch, Life, Lsn, OpId, Seq, StreamSeq, Version};
+use crate::ids::{Epoch, Life, Lsn, OpId, Seq, Step, StreamSeq, Version};
 use crate::message::StreamBase;
 use crate::op::{Bytes, Key, Participant, Range, Update};
 use crate::session::Page;
@@ -134,6 +136,25 @@ wire_struct!(Write {
     before
 });
 
+/// Which of the records that a step writes for one operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Its number, from 0.
+    pub index: u16,
+    /// How many there are, at least 1.
+    pub count: u16,
+}
+wire_struct!(Piece { index, count });
+
+/// Where a record stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    /// Number of the log at its node.
+    pub log: u32,
+    /// Position in that log.
+    pub lsn: Lsn,
+}
+
 /// An executed operation's part: redo, undo and what is needed to complete it elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpRecord {
@@ -147,6 +168,8 @@ pub struct OpRecord {
     pub participants: Vec<Participant>,
     /// Position of this part in the stream to this home.
     pub at: StreamSeq,
+    /// Which piece of the part.
+    pub piece: Piece,
     /// Writes here, in order.
     pub writes: Vec<Write>,
     /// Other participants' updates, as far as they were carried.
@@ -158,6 +181,7 @@ wire_struct!(OpRecord {
     previous,
     participants,
     at,
+    piece,
     writes,
     carried
 });
@@ -223,30 +247,14 @@ impl Record {
         }
     }
 
-    /// The body; the kind travels in the log's record header.
-    #[must_use]
-    pub fn body(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        match self {
-            Record::Op(r) => r.put(&mut out),
-            Record::Undone(r) => r.put(&mut out),
-            Record::Fence(life) | Record::Row(life) | Record::Gone(life) => life.put(&mut out),
-            Record::Base(base) => base.put(&mut out),
-            Record::Marks { minimum, ceiling } => {
-                minimum.put(&mut out);
-                ceiling.put(&mut out);
-            }
-        }
-        out
-    }
-
     /// Decodes kind and body.
     ///
     /// # Errors
     /// [`Malformed`]; the log's checksum was right, so this means another version or a bug.
-    pub fn from_parts(kind: u8, body: &[u8]) -> Result<Record, Malformed> {
+    pub fn from_parts(kind: u8, body: &[u8]) -> Result<(Step, Record), Malformed> {
         let mut input = Reader::new(body);
         let input_ref = &mut input;
+        let step = Wire::take(input_ref)?;
         let record = match kind {
             KIND_OP => Record::Op(Wire::take(input_ref)?),
             2 => Record::Undone(Wire::take(input_ref)?),
@@ -265,29 +273,59 @@ impl Record {
             }
         };
         input.finish("record")?;
-        Ok(record)
+        Ok((step, record))
     }
 }
 
-/// What a destination needs of its hands while it executes. Calls do not fail: storage that
-/// breaks is poisoned, and the hands then stop the node before anything is acknowledged.
-pub trait Storage {
+/// A record's body; its kind travels in the log's record header.
+#[must_use]
+pub fn encode_record(step: Step, record: &Record) -> Vec<u8> {
+    let mut out = Vec::new();
+    step.put(&mut out);
+    match record {
+        Record::Op(r) => r.put(&mut out),
+        Record::Undone(r) => r.put(&mut out),
+        Record::Fence(life) | Record::Row(life) | Record::Gone(life) => life.put(&mut out),
+        Record::Base(base) => base.put(&mut out),
+        Record::Marks { minimum, ceiling } => {
+            minimum.put(&mut out);
+            ceiling.put(&mut out);
+        }
+    }
+    out
+}
+
+/// The step of a record, without decoding the rest.
+///
+/// # Errors
+/// [`Malformed`] when the body is too short.
+pub fn step_of(body: &[u8]) -> Result<Step, Malformed> {
+    Wire::take(&mut Reader::new(body))
+}
+
+/// Objects, as replaying a log needs them. Calls do not fail: storage that breaks is poisoned, and
+/// the hands then stop the node before anything is acknowledged.
+pub trait Objects {
     /// The object's newest executed state.
     fn get(&mut self, key: &Key) -> Option<Stored>;
     /// Replaces the object's executed state (volatile until its record is durable).
     fn put(&mut self, key: &Key, value: Option<Stored>);
+    /// Bytes of a value.
+    fn fetch(&mut self, value: &Value) -> Option<Bytes>;
+}
+
+/// What a shard needs of its hands while it executes. As for [`Objects`], calls do not fail.
+pub trait Storage: Objects {
     /// Whether any object lies in the range.
     fn is_empty(&mut self, range: &Range) -> bool;
     /// Objects of the range in key order after `after`, about `bytes_max` bytes of values.
     fn scan(&mut self, range: &Range, after: Option<&Key>, bytes_max: usize) -> Page;
-    /// Appends a record; later calls return larger positions.
-    fn append(&mut self, kind: u8, epoch: Epoch, body: &[u8]) -> Lsn;
-    /// Body of an appended operation record that is not purged yet.
-    fn load(&mut self, lsn: Lsn) -> Option<Vec<u8>>;
+    /// Appends a record to the shard's log; later calls return larger positions.
+    fn append(&mut self, kind: u8, epoch: Epoch, body: &[u8]) -> Position;
+    /// Body of an appended operation record that is not purged yet, of any log of the node.
+    fn load(&mut self, position: Position) -> Option<Vec<u8>>;
     /// Writes bulk data out of place. It becomes durable no later than any record appended after.
     fn place(&mut self, bytes: &Bytes) -> Extent;
-    /// Bytes of a value.
-    fn fetch(&mut self, value: &Value) -> Option<Bytes>;
-    /// Whether there is room for new reservations; stamped operations have a reserve.
-    fn has_room(&self) -> bool;
+    /// The space of an extent may be used again: no object has it, and no undo brings it back.
+    fn release(&mut self, extent: Extent);
 }

@@ -10,8 +10,8 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::ids::{
-    Epoch, GrantId, Incarnation, Life, Lsn, NodeId, OpId, Seq, StreamSeq, Term, Time, Version,
-    ViewId,
+    Epoch, GrantId, Incarnation, Life, Lsn, NodeId, OpId, Seq, Step, StreamSeq, Term, Time,
+    Version, ViewId,
 };
 use crate::op::{
     Bytes, Change, Key, Mode, NAME_MAX, Operation, Participant, Range, UPDATES_MAX, Update,
@@ -205,6 +205,7 @@ newtypes!(
     GrantId,
     Version,
     Lsn,
+    Step,
     ViewId,
     Time
 );

@@ -249,6 +249,11 @@ impl Committer {
         &self.clock
     }
 
+    /// Whether the thread has ended: after a failure nothing is committed any more.
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Commits what has been published and ends the thread. All pins must be gone.
     pub fn stop(mut self) {
         self.join();

@@ -150,6 +150,12 @@ impl Shared {
         next
     }
 
+    /// The segment of this number, if it holds records.
+    pub fn live_segment(&self, seq: u64) -> Option<Segment> {
+        let table = lock(&self.table);
+        table.live.iter().find(|s| s.seq == seq).cloned()
+    }
+
     pub fn activate(&self, segment: Segment) {
         lock(&self.table).live.push_back(segment);
     }

@@ -5,19 +5,18 @@ use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::{Destination, Stage};
 use lowtide_engine_core::effect::{Effect, Port};
 use lowtide_engine_core::ids::{Epoch, NodeId, Time};
-use lowtide_engine_core::lock::LockServer;
-use lowtide_engine_core::message::{Envelope, Role};
+use lowtide_engine_core::message::Envelope;
 use lowtide_engine_core::proxy::Proxy;
 use lowtide_engine_core::root::Root;
 
 use super::rootfile::RootFile;
+use crate::server::Server;
 use crate::status::{MemberStatus, NodeCounters, Status};
-use crate::storage::ShardStorage;
 
 /// A state machine with what it needs to run.
 pub(super) enum Core {
     Root(Box<Root>, RootFile),
-    Destination(Box<Destination>, Box<ShardStorage>),
+    Destination(Box<Server>),
     Proxy(Box<Proxy>),
     Client(Box<Client>),
     Aggregator(Box<Aggregator>),
@@ -27,7 +26,7 @@ impl Core {
     pub(super) fn port(&self) -> &Port {
         match self {
             Core::Root(c, _) => c.port(),
-            Core::Destination(c, _) => c.port(),
+            Core::Destination(c) => c.front().port(),
             Core::Proxy(c) => c.port(),
             Core::Client(c) => c.port(),
             Core::Aggregator(c) => c.port(),
@@ -36,7 +35,7 @@ impl Core {
 
     pub(super) fn handle_connected(&mut self, now: Time, peer: NodeId) {
         match self {
-            Core::Destination(c, _) => c.handle_connected(peer),
+            Core::Destination(c) => c.front_mut().handle_connected(peer),
             Core::Proxy(c) => c.handle_connected(now, peer),
             Core::Client(c) => c.handle_connected(now, peer),
             Core::Root(..) | Core::Aggregator(_) => {}
@@ -45,7 +44,7 @@ impl Core {
 
     pub(super) fn handle_disconnected(&mut self, peer: NodeId) {
         match self {
-            Core::Destination(c, _) => c.handle_disconnected(peer),
+            Core::Destination(c) => c.front_mut().handle_disconnected(peer),
             Core::Proxy(c) => c.handle_disconnected(peer),
             Core::Client(c) => c.handle_disconnected(peer),
             Core::Root(..) | Core::Aggregator(_) => {}
@@ -55,7 +54,7 @@ impl Core {
     pub(super) fn handle_message(&mut self, now: Time, envelope: Envelope) {
         match self {
             Core::Root(c, _) => c.handle_message(now, envelope),
-            Core::Destination(c, storage) => c.handle_message(now, envelope, &mut **storage),
+            Core::Destination(c) => c.front_mut().handle_message(now, envelope),
             Core::Proxy(c) => c.handle_message(now, envelope),
             Core::Client(c) => c.handle_message(now, envelope),
             Core::Aggregator(c) => c.handle_message(now, envelope),
@@ -65,7 +64,7 @@ impl Core {
     pub(super) fn handle_timeout(&mut self, now: Time) {
         match self {
             Core::Root(c, _) => c.handle_timeout(now),
-            Core::Destination(c, storage) => c.handle_timeout(now, &mut **storage),
+            Core::Destination(c) => c.front_mut().handle_timeout(now),
             Core::Proxy(c) => c.handle_timeout(now),
             Core::Client(c) => c.handle_timeout(now),
             Core::Aggregator(c) => c.handle_timeout(now),
@@ -75,7 +74,7 @@ impl Core {
     pub(super) fn poll_timeout(&self) -> Time {
         match self {
             Core::Root(c, _) => c.poll_timeout(),
-            Core::Destination(c, _) => c.poll_timeout(),
+            Core::Destination(c) => c.front().poll_timeout(),
             Core::Proxy(c) => c.poll_timeout(),
             Core::Client(c) => c.poll_timeout(),
             Core::Aggregator(c) => c.poll_timeout(),
@@ -85,7 +84,7 @@ impl Core {
     pub(super) fn poll_effect(&mut self) -> Option<Effect> {
         match self {
             Core::Root(c, _) => c.poll_effect(),
-            Core::Destination(c, _) => c.poll_effect(),
+            Core::Destination(c) => c.front_mut().poll_effect(),
             Core::Proxy(c) => c.poll_effect(),
             Core::Client(c) => c.poll_effect(),
             Core::Aggregator(c) => c.poll_effect(),
@@ -96,22 +95,15 @@ impl Core {
     pub(super) fn handle_durability(&mut self, now: Time) {
         match self {
             Core::Root(c, file) => c.handle_persisted(now, file.persisted()),
-            Core::Destination(c, storage) => {
-                let durable = storage.durable();
-                c.handle_durable(now, durable, &mut **storage);
-            }
+            Core::Destination(c) => c.settle(now),
             _ => {}
         }
     }
 
-    /// Ends a round: what was appended goes to the committer.
-    pub(super) fn finish_batch(&mut self) {
-        if let Core::Destination(c, storage) = self {
-            let clients = || {
-                let seats = c.view().seats.iter();
-                seats.filter(|s| s.live && s.role == Role::Client).count() as u64
-            };
-            storage.finish_batch(|| c.image(), c.undo_floor(), clients);
+    /// Ends a round: what was ordered goes to the shards, what they append to the committer.
+    pub(super) fn finish_batch(&mut self, now: Time) {
+        if let Core::Destination(c) = self {
+            c.pass(now);
         }
     }
 
@@ -119,7 +111,7 @@ impl Core {
     pub(super) fn failure(&self) -> Option<String> {
         match self {
             Core::Root(_, file) => file.failure(),
-            Core::Destination(_, storage) => storage.failure(),
+            Core::Destination(c) => c.failure(),
             _ => None,
         }
     }
@@ -133,8 +125,8 @@ impl Core {
     }
 
     pub(super) fn close(self) {
-        if let Core::Destination(_, storage) = self {
-            storage.close();
+        if let Core::Destination(c) = self {
+            c.close();
         }
     }
 
@@ -151,18 +143,19 @@ impl Core {
         let counters = &mut status.counters;
         match self {
             Core::Root(c, _) => describe_root(c, now, status),
-            Core::Destination(c, storage) => {
-                describe_destination(c, counters);
-                let (stage, waiting) = c.stage();
+            Core::Destination(c) => {
+                describe_destination(c.front(), counters);
+                status.shards = c.front().shards();
+                let (stage, waiting) = c.front().stage();
                 if joined && stage == Stage::Reconnect {
                     status.stage = "RECONNECT".to_owned();
                     let names: Vec<String> = waiting.iter().map(ToString::to_string).collect();
                     status.blocked_by = Some(format!("waits for {}", names.join(", ")));
-                } else if let Some(why) = storage.full() {
+                } else if let Some(why) = c.full() {
                     status.stage = "FULL".to_owned();
-                    status.blocked_by = Some(why.to_owned());
+                    status.blocked_by = Some(why);
                 } else {
-                    status.blocked_by = lock_waits(c.locks());
+                    status.blocked_by = c.lock_waits();
                 }
             }
             Core::Proxy(c) => {
@@ -195,18 +188,6 @@ impl Core {
     pub(super) fn minimum(&self) -> Epoch {
         self.port().minimum()
     }
-}
-
-/// Lock requests that wait, in words.
-fn lock_waits(locks: &LockServer) -> Option<String> {
-    let waiting: Vec<String> = locks
-        .waiting()
-        .take(4)
-        .map(|(home, space, holder, mode, lo, hi)| {
-            format!("{holder} waits for {mode:?} {home} {space:x}:{lo:x}-{hi:x}")
-        })
-        .collect();
-    (!waiting.is_empty()).then(|| waiting.join(", "))
 }
 
 fn describe_destination(c: &Destination, counters: &mut NodeCounters) {

@@ -11,7 +11,8 @@ use crossbeam_channel::Receiver;
 use hdrhistogram::Histogram;
 use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
-use lowtide_engine_core::destination::{Destination, DestinationConfig};
+use lowtide_engine_core::destination::DestinationConfig;
+use lowtide_engine_core::destination::shard::SHARDS_MAX;
 use lowtide_engine_core::effect::Effect;
 use lowtide_engine_core::ids::{NodeId, Time};
 use lowtide_engine_core::proxy::{Proxy, ProxyConfig};
@@ -26,9 +27,9 @@ use super::link::Links;
 use super::rootfile::RootFile;
 use super::{Board, NodeConfig, NodeError, Role, StartError};
 use crate::frame;
+use crate::server::Server;
 use crate::session::{Command, Ledger, Outcome, Shared};
 use crate::status::{LatencyUs, Status};
-use crate::storage::ShardStorage;
 
 /// How often the status is refreshed.
 const STATUS_EVERY: Duration = Duration::from_millis(20);
@@ -146,7 +147,7 @@ impl Engine {
         if now >= inner.core.poll_timeout() {
             inner.core.handle_timeout(now);
         }
-        inner.core.finish_batch();
+        inner.core.finish_batch(now);
         if let Some(why) = inner.core.failure() {
             inner.failure = Some(NodeError::Storage(why));
             return Ok(());
@@ -371,7 +372,7 @@ impl Inner {
         let view = match &self.core {
             Core::Client(c) => c.view(),
             Core::Proxy(c) => c.view(),
-            Core::Destination(c, _) => c.view(),
+            Core::Destination(c) => c.front().view(),
             Core::Root(..) | Core::Aggregator(_) => return,
         };
         let replaced: Vec<NodeId> = view
@@ -395,7 +396,8 @@ impl Inner {
             if let Core::Client(client) = &mut self.core {
                 client.part();
             }
-            self.core.finish_batch();
+            let now = self.now();
+            self.core.finish_batch(now);
             self.let_effects_out(endpoint);
             // Two short rounds, so that what was said last is acknowledged before the socket goes.
             for _ in 0..2 {
@@ -459,7 +461,6 @@ fn make_core(
             Core::Root(Box::new(root), file)
         }
         Role::Meta | Role::Object => {
-            let (storage, image) = ShardStorage::open(&dir()?, config.power_fail, wake)?;
             let carry_bytes = config.carry_bytes;
             let settings = DestinationConfig {
                 root,
@@ -468,8 +469,12 @@ fn make_core(
                 nonce,
                 carry_bytes,
             };
-            let destination = Destination::new(config.id, settings, image);
-            Core::Destination(Box::new(destination), Box::new(storage))
+            if !(1..=SHARDS_MAX).contains(&config.shards) {
+                return Err(StartError::Config("a server has 1 to 64 shards"));
+            }
+            let place = (&*dir()?, config.power_fail);
+            let server = Server::open(config.id, settings, place, config.shards, wake)?;
+            Core::Destination(Box::new(server))
         }
         Role::Proxy => {
             let settings = ProxyConfig {

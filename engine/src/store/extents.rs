@@ -153,6 +153,20 @@ impl ExtentFile {
         bytes_max: u64,
         live: impl IntoIterator<Item = ExtentRef>,
     ) -> Result<ExtentFile, ExtentError> {
+        let file = ExtentFile::open_for_reading(volume, bytes_max)?;
+        file.adopt(live)?;
+        Ok(file)
+    }
+
+    /// Opens or creates the file without a map: nothing may be written before
+    /// [`adopt`](Self::adopt) has said what is in use.
+    ///
+    /// # Errors
+    /// The medium's.
+    pub fn open_for_reading(
+        volume: &dyn Volume,
+        bytes_max: u64,
+    ) -> Result<ExtentFile, ExtentError> {
         let medium = match volume.open(EXTENTS_FILE, Access::Positioned) {
             Ok(medium) => medium,
             Err(MediumError::NotFound { .. }) => {
@@ -162,6 +176,24 @@ impl ExtentFile {
         };
         let medium = Gated::new(EXTENTS_FILE, medium, Arc::new(Poison::default()));
         let file_len = medium.len()? / EXTENT_ALIGN * EXTENT_ALIGN;
+        let map = Map {
+            file_len,
+            ..Map::default()
+        };
+        Ok(ExtentFile {
+            medium,
+            map: Mutex::new(map),
+            growing: Mutex::new(()),
+            bytes_max,
+        })
+    }
+
+    /// Rebuilds the map: everything that no reference in `live` covers is free.
+    ///
+    /// # Errors
+    /// As [`ExtentFile::open`].
+    pub fn adopt(&self, live: impl IntoIterator<Item = ExtentRef>) -> Result<(), ExtentError> {
+        let file_len = self.map().file_len;
         let mut map = Map {
             file_len,
             ..Map::default()
@@ -191,12 +223,8 @@ impl ExtentFile {
         if file_len > end {
             map.free.insert(end, file_len - end);
         }
-        Ok(ExtentFile {
-            medium,
-            map: Mutex::new(map),
-            growing: Mutex::new(()),
-            bytes_max,
-        })
+        *self.map() = map;
+        Ok(())
     }
 
     fn map(&self) -> MutexGuard<'_, Map> {

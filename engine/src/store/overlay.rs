@@ -14,7 +14,7 @@
 //! their effects); it stays visible here until the store has it.
 //! Deliberately absent: back-pressure (the owner looks at [`Overlay::bytes`]), undo, threads.
 
-use super::{Store, StoreError};
+use super::{Change, Store, StoreError};
 use crate::log::Lsn;
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -96,19 +96,48 @@ impl Frozen {
         position: &[u8],
         durable: DurablePoint,
     ) -> Result<(), StoreError> {
+        self.check(durable);
+        store.apply_batch(&mut self.changes(), shard, position)?;
+        self.written.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn check(&self, durable: DurablePoint) {
         assert!(
             self.is_durable(durable),
             "WAL rule: checkpoint of {:?} while durable is {durable:?}",
             self.point
         );
-        let mut changes = self
-            .map
-            .iter()
-            .map(|(key, value)| (&**key, value.as_deref()));
-        store.apply_batch(&mut changes, shard, position)?;
-        self.written.store(true, Ordering::Release);
-        Ok(())
     }
+
+    fn changes(&self) -> impl Iterator<Item = Change<'_>> {
+        let entries = self.map.iter();
+        entries.map(|(key, value)| (&**key, value.as_deref()))
+    }
+}
+
+/// Writes frozen maps of several shards to the store in one durable transaction that also sets the
+/// node's position. Blocks; to be called on a thread that may.
+///
+/// # Errors
+/// As [`Frozen::checkpoint`].
+///
+/// # Panics
+/// As [`Frozen::checkpoint`].
+pub fn checkpoint_all(
+    parts: &[(Arc<Frozen>, DurablePoint)],
+    store: &dyn Store,
+    position: &[u8],
+) -> Result<(), StoreError> {
+    for (frozen, durable) in parts {
+        frozen.check(*durable);
+    }
+    let mut changes = parts.iter().flat_map(|(frozen, _)| frozen.changes());
+    store.apply_batch(&mut changes, 0, position)?;
+    for (frozen, _) in parts {
+        frozen.written.store(true, Ordering::Release);
+    }
+    Ok(())
 }
 
 /// A value found in front of the store.
@@ -259,6 +288,12 @@ impl Overlay {
         let point = self.frozen.as_ref().filter(|f| f.is_written())?.point;
         self.frozen = None;
         Some(point)
+    }
+
+    /// What the active map holds: keys in order with their values, `None` for deleted ones.
+    pub fn newer(&self) -> impl Iterator<Item = Change<'_>> {
+        let entries = self.active.iter();
+        entries.map(|(key, value)| (&**key, value.as_deref()))
     }
 
     /// The store behind.

@@ -126,6 +126,20 @@ impl Kv {
         Ok(())
     }
 
+    /// Waits until what was done so far has a commit group of its own: the committer has closed it
+    /// and begins to sync, while the next operations are done. So the number of groups does not
+    /// depend on when the committer gets to run.
+    #[allow(dead_code, reason = "each test program uses a part")]
+    pub fn end_group(&mut self) {
+        let Some(&group) = self.waiting.keys().next_back() else {
+            return;
+        };
+        let clock = self.committer.clock();
+        while clock.pin().group() <= group && !self.committer.is_finished() {
+            std::thread::yield_now();
+        }
+    }
+
     /// Waits until everything done is acknowledged.
     pub fn settle(&mut self) -> Result<u64, Fault> {
         while self.acknowledged < self.ops {

@@ -86,6 +86,9 @@ pub struct RunArgs {
     /// Clients
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub clients: u32,
+    /// Shards of each server [default: cores / number of servers, at least 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub shards: Option<u32>,
     /// Aggregators between proxies and clients and the root
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=32))]
     pub routers: u32,

@@ -87,6 +87,8 @@ pub struct NodeFile {
     pub seed: u64,
     /// Whether pages not yet synced are recorded, so that a power failure can be played.
     pub record_unsynced: bool,
+    /// Shards of a server, 1 to 64; `None` is one per core.
+    pub shards: Option<u32>,
 }
 
 /// Which transport carries the messages.
@@ -147,6 +149,8 @@ struct RawNode {
     seed: u64,
     #[serde(default)]
     record_unsynced: bool,
+    #[serde(default)]
+    shards: Option<Spanned<u32>>,
 }
 
 /// A file's text together with its name, for errors that point into it.
@@ -458,7 +462,16 @@ impl NodeFile {
                 ));
             }
         };
+        if let Some(shards) = raw
+            .shards
+            .as_ref()
+            .filter(|n| !(1..=64).contains(n.get_ref()))
+        {
+            let message = format!("{} shards, expected 1 to 64", shards.get_ref());
+            return Err(source.error(Some(shards.span()), message));
+        }
         Ok(NodeFile {
+            shards: raw.shards.map(Spanned::into_inner),
             dir: raw
                 .dir
                 .filter(|_| member.role.is_persistent())
@@ -488,6 +501,8 @@ impl NodeFile {
             loss_percent: f64,
             seed: u64,
             record_unsynced: bool,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            shards: Option<u32>,
         }
         toml::to_string(&Out {
             version: VERSION,
@@ -500,6 +515,7 @@ impl NodeFile {
             // TOML integers are signed.
             seed: self.seed & i64::MAX as u64,
             record_unsynced: self.record_unsynced,
+            shards: self.shards,
         })
         .expect("plain values; paths of a run are UTF-8")
     }
@@ -662,11 +678,12 @@ proxy = "proxy0"
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), "cluster.toml", GOOD);
         let text = "version = 1\ncluster = \"cluster.toml\"\nname = \"meta0\"\n\
-                    dir = \"data\"\ncontrol = \"control.sock\"\nseed = 7\n";
+                    dir = \"data\"\ncontrol = \"control.sock\"\nseed = 7\nshards = 4\n";
         let node = NodeFile::load(&write(dir.path(), "node.toml", text)).unwrap();
         assert_eq!(node.member.id, 2);
         assert_eq!(node.dir, Some(dir.path().join("data")));
         assert_eq!((node.loss_percent, node.seed), (0.0, 7));
+        assert_eq!(node.shards, Some(4));
         let again = write(
             dir.path(),
             "again.toml",
@@ -690,6 +707,7 @@ proxy = "proxy0"
             ),
             ("seed = 7", "provider = \"tcp\"", Some((6, 12)), "softroce"),
             ("control", "cntrl", Some((5, 1)), "unknown field"),
+            ("shards = 4", "shards = 0", Some((7, 10)), "1 to 64"),
         ];
         for (from, to, position, message) in table {
             let file = write(dir.path(), "bad.toml", &text.replacen(from, to, 1));

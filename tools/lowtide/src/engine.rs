@@ -16,12 +16,14 @@ use crate::config::{Cluster, NodeFile, Provider};
 /// # Errors
 /// Its state cannot be opened, its address cannot be had.
 pub fn start(file: &NodeFile) -> Result<NodeHandle, StartError> {
+    let base = config(&file.cluster, &file.member.name);
     node::start(NodeConfig {
+        shards: file.shards.unwrap_or(base.shards),
         dir: file.dir.clone(),
         loss_percent: file.loss_percent,
         seed: file.seed,
         power_fail: file.record_unsynced,
-        ..config(&file.cluster, &file.member.name)
+        ..base
     })
 }
 

@@ -59,6 +59,8 @@ pub struct Options {
     pub input: PathBuf,
     /// How many nodes of each role.
     pub shape: Shape,
+    /// Shards of each server; `None` shares the machine's cores out to them.
+    pub shards: Option<u32>,
     /// What to break; validated against `shape`.
     pub faults: Vec<Fault>,
     /// Transport.
@@ -201,6 +203,9 @@ impl<'a> Run<'a> {
                 .faults
                 .iter()
                 .any(|fault| matches!(fault, Fault::PowerOff { .. })),
+            shards: options
+                .shards
+                .unwrap_or_else(|| layout::shards_for(shape.meta + shape.object)),
         };
         layout::write(state.dir(), &cluster, &common)
             .map_err(|(path, error)| RunError::Write { path, error })?;

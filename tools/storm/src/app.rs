@@ -79,6 +79,8 @@ pub struct App {
     wide: u64,
     multi: u64,
     bulk: u64,
+    /// Percent of operations that also write objects of other spaces at the same home.
+    spread: u64,
     think_max: u64,
     depth: u64,
     mix: crate::plan::Mix,
@@ -113,6 +115,11 @@ impl App {
             wide: plan.wide,
             multi: plan.multi,
             bulk: plan.bulk,
+            spread: if plan.shards.iter().any(|n| *n > 1) {
+                50
+            } else {
+                0
+            },
             think_max: plan.think_max,
             depth: plan.depth,
             mix: plan.mix,
@@ -401,6 +408,16 @@ impl App {
                 key: key.clone(),
                 change: Change::Put(Bytes::from(list)),
             });
+            if self.is_spread() {
+                let other = self.key(REGISTERS);
+                let want = self.want(*home, &other, false);
+                request.locks.push(want);
+                request.updates.push(Update {
+                    home: *home,
+                    key: other,
+                    change: Change::Put(self.register_value()),
+                });
+            }
         }
         let ticket = self.ticket();
         let task = Task::Append {
@@ -452,8 +469,18 @@ impl App {
                 };
                 request.updates.push(Update { home, key, change });
             }
+            if self.is_spread() {
+                let key = self.key(COUNTERS);
+                let change = Change::Add(Bytes::from(1i64.to_le_bytes()));
+                request.updates.push(Update { home, key, change });
+            }
         }
         self.submit(request);
+    }
+
+    /// Draws nothing in plans with one shard, which therefore run as they did before.
+    fn is_spread(&mut self) -> bool {
+        self.spread > 0 && self.rng.chance(self.spread)
     }
 
     fn create(&mut self) {

@@ -1,24 +1,31 @@
 //! A destination's storage in memory, with crashes.
 //!
-//! The log is a list of records of which a prefix is durable; a sync makes a longer prefix durable
-//! after a delay. A crash keeps some prefix that is at least the durable one. Objects live in a
-//! volatile map; the checkpoint is a copy of the map with the core's image, taken at one moment and
-//! applied only once the log is durable up to that moment (I8). Positions grow by the length of
+//! There is one log per shard, each a list of records. A step of the node may have records in
+//! several logs; a sync makes everything up to some step durable after a delay, as a commit group
+//! does, and a crash keeps everything up to some step that is at least the durable one. Objects lie
+//! in one volatile map; a shard may touch those of its own spaces only. The checkpoint is a copy of
+//! the map with the core's image, every shard's part taken when that shard has come to the same
+//! step, and applied only once the logs are durable up to it (I8). Positions grow by the length of
 //! records, so they are not dense, and a position lost in a crash is used again.
 //!
-//! Deliberately absent: torn bytes within a record (the log's checksums turn those into a shorter
-//! prefix), failing media.
+//! Deliberately absent: torn bytes within a record and logs of which one lost more than the others
+//! (checksums and commit groups turn those into an earlier step), failing media.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use lowtide_engine_core::ids::{Epoch, Lsn};
+use lowtide_engine_core::destination::shard::{Shard, ShardSet, shard_of};
+use lowtide_engine_core::ids::{Epoch, Lsn, Step};
 use lowtide_engine_core::op::{Bytes, Key, Range};
-use lowtide_engine_core::record::{Extent, KIND_OP, Storage, Stored, Value};
+use lowtide_engine_core::record::{
+    Extent, KIND_OP, Objects, Position, Record, Recorded, Storage, Stored, Value, step_of,
+};
 use lowtide_engine_core::session::Page;
 
 /// One appended record.
 #[derive(Clone, Debug)]
 pub struct Logged {
+    /// Its step.
+    pub step: Step,
     /// Its position.
     pub lsn: Lsn,
     /// Kind byte.
@@ -29,15 +36,26 @@ pub struct Logged {
     pub body: Vec<u8>,
 }
 
-/// A checkpoint: objects and image as of one position.
+/// A shard's log.
+#[derive(Debug, Default)]
+pub struct LogDisk {
+    /// Its records, ascending.
+    pub records: VecDeque<Logged>,
+    /// Position of the newest record.
+    end: u64,
+}
+
+/// A checkpoint: objects and image as of one step.
 #[derive(Clone, Debug, Default)]
 pub struct Checkpoint {
-    /// Records up to here are covered.
-    pub lsn: u64,
+    /// Steps up to here are covered.
+    pub step: Step,
     /// The core's image.
     pub image: Vec<u8>,
     /// The objects.
     pub objects: BTreeMap<Key, Stored>,
+    /// Shards whose objects are still missing.
+    waiting: ShardSet,
 }
 
 /// Storage of one destination.
@@ -45,51 +63,122 @@ pub struct Checkpoint {
 pub struct Disk {
     /// Newest executed objects (volatile).
     pub objects: BTreeMap<Key, Stored>,
-    /// Records in the log, ascending.
-    pub log: VecDeque<Logged>,
-    /// Position of the newest record.
-    pub end: u64,
-    /// Records up to here survive a crash.
-    pub synced: u64,
-    /// Position that a sync under way will make durable.
-    pub syncing: Option<u64>,
+    /// One log per shard; more when there were more shards before.
+    pub logs: Vec<LogDisk>,
+    /// Steps up to here survive a crash.
+    pub synced: Step,
+    /// Step that a sync under way will make durable.
+    pub syncing: Option<Step>,
     /// The durable checkpoint.
     pub checkpoint: Checkpoint,
-    /// A checkpoint that waits for the log.
+    /// A checkpoint that waits for shards or for the logs.
     pub frozen: Option<Checkpoint>,
     /// No room for new reservations.
     pub full: bool,
-    /// Records recycled so far.
-    pub recycled: u64,
-    /// Out-of-line values: offset → bytes, and the log's end when they were placed.
-    extents: BTreeMap<u64, (Bytes, u64)>,
+    /// Shards of the running process.
+    count: u32,
+    /// Out-of-line values: offset → bytes, and the step in which they were placed.
+    extents: BTreeMap<u64, (Bytes, Step)>,
     next_extent: u64,
 }
 
 impl Disk {
-    /// Loses what a crash loses; records up to `survives` (at least [`Disk::synced`]) remain.
-    pub fn crash(&mut self, survives: u64) {
+    /// A process with this many shards starts.
+    pub fn set_shards(&mut self, count: u32) {
+        self.count = count;
+        let logs = self.logs.len().max(count as usize);
+        self.logs.resize_with(logs, LogDisk::default);
+    }
+
+    /// The disk as shard `number` sees it while it works at `step`; `None` for all shards at once.
+    pub fn view(&mut self, shard: Option<u32>, step: Step) -> View<'_> {
+        View {
+            disk: self,
+            shard,
+            step,
+        }
+    }
+
+    /// Records after `after` and up to `until`, of all logs, by steps.
+    #[must_use]
+    pub fn records(&self, after: Step, until: Step) -> Vec<(Position, Logged)> {
+        let mut found = Vec::new();
+        for (log, l) in (0..).zip(&self.logs) {
+            let from = l.records.partition_point(|r| r.step <= after);
+            let to = l.records.partition_point(|r| r.step <= until);
+            let records = l.records.range(from..to.max(from));
+            found.extend(records.map(|r| (Position { log, lsn: r.lsn }, r.clone())));
+        }
+        found.sort_by_key(|(position, r)| (r.step, position.log));
+        found
+    }
+
+    /// Newest step with a record up to `until`.
+    #[must_use]
+    pub fn newest(&self, until: Step) -> Step {
+        let newest = self.logs.iter().filter_map(|l| {
+            let count = l.records.partition_point(|r| r.step <= until);
+            Some(l.records.get(count.checked_sub(1)?)?.step)
+        });
+        newest.max().unwrap_or_default()
+    }
+
+    /// Loses what a crash loses; steps up to `survives` (at least [`Disk::synced`]) remain.
+    pub fn crash(&mut self, survives: Step) {
         assert!(
             survives >= self.synced,
             "a crash cannot take durable records"
         );
-        while self.log.back().is_some_and(|r| r.lsn.0 > survives) {
-            self.log.pop_back();
+        for log in &mut self.logs {
+            while log.records.pop_back_if(|r| r.step > survives).is_some() {}
+            // A position is used again, unless nothing is left to tell it from.
+            log.end = log.records.back().map_or(log.end, |r| r.lsn.0);
         }
-        let end = self.log.back().map_or(0, |r| r.lsn.0);
-        self.end = end.max(self.checkpoint.lsn).max(self.synced);
-        self.extents.retain(|_, (_, placed)| *placed < self.end);
-        self.synced = self.end;
+        self.synced = survives;
+        self.extents.retain(|_, (_, placed)| *placed <= survives);
         self.syncing = None;
         self.frozen = None;
         self.objects = self.checkpoint.objects.clone();
         self.full = false;
     }
 
-    /// Applies the frozen checkpoint if the log is durable up to it. Returns whether it did.
+    /// Whether shards have still to take part in a checkpoint.
+    #[must_use]
+    pub fn is_freezing(&self) -> bool {
+        self.frozen.as_ref().is_some_and(|f| !f.waiting.is_empty())
+    }
+
+    /// The front takes a checkpoint at `step`; the shards follow with [`Disk::freeze`].
+    pub fn begin_checkpoint(&mut self, step: Step, image: Vec<u8>) {
+        self.frozen = Some(Checkpoint {
+            step,
+            image,
+            objects: BTreeMap::new(),
+            waiting: ShardSet::all(self.count),
+        });
+    }
+
+    /// A shard has come to the checkpoint's step.
+    pub fn freeze(&mut self, number: u32) {
+        let count = self.count;
+        let Some(frozen) = &mut self.frozen else {
+            return;
+        };
+        let own = |key: &Key| shard_of(key.space, count) == number;
+        let objects = self.objects.iter().filter(|(key, _)| own(key));
+        frozen
+            .objects
+            .extend(objects.map(|(key, stored)| (key.clone(), stored.clone())));
+        frozen.waiting.remove(number);
+    }
+
+    /// Applies the frozen checkpoint if the logs are durable up to it. Returns whether it did.
     pub fn apply_checkpoint(&mut self) -> bool {
         match self.frozen.take() {
-            Some(frozen) if frozen.lsn <= self.synced => {
+            // Steps without a record need not become durable.
+            Some(frozen)
+                if frozen.waiting.is_empty() && self.newest(frozen.step) <= self.synced =>
+            {
                 self.checkpoint = frozen;
                 true
             }
@@ -100,50 +189,127 @@ impl Disk {
         }
     }
 
-    /// Drops records that neither undo (`floor`) nor redo (the checkpoint) needs. Returns where
-    /// the operations among them were.
-    pub fn recycle(&mut self, floor: Option<Lsn>) -> Vec<Lsn> {
-        let keep = floor.map_or(u64::MAX, |l| l.0).min(self.checkpoint.lsn + 1);
+    /// Drops records that neither undo nor redo (the checkpoint) needs. Returns the steps of the
+    /// operations among them, ascending.
+    pub fn recycle<'a>(&mut self, shards: impl Iterator<Item = &'a Shard> + Clone) -> Vec<Step> {
         let mut operations = Vec::new();
-        while self.log.front().is_some_and(|r| r.lsn.0 < keep) {
-            if let Some(record) = self.log.pop_front() {
-                self.recycled += 1;
+        for (number, log) in (0..).zip(&mut self.logs) {
+            let floor = shards.clone().filter_map(|s| s.undo_floor(number)).min();
+            let keep = floor.unwrap_or(Lsn(u64::MAX));
+            let covered = self.checkpoint.step;
+            while let Some(record) = log
+                .records
+                .pop_front_if(|r| r.lsn < keep && r.step <= covered)
+            {
                 if record.kind == KIND_OP {
-                    operations.push(record.lsn);
+                    operations.push(record.step);
                 }
             }
         }
+        operations.sort_unstable();
         operations
+    }
+
+    /// Extents that no object has.
+    #[must_use]
+    pub fn orphans(&self) -> usize {
+        let used = self.objects.values().filter_map(|s| match &s.value {
+            Value::Extent(extent) => Some(extent.offset),
+            Value::Inline(_) => None,
+        });
+        let used: std::collections::BTreeSet<u64> = used.collect();
+        self.extents.keys().filter(|e| !used.contains(e)).count()
+    }
+
+    /// Keeps the extents that objects and kept records refer to, as a start does.
+    pub fn adopt_extents(&mut self, kept: impl Iterator<Item = Position>) {
+        let mut live: std::collections::BTreeSet<u64> = std::collections::BTreeSet::new();
+        let mut refer = |value: &Value| {
+            if let Value::Extent(extent) = value {
+                live.insert(extent.offset);
+            }
+        };
+        self.objects.values().for_each(|s| refer(&s.value));
+        for position in kept {
+            let records = &self.logs[position.log as usize].records;
+            let index = records.binary_search_by_key(&position.lsn, |r| r.lsn);
+            let record = &records[index.expect("a kept record is in its log")];
+            if let Ok((_, Record::Op(op))) = Record::from_parts(record.kind, &record.body) {
+                for w in &op.writes {
+                    w.before.iter().for_each(|s| refer(&s.value));
+                    if let Recorded::Put(value) = &w.change {
+                        refer(value);
+                    }
+                }
+            }
+        }
+        self.extents.retain(|offset, _| live.contains(offset));
+    }
+
+    /// Bytes of a value.
+    #[must_use]
+    pub fn fetch(&self, value: &Value) -> Option<Bytes> {
+        match value {
+            Value::Inline(bytes) => Some(bytes.clone()),
+            Value::Extent(e) => self.extents.get(&e.offset).map(|(bytes, _)| bytes.clone()),
+        }
     }
 }
 
-impl Storage for Disk {
+/// See [`Disk::view`].
+#[derive(Debug)]
+pub struct View<'a> {
+    disk: &'a mut Disk,
+    shard: Option<u32>,
+    step: Step,
+}
+
+impl View<'_> {
+    fn check(&self, space: u64) {
+        if let Some(number) = self.shard {
+            let owner = shard_of(space, self.disk.count);
+            assert_eq!(owner, number, "a shard keeps to its own objects");
+        }
+    }
+}
+
+impl Objects for View<'_> {
     fn get(&mut self, key: &Key) -> Option<Stored> {
-        self.objects.get(key).cloned()
+        self.check(key.space);
+        self.disk.objects.get(key).cloned()
     }
 
     fn put(&mut self, key: &Key, value: Option<Stored>) {
+        self.check(key.space);
         match value {
             Some(stored) => {
-                self.objects.insert(key.clone(), stored);
+                self.disk.objects.insert(key.clone(), stored);
             }
             None => {
-                self.objects.remove(key);
+                self.disk.objects.remove(key);
             }
         }
     }
 
+    fn fetch(&mut self, value: &Value) -> Option<Bytes> {
+        self.disk.fetch(value)
+    }
+}
+
+impl Storage for View<'_> {
     fn is_empty(&mut self, range: &Range) -> bool {
+        self.check(range.space);
         let from = Key::at(range.space, range.lo);
-        let first = self.objects.range(from..).next();
+        let first = self.disk.objects.range(from..).next();
         first.is_none_or(|(key, _)| !range.holds(key))
     }
 
     fn scan(&mut self, range: &Range, after: Option<&Key>, bytes_max: usize) -> Page {
+        self.check(range.space);
         let from = Key::at(range.space, range.lo);
         let mut page = Page::default();
         let mut bytes = 0;
-        for (key, stored) in self.objects.range(from..) {
+        for (key, stored) in self.disk.objects.range(from..) {
             if !range.holds(key) {
                 break;
             }
@@ -156,7 +322,7 @@ impl Storage for Disk {
             }
             let value = match &stored.value {
                 Value::Inline(bytes) => bytes.clone(),
-                Value::Extent(e) => self.extents[&e.offset].0.clone(),
+                Value::Extent(e) => self.disk.extents[&e.offset].0.clone(),
             };
             bytes += value.len();
             page.entries.push((key.clone(), value));
@@ -164,28 +330,34 @@ impl Storage for Disk {
         page
     }
 
-    fn append(&mut self, kind: u8, epoch: Epoch, body: &[u8]) -> Lsn {
-        self.end += 1 + body.len() as u64;
-        let lsn = Lsn(self.end);
-        let body = body.to_vec();
-        self.log.push_back(Logged {
+    fn append(&mut self, kind: u8, epoch: Epoch, body: &[u8]) -> Position {
+        let log = self.shard.expect("a shard appends");
+        let step = step_of(body).expect("a record begins with its step");
+        let l = &mut self.disk.logs[log as usize];
+        l.end += 1 + body.len() as u64;
+        let lsn = Lsn(l.end);
+        l.records.push_back(Logged {
+            step,
             lsn,
             kind,
             epoch,
-            body,
+            body: body.to_vec(),
         });
-        lsn
+        Position { log, lsn }
     }
 
-    fn load(&mut self, lsn: Lsn) -> Option<Vec<u8>> {
-        let index = self.log.binary_search_by_key(&lsn, |r| r.lsn).ok()?;
-        Some(self.log[index].body.clone())
+    fn load(&mut self, position: Position) -> Option<Vec<u8>> {
+        let records = &self.disk.logs.get(position.log as usize)?.records;
+        let index = records
+            .binary_search_by_key(&position.lsn, |r| r.lsn)
+            .ok()?;
+        Some(records[index].body.clone())
     }
 
     fn place(&mut self, bytes: &Bytes) -> Extent {
-        let offset = self.next_extent;
-        self.next_extent += bytes.len() as u64;
-        self.extents.insert(offset, (bytes.clone(), self.end));
+        let offset = self.disk.next_extent;
+        self.disk.next_extent += bytes.len() as u64;
+        self.disk.extents.insert(offset, (bytes.clone(), self.step));
         Extent {
             offset,
             len: bytes.len() as u32,
@@ -193,15 +365,9 @@ impl Storage for Disk {
         }
     }
 
-    fn fetch(&mut self, value: &Value) -> Option<Bytes> {
-        match value {
-            Value::Inline(bytes) => Some(bytes.clone()),
-            Value::Extent(e) => self.extents.get(&e.offset).map(|(bytes, _)| bytes.clone()),
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        !self.full
+    fn release(&mut self, extent: Extent) {
+        let held = self.disk.extents.remove(&extent.offset);
+        assert!(held.is_some(), "an extent is released once");
     }
 }
 

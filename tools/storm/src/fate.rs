@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::{Destination, DestinationConfig, Image, Stage};
-use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, Seq};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step};
 use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
 use lowtide_engine_core::root::{Root, RootConfig, RootState};
@@ -15,6 +15,7 @@ use crate::app::{App, REGISTERS};
 use crate::net::{Side, pair};
 use crate::plan::{Fault, Index};
 use crate::probe::Probe;
+use crate::shards::Shards;
 use crate::world::{Core, Event, World};
 
 /// What a crash keeps of records that are not durable.
@@ -61,7 +62,7 @@ impl World {
         for key in self.net.pairs_of(node) {
             self.settle_link(key);
         }
-        self.after(node, false);
+        self.after(node);
     }
 
     fn nonce(&self, node: Index) -> u64 {
@@ -104,10 +105,14 @@ impl World {
         };
         let n = &mut self.nodes[node];
         let id = n.id;
-        let covered = n.disk.checkpoint.lsn;
+        let covered = n.disk.checkpoint.step;
         self.probes
-            .hit_if(Probe::RestartFromCheckpoint, covered > 0);
-        let mut image = match Image::decode(&n.disk.checkpoint.image) {
+            .hit_if(Probe::RestartFromCheckpoint, covered > Step(0));
+        let count = self.plan.shards_at(n.boot);
+        let before = self.plan.shards_at(n.boot.saturating_sub(1).max(1));
+        self.probes.hit_if(Probe::ShardsChanged, count != before);
+        n.disk.set_shards(count);
+        let mut image = match Image::decode(&n.disk.checkpoint.image, count) {
             Ok(image) => image,
             Err(e) => {
                 return self
@@ -115,17 +120,21 @@ impl World {
                     .fail(format!("image of {id} does not decode: {e}"));
             }
         };
-        let records: Vec<_> = n.disk.log.iter().cloned().collect();
-        for r in &records {
-            let fresh = r.lsn.0 > covered;
-            if let Err(e) = image.replay(r.lsn, (r.kind, &r.body), fresh, &mut n.disk) {
+        for (position, r) in n.disk.records(Step(0), Step(u64::MAX)) {
+            let mut view = n.disk.view(None, r.step);
+            if let Err(e) = image.replay(position, (r.kind, &r.body), &mut view) {
                 return self.oracle.fail(format!("{id} cannot be recovered: {e}"));
             }
         }
-        image.finish();
-        let destination = Destination::new(id, config, image);
-        n.core = Core::Destination(Box::new(destination));
-        n.reported = Lsn(n.disk.end);
+        if let Err(e) = image.finish() {
+            return self.oracle.fail(format!("{id} cannot be recovered: {e}"));
+        }
+        let kept: Vec<_> = image.kept().collect();
+        n.disk.adopt_extents(kept.into_iter());
+        let (front, shards) = Destination::new(id, config, image);
+        n.reported = front.step();
+        n.core = Core::Destination(Box::new(front));
+        n.shards = Shards::new(shards);
         let boot = n.boot;
         let disk = &mut self.nodes[node].disk;
         self.oracle.compare(id, disk, "after a restart");
@@ -265,17 +274,21 @@ impl World {
         }
         let id = self.nodes[node].id;
         self.note(6, || format!("{life} crashes"));
+        let executed = match &self.nodes[node].core {
+            Core::Destination(front) => self.nodes[node].shards.executed(front),
+            _ => Step(0),
+        };
+        self.nodes[node].shards = Shards::default();
         self.nodes[node].core = Core::Down;
         self.nodes[node].app = None;
         if self.is_destination(node) {
             let disk = &self.nodes[node].disk;
-            let ends = disk
-                .log
-                .iter()
-                .map(|r| r.lsn.0)
-                .filter(|l| *l > disk.synced);
-            let mut choices: Vec<u64> = ends.collect();
+            let ends = disk.records(disk.synced, executed);
+            let mut choices: Vec<Step> = ends.iter().map(|(_, r)| r.step).collect();
+            choices.dedup();
             choices.insert(0, disk.synced);
+            let split = disk.newest(Step(u64::MAX)) > executed;
+            self.probes.hit_if(Probe::CrashSplitShards, split);
             let survives = match self.losses {
                 Losses::Random => *self.rng.pick(&choices),
                 Losses::All => disk.synced,
@@ -284,8 +297,7 @@ impl World {
                 .hit_if(Probe::CrashKeptUnsyncedRecords, survives > choices[0]);
             let lost = self.oracle.tally.lost_in_crash;
             self.nodes[node].disk.crash(survives);
-            let end = self.nodes[node].disk.end;
-            self.oracle.crashed(id, Lsn(end));
+            self.oracle.crashed(id, survives);
             let more = self.oracle.tally.lost_in_crash > lost;
             self.probes.hit_if(Probe::HomeCrashedWithUncommitted, more);
         } else if node == 0 {
@@ -396,7 +408,7 @@ impl World {
                     let (id, time) = (self.nodes[node].id, self.time());
                     if let Core::Root(root) = &mut self.nodes[0].core {
                         root.declare_dead(time, id);
-                        self.after(0, false);
+                        self.after(0);
                     }
                 }
             }
@@ -437,7 +449,7 @@ impl World {
                 if let Core::Client(client) = &mut self.nodes[node].core {
                     client.part();
                     self.hit(Probe::ClientParted);
-                    self.after(node, false);
+                    self.after(node);
                 }
             }
         }

@@ -2,7 +2,7 @@
 //! simulated network, simulated storage, faults and an all-seeing oracle.
 //!
 //! Reading order: [`plan`] (what a seed stands for), [`world`] (events and connections),
-//! [`mod@step`] and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
+//! [`mod@step`], `shards` and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
 //! [`runner`] (many seeds, determinism, minimising), [`scenario`] (scripts instead of chance).
 #![forbid(unsafe_code)]
 
@@ -16,6 +16,7 @@ pub mod probe;
 pub mod rng;
 pub mod runner;
 pub mod scenario;
+pub(crate) mod shards;
 pub mod step;
 pub mod verify;
 pub mod world;

@@ -11,10 +11,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lowtide_engine_core::destination::add_words;
-use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, OpId, Seq, StreamSeq};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, OpId, Seq, Step, StreamSeq};
 use lowtide_engine_core::message::{Reclaim, StreamState};
 use lowtide_engine_core::op::{Bytes, Change, Key, Operation};
-use lowtide_engine_core::record::Record;
+use lowtide_engine_core::record::{OpRecord, Position, Record};
 
 use crate::app::{LISTS, tags_of};
 use crate::disk::Logged;
@@ -25,9 +25,9 @@ pub enum Place {
     /// Not in the log.
     Absent,
     /// Executed, at this position.
-    Executed(Lsn),
+    Executed(Step),
     /// Executed and undone, the latter at this position.
-    Undone(Lsn),
+    Undone(Step),
 }
 
 #[derive(Debug)]
@@ -53,8 +53,8 @@ type History = Vec<(OpId, Epoch, Option<Bytes>)>;
 /// One home as the oracle knows it.
 #[derive(Debug, Default)]
 struct Home {
-    log: Vec<(Lsn, Entry)>,
-    synced: Lsn,
+    log: Vec<(Step, Entry)>,
+    synced: Step,
     objects: BTreeMap<Key, History>,
     counters: BTreeMap<Key, Bytes>,
     positions: BTreeMap<Life, StreamSeq>,
@@ -81,6 +81,10 @@ pub struct Tally {
     pub survived: u64,
     /// Operations of lives that are GONE and do not.
     pub dropped: u64,
+    /// Executions in which several shards took part.
+    pub executed_by_several: u64,
+    /// Undo steps in which several shards took part.
+    pub undone_by_several: u64,
     /// Executed operations that a crash took.
     pub lost_in_crash: u64,
     /// Lives that are GONE.
@@ -221,51 +225,62 @@ impl Oracle {
         }
     }
 
-    /// Records appended to a home's log in one step. `completing`: the step was a Complete.
-    pub fn appended(&mut self, node: NodeId, records: &[Logged], completing: bool) {
-        for record in records {
-            let parsed = match Record::from_parts(record.kind, &record.body) {
-                Ok(parsed) => parsed,
-                Err(e) => {
-                    return self.fail(format!("{node} wrote a record that does not decode: {e}"));
-                }
-            };
-            let lsn = record.lsn;
-            let entry = match &parsed {
-                Record::Op(r) => {
-                    self.executed(node, r, completing);
-                    Entry::Op(r.id)
-                }
-                Record::Undone(r) => {
-                    let id = OpId {
+    /// Records that a home's shards have appended, in the order of steps; all records of a step are
+    /// shown together. `completing`: steps that a Complete brought about.
+    pub fn appended(
+        &mut self,
+        node: NodeId,
+        records: &[(Position, Logged)],
+        completing: &BTreeSet<Step>,
+    ) {
+        for of_step in records.chunk_by(|(_, a), (_, b)| a.step == b.step) {
+            let step = of_step[0].1.step;
+            let mut pieces = Vec::new();
+            let mut entry = Entry::Other;
+            for (_, record) in of_step {
+                let parsed = match Record::from_parts(record.kind, &record.body) {
+                    Ok((_, parsed)) => parsed,
+                    Err(e) => {
+                        let text = format!("{node} wrote a record that does not decode: {e}");
+                        return self.fail(text);
+                    }
+                };
+                entry = match parsed {
+                    Record::Op(r) => {
+                        let id = r.id;
+                        pieces.push(r);
+                        Entry::Op(id)
+                    }
+                    Record::Undone(r) => Entry::Undone(OpId {
                         source: r.source,
                         seq: r.seq,
-                    };
+                    }),
+                    Record::Fence(life) => Entry::Fence(life),
+                    Record::Marks { minimum, .. } => Entry::Marks(minimum),
+                    _ => Entry::Other,
+                };
+            }
+            match entry {
+                Entry::Op(_) => self.executed(node, &pieces, completing.contains(&step)),
+                Entry::Undone(id) => {
+                    self.tally.undone_by_several += u64::from(of_step.len() > 1);
                     self.check_undo(node, id);
-                    Entry::Undone(id)
                 }
-                Record::Fence(life) => Entry::Fence(*life),
-                Record::Marks { minimum, .. } => {
-                    if *minimum > self.minimum_durable {
-                        self.fail(format!("I13: {node} takes m {minimum} that is not durable"));
-                    }
-                    Entry::Marks(*minimum)
+                Entry::Marks(minimum) if minimum > self.minimum_durable => {
+                    self.fail(format!("I13: {node} takes m {minimum} that is not durable"));
                 }
-                _ => Entry::Other,
-            };
-            self.homes.entry(node).or_default().log.push((lsn, entry));
-            self.take_effect(node, lsn, entry);
+                _ => {}
+            }
+            self.homes.entry(node).or_default().log.push((step, entry));
+            self.take_effect(node, step, entry);
         }
     }
 
-    fn executed(
-        &mut self,
-        node: NodeId,
-        r: &lowtide_engine_core::record::OpRecord,
-        completing: bool,
-    ) {
+    fn executed(&mut self, node: NodeId, pieces: &[OpRecord], completing: bool) {
+        let r = &pieces[0];
         let life = r.id.source;
         self.tally.executed += 1;
+        self.tally.executed_by_several += u64::from(pieces.len() > 1);
         self.tally.completed += u64::from(completing);
         let home = self.homes.entry(node).or_default();
         let last = home.positions.get(&life).copied().unwrap_or_default();
@@ -308,12 +323,7 @@ impl Oracle {
                 "I7: {} at {} executes at {node} below m",
                 r.id, r.epoch
             ));
-        } else if !r
-            .writes
-            .iter()
-            .map(|w| &w.key)
-            .eq(op.updates_for(node).map(|u| &u.key))
-        {
+        } else if !are_whole(pieces, op, node) {
             wrong = Some(format!(
                 "{} writes other objects at {node} than asked",
                 r.id
@@ -374,7 +384,7 @@ impl Oracle {
     }
 
     /// Applies one log entry to the model of the home.
-    fn take_effect(&mut self, node: NodeId, lsn: Lsn, entry: Entry) {
+    fn take_effect(&mut self, node: NodeId, step: Step, entry: Entry) {
         let home = self.homes.entry(node).or_default();
         match entry {
             Entry::Op(id) => {
@@ -383,7 +393,7 @@ impl Oracle {
                 };
                 for (p, place) in state.op.participants.iter().zip(&mut state.places) {
                     if p.node == node {
-                        *place = Place::Executed(lsn);
+                        *place = Place::Executed(step);
                         home.positions.insert(id.source, p.at);
                     }
                 }
@@ -411,7 +421,7 @@ impl Oracle {
                 };
                 for (p, place) in state.op.participants.iter().zip(&mut state.places) {
                     if p.node == node {
-                        *place = Place::Undone(lsn);
+                        *place = Place::Undone(step);
                         home.positions.insert(id.source, StreamSeq(p.at.0 - 1));
                     }
                 }
@@ -444,8 +454,8 @@ impl Oracle {
             .iter()
             .zip(&state.places)
             .all(|(p, place)| {
-                let synced = self.homes.get(&p.node).map_or(Lsn(0), |h| h.synced);
-                matches!(place, Place::Executed(lsn) if *lsn <= synced)
+                let synced = self.homes.get(&p.node).map_or(Step(0), |h| h.synced);
+                matches!(place, Place::Executed(step) if *step <= synced)
             })
     }
 
@@ -484,14 +494,14 @@ impl Oracle {
     }
 
     /// Records of a home up to `synced` are durable.
-    pub fn synced(&mut self, node: NodeId, synced: Lsn) {
+    pub fn synced(&mut self, node: NodeId, synced: Step) {
         let home = self.homes.entry(node).or_default();
         let before = home.synced;
         home.synced = synced;
-        let start = home.log.partition_point(|(lsn, _)| *lsn <= before);
+        let start = home.log.partition_point(|(step, _)| *step <= before);
         let newly: Vec<OpId> = home.log[start..]
             .iter()
-            .take_while(|(lsn, _)| *lsn <= synced)
+            .take_while(|(step, _)| *step <= synced)
             .filter_map(|(_, e)| match e {
                 Entry::Op(id) | Entry::Undone(id) => Some(*id),
                 _ => None,
@@ -508,9 +518,9 @@ impl Oracle {
     }
 
     /// A home lost every record after `end`; the rest is durable.
-    pub fn crashed(&mut self, node: NodeId, end: Lsn) {
+    pub fn crashed(&mut self, node: NodeId, end: Step) {
         let home = self.homes.entry(node).or_default();
-        let keep = home.log.partition_point(|(lsn, _)| *lsn <= end);
+        let keep = home.log.partition_point(|(step, _)| *step <= end);
         let lost = home.log.split_off(keep);
         let log = std::mem::take(&mut home.log);
         let epoch_sent = home.epoch_sent;
@@ -548,12 +558,32 @@ impl Oracle {
                 }
             }
         }
-        for &(lsn, entry) in &log {
-            self.take_effect(node, lsn, entry);
+        for &(step, entry) in &log {
+            self.take_effect(node, step, entry);
         }
         self.homes.entry(node).or_default().log = log;
         for id in touched {
             self.refresh(id);
         }
     }
+}
+
+/// Whether the pieces of an operation are all there and write exactly what it asks of `node`.
+fn are_whole(pieces: &[OpRecord], op: &Operation, node: NodeId) -> bool {
+    let asked: Vec<&Key> = op.updates_for(node).map(|u| &u.key).collect();
+    let place = |key: &Key| asked.iter().position(|k| *k == key);
+    let mut written = Vec::new();
+    for piece in pieces {
+        let places: Option<Vec<usize>> = piece.writes.iter().map(|w| place(&w.key)).collect();
+        match places {
+            Some(places) if places.is_sorted() => written.extend(places),
+            _ => return false,
+        }
+    }
+    written.sort_unstable();
+    let numbered = (0..).zip(pieces).all(|(index, p): (u16, _)| {
+        (p.piece.index, p.piece.count) == (index, pieces.len() as u16)
+            && (p.id, p.at, p.epoch) == (pieces[0].id, pieces[0].at, pieces[0].epoch)
+    });
+    numbered && written.into_iter().eq(0..asked.len())
 }

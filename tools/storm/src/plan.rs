@@ -172,6 +172,10 @@ pub struct Plan {
     pub carry_bytes: usize,
     /// Percent of values that are bulk.
     pub bulk: u64,
+    /// Shards of a destination in its first life, its second, and so on, again from the front.
+    pub shards: Vec<u32>,
+    /// Longest delay between a front and a shard.
+    pub shard_delay: u64,
     /// Work.
     pub mix: Mix,
 }
@@ -181,6 +185,13 @@ impl Plan {
     #[must_use]
     pub fn nodes(&self) -> usize {
         self.first_client() + self.clients.len()
+    }
+
+    /// Shards of a destination in its life number `boot`, counted from 1.
+    #[must_use]
+    pub fn shards_at(&self, boot: u64) -> u32 {
+        let place = boot.saturating_sub(1) % self.shards.len() as u64;
+        self.shards[place as usize]
     }
 
     /// Index of the aggregator.
@@ -235,6 +246,8 @@ impl Plan {
             window_bytes: 1 << 20,
             carry_bytes: 64 << 10,
             bulk: 0,
+            shards: vec![1],
+            shard_delay: 0,
             mix: Mix {
                 append: 4,
                 blind: 3,
@@ -324,7 +337,21 @@ impl Plan {
         plan.draw_bypass(&mut list);
         list.sort_by_key(|(at, _)| *at);
         plan.faults = list;
+        plan.draw_shards(&mut Rng::branch(seed, 7));
         plan
+    }
+
+    /// From a branch of its own: with one shard a plan runs as it did before there were more.
+    fn draw_shards(&mut self, rng: &mut Rng) {
+        if rng.chance(40) {
+            return;
+        }
+        if rng.chance(10) {
+            self.bulk = 30;
+        }
+        self.shard_delay = *rng.pick(&[0, 2, 8, 20]);
+        let lives = if rng.chance(70) { 3 } else { 1 };
+        self.shards = (0..lives).map(|_| rng.range(1, 3) as u32).collect();
     }
 
     /// A proxy that the root cannot hear is evicted and bypassed, while a home that does not hear

@@ -62,6 +62,16 @@ probes! {
     LockYielded,
     PausedAndNotEvicted,
     SupplierProxyDied,
+    /// An operation wrote objects of several shards of one home.
+    ExecutedBySeveralShards,
+    /// One of them was undone.
+    UndoneBySeveralShards,
+    /// A home restarted with another number of shards.
+    ShardsChanged,
+    /// Undo used a record from before such a change.
+    UndoneAcrossShardsChange,
+    /// A crash found an operation executed by some of its shards.
+    CrashSplitShards,
     WindowsDiscardedEarly,
     IdleEpochsWatched,
 }

@@ -172,6 +172,14 @@ pub fn minimise(plan: &Plan) -> Plan {
                 shrunk = true;
             }
         }
+        if best.shards != [1] {
+            let mut candidate = best.clone();
+            candidate.shards = vec![1];
+            if fails(&candidate) {
+                best = candidate;
+                shrunk = true;
+            }
+        }
         if best.originate.0 > 0 {
             let mut candidate = best.clone();
             candidate.originate.0 /= 2;

@@ -16,7 +16,6 @@ use lowtide_engine_core::op::{
     Bytes, Change, Check, Expect, Key, Mode, Request, Stamp, Update, Want,
 };
 use lowtide_engine_core::proxy::{Originate, Proxy};
-use lowtide_engine_core::record::Storage;
 use lowtide_engine_core::root::Root;
 use lowtide_engine_core::session::{SessionError, Ticket};
 
@@ -187,7 +186,7 @@ impl Scenario {
         if let Core::Client(c) = &mut self.world.nodes[client].core {
             c.submit(now, ticket, request);
         }
-        self.world.after(client, false);
+        self.world.after(client);
         self.check();
         ticket
     }
@@ -249,7 +248,7 @@ impl Scenario {
         if let Core::Client(c) = &mut self.world.nodes[client].core {
             c.read(now, ticket, home, register(slot));
         }
-        self.world.after(client, false);
+        self.world.after(client);
         ticket
     }
 
@@ -266,7 +265,7 @@ impl Scenario {
         if let Core::Proxy(p) = &mut self.world.nodes[proxy].core {
             p.originate(now, asked);
         }
-        self.world.after(proxy, false);
+        self.world.after(proxy);
         self.check();
         ticket
     }
@@ -309,7 +308,7 @@ impl Scenario {
     pub fn stored(&mut self, number: usize, slot: u64) -> Option<Bytes> {
         let node = self.d(number);
         let disk = &mut self.world.nodes[node].disk;
-        let stored = disk.get(&register(slot))?;
+        let stored = disk.objects.get(&register(slot))?;
         disk.fetch(&stored.value)
     }
 
@@ -403,7 +402,7 @@ impl Scenario {
         if let Core::Root(root) = &mut self.world.nodes[0].core {
             root.declare_dead(now, id);
         }
-        self.world.after(0, false);
+        self.world.after(0);
         self.check();
     }
 
@@ -425,7 +424,7 @@ impl Scenario {
         if let Core::Client(c) = &mut self.world.nodes[client].core {
             c.part();
         }
-        self.world.after(client, false);
+        self.world.after(client);
     }
 
     /// Nothing that `from` sends reaches `to` from now on.
@@ -495,7 +494,7 @@ impl Scenario {
         let keys: Vec<Key> = disk.objects.keys().cloned().collect();
         let mut all = BTreeMap::new();
         for key in keys.into_iter().filter(|k| k.space == REGISTERS) {
-            let bytes = disk.get(&key).and_then(|s| disk.fetch(&s.value));
+            let bytes = disk.objects.get(&key).and_then(|s| disk.fetch(&s.value));
             if let Some(tag) = bytes.and_then(|b| b[..8].try_into().ok()) {
                 all.insert(key.slot, u64::from_le_bytes(tag));
             }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use lowtide_engine_core::effect::{Effect, Port};
-use lowtide_engine_core::ids::{Life, Lsn, Time};
+use lowtide_engine_core::ids::{Life, Step, Time};
 use lowtide_engine_core::message::{Envelope, Message, Reclaim};
 use lowtide_engine_core::op::{Range, Refusal};
 use lowtide_engine_core::root::RootState;
@@ -11,7 +11,6 @@ use lowtide_engine_core::session::SessionError;
 use lowtide_engine_core::wire;
 
 use crate::app::Ask;
-use crate::disk::Disk;
 use crate::plan::Index;
 use crate::probe::Probe;
 use crate::scenario::TICKETS;
@@ -42,6 +41,14 @@ impl Core {
         }
     }
 
+    /// Newest step of a destination.
+    fn step(&self) -> Step {
+        match self {
+            Core::Destination(c) => c.step(),
+            _ => Step(0),
+        }
+    }
+
     fn poll_timeout(&self) -> Option<Time> {
         match self {
             Core::Down => None,
@@ -53,11 +60,11 @@ impl Core {
         }
     }
 
-    fn handle_message(&mut self, now: Time, envelope: Envelope, disk: &mut Disk) {
+    fn handle_message(&mut self, now: Time, envelope: Envelope) {
         match self {
             Core::Down => {}
             Core::Root(c) => c.handle_message(now, envelope),
-            Core::Destination(c) => c.handle_message(now, envelope, disk),
+            Core::Destination(c) => c.handle_message(now, envelope),
             Core::Proxy(c) => c.handle_message(now, envelope),
             Core::Client(c) => c.handle_message(now, envelope),
             Core::Aggregator(c) => c.handle_message(now, envelope),
@@ -66,6 +73,14 @@ impl Core {
 }
 
 impl World {
+    /// A home learns whether its logs have room.
+    fn before_message(&mut self, node: Index) {
+        let n = &mut self.nodes[node];
+        if let Core::Destination(c) = &mut n.core {
+            c.handle_room(!n.disk.full);
+        }
+    }
+
     pub(crate) fn timer(&mut self, node: Index) {
         let now = self.time();
         let n = &mut self.nodes[node];
@@ -76,17 +91,20 @@ impl World {
         match &mut n.core {
             Core::Down => {}
             Core::Root(c) => c.handle_timeout(now),
-            Core::Destination(c) => c.handle_timeout(now, &mut n.disk),
+            Core::Destination(c) => {
+                c.handle_room(!n.disk.full);
+                c.handle_timeout(now);
+            }
             Core::Proxy(c) => c.handle_timeout(now),
             Core::Client(c) => c.handle_timeout(now),
             Core::Aggregator(c) => c.handle_timeout(now),
         }
-        self.after(node, false);
+        self.after(node);
     }
 
     pub(crate) fn wake(&mut self, node: Index) {
         self.nodes[node].wake_at = u64::MAX;
-        self.after(node, false);
+        self.after(node);
     }
 
     pub(crate) fn synced(&mut self, node: Index) {
@@ -97,16 +115,17 @@ impl World {
         };
         n.disk.synced = upto;
         let id = n.id;
-        self.oracle.synced(id, Lsn(upto));
+        self.oracle.synced(id, upto);
         let n = &mut self.nodes[node];
         if let Core::Destination(c) = &mut n.core {
-            c.handle_durable(now, Lsn(upto), &mut n.disk);
+            c.handle_room(!n.disk.full);
+            c.handle_durable(now, upto);
         }
         self.note(3, || format!("{id} log durable to {upto}"));
         if self.nodes[node].disk.apply_checkpoint() {
             self.note(4, || format!("{id} checkpoint applied"));
         }
-        self.after(node, false);
+        self.after(node);
     }
 
     pub(crate) fn persisted(&mut self, node: Index) {
@@ -124,7 +143,7 @@ impl World {
         if let Core::Root(c) = &mut self.nodes[node].core {
             c.handle_persisted(now, version);
         }
-        self.after(node, false);
+        self.after(node);
     }
 
     /// Lives whose eviction is durably decided and carried out count as GONE: what the root does
@@ -159,30 +178,6 @@ impl World {
         }
     }
 
-    /// Freezes a checkpoint, or recycles the log behind the last one.
-    pub(crate) fn checkpoint(&mut self, node: Index) {
-        let id = self.nodes[node].id;
-        let n = &mut self.nodes[node];
-        if let Core::Destination(c) = &n.core {
-            let floor = c.undo_floor();
-            let image = c.image();
-            let recycled = n.disk.recycle(floor);
-            self.oracle.recycled(id, &recycled);
-            self.probes.hit_if(Probe::Recycled, !recycled.is_empty());
-            let n = &mut self.nodes[node];
-            n.disk.frozen = Some(crate::disk::Checkpoint {
-                lsn: n.disk.end,
-                image,
-                objects: n.disk.objects.clone(),
-            });
-            n.disk.apply_checkpoint();
-        }
-        let boot = self.nodes[node].boot;
-        let pause = self.rng.range(10, 300);
-        self.at(self.now + pause, Event::Checkpoint { node, boot });
-        self.after(node, false);
-    }
-
     pub(crate) fn connected(&mut self, node: Index, peer: Index) {
         let now = self.time();
         let id = self.nodes[peer].id;
@@ -195,7 +190,7 @@ impl World {
         }
         let own = n.id;
         self.note(1, || format!("{own} connected to {id}"));
-        self.after(node, false);
+        self.after(node);
     }
 
     pub(crate) fn disconnected(&mut self, node: Index, peer: Index) {
@@ -209,7 +204,7 @@ impl World {
         }
         let own = n.id;
         self.note(2, || format!("{own} lost {id}"));
-        self.after(node, false);
+        self.after(node);
     }
 
     pub(crate) fn receive(&mut self, node: Index, peer: Index, bytes: &[u8]) {
@@ -246,18 +241,24 @@ impl World {
         self.watch_delivery(node, peer, &envelope);
         let (epoch, from) = (envelope.epoch, envelope.from);
         let completing = matches!(envelope.body, Message::Complete { .. });
+        self.before_message(node);
         let granted = match &envelope.body {
             Message::Granted { home, range, .. } => Some((*home, *range)),
             _ => None,
         };
         let now = self.time();
         let n = &mut self.nodes[node];
-        n.core.handle_message(now, envelope, &mut n.disk);
+        let before = n.core.step();
+        n.core.handle_message(now, envelope);
+        if completing {
+            let steps = before.0 + 1..=n.core.step().0;
+            n.shards.completing.extend(steps.map(Step));
+        }
         if n.core.port().is_some_and(|p| p.epoch() < epoch) {
             self.oracle
                 .fail(format!("I2: {own} is behind a message of {from}"));
         }
-        self.after(node, completing);
+        self.after(node);
         if let Some((home, range)) = granted {
             self.check_grant(node, home, range);
         }
@@ -298,17 +299,18 @@ impl World {
     }
 
     /// Carries out effects, feeds the application, reports to the oracle, sets timers.
-    pub(crate) fn after(&mut self, node: Index, completing: bool) {
+    pub(crate) fn after(&mut self, node: Index) {
+        self.pass_orders(node);
         loop {
             while let Some(effect) = self.nodes[node].core.poll_effect() {
-                self.report(node, completing);
+                self.report(node);
                 self.carry_out(node, effect);
             }
             if matches!(self.nodes[node].core, Core::Down) || !self.feed(node) {
                 break;
             }
         }
-        self.report(node, completing);
+        self.report(node);
         self.start_sync(node);
         self.set_timers(node);
     }
@@ -432,7 +434,7 @@ impl World {
     }
 
     /// Tells the oracle what this step did.
-    fn report(&mut self, node: Index, completing: bool) {
+    fn report(&mut self, node: Index) {
         let n = &mut self.nodes[node];
         let Some(port) = n.core.port() else {
             return;
@@ -461,15 +463,16 @@ impl World {
                 self.oracle.covered(life, c.bound());
                 self.oracle.held(life, |op| c.holds(op));
             }
-            Core::Destination(_) => {
-                let log = &n.disk.log;
-                let from = log.partition_point(|r| r.lsn <= n.reported);
-                if from < log.len() {
-                    let records: Vec<_> = log.range(from..).cloned().collect();
-                    n.reported = Lsn(n.disk.end);
+            Core::Destination(front) => {
+                // In the order of steps, hence only as far as every shard has come.
+                let executed = n.shards.executed(front);
+                let records = n.disk.records(n.reported, executed);
+                n.reported = executed;
+                if !records.is_empty() {
                     let id = n.id;
                     let completed = self.oracle.tally.completed;
-                    self.oracle.appended(id, &records, completing);
+                    self.oracle.appended(id, &records, &n.shards.completing);
+                    n.shards.completing.retain(|step| *step > executed);
                     let restarted = self.nodes[node].boot > 1;
                     let more = self.oracle.tally.completed > completed;
                     self.probes
@@ -490,12 +493,14 @@ impl World {
     }
 
     fn start_sync(&mut self, node: Index) {
-        if !self.is_destination(node) || matches!(self.nodes[node].core, Core::Down) {
+        let n = &mut self.nodes[node];
+        let Core::Destination(front) = &n.core else {
             return;
-        }
-        let disk = &mut self.nodes[node].disk;
-        if disk.syncing.is_none() && disk.end > disk.synced {
-            disk.syncing = Some(disk.end);
+        };
+        let newest = n.disk.newest(n.shards.executed(front));
+        let disk = &mut n.disk;
+        if disk.syncing.is_none() && newest > disk.synced {
+            disk.syncing = Some(newest);
             if self.stalled.contains(&node) {
                 return;
             }

@@ -33,7 +33,8 @@ impl World {
                 Core::Destination(d) => {
                     let (stage, waits) = d.stage();
                     let unpurged = d.undo_kept() > 0 || d.minimum_durable() <= newest;
-                    (stage != Stage::Serving || unpurged || behind).then(|| {
+                    let busy = unpurged || behind;
+                    (stage != Stage::Serving || busy).then(|| {
                         format!(
                             "{stage:?} waits for {waits:?}, keeps {} undo records",
                             d.undo_kept()
@@ -127,6 +128,16 @@ impl World {
                 let id = self.nodes[node].id;
                 let disk = &mut self.nodes[node].disk;
                 self.oracle.compare(id, disk, "at the end");
+                // All is past undo. A shard may not have heard of it yet.
+                let n = &self.nodes[node];
+                if let Core::Destination(front) = &n.core
+                    && n.shards.executed(front) == front.step()
+                    && n.disk.orphans() > 0
+                {
+                    let count = n.disk.orphans();
+                    self.oracle
+                        .fail(format!("{id} keeps {count} extents of no object"));
+                }
             }
             if let Core::Destination(d) = &self.nodes[node].core
                 && d.counters().claims_refused > 0
@@ -144,6 +155,11 @@ impl World {
         p.hit_if(Probe::UndoneAtEviction, tally.undone > 0);
         p.hit_if(Probe::DroppedUnseen, tally.dropped > 0);
         p.hit_if(Probe::SurvivedItsClient, tally.survived > 0);
+        p.hit_if(
+            Probe::ExecutedBySeveralShards,
+            tally.executed_by_several > 0,
+        );
+        p.hit_if(Probe::UndoneBySeveralShards, tally.undone_by_several > 0);
         let pressed = self.plan.redo_bytes < 1000;
         for node in 0..self.nodes.len() as Index {
             match &self.nodes[node].core {

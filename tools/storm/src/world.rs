@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use lowtide_engine_core::aggregator::Aggregator;
 use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::Destination;
-use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, Seq, Time, ViewId};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, Time, ViewId};
 use lowtide_engine_core::op::{Bytes, Stamp};
 use lowtide_engine_core::proxy::Proxy;
 use lowtide_engine_core::root::Root;
@@ -26,6 +26,7 @@ use crate::oracle::Oracle;
 use crate::plan::{Fault, Index, Plan};
 use crate::probe::{Probe, Probes};
 use crate::rng::Rng;
+use crate::shards::Shards;
 
 /// Events kept for the report of a failure.
 const TRACE_KEPT: usize = 20_000;
@@ -60,6 +61,8 @@ pub struct Node {
     pub boot: u64,
     /// Storage of a destination.
     pub disk: Disk,
+    /// Shards of a destination.
+    pub(crate) shards: Shards,
     /// Storage of the root.
     pub root_disk: RootDisk,
     /// The application of a client.
@@ -72,8 +75,8 @@ pub struct Node {
     pub timer_at: u64,
     /// When the application's wake-up fires.
     pub wake_at: u64,
-    /// Log records the oracle has seen.
-    pub reported: Lsn,
+    /// Log records up to this step were shown to the oracle.
+    pub reported: Step,
     /// Highest epoch of this process.
     pub epoch: Epoch,
     /// Newest life.
@@ -89,17 +92,55 @@ pub struct Node {
 /// Something that happens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    Deliver { key: (Index, Index), lane: usize },
-    Dial { key: (Index, Index) },
-    Timer { node: Index, boot: u64 },
-    Wake { node: Index, boot: u64 },
-    Synced { node: Index, boot: u64 },
-    Persisted { node: Index, boot: u64 },
-    Checkpoint { node: Index, boot: u64 },
-    Fault { number: usize },
-    Start { node: Index },
-    Unfull { node: Index },
-    BreakLater { key: (Index, Index) },
+    Deliver {
+        key: (Index, Index),
+        lane: usize,
+    },
+    Dial {
+        key: (Index, Index),
+    },
+    Timer {
+        node: Index,
+        boot: u64,
+    },
+    Wake {
+        node: Index,
+        boot: u64,
+    },
+    Synced {
+        node: Index,
+        boot: u64,
+    },
+    Persisted {
+        node: Index,
+        boot: u64,
+    },
+    Checkpoint {
+        node: Index,
+        boot: u64,
+    },
+    Stir {
+        node: Index,
+        boot: u64,
+        shard: usize,
+    },
+    Answer {
+        node: Index,
+        boot: u64,
+        shard: usize,
+    },
+    Fault {
+        number: usize,
+    },
+    Start {
+        node: Index,
+    },
+    Unfull {
+        node: Index,
+    },
+    BreakLater {
+        key: (Index, Index),
+    },
 }
 
 /// How a run ended.
@@ -133,6 +174,8 @@ pub struct World {
     pub(crate) oracle: Oracle,
     pub(crate) probes: Probes,
     pub(crate) rng: Rng,
+    /// Delays between fronts and shards, apart from all others.
+    pub(crate) shard_rng: Rng,
     heap: BinaryHeap<Reverse<(u64, u64)>>,
     events: BTreeMap<u64, Event>,
     scheduled: u64,
@@ -168,6 +211,7 @@ impl World {
     #[must_use]
     pub fn new(plan: Plan, traced: bool) -> World {
         let rng = Rng::branch(plan.seed, 2);
+        let shard_rng = Rng::branch(plan.seed, 8);
         let mut nodes = Vec::new();
         let mut by_id = BTreeMap::new();
         for index in 0..plan.nodes() {
@@ -178,13 +222,14 @@ impl World {
                 core: Core::Down,
                 boot: 0,
                 disk: Disk::default(),
+                shards: Shards::default(),
                 root_disk: RootDisk::default(),
                 app: None,
                 paused_until: 0,
                 slow_until: 0,
                 timer_at: u64::MAX,
                 wake_at: u64::MAX,
-                reported: Lsn(0),
+                reported: Step(0),
                 epoch: Epoch(0),
                 life: Life::default(),
                 acknowledged: Seq(0),
@@ -200,6 +245,7 @@ impl World {
             oracle: Oracle::default(),
             probes: Probes::default(),
             rng,
+            shard_rng,
             heap: BinaryHeap::new(),
             events: BTreeMap::new(),
             scheduled: 0,
@@ -241,9 +287,10 @@ impl World {
     /// Heals everything and demands that all comes to rest in the right state.
     pub(crate) fn converge(&mut self) {
         self.heal();
-        let patience =
-            30 * self.plan.evict_after + 100 * (self.plan.delay_max + self.plan.sync_max);
-        let patience = patience + 3000;
+        let patience = 30 * self.plan.evict_after
+            + 100 * (self.plan.delay_max + self.plan.sync_max)
+            + 100 * self.plan.shard_delay
+            + 3000;
         if self.plan.watches_idle() {
             // What pauses and slow syncs put off lies behind.
             let last = self.plan.faults.iter().map(|(at, f)| at + f.ticks()).max();
@@ -373,7 +420,9 @@ impl World {
             | Event::Wake { node, boot }
             | Event::Synced { node, boot }
             | Event::Persisted { node, boot }
-            | Event::Checkpoint { node, boot } => {
+            | Event::Checkpoint { node, boot }
+            | Event::Stir { node, boot, .. }
+            | Event::Answer { node, boot, .. } => {
                 let until = paused(self, node);
                 if self.nodes[node].boot != boot || matches!(self.nodes[node].core, Core::Down) {
                     return;
@@ -387,6 +436,8 @@ impl World {
                     Event::Wake { .. } => self.wake(node),
                     Event::Synced { .. } => self.synced(node),
                     Event::Persisted { .. } => self.persisted(node),
+                    Event::Stir { shard, .. } => self.stir(node, shard),
+                    Event::Answer { shard, .. } => self.answer(node, shard),
                     _ => self.checkpoint(node),
                 }
             }

@@ -1,17 +1,19 @@
-//! Restart of a destination from its log (b.8, BOOT): which lives are known, what is kept for undo,
+//! Restart of a destination from its logs (b.8, BOOT): which lives are known, what is kept for undo,
 //! and the marks.
 //!
-//! The hands load the checkpoint (objects, and the [`Image`] that was encoded with it), then feed
-//! every durable record in order. Records at or below the checkpoint only refill the undo index;
-//! later ones are applied to the objects as well.
+//! The hands load the checkpoint (objects, and the [`Image`] that was encoded with it), merge the
+//! durable records of all logs by their steps, and feed them in that order. Records of steps that
+//! the checkpoint covers only refill the undo index; later ones are applied to the objects as well.
+//! The number of shards may be another than when the records were written: a shard then keeps
+//! records of other logs for undo and heeds the writes to its own objects in them.
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 
-use super::{Destination, Entry, Source, add_words};
-use crate::ids::{Epoch, Incarnation, Life, Lsn, NodeId, StreamSeq, Version};
-use crate::op::{Bytes, Key};
-use crate::record::{OpRecord, Record, Recorded, Storage, Stored, Value};
+use super::shard::{Kept, Replaced, ShardSet, extents_replaced, shard_of};
+use super::{Destination, Entry, Source, objects};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StreamSeq};
+use crate::record::{Objects, OpRecord, Position, Record, UndoneRecord};
 use crate::wire::{Malformed, Reader, Wire};
 use crate::wire_struct;
 
@@ -20,10 +22,19 @@ use crate::wire_struct;
 pub struct Image {
     pub(super) sources: BTreeMap<Life, Source>,
     pub(super) gone: BTreeMap<NodeId, Incarnation>,
-    pub(super) rows: BTreeMap<Life, Lsn>,
+    pub(super) rows: BTreeMap<Life, Step>,
     pub(super) minimum: Epoch,
     pub(super) ceiling: Epoch,
-    pub(super) end: Lsn,
+    /// The newest step known.
+    pub(super) step: Step,
+    /// Steps up to here are covered by the checkpoint.
+    covered: Step,
+    /// Records kept for undo, per shard.
+    pub(super) kept: Vec<BTreeMap<Life, VecDeque<Kept>>>,
+    /// Extents that those operations replaced, per shard.
+    pub(super) replaced: Vec<Replaced>,
+    /// Pieces that are still to come of the operation replayed last.
+    missing: Option<(Life, StreamSeq, u16)>,
 }
 
 /// Why a log cannot be replayed.
@@ -39,6 +50,18 @@ pub enum RecoverError {
         found: StreamSeq,
         /// Position that was expected.
         expected: StreamSeq,
+    },
+    /// An operation over several shards lacks a record in one of their logs.
+    Piece {
+        /// The source.
+        source: Life,
+        /// Position of the operation.
+        at: StreamSeq,
+    },
+    /// A record's step is older than the one before it in the order of steps.
+    Order {
+        /// The step.
+        step: Step,
     },
 }
 
@@ -56,6 +79,10 @@ impl core::fmt::Display for RecoverError {
                     "log of {source} continues at {found} where {expected} should be"
                 )
             }
+            RecoverError::Piece { source, at } => {
+                write!(f, "the operation of {source} at {at} lacks a record")
+            }
+            RecoverError::Order { step } => write!(f, "the record of step {step} comes too late"),
         }
     }
 }
@@ -76,11 +103,12 @@ wire_struct!(Row {
 });
 
 impl Destination {
-    /// Encodes what [`Image::decode`] needs, as of the newest executed state. Kept undo records
-    /// are not part of it: they are read from the log again.
+    /// Encodes what [`Image::decode`] needs, as of everything ordered so far. Kept undo records
+    /// are not part of it: they are read from the logs again.
     #[must_use]
     pub fn image(&self) -> Vec<u8> {
         let mut out = Vec::new();
+        self.step.put(&mut out);
         let rows: Vec<Row> = self
             .sources
             .iter()
@@ -88,7 +116,7 @@ impl Destination {
                 life,
                 fenced: s.fenced,
                 gone: s.gone,
-                executed: s.executed,
+                executed: s.ordered,
             })
             .collect();
         rows.put(&mut out);
@@ -102,16 +130,27 @@ impl Destination {
 }
 
 impl Image {
-    /// An image encoded by [`Destination::image`]; empty input is the state before the first start.
+    /// An image encoded by [`Destination::image`], for a node of `shards` shards; empty input is
+    /// the state before the first start.
     ///
     /// # Errors
     /// [`Malformed`].
-    pub fn decode(bytes: &[u8]) -> Result<Image, Malformed> {
-        let mut image = Image::default();
+    ///
+    /// # Panics
+    /// If there are no shards, or more than [`super::shard::SHARDS_MAX`].
+    pub fn decode(bytes: &[u8], shards: u32) -> Result<Image, Malformed> {
+        assert!((1..=super::shard::SHARDS_MAX).contains(&shards));
+        let mut image = Image {
+            kept: (0..shards).map(|_| BTreeMap::new()).collect(),
+            replaced: (0..shards).map(|_| Replaced::new()).collect(),
+            ..Image::default()
+        };
         if bytes.is_empty() {
             return Ok(image);
         }
         let mut input = Reader::new(bytes);
+        image.covered = Wire::take(&mut input)?;
+        image.step = image.covered;
         for row in Vec::<Row>::take(&mut input)? {
             let Row {
                 life,
@@ -122,9 +161,7 @@ impl Image {
             let source = Source {
                 fenced,
                 gone,
-                executed,
-                committed: executed,
-                ..Source::default()
+                ..Source::at(executed)
             };
             image.sources.insert(life, source);
         }
@@ -132,44 +169,41 @@ impl Image {
             .into_iter()
             .collect();
         let rows = Vec::<Life>::take(&mut input)?;
-        image.rows = rows.into_iter().map(|life| (life, Lsn(0))).collect();
+        image.rows = rows.into_iter().map(|life| (life, Step(0))).collect();
         (image.minimum, image.ceiling) = Wire::take(&mut input)?;
         input.finish("image")?;
         Ok(image)
     }
 
-    /// Feeds the next durable record. `fresh` tells that it lies after the checkpoint, so that its
-    /// effects are not in the objects yet.
+    /// Feeds the next durable record in the order of steps (of equal steps, in any order).
+    /// `storage` takes objects of all shards.
     ///
     /// # Errors
     /// [`RecoverError`].
-    pub fn replay<S: Storage>(
+    pub fn replay<S: Objects>(
         &mut self,
-        lsn: Lsn,
+        position: Position,
         (kind, body): (u8, &[u8]),
-        fresh: bool,
         storage: &mut S,
     ) -> Result<(), RecoverError> {
-        self.end = lsn;
-        let record = Record::from_parts(kind, body).map_err(RecoverError::Malformed)?;
-        match record {
-            Record::Op(op) => return self.replay_op(lsn, &op, fresh, storage),
-            Record::Undone(undone) => {
-                let source = self.sources.entry(undone.source).or_default();
-                while source.index.back().is_some_and(|e| e.at >= undone.at) {
-                    source.index.pop_back();
-                }
-                if fresh {
-                    source.executed = undone.at.before();
-                    source.committed = source.executed;
-                    for (key, stored) in undone.restored {
-                        storage.put(&key, stored);
-                    }
-                }
+        let (step, record) = Record::from_parts(kind, body).map_err(RecoverError::Malformed)?;
+        let fresh = step > self.covered;
+        if fresh && step < self.step {
+            return Err(RecoverError::Order { step });
+        }
+        if let Some((source, at, _)) = self.missing {
+            let next = matches!(&record, Record::Op(op) if (op.id.source, op.at) == (source, at));
+            if fresh && !next {
+                return Err(RecoverError::Piece { source, at });
             }
+        }
+        self.step = self.step.max(step);
+        match record {
+            Record::Op(op) => self.replay_op((step, position), &op, fresh, storage)?,
+            Record::Undone(undone) => self.replay_undone(undone, fresh, storage),
             Record::Fence(life) if fresh => self.sources.entry(life).or_default().fenced = true,
             Record::Row(life) if fresh => {
-                self.rows.insert(life, lsn);
+                self.rows.insert(life, step);
             }
             Record::Gone(life) if fresh => {
                 let gone = self.gone.entry(life.node).or_default();
@@ -181,11 +215,9 @@ impl Image {
             }
             Record::Base(base) if fresh => {
                 let before = base.base.before();
-                self.sources.entry(base.source).or_insert_with(|| Source {
-                    executed: before,
-                    committed: before,
-                    ..Source::default()
-                });
+                self.sources
+                    .entry(base.source)
+                    .or_insert_with(|| Source::at(before));
             }
             Record::Marks { minimum, ceiling } => {
                 self.minimum = self.minimum.max(minimum);
@@ -197,7 +229,13 @@ impl Image {
     }
 
     /// Call once after the last record: drops undo below the durable m.
-    pub fn finish(&mut self) {
+    ///
+    /// # Errors
+    /// [`RecoverError::Piece`]: the last operation is not whole.
+    pub fn finish(&mut self) -> Result<(), RecoverError> {
+        if let Some((source, at, _)) = self.missing {
+            return Err(RecoverError::Piece { source, at });
+        }
         let minimum = self.minimum;
         for source in self.sources.values_mut() {
             while source.index.front().is_some_and(|e| e.epoch < minimum) {
@@ -205,11 +243,56 @@ impl Image {
             }
         }
         self.sources.retain(|_, s| !(s.gone && s.index.is_empty()));
+        for kept in &mut self.kept {
+            kept.retain(|life, kept| {
+                while kept.front().is_some_and(|k| k.epoch < minimum) {
+                    kept.pop_front();
+                }
+                !kept.is_empty() && self.sources.contains_key(life)
+            });
+        }
+        for (replaced, kept) in self.replaced.iter_mut().zip(&self.kept) {
+            replaced.retain(|(life, at), _| {
+                let kept = kept.get(life);
+                kept.is_some_and(|kept| kept.iter().any(|k| k.at == *at))
+            });
+        }
+        Ok(())
     }
 
-    fn replay_op<S: Storage>(
+    /// Records that are kept for undo. One may be named more than once.
+    pub fn kept(&self) -> impl Iterator<Item = Position> + '_ {
+        let lists = self.kept.iter().flat_map(BTreeMap::values);
+        lists.flatten().map(|kept| kept.position)
+    }
+
+    fn replay_undone<S: Objects>(&mut self, undone: UndoneRecord, fresh: bool, storage: &mut S) {
+        if !fresh && !self.sources.contains_key(&undone.source) {
+            // Gone and purged before the checkpoint.
+            return;
+        }
+        let source = self.sources.entry(undone.source).or_default();
+        while source.index.pop_back_if(|e| e.at >= undone.at).is_some() {}
+        for kept in &mut self.kept {
+            if let Some(kept) = kept.get_mut(&undone.source) {
+                while kept.pop_back_if(|k| k.at >= undone.at).is_some() {}
+            }
+        }
+        for replaced in &mut self.replaced {
+            replaced.retain(|&(life, at), _| life != undone.source || at < undone.at);
+        }
+        if fresh {
+            let at = undone.at.before();
+            (source.ordered, source.executed, source.committed) = (at, at, at);
+            for (key, stored) in undone.restored {
+                storage.put(&key, stored);
+            }
+        }
+    }
+
+    fn replay_op<S: Objects>(
         &mut self,
-        lsn: Lsn,
+        (step, position): (Step, Position),
         op: &OpRecord,
         fresh: bool,
         storage: &mut S,
@@ -220,8 +303,9 @@ impl Image {
             return Ok(());
         }
         let source = self.sources.entry(life).or_default();
-        if fresh {
-            let expected = StreamSeq(source.executed.0 + 1);
+        let pending = self.missing.take().map_or(0, |(_, _, left)| left);
+        if fresh && pending == 0 {
+            let expected = StreamSeq(source.ordered.0 + 1);
             if op.at != expected {
                 return Err(RecoverError::Gap {
                     source: life,
@@ -229,46 +313,53 @@ impl Image {
                     expected,
                 });
             }
-            source.executed = op.at;
-            source.committed = op.at;
+            (source.ordered, source.executed, source.committed) = (op.at, op.at, op.at);
         }
-        source.index.push_back(Entry {
-            at: op.at,
-            seq: op.id.seq,
-            epoch: op.epoch,
-            lsn,
-        });
+        if fresh {
+            let left = if pending > 0 { pending } else { op.piece.count };
+            self.missing = (left > 1).then_some((life, op.at, left - 1));
+        }
+        let count = self.kept.len() as u32;
+        let mut shards = ShardSet::default();
+        for w in &op.writes {
+            shards.insert(shard_of(w.key.space, count));
+        }
+        if shards.is_empty() {
+            shards.insert(0);
+        }
+        for number in shards.iter() {
+            let kept = self.kept[number as usize].entry(life).or_default();
+            kept.push_back(Kept {
+                at: op.at,
+                seq: op.id.seq,
+                epoch: op.epoch,
+                position,
+            });
+        }
+        for w in &op.writes {
+            let number = shard_of(w.key.space, count);
+            for extent in extents_replaced(core::slice::from_ref(w)) {
+                let replaced = self.replaced[number as usize].entry((life, op.at));
+                replaced.or_default().push(extent);
+            }
+        }
+        match source.index.back_mut().filter(|e| e.at == op.at) {
+            Some(entry) => entry.shards.extend(shards),
+            None => source.index.push_back(Entry {
+                at: op.at,
+                seq: op.id.seq,
+                epoch: op.epoch,
+                step,
+                shards,
+                waiting: ShardSet::default(),
+            }),
+        }
         self.ceiling = self.ceiling.max(op.epoch);
         if fresh {
             for w in &op.writes {
-                redo(&w.key, &w.change, op.epoch, storage);
+                objects::redo(&w.key, &w.change, op.epoch, storage);
             }
         }
         Ok(())
     }
-}
-
-fn redo<S: Storage>(key: &Key, change: &Recorded, epoch: Epoch, storage: &mut S) {
-    let before = storage.get(key);
-    let version = Version(before.as_ref().map_or(0, |s| s.version.0) + 1);
-    let after = match change {
-        Recorded::Put(value) => Some(Stored {
-            version,
-            epoch,
-            value: value.clone(),
-        }),
-        Recorded::Delete => None,
-        Recorded::Add(words) => {
-            let old = before
-                .and_then(|s| storage.fetch(&s.value))
-                .unwrap_or_else(|| Bytes::from([]));
-            let value = Value::Inline(add_words(&old, words));
-            Some(Stored {
-                version,
-                epoch: Epoch(0),
-                value,
-            })
-        }
-    };
-    storage.put(key, after);
 }

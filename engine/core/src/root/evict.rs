@@ -25,17 +25,17 @@ use crate::teeth::{Tooth, bites};
 
 impl Root {
     pub(super) fn eviction_message(&mut self, from: Life, body: Message) {
-        let (victim, stage) = match &body {
-            Message::Fenced { victim, .. } => (*victim, Stage::Fencing),
-            Message::Resolved { victim } => (*victim, Stage::Resolving),
-            Message::Drained { victim } => (*victim, Stage::Draining),
-            Message::GoneAck { victim } => (*victim, Stage::Releasing),
+        let (victim, stage, round) = match &body {
+            Message::Fenced { victim, round, .. } => (*victim, Stage::Fencing, Some(*round)),
+            Message::Resolved { victim, round } => (*victim, Stage::Resolving, Some(*round)),
+            Message::Drained { victim } => (*victim, Stage::Draining, None),
+            Message::GoneAck { victim } => (*victim, Stage::Releasing, None),
             _ => return,
         };
         let Some(eviction) = self.evictions.get_mut(&victim) else {
             return;
         };
-        if eviction.stage != stage {
+        if eviction.stage != stage || round.is_some_and(|r| r != eviction.round) {
             return;
         }
         let row = self.state.rows.iter().find(|r| r.life.node == from.node);
@@ -91,7 +91,7 @@ impl Root {
         };
         if stage == Stage::Resolving && self.has_lost_supplier(&eviction.decision) {
             if let Some(eviction) = self.evictions.get_mut(&victim) {
-                eviction.revised = true;
+                eviction.round += 1;
                 eviction.fenced.clear();
                 eviction.enter(Stage::Fencing);
                 self.changed = true;
@@ -123,9 +123,9 @@ impl Root {
         }
         if now >= eviction.next_send {
             eviction.next_send = now.after(self.config.retry_after);
-            let decision = eviction.decision.clone();
+            let (round, decision) = (eviction.round, eviction.decision.clone());
             for node in missing {
-                let body = stage_message(victim, stage, &decision, node);
+                let body = stage_message((victim, round), stage, &decision, node);
                 self.port.send(node, body);
             }
         }
@@ -161,7 +161,7 @@ impl Root {
                     answers.extend(role_of(life).map(|role| (role, life, held)));
                 }
                 answers.sort_by_key(|(role, life, _)| (*role, *life));
-                let cap = eviction.revised.then_some(eviction.decision.through);
+                let cap = (eviction.round > 0).then_some(eviction.decision.through);
                 let (decision, undone) = decide(&answers, minimum, cap);
                 let completed = decision
                     .supply
@@ -185,9 +185,14 @@ impl Root {
     }
 }
 
-fn stage_message(victim: Life, stage: Stage, decision: &Decision, node: NodeId) -> Message {
+fn stage_message(
+    (victim, round): (Life, u32),
+    stage: Stage,
+    decision: &Decision,
+    node: NodeId,
+) -> Message {
     match stage {
-        Stage::Fencing => Message::Fence { victim },
+        Stage::Fencing => Message::Fence { victim, round },
         Stage::Resolving => {
             let until = decision
                 .until
@@ -197,6 +202,7 @@ fn stage_message(victim: Life, stage: Stage, decision: &Decision, node: NodeId) 
             let supply = decision.supply.iter().find(|(l, _)| l.node == node);
             Message::Resolve {
                 victim,
+                round,
                 through: decision.through,
                 until: until.unwrap_or_default(),
                 supply: supply.map(|(_, list)| list.clone()).unwrap_or_default(),

@@ -196,9 +196,10 @@ pub(super) struct Eviction {
     pub(super) role: Role,
     pub(super) stage: Stage,
     pub(super) decision: Decision,
-    /// The decision is a second one: a supplier died before the first was carried out. It keeps no
-    /// more than the first did.
-    pub(super) revised: bool,
+    /// Above 0 the decision is a later one: a supplier died before the one before was carried out.
+    /// It keeps no more than that did. Answers name their round: one that was long under way must
+    /// not be taken for the answer to a later question.
+    pub(super) round: u32,
     /// Answers to the fence.
     pub(super) fenced: BTreeMap<Life, Vec<Held>>,
     /// Nodes that answered the current stage.
@@ -213,7 +214,7 @@ impl Eviction {
             role,
             stage: Stage::Fencing,
             decision: Decision::default(),
-            revised: false,
+            round: 0,
             fenced: BTreeMap::new(),
             answered: BTreeSet::new(),
             next_send: Time(0),
@@ -232,14 +233,14 @@ struct DurableEviction {
     victim: Life,
     role: Role,
     stage: u8,
-    revised: bool,
+    round: u32,
     decision: Decision,
 }
 wire_struct!(DurableEviction {
     victim,
     role,
     stage,
-    revised,
+    round,
     decision
 });
 
@@ -250,7 +251,7 @@ impl DurableEviction {
             victim: e.victim,
             role: e.role,
             stage,
-            revised: e.revised,
+            round: e.round,
             decision: e.decision.clone(),
         }
     }
@@ -263,10 +264,10 @@ impl DurableEviction {
             _ => Stage::Releasing,
         };
         let decision = self.decision;
-        let revised = self.revised;
+        let round = self.round;
         Eviction {
             stage,
-            revised,
+            round,
             decision,
             ..Eviction::new(self.victim, self.role)
         }

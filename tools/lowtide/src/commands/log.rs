@@ -88,14 +88,20 @@ fn line(entry: &Entry) -> String {
 /// What a record of the engine says.
 fn meaning(kind: u8, body: &[u8]) -> String {
     match Record::from_parts(kind, body) {
-        Ok(Record::Op(op)) => operation(&op),
-        Ok(Record::Undone(undone)) => format!("undone {}{}", undone.source, undone.seq),
-        Ok(Record::Fence(life)) => format!("fence {life}"),
-        Ok(Record::Row(life)) => format!("row {life}"),
-        Ok(Record::Gone(life)) => format!("gone {life}"),
-        Ok(Record::Base(base)) => format!("stream {base:?}"),
-        Ok(Record::Marks { minimum, ceiling }) => format!("minimum {minimum} ceiling {ceiling}"),
+        Ok((step, record)) => format!("{step} {}", words_of(&record)),
         Err(error) => format!("kind {kind}: {error:?}"),
+    }
+}
+
+fn words_of(record: &Record) -> String {
+    match record {
+        Record::Op(op) => operation(op),
+        Record::Undone(undone) => format!("undone {}{}", undone.source, undone.seq),
+        Record::Fence(life) => format!("fence {life}"),
+        Record::Row(life) => format!("row {life}"),
+        Record::Gone(life) => format!("gone {life}"),
+        Record::Base(base) => format!("stream {base:?}"),
+        Record::Marks { minimum, ceiling } => format!("minimum {minimum} ceiling {ceiling}"),
     }
 }
 
@@ -106,8 +112,10 @@ fn operation(op: &OpRecord) -> String {
         .map(|p| format!("{}{}", p.node, p.at))
         .collect();
     format!(
-        "op {} on {}: {} writes here, {} carried",
+        "op {} piece {} of {} on {}: {} writes here, {} carried",
         op.id,
+        op.piece.index + 1,
+        op.piece.count,
         participants.join(" "),
         op.writes.len(),
         op.carried.len(),

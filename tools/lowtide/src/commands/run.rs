@@ -69,6 +69,7 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
     Ok(Options {
         input,
         shape,
+        shards: args.shards,
         faults: args.faults.clone(),
         provider: args.provider,
         seed: args.seed.unwrap_or_else(seed_from_clock),

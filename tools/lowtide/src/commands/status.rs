@@ -74,6 +74,9 @@ fn line(name: &str, report: &NodeReport) -> String {
         "{name:10} life {:<4} epoch {:<10} minimum {:<10} {}",
         status.incarnation, status.epoch, status.minimum, status.stage
     );
+    if status.shards > 0 {
+        line += &format!(", {} shards", status.shards);
+    }
     let c = &status.counters;
     for (value, what) in [
         (c.operations, "operations"),

@@ -18,6 +18,15 @@ pub struct Common {
     pub seed: u64,
     /// Whether pages not yet synced are recorded.
     pub record_unsynced: bool,
+    /// Shards of each server.
+    pub shards: u32,
+}
+
+/// The machine's cores shared out to `servers`, at least one for each.
+#[must_use]
+pub fn shards_for(servers: u32) -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    (cores / servers.max(1)).clamp(1, 64)
 }
 
 /// Names, numbers and ways of a cluster of this shape; `addresses` holds one per node.
@@ -99,6 +108,7 @@ pub fn write(state: &Path, cluster: &Cluster, common: &Common) -> Result<(), (Pa
                 .wrapping_mul(1_000_003)
                 .wrapping_add(u64::from(member.id)),
             record_unsynced: common.record_unsynced && member.role.is_persistent(),
+            shards: matches!(member.role, Role::Meta | Role::Object).then_some(common.shards),
         };
         put(
             dir.join("node.toml"),
@@ -152,6 +162,7 @@ mod tests {
             loss_percent: 10.0,
             seed: u64::MAX,
             record_unsynced: true,
+            shards: 3,
         };
         write(tmp.path(), &cluster, &common).unwrap();
         let meta = NodeFile::load(&tmp.path().join("meta1/node.toml")).unwrap();
@@ -160,6 +171,7 @@ mod tests {
         assert!(meta.record_unsynced);
         let proxy = NodeFile::load(&tmp.path().join("proxy1/node.toml")).unwrap();
         assert_eq!((proxy.dir, proxy.record_unsynced), (None, false));
+        assert_eq!((meta.shards, proxy.shards), (Some(3), None));
         assert_eq!(proxy.loss_percent, 10.0);
         assert_ne!(proxy.seed, meta.seed);
     }

@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use lowtide_engine_core::ids::{Epoch, Life, Lsn, NodeId, OpId, Seq};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, OpId, Seq, Step};
 use lowtide_engine_core::message::Reclaim;
 use lowtide_engine_core::op::{Bytes, Change, Key, Mode, Operation, Range};
-use lowtide_engine_core::record::Storage;
 
 use super::{Entry, Oracle, Place};
 use crate::app::{COUNTERS, LISTS, Seen, tags_of};
@@ -14,9 +13,9 @@ use crate::disk::Disk;
 impl Oracle {
     /// Records of operations were recycled (I13): each is below the durable m, or was durably
     /// undone.
-    pub fn recycled(&mut self, node: NodeId, records: &[Lsn]) {
+    pub fn recycled(&mut self, node: NodeId, records: &[Step]) {
         let home = self.homes.entry(node).or_default();
-        let durable = home.log.iter().take_while(|(lsn, _)| *lsn <= home.synced);
+        let durable = home.log.iter().take_while(|(step, _)| *step <= home.synced);
         let marks = durable.filter_map(|(_, e)| match e {
             Entry::Marks(m) => Some(*m),
             _ => None,
@@ -26,7 +25,7 @@ impl Oracle {
         for (_, entry) in home
             .log
             .iter()
-            .filter(|(lsn, _)| records.binary_search(lsn).is_ok())
+            .filter(|(step, _)| records.binary_search(step).is_ok())
         {
             let Entry::Op(id) = entry else {
                 continue;
@@ -37,7 +36,7 @@ impl Oracle {
                 .iter()
                 .zip(&state.op.participants)
                 .any(|(place, p)| {
-                    p.node == node && matches!(place, Place::Undone(lsn) if *lsn <= home.synced)
+                    p.node == node && matches!(place, Place::Undone(step) if *step <= home.synced)
                 });
             if state.op.epoch >= minimum && !undone {
                 let epoch = state.op.epoch;
@@ -136,10 +135,10 @@ impl Oracle {
                 .iter()
                 .zip(&state.places)
                 .all(|(p, place)| {
-                    let synced = self.homes.get(&p.node).map_or(Lsn(0), |h| h.synced);
+                    let synced = self.homes.get(&p.node).map_or(Step(0), |h| h.synced);
                     match place {
                         Place::Absent => true,
-                        Place::Undone(lsn) => *lsn <= synced,
+                        Place::Undone(step) => *step <= synced,
                         Place::Executed(_) => false,
                     }
                 });
@@ -346,8 +345,8 @@ impl Oracle {
     /// Whether an operation's record is durable at a home.
     #[must_use]
     pub fn is_committed(&self, id: OpId, home: NodeId) -> bool {
-        let synced = self.homes.get(&home).map_or(Lsn(0), |h| h.synced);
-        matches!(self.place(id, home), Place::Executed(lsn) if lsn <= synced)
+        let synced = self.homes.get(&home).map_or(Step(0), |h| h.synced);
+        matches!(self.place(id, home), Place::Executed(step) if step <= synced)
     }
 
     /// Whether an operation up to `seq` of `life` has not executed at `home`.

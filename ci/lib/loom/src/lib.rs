@@ -1,0 +1,3 @@
+//! See `ci/loom`.
+#[path = "../../../../engine/src/ring.rs"]
+pub mod ring;
