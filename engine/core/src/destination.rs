@@ -39,6 +39,7 @@ use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StreamSeq, Time};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Message, Reclaim, Role};
 use crate::record::Record;
+use crate::teeth::{Tooth, bites};
 use stream::{Entry, Source};
 
 /// How far ahead of the epoch the durable ceiling is kept.
@@ -176,8 +177,13 @@ impl Destination {
             Shard::new(node, (number, count), config.carry_bytes, kept, step)
         });
         let shards = shards.collect();
+        let first = if bites(Tooth::EpochReset) {
+            Epoch(0)
+        } else {
+            ceiling
+        };
         let front = Destination {
-            port: Port::new(life, ceiling),
+            port: Port::new(life, first),
             member: Member::new(
                 config.root,
                 config.parent,
@@ -242,7 +248,7 @@ impl Destination {
             }
             Message::Open { reclaim, .. } => self.open(from, reclaim),
             Message::Stream { base } => self.announce(from, base),
-            Message::Reint { parts } => {
+            Message::Reint { parts, .. } => {
                 if self.is_refused(from) {
                     self.counters.refused_fenced += parts.len() as u64;
                 } else {

@@ -322,8 +322,9 @@ pub trait Storage: Objects {
     fn scan(&mut self, range: &Range, after: Option<&Key>, bytes_max: usize) -> Page;
     /// Appends a record to the shard's log; later calls return larger positions.
     fn append(&mut self, kind: u8, epoch: Epoch, body: &[u8]) -> Position;
-    /// Body of an appended operation record that is not purged yet, of any log of the node.
-    fn load(&mut self, position: Position) -> Option<Vec<u8>>;
+    /// An appended operation record that is not purged yet, of any log of the node. `None` when the
+    /// medium has failed: the node stops before anything that follows from it gets out.
+    fn load(&mut self, position: Position) -> Option<OpRecord>;
     /// Writes bulk data out of place. It becomes durable no later than any record appended after.
     fn place(&mut self, bytes: &Bytes) -> Extent;
     /// The space of an extent may be used again: no object has it, and no undo brings it back.

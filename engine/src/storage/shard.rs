@@ -8,7 +8,9 @@ use crossbeam_channel::Sender;
 use lowtide_engine_core::destination::shard::Shard;
 use lowtide_engine_core::ids::{Epoch, Lsn};
 use lowtide_engine_core::op::{Bytes, Key, Range};
-use lowtide_engine_core::record::{Extent, Objects, Position, Storage, Stored, Value};
+use lowtide_engine_core::record::{
+    Extent, Objects, OpRecord, Position, Record, Storage, Stored, Value,
+};
 use lowtide_engine_core::session::Page;
 use lowtide_engine_core::wire;
 
@@ -330,15 +332,20 @@ impl Storage for ShardStorage {
         }
     }
 
-    fn load(&mut self, position: Position) -> Option<Vec<u8>> {
+    fn load(&mut self, position: Position) -> Option<OpRecord> {
         let lsn = log::Lsn(position.lsn.0);
         let read = if position.log == self.number {
             self.log.read(lsn)
         } else {
             self.common.readers.get(position.log as usize)?.read(lsn)
         };
-        let record = self.keep(read.map_err(|e| StorageError::Append(e.to_string())));
-        record.map(|record| record.body)
+        let record = self.keep(read.map_err(|e| StorageError::Append(e.to_string())))?;
+        let parsed = Record::from_parts(record.header.kind, &record.body);
+        let parsed = parsed.map_err(|m| StorageError::Malformed(m.what));
+        match self.keep(parsed)? {
+            (_, Record::Op(record)) => Some(record),
+            _ => self.keep(Err(StorageError::Malformed("undo record"))),
+        }
     }
 
     fn place(&mut self, bytes: &Bytes) -> Extent {

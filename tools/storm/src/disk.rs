@@ -17,7 +17,7 @@ use lowtide_engine_core::destination::shard::{Shard, ShardSet, shard_of};
 use lowtide_engine_core::ids::{Epoch, Lsn, Step};
 use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::record::{
-    Extent, KIND_OP, Objects, Position, Record, Recorded, Storage, Stored, Value, step_of,
+    Extent, KIND_OP, Objects, OpRecord, Position, Record, Recorded, Storage, Stored, Value, step_of,
 };
 use lowtide_engine_core::session::Page;
 
@@ -346,12 +346,14 @@ impl Storage for View<'_> {
         Position { log, lsn }
     }
 
-    fn load(&mut self, position: Position) -> Option<Vec<u8>> {
-        let records = &self.disk.logs.get(position.log as usize)?.records;
-        let index = records
-            .binary_search_by_key(&position.lsn, |r| r.lsn)
-            .ok()?;
-        Some(records[index].body.clone())
+    fn load(&mut self, position: Position) -> Option<OpRecord> {
+        let records = &self.disk.logs[position.log as usize].records;
+        let index = records.binary_search_by_key(&position.lsn, |r| r.lsn);
+        let record = &records[index.expect("a kept undo record is in the log")];
+        match Record::from_parts(record.kind, &record.body) {
+            Ok((_, Record::Op(record))) => Some(record),
+            _ => panic!("{position:?} does not hold the operation it was given"),
+        }
     }
 
     fn place(&mut self, bytes: &Bytes) -> Extent {

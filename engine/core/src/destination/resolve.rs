@@ -9,7 +9,7 @@
 //! What is held and what is supplied is gathered from the shards. Answers to an earlier question
 //! are told by their step and dropped: an old list must not answer a new fence.
 
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
@@ -19,6 +19,7 @@ use crate::ids::{Life, NodeId, Seq, Step, StreamSeq};
 use crate::message::{Held, Message};
 use crate::op::Operation;
 use crate::record::Record;
+use crate::teeth::{Tooth, bites};
 
 /// Evictions under way here.
 #[derive(Debug, Default)]
@@ -140,7 +141,10 @@ impl Destination {
     fn refuse(&mut self, victim: Life) {
         if !self.is_fenced(victim) {
             self.log(Record::Fence(victim));
-            self.sources.entry(victim).or_default().fenced = true;
+            self.sources.entry(victim).or_default().fenced = !bites(Tooth::NotFenced);
+            if bites(Tooth::ReleasedAtFence) {
+                self.reclaim(victim, &[]);
+            }
             self.sessions.retain(|_, session| session.life != victim);
             self.forget(victim);
         }
@@ -291,7 +295,15 @@ impl Destination {
             return;
         };
         let mut step = self.step;
-        while let Some(entry) = source.index.pop_back_if(|e| e.seq > through) {
+        let next = |index: &mut VecDeque<super::Entry>| {
+            if bites(Tooth::UndoneForward) {
+                let first = index.iter().position(|e| e.seq > through)?;
+                index.remove(first)
+            } else {
+                index.pop_back_if(|e| e.seq > through)
+            }
+        };
+        while let Some(entry) = next(&mut source.index) {
             let at = entry.at;
             step = Step(step.0 + 1);
             self.logged = step;
@@ -301,7 +313,7 @@ impl Destination {
                     .orders
                     .push_back(Order { step, task });
             }
-            source.ordered = at.before();
+            source.ordered = source.ordered.min(at.before());
             source.executed = source.executed.min(source.ordered);
             source.committed = source.committed.min(source.ordered);
             self.counters.undone += 1;

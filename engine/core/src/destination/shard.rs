@@ -28,8 +28,8 @@ use crate::lock::{LockServer, Notice};
 use crate::message::Reclaim;
 use crate::op::{Bytes, Change, Key, Mode, Operation, Participant, Range, Update};
 use crate::record::{
-    Extent, KIND_OP, OpRecord, Piece, Position, Record, Recorded, Storage, UndoneRecord, Value,
-    Write, encode_record,
+    Extent, OpRecord, Piece, Position, Record, Recorded, Storage, UndoneRecord, Value, Write,
+    encode_record,
 };
 use crate::session::Page;
 
@@ -488,8 +488,10 @@ impl Shard {
     }
 
     fn undo<S: Storage>(&mut self, step: Step, victim: Life, at: StreamSeq, storage: &mut S) {
-        while let Some(kept) = self.newest(victim).filter(|k| k.at == at) {
-            let record = load(kept.position, storage);
+        while let Some(kept) = self.newest(victim, at) {
+            let Some(record) = storage.load(kept.position) else {
+                return;
+            };
             let mut restored = Vec::with_capacity(record.writes.len());
             for w in record.writes.iter().rev() {
                 if !self.owns(&w.key) {
@@ -510,14 +512,18 @@ impl Shard {
             });
             append(step, &undone, kept.epoch, storage);
             self.undoing.push_back((step, kept.position));
-            if let Some(kept) = self.kept.get_mut(&victim) {
-                kept.pop_back();
+            if let Some(list) = self.kept.get_mut(&victim)
+                && let Some(place) = list.iter().rposition(|k| k.position == kept.position)
+            {
+                list.remove(place);
             }
         }
     }
 
-    fn newest(&self, life: Life) -> Option<Kept> {
-        self.kept.get(&life)?.back().copied()
+    /// The newest record of the operation at `at`; nothing later is kept when it is undone.
+    fn newest(&self, life: Life, at: StreamSeq) -> Option<Kept> {
+        let mut newest = self.kept.get(&life)?.iter().rev();
+        newest.find(|k| k.at <= at).filter(|k| k.at == at).copied()
     }
 
     fn keep<S: Storage>(&mut self, durable: Step, minimum: Epoch, storage: &mut S) {
@@ -546,17 +552,17 @@ impl Shard {
 
     fn gather<S: Storage>(&self, victim: Life, storage: &mut S) -> Vec<HeldPiece> {
         let kept = self.kept.get(&victim).into_iter().flatten();
-        kept.map(|k| {
-            let record = load(k.position, storage);
+        kept.filter_map(|k| {
+            let record = storage.load(k.position)?;
             let mut carried: Vec<NodeId> = record.carried.iter().map(|u| u.home).collect();
             carried.dedup();
-            HeldPiece {
+            Some(HeldPiece {
                 seq: k.seq,
                 epoch: k.epoch,
                 previous: record.previous,
                 participants: record.participants,
                 carried,
-            }
+            })
         })
         .collect()
     }
@@ -566,7 +572,7 @@ impl Shard {
         let mut whole: Option<Operation> = None;
         let kept = self.kept.get(&victim)?.iter();
         for k in kept.filter(|k| k.seq == seq) {
-            let record = load(k.position, storage);
+            let record = storage.load(k.position)?;
             let op = whole.get_or_insert_with(|| Operation {
                 id: record.id,
                 epoch: record.epoch,
@@ -594,14 +600,4 @@ impl Shard {
 
 fn append<S: Storage>(step: Step, record: &Record, epoch: Epoch, storage: &mut S) -> Position {
     storage.append(record.kind(), epoch, &encode_record(step, record))
-}
-
-fn load<S: Storage>(position: Position, storage: &mut S) -> OpRecord {
-    let body = storage
-        .load(position)
-        .expect("a kept undo record is in the log");
-    match Record::from_parts(KIND_OP, &body) {
-        Ok((_, Record::Op(record))) => record,
-        _ => panic!("{position:?} does not hold the operation it was given"),
-    }
 }

@@ -10,6 +10,7 @@ use crate::ids::{Epoch, Life, NodeId, Seq, Step, StreamSeq};
 use crate::message::{Message, Parts, StreamBase, StreamState};
 use crate::op::Operation;
 use crate::record::{Piece, Record};
+use crate::teeth::{Tooth, bites};
 
 /// An operation that was ordered and whose undo records are kept.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +70,8 @@ impl Source {
         }
         while self.committed < self.executed {
             let next = StreamSeq(self.committed.0 + 1);
-            if self.entry(next).is_some_and(|e| e.step > durable) {
+            let pending = self.entry(next).is_some_and(|e| e.step > durable);
+            if pending && !bites(Tooth::CommittedEarly) {
                 break;
             }
             self.committed = next;
@@ -94,6 +96,9 @@ impl Destination {
             .or_insert_with(|| Source::at(base.base.before()));
         source.hops.insert(from.node);
         source.dirty = true;
+        if bites(Tooth::PositionForgotten) {
+            (source.ordered, source.executed) = (base.base.before(), base.base.before());
+        }
     }
 
     /// O2.
@@ -112,6 +117,9 @@ impl Destination {
             self.counters.refused_order += 1;
             return;
         };
+        if bites(Tooth::StampedRefused) && !self.has_room {
+            return;
+        }
         if at <= source.ordered {
             self.counters.duplicates += 1;
             source.dirty = true;
@@ -161,7 +169,11 @@ impl Destination {
 
     /// Undo records below the durable m go (b.6).
     pub(super) fn purge(&mut self) {
-        let minimum = self.minimum_durable;
+        let minimum = if bites(Tooth::PurgedEarly) {
+            self.port.minimum()
+        } else {
+            self.minimum_durable
+        };
         for source in self.sources.values_mut() {
             while source
                 .index
