@@ -264,6 +264,21 @@ impl Root {
     pub fn view(&self) -> View {
         self.state.view()
     }
+
+    /// The bound that m may not pass for a life's sake; `None` if the life is not counted.
+    #[must_use]
+    pub fn counts(&self, life: Life) -> Option<Epoch> {
+        self.bounds.get(&life).map(|b| self.effective(b))
+    }
+
+    /// Whether a life is a member: admitted, not replaced, not evicted.
+    #[must_use]
+    pub fn is_member(&self, life: Life) -> bool {
+        let rows = &self.state.rows;
+        let place = rows.binary_search_by_key(&life.node, |r| r.life.node);
+        place.is_ok_and(|i| rows[i].life == life && rows[i].live)
+    }
+
     /// The life that holds m back, with its bound.
     #[must_use]
     pub fn blocked_by(&self) -> Option<(Life, Epoch)> {

@@ -137,6 +137,7 @@ impl World {
         n.shards = Shards::new(shards);
         let boot = n.boot;
         let disk = &mut self.nodes[node].disk;
+        // I24 too: crashes strike in the middle of restarts and of undo.
         self.oracle.compare(id, disk, "after a restart");
         let pause = self.rng.range(10, 300);
         self.at(self.now + pause, Event::Checkpoint { node, boot });

@@ -376,7 +376,9 @@ impl Oracle {
             self.fail(text);
         }
         if self.observed.contains(&id) {
-            self.fail(format!("{node} undoes {id} that another source has seen"));
+            self.fail(format!(
+                "I18: {node} undoes {id} that another source has seen"
+            ));
         }
         if self.gone.contains(&id.source) {
             self.fail(format!("{node} undoes {id} after its life is GONE"));

@@ -433,6 +433,21 @@ impl World {
         true
     }
 
+    /// Every member is counted, and what it counts with covers what it has not finished.
+    fn check_counted(&mut self) {
+        let Core::Root(root) = &self.nodes[0].core else {
+            return;
+        };
+        for n in &self.nodes {
+            let source = matches!(n.core, Core::Client(_) | Core::Proxy(_));
+            if source && root.is_member(n.life) && root.counts(n.life).is_none() {
+                let text = format!("I12: member {} is not counted", n.life);
+                return self.oracle.fail(text);
+            }
+        }
+        self.oracle.counted(|life| root.counts(life));
+    }
+
     /// Tells the oracle what this step did.
     fn report(&mut self, node: Index) {
         let n = &mut self.nodes[node];
@@ -479,6 +494,7 @@ impl World {
                         .hit_if(Probe::CompletedAtRestartedHome, more && restarted);
                 }
             }
+            Core::Root(_) => self.check_counted(),
             _ => {}
         }
     }

@@ -155,6 +155,11 @@ impl Oracle {
                 }
             } else {
                 self.tally.dropped += 1;
+                if self.observed.contains(&id) {
+                    self.fail(format!(
+                        "I18: {id} is dropped and another source has seen it"
+                    ));
+                }
                 ended = ended.or(Some(id));
                 if let Some(state) = self.ops.get_mut(&id) {
                     state.dropped = true;
@@ -372,6 +377,22 @@ impl Oracle {
         };
         if !holds(&self.ops[id].op) {
             let text = format!("I14: {id} is not finished and its source has let a window go");
+            self.fail(text);
+        }
+    }
+
+    /// I11: what the root counts a life with covers its unfinished operations, also when its
+    /// process is gone.
+    pub fn counted(&mut self, counts: impl Fn(Life) -> Option<Epoch>) {
+        let mut text = None;
+        for (epoch, id) in &self.unfinished {
+            if let Some(counted) = counts(id.source).filter(|c| c > epoch) {
+                text = Some(format!(
+                    "I11: {id} at {epoch} is not finished and its life counts with {counted}"
+                ));
+            }
+        }
+        if let Some(text) = text {
             self.fail(text);
         }
     }
