@@ -10,6 +10,7 @@ use crate::lock::Notice;
 use crate::message::{LockRefusal, Message, Reclaim};
 use crate::op::Mode;
 use crate::record::Record;
+use crate::teeth::{Tooth, bites};
 
 impl Destination {
     /// A source opens its session: its grants are made to agree with what it claims. Without a
@@ -113,7 +114,8 @@ impl Destination {
     /// Whether the session that a shard answers at `step` is still the same.
     pub(super) fn is_open(&self, life: Life, step: Step) -> bool {
         let session = self.sessions.get(&life.node);
-        session.is_some_and(|s| s.life == life && s.since <= step)
+        let stale = |s: &Session| s.since > step && !bites(Tooth::StaleGrantTold);
+        session.is_some_and(|s| s.life == life && !stale(s))
     }
 
     /// A grant or a recall. One that was meant for an earlier session is not told: that session's

@@ -73,6 +73,8 @@ impl fmt::Display for InvalidTransition {
     }
 }
 
+impl core::error::Error for InvalidTransition {}
+
 /// What a queue pair is created with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QpCaps {
