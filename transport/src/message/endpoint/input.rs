@@ -45,8 +45,8 @@ impl EndpointCtx {
     }
 
     fn note_heard(&mut self, id: QpId, now: Nanos) {
-        if let Some(index) = self.by_qp.get(&id)
-            && let Some(connection) = &mut self.connections[*index as usize]
+        if let Some(index) = self.served_by(id)
+            && let Some(connection) = &mut self.connections[index as usize]
         {
             connection.heard = now;
         }
@@ -60,7 +60,7 @@ impl EndpointCtx {
         placed: Option<(u64, &[u8])>,
         handler: &mut Handler<'_>,
     ) {
-        let Some(&index) = self.by_qp.get(&id) else {
+        let Some(index) = self.served_by(id) else {
             return;
         };
         let mut is_last = false;
@@ -92,7 +92,7 @@ impl EndpointCtx {
             self.end(index, reason, handler);
         }
         // The handler may have closed the connection, and another may have its place.
-        if self.by_qp.get(&id) != Some(&index) {
+        if self.served_by(id) != Some(index) {
             return;
         }
         if let Some(reason) = failure {
@@ -102,7 +102,7 @@ impl EndpointCtx {
         if is_fetched {
             self.hand_up_waiting(index, handler);
         }
-        if is_acknowledged && self.by_qp.get(&id) == Some(&index) {
+        if is_acknowledged && self.served_by(id) == Some(index) {
             self.mark_dirty(index);
             self.offer_room(index, handler);
         }
