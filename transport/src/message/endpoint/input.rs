@@ -22,10 +22,7 @@ impl EndpointCtx {
         self.device
             .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
         for datagram in arrival.bytes.chunks(arrival.segment) {
-            match self
-                .device
-                .handle(now, arrival.source, arrival.target, datagram)
-            {
+            match self.device.handle(now, arrival, datagram) {
                 Input::Dropped => {}
                 Input::Taken { id, placed } => {
                     let placed = placed.map(|(offset, range)| (offset, &datagram[range]));
