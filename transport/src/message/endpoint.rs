@@ -37,7 +37,7 @@ use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
 use crate::device::{Device, DeviceOptions, Peers, QpId};
-use crate::memory::{Lent, Piece};
+use crate::memory::Piece;
 use crate::udp::ReceiveBatch;
 
 /// Protection domain of our own work requests. What a peer may reach is in one of its connection's.
@@ -353,7 +353,7 @@ impl EndpointCtx {
             let counters = self.device.counters_mut();
             counters.copies += 1;
             counters.bulk_copied_bytes += len as u64;
-            let lent = Lent::new([Piece::Owned(copy)]);
+            let lent = self.lending.message([Piece::Owned(copy)]);
             return self.lend(index, lent).map_err(|(error, _)| error);
         }
         let Some(stream) = self.connections[index as usize]
@@ -393,7 +393,7 @@ impl EndpointCtx {
             return self.send(conn, &parts);
         }
         let index = self.admit(conn, len)?;
-        let lent = Lent::new(pieces.drain(..));
+        let lent = self.lending.message(pieces.drain(..));
         self.lend(index, lent).map_err(|(error, lent)| {
             pieces.extend(lent.into_pieces());
             error
