@@ -28,7 +28,7 @@ use alloc::vec::Vec;
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time};
-use crate::lock::{Holdings, normalise};
+use crate::lock::{Holdings, Recall, normalise};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Message, Role};
 use crate::op::{Key, Mode, Operation, Range, Refusal, Request, Stamp, Want};
@@ -130,6 +130,8 @@ pub struct Client {
     pins: Vec<(u64, NodeId, Range)>,
     /// Executed outcomes to tell: ticket by seq.
     stamped: VecDeque<(Ticket, Stamp)>,
+    /// Ages given so far.
+    aged: u64,
     /// Dead proxy lives with the last operation stamped under their grants.
     voided: BTreeMap<Life, Seq>,
     /// Dead proxy lives that the root asked about.
@@ -181,6 +183,7 @@ impl Client {
             asked: Requests::default(),
             pins: Vec::new(),
             stamped: VecDeque::new(),
+            aged: 0,
             voided: BTreeMap::new(),
             drains: Vec::new(),
             dead: BTreeMap::new(),
@@ -205,6 +208,7 @@ impl Client {
             item: Item::Op(request),
             wants,
             prefetched: false,
+            age: None,
         });
     }
 
@@ -220,6 +224,7 @@ impl Client {
             item: Item::Read { home, key },
             wants,
             prefetched: false,
+            age: None,
         });
     }
 
@@ -248,6 +253,7 @@ impl Client {
             item,
             wants,
             prefetched: false,
+            age: None,
         });
     }
 
@@ -321,9 +327,19 @@ impl Client {
                 }
             }
             Message::Refused { request, reason } => self.lock_refused(request, reason),
-            Message::Revoke { home, grant, range } => {
-                let held = self.holdings.revoke(home, grant, range);
-                if !held {
+            Message::Revoke {
+                home,
+                grant,
+                range,
+                age,
+            } => {
+                let recall = Recall {
+                    home,
+                    grant,
+                    range,
+                    age,
+                };
+                if !self.holdings.revoke(recall) {
                     // Say so again, the word was lost.
                     let unlock = Message::Unlock { home, grant, range };
                     self.port.send(from.node, unlock);
@@ -551,7 +567,9 @@ impl Client {
             return;
         }
         self.advance_queue();
-        self.yield_locks();
+        if self.yield_locks() {
+            self.advance_queue();
+        }
         self.tell_executed();
         self.tell_drained();
         self.release_voided();

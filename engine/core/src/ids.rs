@@ -107,6 +107,18 @@ impl fmt::Display for Life {
     }
 }
 
+/// Seniority of work that takes locks: the smaller is the older. Given once and kept while the work
+/// asks, gives back and asks again. See [`crate::lock`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Age {
+    /// Epoch of the source when the work first asked.
+    pub epoch: Epoch,
+    /// How many pieces of work of the source asked before it.
+    pub number: u64,
+    /// The source.
+    pub source: Life,
+}
+
 /// Unique tag of an operation, given by its first source and kept through proxies and resends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OpId {

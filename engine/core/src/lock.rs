@@ -1,99 +1,55 @@
-//! Range locks: the server half (at an object's home and at proxies) and the holder half (at
-//! proxies and clients).
+//! Range locks: the server half (at an object's home and at proxies) and, in [`Holdings`], the
+//! holder half (at proxies and clients).
 //!
 //! A grant covers a set of slots of one space, is identified by a grant id (trap T4: a message
 //! about an unknown grant is ignored) and is the widest uncontended range around what was asked,
 //! so that a fresh directory or inode region costs one round trip. When somebody else asks, the
-//! holder yields exactly what is wanted. Waiting requests are served in order of arrival; a
-//! request that conflicts with an earlier waiting one waits behind it.
+//! holder yields exactly what is wanted.
 //!
 //! Invariants: no two lives hold conflicting grants (L1); locks of a dead life stay until
 //! [`LockServer::release_life`] is called for it, which callers do only when it is GONE (I25).
 //!
-//! Sources acquire in one global order and pin only what the request at the head of their queue
-//! needs, so waiting for holders closes no circle. Waiting in a queue can: A holds slot 3 and wants
-//! 5, B wants 0 to 9 and waits for A, A waits behind B. A server that sees a holder wait behind
-//! somebody who waits for it asks that holder to yield a range that spans both; the holder then
-//! lets go of what it has and asks again ([`LockServer::serve`], and the sources' half).
+//! # Why every request is granted
 //!
-//! Deliberately absent: deadlock detection across spaces, which the global order makes needless.
+//! Whatever takes locks has an [`Age`], which it gets once and keeps while it asks, gives back and
+//! asks again, through every tier; ages are totally ordered. It travels with requests and with
+//! recalls, and decides three things:
+//!
+//! - a server lets waiting requests pass in the order of their ages: what waits *behind* another
+//!   request waits for an older one;
+//! - a source whose work still lacks a lock gives back what that work has taken if it is recalled
+//!   for an older age, and keeps it if for a younger one; what lacks nothing (or is not work at
+//!   all: a cached grant, a prefetched lock) does not wait for locks and yields when it is done;
+//! - a proxy that is asked by its home to yield takes its clients' younger requests back, and yields
+//!   when the older ones were granted and are done.
+//!
+//! So whoever waits for a lock waits for something that ends by itself or for something older, and
+//! no circle of waits exists, not over spaces, homes and proxies either. The oldest work that lacks
+//! a lock is granted what it asks for: nobody is ahead of it, and every holder in its way yields. It
+//! gives nothing back and finishes. Only finitely much is older than a given piece of work: an age
+//! begins with the epoch, messages spread epochs (E1), and who competes for a lock hears from the
+//! servers at which the older request waits, so its next ages begin with no smaller epoch; within
+//! one epoch ages count the work of a source, and each source has finitely many below any number.
+//! By induction everything is granted. Asking again under a new age, or letting a recall take a
+//! request's turn away, would break this (seed 2147383).
+//!
+//! Sources acquire in one global order all the same: then hardly anything is ever given back.
+//!
+//! Deliberately absent: detection of circles.
 
-use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+mod holdings;
+mod slots;
+
+use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 
-use crate::ids::{GrantId, Life, NodeId};
+pub use holdings::{Holdings, Recall};
+pub use slots::SlotSet;
+
+use crate::ids::{Age, GrantId, Life, NodeId};
 use crate::message::Reclaim;
-use crate::op::{Key, Mode, Range, Want};
+use crate::op::{Mode, Range, Want};
 use crate::teeth::{Tooth, bites};
-
-/// Disjoint inclusive ranges of slots, ascending.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SlotSet(Vec<(u64, u64)>);
-
-impl SlotSet {
-    /// One range.
-    #[must_use]
-    pub fn of(lo: u64, hi: u64) -> SlotSet {
-        SlotSet(alloc::vec![(lo, hi)])
-    }
-
-    /// Whether nothing is left.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Whether every slot from `lo` to `hi` is in the set.
-    #[must_use]
-    pub fn contains(&self, lo: u64, hi: u64) -> bool {
-        self.0.iter().any(|&(a, b)| a <= lo && hi <= b)
-    }
-
-    /// Whether any slot from `lo` to `hi` is in the set.
-    #[must_use]
-    pub fn overlaps(&self, lo: u64, hi: u64) -> bool {
-        self.0.iter().any(|&(a, b)| a <= hi && lo <= b)
-    }
-
-    /// The piece that contains `slot`.
-    #[must_use]
-    pub fn piece(&self, slot: u64) -> Option<(u64, u64)> {
-        self.0
-            .iter()
-            .copied()
-            .find(|&(a, b)| a <= slot && slot <= b)
-    }
-
-    /// The pieces, ascending.
-    pub fn pieces(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.0.iter().copied()
-    }
-
-    /// Takes the slots from `lo` to `hi` out.
-    pub fn subtract(&mut self, lo: u64, hi: u64) {
-        let mut rest = Vec::with_capacity(self.0.len() + 1);
-        for &(a, b) in &self.0 {
-            if b < lo || hi < a {
-                rest.push((a, b));
-                continue;
-            }
-            if a < lo {
-                rest.push((a, lo - 1));
-            }
-            if hi < b {
-                rest.push((hi + 1, b));
-            }
-        }
-        self.0 = rest;
-    }
-
-    /// Puts the slots from `lo` to `hi` in.
-    pub fn insert(&mut self, lo: u64, hi: u64) {
-        self.subtract(lo, hi);
-        self.0.push((lo, hi));
-        self.0.sort_unstable();
-    }
-}
 
 /// What a lock server tells its owner to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,7 +79,20 @@ pub enum Notice {
         grant: GrantId,
         /// What to yield.
         range: Range,
+        /// Age of who wants it.
+        age: Age,
     },
+}
+
+/// A request as its asker names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asker {
+    /// Who asks.
+    pub holder: Life,
+    /// Number of the request at the asker.
+    pub request: u64,
+    /// Age of the work that it is for.
+    pub age: Age,
 }
 
 impl Notice {
@@ -143,13 +112,12 @@ struct Grant {
     mode: Mode,
     slots: SlotSet,
     /// Ranges that the holder was asked to yield and has not yielded yet.
-    asked: Vec<(u64, u64)>,
+    asked: Vec<(u64, u64, Age)>,
 }
 
 #[derive(Clone, Debug)]
 struct Waiting {
-    holder: Life,
-    request: u64,
+    asker: Asker,
     lo: u64,
     hi: u64,
     mode: Mode,
@@ -159,6 +127,7 @@ struct Waiting {
 #[derive(Clone, Debug, Default)]
 struct Space {
     grants: Vec<Grant>,
+    /// The oldest first.
     waiting: VecDeque<Waiting>,
 }
 
@@ -178,7 +147,8 @@ impl LockServer {
     /// earlier one of the same number.
     pub fn request(
         &mut self,
-        (home, holder, request): (NodeId, Life, u64),
+        home: NodeId,
+        asker: Asker,
         want: Range,
         mode: Mode,
         bound: Range,
@@ -187,15 +157,17 @@ impl LockServer {
         let space = self.spaces.entry((home, want.space)).or_default();
         space
             .waiting
-            .retain(|w| !(w.holder == holder && w.request == request));
-        space.waiting.push_back(Waiting {
-            holder,
-            request,
+            .retain(|w| w.asker.holder != asker.holder || w.asker.request != asker.request);
+        let age = |w: &Waiting| w.asker.age <= asker.age && !bites(Tooth::AgeIgnored);
+        let place = space.waiting.partition_point(age);
+        let waiting = Waiting {
+            asker,
             lo: want.lo,
             hi: want.hi,
             mode,
             bound: (bound.lo, bound.hi),
-        });
+        };
+        space.waiting.insert(place, waiting);
         self.serve(home, want.space, out);
     }
 
@@ -217,7 +189,7 @@ impl LockServer {
             .filter(|g| g.id == grant && g.holder == holder)
         {
             g.slots.subtract(range.lo, range.hi);
-            g.asked.retain(|&(lo, hi)| g.slots.overlaps(lo, hi));
+            g.asked.retain(|&(lo, hi, _)| g.slots.overlaps(lo, hi));
         }
         space.grants.retain(|g| !g.slots.is_empty());
         self.serve(home, range.space, out);
@@ -234,7 +206,7 @@ impl LockServer {
         out.retain(|notice| notice.to() != holder || bites(Tooth::StaleGrantTold));
         for space in self.spaces.values_mut() {
             space.grants.retain(|g| g.holder != holder);
-            space.waiting.retain(|w| w.holder != holder);
+            space.waiting.retain(|w| w.asker.holder != holder);
         }
         let mut refused = 0;
         for claim in claims {
@@ -274,7 +246,7 @@ impl LockServer {
         let mut changed = Vec::new();
         for (&key, space) in &mut self.spaces {
             let before = space.waiting.len();
-            space.waiting.retain(|w| w.holder != holder);
+            space.waiting.retain(|w| w.asker.holder != holder);
             if space.waiting.len() < before {
                 changed.push(key);
             }
@@ -289,25 +261,29 @@ impl LockServer {
         self.reclaim(holder, &[], out);
     }
 
-    /// Asks every holder to yield `range`, whatever its mode, because the tier above wants it.
-    /// Returns whether anything is still held there.
-    pub fn recall(&mut self, home: NodeId, range: Range, out: &mut Vec<Notice>) -> bool {
-        let Some(space) = self.spaces.get_mut(&(home, range.space)) else {
-            return false;
-        };
-        let mut held = false;
-        for g in &mut space.grants {
-            if g.slots.overlaps(range.lo, range.hi) {
-                held = true;
-                ask(g, home, range, out);
+    /// Asks to yield `range` because the tier above wants it for work of this age: every holder of
+    /// a slot there in a mode that `covered` does not cover.
+    pub fn recall(
+        &mut self,
+        home: NodeId,
+        range: Range,
+        age: Age,
+        covered: impl Fn(Range, Mode) -> bool,
+        out: &mut Vec<Notice>,
+    ) {
+        let space = self.spaces.get_mut(&(home, range.space));
+        for g in space.into_iter().flat_map(|s| &mut s.grants) {
+            let exposed = |piece| exposed(piece, g.mode, &range, &covered);
+            let used = g.slots.pieces().any(exposed);
+            if used {
+                ask(g, home, range, age, out);
             }
         }
-        held
     }
 
-    /// Takes back every waiting request that overlaps `range`, because the tier above recalls it,
-    /// and keeps the others from being widened into it. Returns (holder, request, range, mode).
-    pub fn withdraw(&mut self, home: NodeId, range: Range) -> Vec<(Life, u64, Range, Mode)> {
+    /// Takes back every waiting request that overlaps `range` and is younger than `age`, because
+    /// the tier above recalls it, and keeps the others from being widened into it.
+    pub fn withdraw(&mut self, home: NodeId, range: Range, age: Age) -> Vec<(Asker, Range, Mode)> {
         let Some(space) = self.spaces.get_mut(&(home, range.space)) else {
             return Vec::new();
         };
@@ -319,10 +295,12 @@ impl LockServer {
                     lo: w.lo,
                     hi: w.hi,
                 };
-                taken.push((w.holder, w.request, want, w.mode));
-                return false;
-            }
-            if range.lo > w.hi {
+                if w.asker.age > age {
+                    taken.push((w.asker, want, w.mode));
+                    return false;
+                }
+                w.bound = (w.lo, w.hi);
+            } else if range.lo > w.hi {
                 w.bound.1 = w.bound.1.min(range.lo - 1);
             } else {
                 w.bound.0 = w.bound.0.max(range.hi + 1);
@@ -332,25 +310,19 @@ impl LockServer {
         taken
     }
 
-    /// Whether any life holds any slot of `range` in a mode that `covered` does not cover there.
+    /// Whether any life holds any slot of `range`, or waits for any, in a mode that `covered` does
+    /// not cover there.
     #[must_use]
-    pub fn is_held(
+    pub fn is_used(
         &self,
         home: NodeId,
         range: Range,
         covered: impl Fn(Range, Mode) -> bool,
     ) -> bool {
+        let exposed = |piece, mode| exposed(piece, mode, &range, &covered);
         self.spaces.get(&(home, range.space)).is_some_and(|s| {
-            s.grants.iter().any(|g| {
-                g.slots.pieces().any(|(lo, hi)| {
-                    let common = Range {
-                        space: range.space,
-                        lo: lo.max(range.lo),
-                        hi: hi.min(range.hi),
-                    };
-                    common.lo <= common.hi && !covered(common, g.mode)
-                })
-            })
+            let held = |g: &Grant| g.slots.pieces().any(|piece| exposed(piece, g.mode));
+            s.grants.iter().any(held) || s.waiting.iter().any(|w| exposed((w.lo, w.hi), w.mode))
         })
     }
 
@@ -367,7 +339,7 @@ impl LockServer {
         self.spaces.iter().flat_map(|(&(home, space), s)| {
             s.waiting
                 .iter()
-                .map(move |w| (home, space, w.holder, w.mode, w.lo, w.hi))
+                .map(move |w| (home, space, w.asker.holder, w.mode, w.lo, w.hi))
         })
     }
 
@@ -391,31 +363,28 @@ impl LockServer {
         while index < space.waiting.len() {
             let w = space.waiting[index].clone();
             let behind = space.waiting.iter().take(index).any(|e| {
-                e.holder != w.holder && conflict(e.mode, w.mode) && e.lo <= w.hi && w.lo <= e.hi
+                e.asker.holder != w.asker.holder
+                    && conflict(e.mode, w.mode)
+                    && e.lo <= w.hi
+                    && w.lo <= e.hi
             });
             let mut blocked = behind;
+            let holder = w.asker.holder;
             if !behind {
                 for g in &mut space.grants {
-                    let contends = g.holder != w.holder
+                    let contends = g.holder != holder
                         && conflict(g.mode, w.mode)
                         && g.slots.overlaps(w.lo, w.hi);
                     if contends {
                         blocked = true;
-                        ask(
-                            g,
-                            home,
-                            Range {
-                                space: space_id,
-                                lo: w.lo,
-                                hi: w.hi,
-                            },
-                            out,
-                        );
+                        let range = Range {
+                            space: space_id,
+                            lo: w.lo,
+                            hi: w.hi,
+                        };
+                        ask(g, home, range, w.asker.age, out);
                     }
                 }
-            }
-            if behind {
-                open_circle(space, home, space_id, index, out);
             }
             if blocked {
                 index += 1;
@@ -428,15 +397,15 @@ impl LockServer {
             for g in space
                 .grants
                 .iter_mut()
-                .filter(|g| g.holder == w.holder && g.mode <= w.mode)
+                .filter(|g| g.holder == holder && g.mode <= w.mode)
             {
                 g.slots.subtract(lo, hi);
-                g.asked.retain(|&(a, b)| g.slots.overlaps(a, b));
+                g.asked.retain(|&(a, b, _)| g.slots.overlaps(a, b));
             }
             space.grants.retain(|g| !g.slots.is_empty());
             space.grants.push(Grant {
                 id,
-                holder: w.holder,
+                holder,
                 mode: w.mode,
                 slots: SlotSet::of(lo, hi),
                 asked: Vec::new(),
@@ -446,7 +415,7 @@ impl LockServer {
                 lo,
                 hi,
             };
-            let (to, request, mode) = (w.holder, w.request, w.mode);
+            let (to, request, mode) = (holder, w.asker.request, w.mode);
             out.push(Notice::Grant {
                 to,
                 request,
@@ -462,56 +431,37 @@ impl LockServer {
     }
 }
 
-/// The waiting request at `index` waits behind others. If one of those waits for a grant of the
-/// same holder, that holder is asked for a range that spans the grant and the request.
-fn open_circle(
-    space: &mut Space,
-    home: NodeId,
-    space_id: u64,
-    index: usize,
-    out: &mut Vec<Notice>,
-) {
-    let Space { grants, waiting } = space;
-    let w = &waiting[index];
-    let blocks = |g: &Grant, e: &Waiting| {
-        g.holder == w.holder && conflict(g.mode, e.mode) && g.slots.overlaps(e.lo, e.hi)
+/// Whether the slots of `piece` that lie in `range` are not `covered`.
+fn exposed(
+    piece: (u64, u64),
+    mode: Mode,
+    range: &Range,
+    covered: impl Fn(Range, Mode) -> bool,
+) -> bool {
+    let common = Range {
+        space: range.space,
+        lo: piece.0.max(range.lo),
+        hi: piece.1.min(range.hi),
     };
-    let earlier = || waiting.iter().take(index).filter(|e| e.holder != w.holder);
-    if !earlier().any(|e| grants.iter().any(|g| blocks(g, e))) {
-        return;
-    }
-    // Everything that the request waits behind, directly or through others.
-    let mut chain: Vec<&Waiting> = alloc::vec![w];
-    for e in waiting.iter().take(index).rev() {
-        let ahead = chain.iter().any(|c| {
-            e.holder != c.holder && conflict(e.mode, c.mode) && e.lo <= c.hi && c.lo <= e.hi
-        });
-        if ahead {
-            chain.push(e);
-        }
-    }
-    for e in chain.into_iter().skip(1) {
-        let span = Range {
-            space: space_id,
-            lo: e.lo.min(w.lo),
-            hi: e.hi.max(w.hi),
-        };
-        for g in grants.iter_mut().filter(|g| blocks(g, e)) {
-            ask(g, home, span, out);
-        }
-    }
+    common.lo <= common.hi && !covered(common, mode)
 }
 
-fn ask(g: &mut Grant, home: NodeId, range: Range, out: &mut Vec<Notice>) {
-    if !g.asked.contains(&(range.lo, range.hi)) {
-        g.asked.push((range.lo, range.hi));
-        out.push(Notice::Revoke {
-            to: g.holder,
-            home,
-            grant: g.id,
-            range,
-        });
+/// Asks a holder to yield, unless it was asked for the same range by something as old.
+fn ask(g: &mut Grant, home: NodeId, range: Range, age: Age, out: &mut Vec<Notice>) {
+    let Range { lo, hi, .. } = range;
+    let asked = g.asked.iter_mut().find(|a| (a.0, a.1) == (lo, hi));
+    match asked {
+        Some(asked) if asked.2 <= age => return,
+        Some(asked) => asked.2 = age,
+        None => g.asked.push((lo, hi, age)),
     }
+    out.push(Notice::Revoke {
+        to: g.holder,
+        home,
+        grant: g.id,
+        range,
+        age,
+    });
 }
 
 /// The widest range around a request, within its bound, that touches nobody else's conflicting
@@ -528,12 +478,16 @@ fn widen(space: &Space, w: &Waiting) -> (u64, u64) {
             (lo, hi) = (w.lo, w.hi);
         }
     };
-    for g in space.grants.iter().filter(|g| g.holder != w.holder) {
+    for g in space.grants.iter().filter(|g| g.holder != w.asker.holder) {
         if conflict(g.mode, w.mode) {
             g.slots.pieces().for_each(|(a, b)| fence(a, b));
         }
     }
-    for e in space.waiting.iter().filter(|e| e.holder != w.holder) {
+    let others = space
+        .waiting
+        .iter()
+        .filter(|e| e.asker.holder != w.asker.holder);
+    for e in others {
         fence(e.lo, e.hi);
     }
     (lo, hi)
@@ -558,213 +512,93 @@ pub fn normalise(wants: &[Want]) -> Vec<Want> {
     merged
 }
 
-/// A range held from the tier above.
-#[derive(Clone, Debug)]
-struct Holding {
-    grant: GrantId,
-    mode: Mode,
-    slots: SlotSet,
-    /// Asked back; nothing new is done under these slots.
-    yielding: Vec<(u64, u64)>,
-    /// `Some`: every object in the range lies in one of these slots. `None`: not known.
-    occupied: Option<BTreeSet<u64>>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Epoch, Incarnation};
 
-/// What a source holds from the tiers above it.
-#[derive(Clone, Debug, Default)]
-pub struct Holdings {
-    spaces: BTreeMap<(NodeId, u64), Vec<Holding>>,
-    /// Spaces in which something may be asked back: a source holds thousands, of which few are.
-    asked_back: BTreeSet<(NodeId, u64)>,
-}
+    const HOME: NodeId = NodeId(1);
 
-impl Holdings {
-    /// A grant arrived.
-    pub fn granted(&mut self, home: NodeId, grant: GrantId, range: Range, mode: Mode, empty: bool) {
-        let list = self.spaces.entry((home, range.space)).or_default();
-        // Mirrors the server: a grant swallows the holder's weaker or equal ones beneath it.
-        // What was known of the swallowed slots stays known.
-        let mut known: Option<BTreeSet<u64>> = empty.then(BTreeSet::new);
-        for h in list.iter_mut().filter(|h| h.mode <= mode) {
-            if known.is_none() && h.slots.contains(range.lo, range.hi) {
-                known = h.occupied.clone();
-            }
-            h.slots.subtract(range.lo, range.hi);
-        }
-        list.retain(|h| !h.slots.is_empty());
-        list.push(Holding {
-            grant,
-            mode,
-            slots: SlotSet::of(range.lo, range.hi),
-            yielding: Vec::new(),
-            occupied: known,
-        });
-    }
-
-    /// Whether one grant covers the whole range and is not being yielded there.
-    #[must_use]
-    pub fn covers(&self, home: NodeId, range: Range, mode: Mode) -> bool {
-        self.covering(home, range, mode).is_some()
-    }
-
-    /// The widest piece around `range` that is held in `mode` and not being yielded.
-    #[must_use]
-    pub fn bound(&self, home: NodeId, range: Range, mode: Mode) -> Option<Range> {
-        let h = self.covering(home, range, mode)?;
-        let (mut lo, mut hi) = h.slots.piece(range.lo)?;
-        for &(a, b) in &h.yielding {
-            if b < range.lo {
-                lo = lo.max(b + 1);
-            } else if a > range.hi {
-                hi = hi.min(a - 1);
-            }
-        }
-        Some(Range {
-            space: range.space,
-            lo,
-            hi,
-        })
-    }
-
-    fn covering(&self, home: NodeId, range: Range, mode: Mode) -> Option<&Holding> {
-        self.spaces.get(&(home, range.space))?.iter().find(|h| {
-            h.mode >= mode
-                && h.slots.contains(range.lo, range.hi)
-                && !h
-                    .yielding
-                    .iter()
-                    .any(|&(a, b)| a <= range.hi && range.lo <= b)
-        })
-    }
-
-    /// Whether a covering grant proves that no object lies in `range`.
-    #[must_use]
-    pub fn proves_empty(&self, home: NodeId, range: Range) -> bool {
-        self.spaces.get(&(home, range.space)).is_some_and(|list| {
-            list.iter().any(|h| {
-                h.slots.contains(range.lo, range.hi)
-                    && h.occupied
-                        .as_ref()
-                        .is_some_and(|o| o.range(range.lo..=range.hi).next().is_none())
-            })
-        })
-    }
-
-    /// Somebody may have written in `range` past this holder: nothing is known to be empty there.
-    pub fn doubt(&mut self, home: NodeId, range: &Range) {
-        for h in self
-            .spaces
-            .get_mut(&(home, range.space))
-            .into_iter()
-            .flatten()
-        {
-            if h.slots.overlaps(range.lo, range.hi) {
-                h.occupied = None;
-            }
+    fn life(node: u32) -> Life {
+        Life {
+            node: NodeId(node),
+            incarnation: Incarnation(1),
         }
     }
 
-    /// An object in this slot may exist from now on.
-    pub fn occupy(&mut self, home: NodeId, key: &Key) {
-        let Some(list) = self.spaces.get_mut(&(home, key.space)) else {
-            return;
+    fn age(node: u32, number: u64) -> Age {
+        Age {
+            epoch: Epoch(7),
+            number,
+            source: life(node),
+        }
+    }
+
+    fn range(lo: u64, hi: u64) -> Range {
+        Range { space: 0, lo, hi }
+    }
+
+    /// Node `node` asks for `lo` to `hi` and nothing more, under the age `number`.
+    fn ask(server: &mut LockServer, node: u32, (lo, hi): (u64, u64), number: u64) -> Vec<Notice> {
+        let asker = Asker {
+            holder: life(node),
+            request: number,
+            age: age(node, number),
         };
-        for h in list
-            .iter_mut()
-            .filter(|h| h.slots.contains(key.slot, key.slot))
-        {
-            if let Some(occupied) = &mut h.occupied {
-                occupied.insert(key.slot);
-            }
-        }
+        let (want, mut out) = (range(lo, hi), Vec::new());
+        server.request(HOME, asker, want, Mode::Exclusive, want, &mut out);
+        out
     }
 
-    /// The tier above wants `range` back. Returns whether the grant is held there at all.
-    pub fn revoke(&mut self, home: NodeId, grant: GrantId, range: Range) -> bool {
-        let Some(list) = self.spaces.get_mut(&(home, range.space)) else {
-            return false;
+    fn granted(notices: &[Notice]) -> Vec<(u32, GrantId)> {
+        let grant = |n: &Notice| match n {
+            Notice::Grant { to, grant, .. } => Some((to.node.0, *grant)),
+            Notice::Revoke { .. } => None,
         };
-        let Some(h) = list.iter_mut().find(|h| h.grant == grant) else {
-            return false;
+        notices.iter().filter_map(grant).collect()
+    }
+
+    fn recalled(notices: &[Notice]) -> Vec<(u32, u64)> {
+        let recall = |n: &Notice| match n {
+            Notice::Revoke { to, age, .. } => Some((to.node.0, age.number)),
+            Notice::Grant { .. } => None,
         };
-        let held = h.slots.overlaps(range.lo, range.hi);
-        if held && !h.yielding.contains(&(range.lo, range.hi)) {
-            h.yielding.push((range.lo, range.hi));
-            self.asked_back.insert((home, range.space));
-        }
-        held
+        notices.iter().filter_map(recall).collect()
     }
 
-    /// Ranges asked back and not yielded yet: (home, grant, range).
-    #[must_use]
-    pub fn yielding(&self) -> Vec<(NodeId, GrantId, Range)> {
-        let mut all = Vec::new();
-        for &(home, space) in &self.asked_back {
-            for h in self.spaces.get(&(home, space)).into_iter().flatten() {
-                for &(lo, hi) in &h.yielding {
-                    all.push((home, h.grant, Range { space, lo, hi }));
-                }
-            }
-        }
-        all
+    #[test]
+    fn the_older_request_goes_first_whenever_it_arrives() {
+        let mut server = LockServer::default();
+        let (_, grant) = granted(&ask(&mut server, 2, (0, 9), 5))[0];
+        assert_eq!(recalled(&ask(&mut server, 3, (4, 4), 8)), [(2, 8)]);
+        // Waits behind nobody, although it spans what another one has waited for; the holder
+        // hears that something older wants it.
+        assert_eq!(recalled(&ask(&mut server, 4, (0, 9), 3)), [(2, 3)]);
+        let mut out = Vec::new();
+        server.unlock(HOME, life(2), grant, range(0, 9), &mut out);
+        assert_eq!(granted(&out), [(4, GrantId(2))]);
+        assert_eq!(recalled(&out), [(4, 8)]);
     }
 
-    /// The range is yielded: forget it.
-    pub fn yielded(&mut self, home: NodeId, grant: GrantId, range: Range) {
-        let Some(list) = self.spaces.get_mut(&(home, range.space)) else {
-            return;
-        };
-        for h in list.iter_mut().filter(|h| h.grant == grant) {
-            h.slots.subtract(range.lo, range.hi);
-            h.yielding.retain(|&y| y != (range.lo, range.hi));
-            if let Some(occupied) = &mut h.occupied {
-                let yielded = occupied.range(range.lo..=range.hi).copied();
-                for slot in yielded.collect::<Vec<u64>>() {
-                    occupied.remove(&slot);
-                }
-            }
-        }
-        list.retain(|h| !h.slots.is_empty());
-        if list.iter().all(|h| h.yielding.is_empty()) {
-            self.asked_back.remove(&(home, range.space));
-        }
-        if list.is_empty() {
-            self.spaces.remove(&(home, range.space));
-        }
+    #[test]
+    fn a_recall_is_repeated_for_something_older_only() {
+        let mut server = LockServer::default();
+        ask(&mut server, 2, (0, 9), 5);
+        assert_eq!(recalled(&ask(&mut server, 3, (4, 4), 8)), [(2, 8)]);
+        assert_eq!(recalled(&ask(&mut server, 4, (4, 4), 9)), []);
+        assert_eq!(recalled(&ask(&mut server, 5, (4, 4), 6)), [(2, 6)]);
     }
 
-    /// Everything held at the homes that `of` selects, as claims for a restarted server.
-    pub fn claims(&self, of: impl Fn(NodeId) -> bool) -> Vec<Reclaim> {
-        let mut claims = Vec::new();
-        for (&(home, space), list) in self.spaces.iter().filter(|((home, _), _)| of(*home)) {
-            for h in list {
-                for (lo, hi) in h.slots.pieces() {
-                    let range = Range { space, lo, hi };
-                    claims.push(Reclaim {
-                        home,
-                        range,
-                        mode: h.mode,
-                        grant: h.grant,
-                    });
-                }
-            }
-        }
-        claims
-    }
-
-    /// Server's requests to yield are repeated after a reclaim; forget the old ones.
-    pub fn forget_revokes(&mut self, of: impl Fn(NodeId) -> bool) {
-        for ((home, _), list) in &mut self.spaces {
-            if of(*home) {
-                list.iter_mut().for_each(|h| h.yielding.clear());
-            }
-        }
-        self.asked_back.retain(|(home, _)| !of(*home));
-    }
-
-    /// Drops everything held at the homes that `of` selects.
-    pub fn void(&mut self, of: impl Fn(NodeId) -> bool) {
-        self.spaces.retain(|(home, _), _| !of(*home));
-        self.asked_back.retain(|(home, _)| !of(*home));
+    #[test]
+    fn the_tier_above_takes_the_turn_of_younger_requests_only() {
+        let mut server = LockServer::default();
+        ask(&mut server, 2, (0, 0), 1);
+        ask(&mut server, 3, (0, 9), 4);
+        ask(&mut server, 4, (0, 9), 6);
+        let taken = server.withdraw(HOME, range(9, 9), age(9, 5));
+        assert_eq!(taken.len(), 1);
+        assert_eq!(taken[0].0.holder, life(4));
+        // What stays still needs slot 9.
+        assert!(server.is_used(HOME, range(9, 9), |_, _| false));
     }
 }

@@ -19,13 +19,13 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use crate::ids::{Epoch, GrantId, Life, NodeId, Seq, StreamSeq, Term, ViewId};
+use crate::ids::{Age, Epoch, GrantId, Life, NodeId, Seq, StreamSeq, Term, ViewId};
 use crate::op::{Bytes, Key, Mode, Operation, Participant, Range};
 use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Version of the encoding of messages.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
 /// What a node is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -362,6 +362,8 @@ messages! {
         range: Range,
         /// How.
         mode: Mode,
+        /// Age of the work that it is for.
+        age: Age,
     }
     /// Grants a lock; RepLOCK of seed 001.
     21 Granted {
@@ -393,6 +395,8 @@ messages! {
         grant: GrantId,
         /// What to yield.
         range: Range,
+        /// Age of the work that wants it.
+        age: Age,
     }
     /// Yields part of a grant. Sent only after every operation stamped under it has executed.
     24 Unlock {

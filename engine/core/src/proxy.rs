@@ -25,8 +25,8 @@ use alloc::vec::Vec;
 pub use originate::Originate;
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time};
-use crate::lock::{Holdings, LockServer, Notice};
+use crate::ids::{Age, Epoch, Incarnation, Life, NodeId, Seq, Time};
+use crate::lock::{Holdings, LockServer, Notice, Recall};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Held, Message, Role};
 use crate::op::{Mode, Range};
@@ -78,6 +78,7 @@ struct WaitingLock {
     home: NodeId,
     range: Range,
     mode: Mode,
+    age: Age,
 }
 
 impl WaitingLock {
@@ -320,8 +321,8 @@ impl Proxy {
             .holdings
             .yielding()
             .into_iter()
-            .map(|(home, _, range)| {
-                let held = self.locks.is_held(home, range, |_, _| false);
+            .map(|Recall { home, range, .. }| {
+                let held = self.locks.is_used(home, range, |_, _| false);
                 let touched = self.outbox.touched_in(home, &range).next().is_some();
                 (home, range, held, touched)
             })

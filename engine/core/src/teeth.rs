@@ -59,6 +59,8 @@ pub enum Tooth {
     StaleGrantTold,
     /// A proxy under memory pressure discards what is committed at its own home only.
     PressedDiscardsAll,
+    /// Requests are served, and locks given back, whatever the ages (seed 2147383).
+    AgeIgnored,
 }
 
 impl Tooth {
@@ -90,6 +92,7 @@ impl Tooth {
         Tooth::NotDrained,
         Tooth::StaleGrantTold,
         Tooth::PressedDiscardsAll,
+        Tooth::AgeIgnored,
     ];
 }
 

@@ -11,7 +11,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Life, NodeId};
+use crate::ids::{Age, Life, NodeId};
 use crate::message::{Message, Reclaim};
 use crate::op::{Key, Mode, Range};
 
@@ -153,6 +153,7 @@ pub(crate) enum Query {
         home: NodeId,
         range: Range,
         mode: Mode,
+        age: Age,
     },
     /// The value of an object.
     Read { home: NodeId, key: Key },
@@ -176,11 +177,17 @@ impl Query {
     /// The message that asks it.
     pub(crate) fn message(&self, request: u64) -> Message {
         match self.clone() {
-            Query::Lock { home, range, mode } => Message::Lock {
+            Query::Lock {
+                home,
+                range,
+                mode,
+                age,
+            } => Message::Lock {
                 request,
                 home,
                 range,
                 mode,
+                age,
             },
             Query::Read { home, key } => Message::Read { request, home, key },
             Query::Scan {
@@ -246,11 +253,12 @@ impl<W> Requests<W> {
         self.asked.len()
     }
 
-    /// Whether a lock that covers this one is asked for already.
-    pub(crate) fn awaits(&self, home: NodeId, range: &Range, mode: Mode) -> bool {
+    /// Whether a lock that covers this one is asked for already, under no younger age: a younger
+    /// request may wait for work that in turn waits for the older one.
+    pub(crate) fn awaits(&self, home: NodeId, range: &Range, mode: Mode, age: Age) -> bool {
         self.locks.iter().filter_map(|r| self.get(*r)).any(|query| {
-            matches!(query, Query::Lock { home: h, range: r, mode: m }
-                if *h == home && r.contains(range) && *m >= mode)
+            matches!(query, Query::Lock { home: h, range: r, mode: m, age: a }
+                if *h == home && r.contains(range) && *m >= mode && *a <= age)
         })
     }
 

@@ -10,7 +10,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::ids::{
-    Epoch, GrantId, Incarnation, Life, Lsn, NodeId, OpId, Seq, Step, StreamSeq, Term, Time,
+    Age, Epoch, GrantId, Incarnation, Life, Lsn, NodeId, OpId, Seq, Step, StreamSeq, Term, Time,
     Version, ViewId,
 };
 use crate::op::{
@@ -229,6 +229,11 @@ macro_rules! wire_struct {
 
 wire_struct!(Life { node, incarnation });
 wire_struct!(OpId { source, seq });
+wire_struct!(Age {
+    epoch,
+    number,
+    source
+});
 wire_struct!(Range { space, lo, hi });
 wire_struct!(Participant { node, at });
 wire_struct!(Update { home, key, change });

@@ -335,9 +335,10 @@ impl Plan {
         let mut rng = Rng::branch(seed, 4);
         plan.window_bytes = *rng.pick(&[0, 300, 1 << 20, 1 << 20]);
         plan.draw_bypass(&mut list);
+        plan.draw_shards(&mut Rng::branch(seed, 7));
+        plan.draw_orphan(&mut list);
         list.sort_by_key(|(at, _)| *at);
         plan.faults = list;
-        plan.draw_shards(&mut Rng::branch(seed, 7));
         plan
     }
 
@@ -376,6 +377,41 @@ impl Plan {
             };
             list.push((at, cut));
         }
+    }
+
+    /// A client dies while one home cannot hear it, and another home starts again, mostly with other
+    /// shards, before what the client left half way is undone there.
+    fn draw_orphan(&mut self, list: &mut Vec<(u64, Fault)>) {
+        let mut rng = Rng::branch(self.seed, 9);
+        if self.shards.len() < 2 || self.destinations < 2 || !rng.chance(30) {
+            return;
+        }
+        let number = rng.below(self.clients.len() as u64) as usize;
+        self.clients[number].via.clear();
+        let client = self.first_client() + number;
+        let deaf = rng.below(self.destinations as u64) as usize;
+        let other = (deaf + 1) % self.destinations;
+        let [deaf, other] = [deaf, other].map(|number| self.first_destination() + number);
+        let at = rng.range(5, self.horizon / 4);
+        let cut = Fault::Cut {
+            from: client,
+            to: deaf,
+            ticks: rng.range(150, 500),
+            breaks: false,
+        };
+        let restart = Fault::Crash {
+            node: other,
+            down: Some(rng.range(1, 20)),
+            told: false,
+        };
+        let death = Fault::Crash {
+            node: client,
+            down: None,
+            told: true,
+        };
+        let restarted = at + rng.range(20, 100);
+        list.extend([(at, cut), (restarted, restart)]);
+        list.push((restarted + rng.below(20), death));
     }
 
     fn knobs(&mut self, rng: &mut Rng) {

@@ -6,7 +6,7 @@ use lowtide_engine_core::ids::{OpId, Seq};
 use lowtide_engine_core::op::Refusal;
 use lowtide_engine_core::session::{SessionError, Ticket};
 use lowtide_storm::oracle::Place;
-use lowtide_storm::plan::Plan;
+use lowtide_storm::plan::{ClientPlan, Plan};
 use lowtide_storm::scenario::{Scenario, two_by_two, value};
 
 /// Proxies that merge only when they must.
@@ -523,4 +523,41 @@ fn a_dead_proxy_keeps_its_grants_when_a_client_connects_again() {
     s.converge();
     assert_eq!(s.stored(0, 10), Some(value(3)));
     s.finish();
+}
+
+/// Clients of two proxies want two slots each, or a range that spans both: everybody is served,
+/// although each proxy is asked to yield before its clients have used what it was granted (seed
+/// 2147383).
+#[test]
+fn a_range_and_its_slots_are_both_granted() {
+    let via = |proxy| ClientPlan {
+        via: vec![(0, proxy)],
+        ops: 0,
+        aggregated: false,
+    };
+    for seed in 0..20 {
+        let mut s = Scenario::new(Plan {
+            destinations: 1,
+            proxies: 2,
+            clients: vec![via(0), via(1), via(0), via(1)],
+            delay_max: 1 + seed % 3,
+            ..Plan::quiet(seed)
+        });
+        let mut tickets = Vec::new();
+        for round in 0..10 {
+            for number in 0..4 {
+                let client = s.c(number);
+                let mut request = s.request(&[(0, 0, round), (0, 10, round)], None);
+                if number == 2 {
+                    request.locks.truncate(1);
+                    request.locks[0].range.hi = 15;
+                }
+                tickets.push(s.submit(client, request));
+            }
+        }
+        for ticket in tickets {
+            id(&mut s, ticket);
+        }
+        s.finish();
+    }
 }

@@ -4,7 +4,8 @@ use alloc::collections::BTreeSet;
 
 use super::Client;
 use super::queue::{For, Item};
-use crate::ids::{Life, NodeId};
+use crate::ids::{Age, Life, NodeId};
+use crate::lock::Recall;
 use crate::message::{LockRefusal, Message, Role};
 use crate::op::{Range, Refusal, Want};
 use crate::session::Ticket;
@@ -158,7 +159,7 @@ impl Client {
     }
 
     /// Pins the head's locks in order; `false` while one is missing.
-    pub(super) fn acquire(&mut self, ticket: Ticket, wants: &[Want]) -> bool {
+    pub(super) fn acquire(&mut self, ticket: Ticket, wants: &[Want], age: Age) -> bool {
         for want in wants {
             let held = self.pins.iter().any(|(owner, home, range)| {
                 *owner == ticket.0 && *home == want.home && range.contains(&want.range)
@@ -172,7 +173,7 @@ impl Client {
                 let first = order(want.home, &want.range);
                 self.pins
                     .retain(|(pin, h, r)| *pin != ticket.0 || order(*h, r) < first);
-                self.want(want);
+                self.want(want, age);
                 return false;
             }
             self.pins.push((ticket.0, want.home, want.range));
@@ -181,14 +182,20 @@ impl Client {
     }
 
     /// Asks for a lock unless it is held or asked for already.
-    pub(super) fn want(&mut self, want: &Want) {
+    pub(super) fn want(&mut self, want: &Want, age: Age) {
         let Want { home, range, mode } = *want;
-        let pending = self.asked.awaits(home, &range, mode);
+        let pending = self.asked.awaits(home, &range, mode, age);
         if pending || self.fenced || self.holdings.covers(home, range, mode) {
             return;
         }
         self.counters.locks_asked += 1;
-        self.ask(Query::Lock { home, range, mode }, For::Lock);
+        let query = Query::Lock {
+            home,
+            range,
+            mode,
+            age,
+        };
+        self.ask(query, For::Lock);
     }
 
     pub(super) fn ask(&mut self, query: Query, what_for: For) {
@@ -235,16 +242,21 @@ impl Client {
     }
 
     /// Yields what was asked back, is not pinned, and whose operations are everywhere committed.
-    pub(super) fn yield_locks(&mut self) {
+    /// Returns whether the head gave something back, which it must ask for again.
+    pub(super) fn yield_locks(&mut self) -> bool {
         let yielding = self.holdings.yielding();
-        if yielding.is_empty() {
-            return;
-        }
-        let awaited = self.awaited();
-        for (home, grant, range) in yielding {
-            let blocked = |w: &Want| w.home == home && w.range.overlaps(&range);
-            if let Some((owner, _)) = awaited.filter(|(_, want)| blocked(want)) {
-                self.give_back(owner, home, &range);
+        let mut gave_back = false;
+        for recall in yielding {
+            let Recall {
+                home,
+                grant,
+                range,
+                age,
+            } = recall;
+            if let Some((owner, own)) = self.waiting()
+                && (age < own || bites(Tooth::AgeIgnored))
+            {
+                gave_back |= self.give_back(owner, home, &range);
             }
             let pinned = self
                 .pins
@@ -262,25 +274,24 @@ impl Client {
             self.counters.yielded += 1;
             self.port.send(hop, Message::Unlock { home, grant, range });
         }
+        gave_back
     }
 
-    /// The lock that the head waits for. Locks are acquired in one order, so waiting for another
-    /// holder cannot close a circle; waiting in a queue can, behind somebody who wants a range
-    /// that spans both what the head has and what it waits for. Then the head gives back what it
-    /// has, and asks for it again.
-    fn awaited(&self) -> Option<(u64, Want)> {
+    /// The head and its age, while it lacks a lock. It gives back what older work wants and keeps
+    /// what younger work wants (see [`crate::lock`]).
+    fn waiting(&self) -> Option<(u64, Age)> {
         let head = self.queue.front()?;
-        let missing = head.wants.iter().find(|want| {
+        let lacks = head.wants.iter().any(|want| {
             !self.pins.iter().any(|(owner, home, range)| {
                 *owner == head.ticket.0 && *home == want.home && range.contains(&want.range)
             })
-        })?;
-        Some((head.ticket.0, *missing))
+        });
+        head.age.filter(|_| lacks).map(|age| (head.ticket.0, age))
     }
 
     /// Unpins what the head `owner` has in `range`, and what it acquired after that: it must not
-    /// hold later locks while it waits for an earlier one.
-    fn give_back(&mut self, owner: u64, home: NodeId, range: &Range) {
+    /// hold later locks while it waits for an earlier one. Returns whether there was any.
+    fn give_back(&mut self, owner: u64, home: NodeId, range: &Range) -> bool {
         let mine = self.pins.iter().filter(|(pin, _, _)| *pin == owner);
         let first = mine
             .filter(|(_, h, r)| *h == home && r.overlaps(range))
@@ -290,6 +301,7 @@ impl Client {
             self.pins
                 .retain(|(pin, h, r)| *pin != owner || order(*h, r) < first);
         }
+        first.is_some()
     }
 
     /// `commit_on_share`: something stamped up to the last write in the range is not everywhere

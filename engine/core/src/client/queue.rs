@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use super::{Client, PREFETCH, READS_MAX};
 use crate::effect::Effect;
-use crate::ids::{NodeId, StreamSeq};
+use crate::ids::{Age, Epoch, Life, NodeId, StreamSeq};
 use crate::op::{
     Bytes, Change, Check, Expect, Key, Mode, Range, Refusal, Request, Stamp, UPDATES_MAX, Want,
 };
@@ -36,6 +36,22 @@ pub(super) struct Queued {
     /// Its locks were asked for ahead of its turn. Once only: what others took back since is
     /// needed more by them, and asking again for ever could starve them.
     pub(super) prefetched: bool,
+    /// Given when it first asks for a lock.
+    pub(super) age: Option<Age>,
+}
+
+impl Queued {
+    /// Its age, given now unless it has one. `aged` counts those of the source.
+    fn age(&mut self, aged: &mut u64, epoch: Epoch, source: Life) -> Age {
+        *self.age.get_or_insert_with(|| {
+            *aged += 1;
+            Age {
+                epoch,
+                number: *aged,
+                source,
+            }
+        })
+    }
 }
 
 /// What the head of the queue has learned for its checks.
@@ -112,27 +128,31 @@ impl Client {
     /// O1 for the head of the queue, again and again while it can proceed.
     pub(super) fn advance_queue(&mut self) {
         while self.advance_head() {}
-        let mut ahead: Vec<Want> = Vec::new();
+        let mut ahead: Vec<(Want, Age)> = Vec::new();
+        let (epoch, source) = (self.port.epoch(), self.port.life());
         for queued in self.queue.iter_mut().skip(1).take(PREFETCH) {
             if !core::mem::replace(&mut queued.prefetched, true) {
-                ahead.extend(&queued.wants);
+                let age = queued.age(&mut self.aged, epoch, source);
+                ahead.extend(queued.wants.iter().map(|want| (*want, age)));
             }
         }
-        for want in ahead {
+        for (want, age) in ahead {
             if !self.full.contains(&want.home) {
-                self.want(&want);
+                self.want(&want, age);
             }
         }
     }
 
     /// Returns whether the head left the queue.
     fn advance_head(&mut self) -> bool {
-        let Some(head) = self.queue.front() else {
+        let (epoch, source) = (self.port.epoch(), self.port.life());
+        let Some(head) = self.queue.front_mut() else {
             return false;
         };
+        let age = head.age(&mut self.aged, epoch, source);
         let ticket = head.ticket;
         let wants = head.wants.clone();
-        if !self.acquire(ticket, &wants) && !bites(Tooth::StampedUnlocked) {
+        if !self.acquire(ticket, &wants, age) && !bites(Tooth::StampedUnlocked) {
             return false;
         }
         let Some(head) = self.queue.front() else {
@@ -351,6 +371,7 @@ impl Client {
                 item,
                 wants: alloc::vec![Want { home, range, mode }],
                 prefetched: false,
+                age: None,
             });
         }
     }

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use super::shard::Task;
 use super::{Destination, Session, Stage, shard_of};
 use crate::ids::{Life, Step};
-use crate::lock::Notice;
+use crate::lock::{Asker, Notice};
 use crate::message::{LockRefusal, Message, Reclaim};
 use crate::op::Mode;
 use crate::record::Record;
@@ -93,9 +93,20 @@ impl Destination {
                 home,
                 range,
                 mode,
+                age,
             } => {
-                let asker = (home, from, request);
-                let task = Task::Lock { asker, range, mode };
+                let holder = from;
+                let asker = Asker {
+                    holder,
+                    request,
+                    age,
+                };
+                let task = Task::Lock {
+                    home,
+                    asker,
+                    range,
+                    mode,
+                };
                 self.order(self.shard_of(range.space), task);
             }
             Message::Unlock { home, grant, range } => {
@@ -147,10 +158,16 @@ impl Destination {
                 home,
                 grant,
                 range,
+                age,
             } => {
                 if self.is_open(to, step) {
-                    self.port
-                        .send(to.node, Message::Revoke { home, grant, range });
+                    let revoke = Message::Revoke {
+                        home,
+                        grant,
+                        range,
+                        age,
+                    };
+                    self.port.send(to.node, revoke);
                 }
             }
         }

@@ -24,7 +24,7 @@ use alloc::vec::Vec;
 
 use super::objects;
 use crate::ids::{Epoch, GrantId, Life, Lsn, NodeId, Seq, Step, StreamSeq};
-use crate::lock::{LockServer, Notice};
+use crate::lock::{Asker, LockServer, Notice};
 use crate::message::Reclaim;
 use crate::op::{Bytes, Change, Key, Mode, Operation, Participant, Range, Update};
 use crate::record::{
@@ -132,8 +132,10 @@ pub enum Task {
     },
     /// Grant a lock when it can be had.
     Lock {
-        /// Home as the asker names it, the asker, and its request.
-        asker: (NodeId, Life, u64),
+        /// Home as the asker names it.
+        home: NodeId,
+        /// Who asks.
+        asker: Asker,
         /// What must be covered.
         range: Range,
         /// How.
@@ -350,10 +352,15 @@ impl Shard {
             Task::Execute { op, at, piece } => self.execute(step, &op, (at, piece), storage),
             Task::Undo { victim, at } => self.undo(step, victim, at, storage),
             Task::Keep { durable, minimum } => self.keep(durable, minimum, storage),
-            Task::Lock { asker, range, mode } => {
+            Task::Lock {
+                home,
+                asker,
+                range,
+                mode,
+            } => {
                 let bound = Range::whole(range.space);
-                self.locks
-                    .request(asker, range, mode, bound, &mut self.notices);
+                let notices = &mut self.notices;
+                self.locks.request(home, asker, range, mode, bound, notices);
             }
             Task::Unlock {
                 home,

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 
 use super::{Proxy, WaitingLock};
 use crate::ids::{Life, NodeId, Seq};
-use crate::lock::Notice;
+use crate::lock::{Asker, Notice, Recall};
 use crate::message::{Message, Parts, Reclaim, StreamBase, StreamState};
 use crate::op::{Mode, Operation, Range};
 use crate::tier::Query;
@@ -32,10 +32,26 @@ impl Proxy {
         self.doubt_lost(from, claims);
         self.locks.reclaim(from, claims, &mut self.notices);
         self.port.send(from.node, Message::Opened { life: own });
-        // What the tier above wants back is asked for again; the word may have been lost.
-        for (home, _, range) in self.holdings.yielding() {
-            self.locks.recall(home, range, &mut self.notices);
+        // The word may have been lost.
+        self.recall_again();
+    }
+
+    /// What the tiers above want back is asked of every holder who was not asked.
+    fn recall_again(&mut self) {
+        for recall in self.holdings.yielding() {
+            self.recall(&recall);
         }
+    }
+
+    /// Asks holders for what the tier above wants back. What another grant covers as well, and is
+    /// not asked back there, they may keep.
+    pub(super) fn recall(&mut self, recall: &Recall) {
+        let Recall {
+            home, range, age, ..
+        } = *recall;
+        let covered = |part, mode| self.holdings.covers(home, part, mode);
+        let notices = &mut self.notices;
+        self.locks.recall(home, range, age, covered, notices);
     }
 
     /// What `holder` held exclusively and does not yield in order, it may have written under without
@@ -118,6 +134,7 @@ impl Proxy {
                 home,
                 range,
                 mode,
+                age,
             } => {
                 self.waiting.push(WaitingLock {
                     holder: from,
@@ -125,6 +142,7 @@ impl Proxy {
                     home,
                     range,
                     mode,
+                    age,
                 });
                 self.serve_waiting(|w| w.is_in(home, range.space));
             }
@@ -164,26 +182,47 @@ impl Proxy {
                 continue;
             }
             if let Some(bound) = self.holdings.bound(w.home, w.range, w.mode) {
-                let asker = (w.home, w.holder, w.request);
+                let asker = Asker {
+                    holder: w.holder,
+                    request: w.request,
+                    age: w.age,
+                };
+                let notices = &mut self.notices;
                 self.locks
-                    .request(asker, w.range, w.mode, bound, &mut self.notices);
+                    .request(w.home, asker, w.range, w.mode, bound, notices);
                 continue;
             }
             self.waiting.push(w);
             // Own requests wait until there is room; a client's is refused by the home.
             let waits = w.holder == self.port.life() && self.full.contains(&w.home);
-            let pending = waits || self.asked.awaits(w.home, &w.range, w.mode);
+            let pending = waits || self.asked.awaits(w.home, &w.range, w.mode, w.age);
             if !pending {
                 let WaitingLock {
-                    home, range, mode, ..
+                    home,
+                    range,
+                    mode,
+                    age,
+                    ..
                 } = w;
-                self.ask(Query::Lock { home, range, mode }, None);
+                let query = Query::Lock {
+                    home,
+                    range,
+                    mode,
+                    age,
+                };
+                self.ask(query, None);
             }
         }
     }
 
     pub(super) fn send_notices(&mut self) {
-        for notice in core::mem::take(&mut self.notices) {
+        let notices = core::mem::take(&mut self.notices);
+        let granted = |n: &Notice| matches!(n, Notice::Grant { .. });
+        if notices.iter().any(granted) {
+            // Granted to work older than what the tier above wants it for; it is wanted all the same.
+            self.recall_again();
+        }
+        for notice in notices {
             match notice {
                 Notice::Grant {
                     to,
@@ -219,13 +258,19 @@ impl Proxy {
                     home,
                     grant,
                     range,
+                    age,
                 } if to != self.port.life() => {
                     if self.sessions.get(&to.node) == Some(&to) {
-                        self.port
-                            .send(to.node, Message::Revoke { home, grant, range });
+                        let revoke = Message::Revoke {
+                            home,
+                            grant,
+                            range,
+                            age,
+                        };
+                        self.port.send(to.node, revoke);
                     }
                 }
-                Notice::Revoke { grant, range, .. } => self.own_revoked(grant, &range),
+                Notice::Revoke { grant, age, .. } => self.own_revoked(grant, age),
             }
         }
     }

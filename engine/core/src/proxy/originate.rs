@@ -14,7 +14,7 @@ use alloc::vec::Vec;
 
 use super::{Proxy, WaitingLock};
 use crate::effect::{Effect, Port};
-use crate::ids::{Epoch, GrantId, Life, NodeId, Seq, StreamSeq};
+use crate::ids::{Age, Epoch, GrantId, Life, NodeId, Seq, StreamSeq};
 use crate::lock::normalise;
 use crate::message::Message;
 use crate::op::{Operation, Range, Stamp, Update, Want};
@@ -51,6 +51,8 @@ struct Pending {
     peers: BTreeSet<NodeId>,
     round: u64,
     at: Epoch,
+    /// Given when it first asks for a lock.
+    age: Option<Age>,
 }
 
 /// Grants of this proxy's own lock server to itself.
@@ -121,6 +123,7 @@ impl Proxy {
             peers: BTreeSet::new(),
             round: self.own.next,
             at: Epoch(0),
+            age: None,
         });
         self.settle(now);
     }
@@ -138,36 +141,46 @@ impl Proxy {
             self.own.next += 1;
             let request = OWN_REQUESTS + self.own.next;
             head.request = Some(request);
+            let age = *head.age.get_or_insert(Age {
+                epoch: self.port.epoch(),
+                number: self.own.next,
+                source: own,
+            });
             self.waiting.push(WaitingLock {
                 holder: own,
                 request,
                 home,
                 range,
                 mode,
+                age,
             });
             self.serve_waiting(|w| w.is_in(home, range.space));
         }
         false
     }
 
-    /// Somebody waits for `range`: if that is also what the head waits for, the head gives back
-    /// what it has there, and all later locks, and asks again (see the client's locks).
-    pub(super) fn own_revoked(&mut self, grant: GrantId, range: &Range) {
+    /// Older work wants what the head has: while the head lacks a lock it gives that back, and all
+    /// later ones, and asks again (see [`crate::lock`]).
+    pub(super) fn own_revoked(&mut self, grant: GrantId, age: Age) {
         let own = self.port.life();
         let Some(head) = self.own.queue.front_mut() else {
             return;
         };
-        let Some(awaited) = head.wants.get(head.granted.len()).copied() else {
+        let lacks = head.granted.len() < head.wants.len();
+        if !lacks || head.age.is_none_or(|own| own < age) {
             return;
-        };
+        }
         let Some(index) = head.granted.iter().position(|(_, g, _)| *g == grant) else {
             return;
         };
-        if awaited.home != head.granted[index].0 || !awaited.range.overlaps(range) {
+        head.request = None;
+        let back = head.granted.split_off(index);
+        // What was stamped before may have written there, under grants that these have swallowed.
+        if let Some((_, _, grants)) = self.own.holding.back_mut() {
+            grants.extend(back);
             return;
         }
-        head.request = None;
-        for (home, grant, range) in head.granted.split_off(index) {
+        for (home, grant, range) in back {
             self.locks
                 .unlock(home, own, grant, range, &mut self.notices);
         }

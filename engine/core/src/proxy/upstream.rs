@@ -2,6 +2,7 @@
 
 use super::{Proxy, WaitingLock};
 use crate::ids::{Life, NodeId};
+use crate::lock::Recall;
 use crate::message::{LockRefusal, Message, Role, StreamState};
 use crate::tier::Query;
 
@@ -82,18 +83,30 @@ impl Proxy {
                 self.serve_waiting(|w| w.is_in(home, range.space));
             }
             Message::Refused { request, reason } => self.refused(request, reason),
-            Message::Revoke { home, grant, range } => {
-                if self.holdings.revoke(home, grant, range) {
-                    for (holder, request, range, mode) in self.locks.withdraw(home, range) {
+            Message::Revoke {
+                home,
+                grant,
+                range,
+                age,
+            } => {
+                let recall = Recall {
+                    home,
+                    grant,
+                    range,
+                    age,
+                };
+                if self.holdings.revoke(recall) {
+                    for (asker, range, mode) in self.locks.withdraw(home, range, age) {
                         self.waiting.push(WaitingLock {
-                            holder,
-                            request,
+                            holder: asker.holder,
+                            request: asker.request,
                             home,
                             range,
                             mode,
+                            age: asker.age,
                         });
                     }
-                    self.locks.recall(home, range, &mut self.notices);
+                    self.recall(&recall);
                     self.serve_waiting(|w| w.is_in(home, range.space));
                 } else {
                     self.port.send(home, Message::Unlock { home, grant, range });
@@ -180,10 +193,13 @@ impl Proxy {
     }
 
     pub(super) fn yield_locks(&mut self) {
-        for (home, grant, range) in self.holdings.yielding() {
+        for recall in self.holdings.yielding() {
+            let Recall {
+                home, grant, range, ..
+            } = recall;
             // What another grant covers as well, and is not asked back there, may stay held.
             let covered = |part, mode| self.holdings.covers(home, part, mode);
-            if self.locks.is_held(home, range, covered) {
+            if self.locks.is_used(home, range, covered) {
                 continue;
             }
             if self.outbox.touched_in(home, &range).next().is_some() {
