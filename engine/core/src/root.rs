@@ -32,7 +32,7 @@ const CEILING_STEP: u64 = 10_000;
 /// Settings of a root.
 #[derive(Clone, Copy, Debug)]
 pub struct RootConfig {
-    /// Ticks between steps of the epoch (E3) and attempts to publish m.
+    /// Least ticks between two steps of the epoch (E3); it rests while nobody waits for m.
     pub interval: u64,
     /// Ticks of silence after which a client or proxy is evicted.
     pub evict_after: u64,
@@ -81,7 +81,11 @@ pub struct Root {
     /// m per version, to be published once durable.
     unpublished: VecDeque<(u64, Epoch)>,
     changed: bool,
-    next_step: Time,
+    /// Somebody waits for m: the epoch steps once, after `interval` at the earliest.
+    wanted: bool,
+    last_step: Time,
+    /// When silence is looked at next.
+    next_look: Time,
     last_rise: Time,
     counters: RootCounters,
 }
@@ -131,7 +135,9 @@ impl Root {
             persisted: 0,
             unpublished: VecDeque::new(),
             changed: true,
-            next_step: now,
+            wanted: true,
+            last_step: now,
+            next_look: now,
             last_rise: now,
             counters: RootCounters::default(),
         };
@@ -152,8 +158,11 @@ impl Root {
                 lower_bound,
                 view,
                 attach,
+                waits,
             } => {
                 self.heard(now, from);
+                self.wanted |= waits;
+                self.step(now);
                 self.report_direct(from, attach, lower_bound);
                 self.pong(from.node, view);
             }
@@ -162,8 +171,11 @@ impl Root {
                 lower_bound,
                 covers,
                 view,
+                waits,
             } => {
                 self.heard(now, from);
+                self.wanted |= waits;
+                self.step(now);
                 self.report_branch(now, from, lower_bound, &covers);
                 self.pong(from.node, view);
             }
@@ -205,15 +217,15 @@ impl Root {
 
     /// Time passed.
     pub fn handle_timeout(&mut self, now: Time) {
-        if now >= self.next_step {
+        if now >= self.next_look {
             // What arrived while the root itself did nothing is not processed yet: its own absence
             // is nobody's silence.
-            let absent = now.since(self.next_step.after(self.config.interval));
+            let absent = now.since(self.next_look.after(self.config.interval));
             for bound in self.bounds.values_mut() {
                 bound.last_heard = bound.last_heard.after(absent);
             }
-            self.next_step = now.after(self.config.interval);
-            self.port.tick();
+            let look = (self.config.evict_after / 8).max(self.config.interval);
+            self.next_look = now.after(look);
             let silent: Vec<Life> = self
                 .bounds
                 .iter()
@@ -224,13 +236,30 @@ impl Root {
                 self.start_eviction(life);
             }
         }
+        self.step(now);
         self.settle(now);
     }
 
     /// When [`Root::handle_timeout`] wants to run.
     #[must_use]
     pub fn poll_timeout(&self) -> Time {
-        self.next_step
+        let step = self.last_step.after(self.config.interval);
+        if self.wanted {
+            self.next_look.min(step)
+        } else {
+            self.next_look
+        }
+    }
+
+    /// E3, if anybody waits for m. Whoever waits says so with every ping, so the epoch goes on until
+    /// m has passed what they wait for, and rests afterwards.
+    fn step(&mut self, now: Time) {
+        let wanted = self.wanted || bites(Tooth::NeverRests);
+        if wanted && now >= self.last_step.after(self.config.interval) {
+            self.wanted = false;
+            self.last_step = now;
+            self.port.tick();
+        }
     }
 
     /// The next effect whose foundation is durable.
@@ -390,6 +419,7 @@ impl Root {
     fn view_changed(&mut self) {
         self.state.view = ViewId(self.state.view.0 + 1);
         self.changed = true;
+        self.wanted = true;
     }
 
     fn pong(&mut self, to: NodeId, known: ViewId) {
@@ -522,6 +552,10 @@ impl Root {
 
     fn settle(&mut self, now: Time) {
         self.evictions_settle(now);
+        if !self.evictions.is_empty() {
+            self.wanted = true;
+            self.next_look = self.next_look.min(now.after(self.config.interval));
+        }
         self.publish();
         if self.port.epoch().0 + CEILING_STEP / 2 > self.state.ceiling.0 {
             self.state.ceiling = Epoch(self.port.epoch().0 + CEILING_STEP);
@@ -644,6 +678,7 @@ mod tests {
                 attach: 1,
             }],
             view: ViewId(0),
+            waits: true,
         };
         bench.hears(router, report(40));
         assert_eq!(bench.minimum(), Epoch(40));
@@ -657,6 +692,7 @@ mod tests {
         let ping = Message::Ping {
             lower_bound: Epoch(70),
             view: ViewId(0),
+            waits: true,
             attach: 2,
         };
         bench.hears(client, ping);

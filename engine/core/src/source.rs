@@ -679,6 +679,12 @@ impl Redo {
         self.get(Seq(self.done.0 + 1)).map(|op| op.epoch)
     }
 
+    /// Whether m has not passed everything that was stamped.
+    #[must_use]
+    pub fn awaits(&self, minimum: Epoch) -> bool {
+        self.last() > Seq(0) && self.previous >= minimum
+    }
+
     /// The last unfinished operation of this source that wrote in `range`.
     #[must_use]
     pub fn last_touching(&self, home: NodeId, range: &Range) -> Option<Seq> {
