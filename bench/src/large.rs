@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Instant;
 
 use lowtide_engine::medium::SplitMix;
+use serde_json::Value;
 
 use crate::programs::{remove, settle};
 use crate::row::{Better, Pick, Rounds, Row};
@@ -59,6 +60,7 @@ fn store(
     options.extend(shape);
     let rate = |seconds: f64| (bench.mib << 20) as f64 / seconds / 1e6;
     let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
+    let mut kept_max = 0;
     let rounds = bench.rounds.unwrap_or(ROUNDS);
     for _ in 0..rounds {
         settle(&bench.scratch)?;
@@ -67,6 +69,13 @@ fn store(
         std::fs::remove_file(&to).map_err(Failure::io(to.display()))?;
         settle(&bench.scratch)?;
         let report = bench.lowtide.store(&input, &bench.scratch, &options)?;
+        let (process, kept) = most_kept(&report)?;
+        if kept > memory_max(bench.mib << 20) {
+            let kept = kept >> 20;
+            let what = format!("{process} kept {kept} MiB of a file of {} MiB", bench.mib);
+            return Err(Failure::Broken(what));
+        }
+        kept_max = kept_max.max(kept);
         ours.push(rate(report["elapsed_s"].as_f64().unwrap_or(f64::NAN)));
     }
     remove(&input)?;
@@ -80,7 +89,28 @@ fn store(
     Ok(figures
         .row(name, Pick::Median, &bench.machine)
         .reduced(bench.mib < MIB || rounds < ROUNDS)
-        .with("mib", bench.mib))
+        .with("mib", bench.mib)
+        .with("kept_mib_max", kept_max >> 20))
+}
+
+/// Bytes that a process may keep while it stores or passes on a file of `len`: an eighth, but not
+/// less than what buffers and windows take with any file. So no process has the whole of it.
+fn memory_max(len: u64) -> u64 {
+    (len / 8).max(128 << 20)
+}
+
+/// The process that kept the most memory of its own during a run, and how many bytes; mapped files,
+/// which are the kernel's to drop, do not count.
+fn most_kept(report: &Value) -> Result<(&str, u64), Failure> {
+    let processes = report["memory"].as_object();
+    let kept = processes.into_iter().flatten().map(|(name, memory)| {
+        let part = |which: &str| memory[which].as_u64();
+        let bytes = part("rss_anon")?.checked_add(part("rss_shmem")?)?;
+        Some((name.as_str(), bytes))
+    });
+    let kept: Option<Vec<_>> = kept.collect();
+    kept.and_then(|kept| kept.into_iter().max_by_key(|(_, bytes)| *bytes))
+        .ok_or_else(|| Failure::broken("the report does not say what processes keep"))
 }
 
 /// A file of incompressible bytes.
@@ -146,6 +176,17 @@ fn pump(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_process_that_keeps_most_is_found_and_a_silent_report_refused() {
+        let report = serde_json::json!({ "memory": {
+            "a": { "rss_anon": 5, "rss_shmem": 1, "rss_file": 900 },
+            "b": { "rss_anon": 2, "rss_shmem": 9, "rss_file": 0 },
+        }});
+        assert_eq!(most_kept(&report).unwrap(), ("b", 11));
+        assert!(most_kept(&serde_json::json!({})).is_err());
+        assert!(most_kept(&serde_json::json!({ "memory": { "a": {} } })).is_err());
+    }
 
     #[test]
     fn the_yardstick_carries_the_file() {

@@ -16,11 +16,11 @@
 //!
 //! Deliberately absent: completion queues (`verbs`), messages and connections (`message`), and any
 //! wait: this module never blocks.
-//!
-//! Source: Linux `rxe_recv.c` for the order of checks.
+//! Input is `input`'s, sending `output`'s.
 
 mod budget;
 mod identity;
+mod input;
 mod output;
 #[cfg(test)]
 mod tests;
@@ -30,26 +30,24 @@ mod view;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use lowtide_transport_proto::cm::GSI_QKEY;
 use lowtide_transport_proto::icrc::{self, Flow, Ip};
 use lowtide_transport_proto::qp::{self, Completion, Lkey, QpCaps, QueuePair};
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{Class, Extension, Packet, Qpn};
+use lowtide_transport_proto::wire::Qpn;
 
 use self::budget::Budget;
 use self::identity::Identities;
 pub(crate) use self::identity::Peers;
+pub(crate) use self::input::Input;
 use self::timers::Timers;
-use self::view::View;
 use crate::faults::{FaultInjector, Faults};
 use crate::memory::Memory;
 use crate::pcap::Capture;
-use crate::udp::{Frame, ReceiveBatch, Socket, SocketOptions, TransmitBatch};
+use crate::udp::{Frame, Socket, SocketOptions, TransmitBatch};
 
 /// Queue pairs a device may have.
 pub(crate) const QUEUE_PAIRS_MAX: usize = 32_768;
@@ -74,23 +72,6 @@ pub struct DeviceOptions {
 /// Which queue pair; valid until it is destroyed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct QpId(pub(crate) u32);
-
-/// What happened to a datagram.
-#[derive(Debug)]
-pub(crate) enum Input {
-    /// It was dropped, and counted.
-    Dropped,
-    /// A queue pair took it. `placed` are the bytes that went to a receive of key [`IN_PLACE`]:
-    /// their offset in the message and where in the datagram they are.
-    Taken {
-        id: QpId,
-        placed: Option<(u64, Range<usize>)>,
-    },
-    /// A management datagram for queue pair 1: where in the datagram it is.
-    Management(Range<usize>),
-    /// A good packet of a connection that does not exist here.
-    UnknownQueuePair(Qpn),
-}
 
 /// What the device has seen; the names of anomalies are those of Linux rxe where it has them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -126,6 +107,11 @@ pub struct Counters {
     pub ack_timeout: u64,
     pub probes: u64,
     pub retransmitted_pkts: u64,
+    /// Packets that a switch has marked congested, and notifications (CNP) sent and received for
+    /// such; the names are those of adapters.
+    pub np_ecn_marked_roce_packets: u64,
+    pub np_cnp_sent: u64,
+    pub rp_cnp_handled: u64,
     /// Packets a queue pair had no use for.
     pub dropped_pkts: u64,
     /// Messages handed up.
@@ -171,6 +157,8 @@ struct Slot {
     losses: u64,
     /// Answers sent in this turn.
     responses: u32,
+    /// When its peer was last told of congestion.
+    notified: Option<Nanos>,
 }
 
 struct Peer {
@@ -302,6 +290,7 @@ impl Device {
                     in_flight: 0,
                     losses: 0,
                     responses: 0,
+                    notified: None,
                 });
                 self.slots.len() as u32 - 1
             }
@@ -317,6 +306,7 @@ impl Device {
         slot.in_flight = 0;
         slot.losses = 0;
         slot.responses = 0;
+        slot.notified = None;
         Some((QpId(index), qpn))
     }
 
@@ -414,122 +404,6 @@ impl Device {
         }
     }
 
-    // Input.
-
-    /// Fills `batch` with what has arrived; less than its capacity means that the socket is empty.
-    pub(crate) fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
-        self.socket.receive(batch)
-    }
-
-    /// Counts a datagram that was cut short or came from nowhere.
-    pub(crate) fn count_malformed(&mut self) {
-        self.counters.rx_malformed += 1;
-    }
-
-    /// Notes what the kernel says about one receive.
-    pub(crate) fn count_receive(&mut self, bytes: usize, datagrams: u64, overflow: Option<u32>) {
-        self.counters.rx_bytes += bytes as u64;
-        self.counters.rx_datagrams += datagrams;
-        self.counters.gro_receives += u64::from(datagrams > 1);
-        // A datagram without a byte is one that `handle` never sees.
-        self.counters.rx_malformed += u64::from(datagrams == 0);
-        if let Some(overflow) = overflow {
-            self.counters.rx_overflow = u64::from(overflow);
-        }
-    }
-
-    /// Takes one datagram. After `Taken` the caller polls that queue pair's completions.
-    pub(crate) fn handle(
-        &mut self,
-        now: Nanos,
-        source: SocketAddr,
-        target: Option<IpAddr>,
-        datagram: &[u8],
-    ) -> Input {
-        if self.faults.is_blocked(&source) {
-            self.counters.faults_dropped += 1;
-            return Input::Dropped;
-        }
-        let Ok(packet) = Packet::new_checked(datagram) else {
-            self.counters.rx_malformed += 1;
-            return Input::Dropped;
-        };
-        let local = self.socket.local_addr();
-        let Some(flow) = flow(source, target.unwrap_or(local.ip()), local.port()) else {
-            self.counters.rx_malformed += 1;
-            return Input::Dropped;
-        };
-        let solved = icrc::check_unknown_identification(&flow, &packet);
-        if let (Some(capture), Some(identification)) = (&mut self.capture, solved) {
-            let target = SocketAddr::new(target.unwrap_or(local.ip()), local.port());
-            capture.record(source, target, identification, &[datagram]);
-        }
-        let Some(solved) = solved else {
-            self.counters.rx_bad_icrc += 1;
-            return Input::Dropped;
-        };
-        if !self.identities.believe(now, source.ip(), solved) {
-            self.counters.rx_odd_identification += 1;
-            return Input::Dropped;
-        }
-        if packet.dest() == Qpn::GSI {
-            return match packet.extension() {
-                Extension::Deth(deth) if deth.qkey == GSI_QKEY => {
-                    Input::Management(packet.payload_range())
-                }
-                _ => {
-                    self.counters.rx_unknown_qp += 1;
-                    Input::Dropped
-                }
-            };
-        }
-        self.handle_connected(now, source, &packet)
-    }
-
-    fn handle_connected(&mut self, now: Nanos, source: SocketAddr, packet: &Packet<'_>) -> Input {
-        let index = (packet.dest().value() & 0xFFFF).wrapping_sub(QPN_FIRST);
-        let slot = self
-            .slots
-            .get_mut(index as usize)
-            .filter(|slot| slot.qpn == packet.dest());
-        let Some((slot, peer)) = slot.and_then(|slot| {
-            let peer = slot.peer?;
-            slot.qp.is_some().then_some((slot, peer))
-        }) else {
-            self.counters.rx_unknown_qp += 1;
-            return match packet.row().class {
-                Class::Rc if !packet.opcode().is_response() => {
-                    Input::UnknownQueuePair(packet.dest())
-                }
-                _ => Input::Dropped,
-            };
-        };
-        if self.peers[peer as usize].address.ip() != source.ip() {
-            self.counters.rx_wrong_peer += 1;
-            return Input::Dropped;
-        }
-        let Some(qp) = slot.qp.as_mut() else {
-            return Input::Dropped;
-        };
-        let mut view = View {
-            memory: &mut self.memory,
-            domain: slot.domain,
-            peer_domain: slot.peer_domain,
-            placed: None,
-        };
-        let outcome = qp.handle_packet(now, packet, &mut view);
-        if packet.row().class == Class::Cnp && outcome == qp::Outcome::Accepted {
-            self.peers[peer as usize].budget.cut(now);
-        }
-        let placed = view.placed.map(|offset| (offset, packet.payload_range()));
-        self.settle(index);
-        self.mark_ready(index);
-        Input::Taken {
-            id: QpId(index),
-            placed,
-        }
-    }
-
     /// Lets the next queue pair whose timer is due act; the caller polls its completions.
     pub(crate) fn expire(&mut self, now: Nanos) -> Option<QpId> {
         while let Some(index) = self.timers.pop(now) {
@@ -600,6 +474,7 @@ fn add_counters(sum: &mut Counters, qp: &qp::Counters) {
     sum.probes += qp.probes;
     sum.retransmitted_pkts += qp.retransmitted_pkts;
     sum.dropped_pkts += qp.dropped_pkts;
+    sum.rp_cnp_handled += qp.cnp_handled;
 }
 
 /// The flow of a packet from `source` to `target`; none if their families differ.

@@ -119,12 +119,14 @@ impl Socket {
                 let discover = libc::IP_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discover)?;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
+                set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
             }
             SocketAddr::V6(_) => {
                 raw.set_only_v6(true)?;
                 let discover = libc::IPV6_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, discover)?;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
+                set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
                 // Adapters and the kernel's rxe send checksum 0 over IPv6 too.
                 set_option(fd, libc::SOL_UDP, libc::UDP_NO_CHECK6_RX, 1)?;
             }
@@ -151,6 +153,12 @@ impl Socket {
     /// The address and port in use.
     pub fn local_addr(&self) -> SocketAddr {
         self.local
+    }
+
+    /// The socket itself, for what no device does.
+    #[cfg(test)]
+    pub fn plain(&self) -> &UdpSocket {
+        &self.socket
     }
 
     /// How many full datagrams the receive buffer holds while nobody reads it.

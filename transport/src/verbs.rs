@@ -23,6 +23,7 @@
 //! choosing (a raw layer for a C ABI will bring it, with `unsafe` in its contract).
 
 mod progress;
+mod queue_pair;
 
 use std::fmt;
 use std::io;
@@ -31,33 +32,21 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lowtide_transport_proto::qp::{
-    InitAttr, Lkey, QpCaps, RecvWr, RtrAttr, RtsAttr, SendWr, SgList, Sge, WrId,
-};
-use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, RnrTimer};
+use lowtide_transport_proto::qp::{Lkey, QpCaps, Sge};
+use lowtide_transport_proto::wire::Psn;
 
 pub use lowtide_transport_proto::qp::{
     CompletionKind, InvalidTransition, PostError, QpState, Remote, Rkey, SendOp, Status,
 };
 pub use lowtide_transport_proto::wire::Qpn;
 
-use self::progress::{CqId, Posted, QpEntry, Shared};
-use crate::device::QpId;
+use self::progress::{CqId, Shared};
+pub use self::queue_pair::{Address, PostRefused, QueuePair};
 pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;
 pub use crate::memory::Access;
 use crate::memory::{Key, SharedMemory};
 pub use crate::udp::SocketOptions;
-use crate::udp::path_mtu;
-
-/// READs and atomics a queue pair serves, and has under way, at once.
-const RD_ATOMIC: u8 = 8;
-/// Response packets asked for by one READ request at most, so that no READ floods its requester: with
-/// the last of the request before, two full runs of segments.
-const READ_CHUNK: u32 = 33;
-/// Local ACK timeout: 4.096 us times 2^14, 67 ms.
-const ACK_TIMEOUT: u8 = 14;
-const RETRY_COUNT: u8 = 7;
 
 /// A soft-RoCE device on one address and UDP port. Cloning shares it.
 #[derive(Clone)]
@@ -341,23 +330,6 @@ pub struct WorkCompletion {
     pub slot: Option<Slot>,
 }
 
-/// A work request that was not taken, and its memory.
-#[derive(Debug)]
-pub struct PostRefused {
-    /// Why.
-    pub error: PostError,
-    /// What was to be sent or filled.
-    pub buffer: Buffer,
-}
-
-impl fmt::Display for PostRefused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the work request was not taken: {:?}", self.error)
-    }
-}
-
-impl std::error::Error for PostRefused {}
-
 /// Where completions go. Cloning shares it.
 #[derive(Debug, Clone)]
 pub struct CompletionQueue(Arc<CqHandle>);
@@ -410,215 +382,5 @@ impl CompletionQueue {
                 return self.poll();
             }
         }
-    }
-}
-
-/// What a peer must know to connect: its socket, queue pair, first PSN.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Address {
-    /// IP address, and the UDP port it listens on.
-    pub socket: SocketAddr,
-    /// Queue pair number.
-    pub qpn: Qpn,
-    /// First packet sequence number.
-    pub psn: u32,
-    /// Full datagrams that its receive buffer holds; 0 if it did not say.
-    pub budget: u32,
-}
-
-/// A reliable connection's end.
-#[derive(Debug)]
-pub struct QueuePair {
-    device: Device,
-    id: QpId,
-    qpn: Qpn,
-    psn: Psn,
-    /// Keeps them alive.
-    _queues: [CompletionQueue; 2],
-}
-
-impl QueuePair {
-    /// What the peer must be told.
-    pub fn address(&self) -> Address {
-        let state = self.device.shared.lock();
-        Address {
-            socket: state.device.local_addr(),
-            qpn: self.qpn,
-            psn: self.psn.value(),
-            budget: state.device.receive_budget(),
-        }
-    }
-
-    /// RESET to INIT: receives may be posted. `access` is what the peer may do at all.
-    ///
-    /// # Errors
-    /// [`InvalidTransition`] from any state but Reset and Init.
-    pub fn to_init(&self, access: Access) -> Result<(), InvalidTransition> {
-        let access = lowtide_transport_proto::qp::Access {
-            remote_write: access.remote_write,
-            remote_read: access.remote_read,
-            remote_atomic: access.remote_atomic,
-        };
-        self.with(|qp, _| {
-            qp.to_init(InitAttr {
-                access,
-                pkey: PKEY_DEFAULT,
-            })
-        })
-    }
-
-    /// INIT to RTS: the peer is known and everything may be posted.
-    ///
-    /// # Errors
-    /// [`InvalidTransition`] from any state but Init.
-    pub fn connect(&self, peer: &Address) -> Result<(), InvalidTransition> {
-        let link = path_mtu(self.device.local_addr(), peer.socket).unwrap_or(1500);
-        let rtr = RtrAttr {
-            dest: peer.qpn,
-            path_mtu: Mtu::for_link(link).unwrap_or(Mtu::B256),
-            rq_psn: Psn::new(peer.psn),
-            max_dest_rd_atomic: RD_ATOMIC,
-            min_rnr_timer: RnrTimer::new(12),
-        };
-        // Half of what our receive buffer holds, if that is less.
-        let budget = self.device.shared.lock().device.receive_budget();
-        let rts = RtsAttr {
-            sq_psn: self.psn,
-            timeout: ACK_TIMEOUT,
-            retry_cnt: RETRY_COUNT,
-            rnr_retry: RETRY_COUNT,
-            max_rd_atomic: RD_ATOMIC,
-            read_chunk_packets: READ_CHUNK.min(budget / 2).max(1) as u16,
-        };
-        let mut state = self.device.shared.lock();
-        let qp = state
-            .device
-            .qp(self.id)
-            .expect("it lives as long as its handle");
-        qp.to_rtr(rtr)?;
-        qp.to_rts(rts)?;
-        let budget = (peer.budget > 0).then_some(peer.budget);
-        state.device.set_peer(self.id, peer.socket, budget);
-        Ok(())
-    }
-
-    /// To ERR: everything posted completes as flushed.
-    pub fn to_error(&self) {
-        self.with(|qp, _| qp.to_error());
-        let shared = &self.device.shared;
-        shared.drive(&mut shared.lock());
-    }
-
-    /// State.
-    pub fn state(&self) -> QpState {
-        self.with(|qp, _| qp.state())
-    }
-
-    fn with<R>(
-        &self,
-        act: impl FnOnce(&mut lowtide_transport_proto::qp::QueuePair, &mut QpEntry) -> R,
-    ) -> R {
-        let mut state = self.device.shared.lock();
-        let result = state.with_qp(self.id, act);
-        state.collect(self.id);
-        result
-    }
-
-    /// Posts to the send queue, and sends what the peer's budget allows. `id` comes back in the
-    /// completion; for READ and atomics `buffer` is where the answer goes.
-    ///
-    /// # Errors
-    /// [`PostRefused`] gives the memory back.
-    pub fn post_send(&self, id: u64, op: SendOp, buffer: Buffer) -> Result<(), PostRefused> {
-        self.post(
-            id,
-            buffer,
-            |entry| &mut entry.sends,
-            |qp, list| qp.post_send(SendWr::new(WrId(0), op, list)),
-        )
-    }
-
-    /// Posts to the receive queue.
-    ///
-    /// # Errors
-    /// [`PostRefused`] gives the memory back.
-    pub fn post_recv(&self, id: u64, buffer: Buffer) -> Result<(), PostRefused> {
-        self.post(
-            id,
-            buffer,
-            |entry| &mut entry.recvs,
-            |qp, list| {
-                qp.post_recv(RecvWr {
-                    wr_id: WrId(0),
-                    local: list,
-                })
-            },
-        )
-    }
-
-    fn post(
-        &self,
-        id: u64,
-        buffer: Buffer,
-        queue: impl FnOnce(&mut QpEntry) -> &mut progress::Queue,
-        post: impl FnOnce(&mut lowtide_transport_proto::qp::QueuePair, SgList) -> Result<(), PostError>,
-    ) -> Result<(), PostRefused> {
-        let (sge, key) = match &buffer {
-            Buffer::Empty => (None, None),
-            Buffer::Slot(slot, len) => (
-                Some(Sge {
-                    lkey: Lkey(slot.key.0),
-                    addr: 0,
-                    len: *len,
-                }),
-                Some(slot.key),
-            ),
-            Buffer::Region(sge) => (Some(*sge), None),
-        };
-        let shared = &self.device.shared;
-        // The key of another device's slot could be that of any slot here.
-        let is_ours = match &buffer {
-            Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.device.shared, shared),
-            _ => true,
-        };
-        let (Ok(list), true) = (SgList::new(sge.as_slice()), is_ours) else {
-            return Err(PostRefused {
-                error: PostError::Invalid,
-                buffer,
-            });
-        };
-        let mut state = shared.lock();
-        let result = state.with_qp(self.id, |qp, entry| {
-            let queue = queue(entry);
-            if queue.is_full() {
-                return Err(PostError::QueueFull);
-            }
-            post(qp, list)?;
-            queue.push(Posted { id, slot: key });
-            Ok(())
-        });
-        match result {
-            Err(error) => {
-                drop(state);
-                Err(PostRefused { error, buffer })
-            }
-            Ok(()) => {
-                if let Buffer::Slot(mut slot, _) = buffer {
-                    // From here on the key belongs to the request, and dropping the rest is nothing.
-                    let bytes = slot.bytes.take().unwrap_or_default();
-                    state.device.memory.attach(slot.key, bytes);
-                }
-                state.collect(self.id);
-                state.transmit();
-                shared.note_deadline(&mut state);
-                Ok(())
-            }
-        }
-    }
-}
-
-impl Drop for QueuePair {
-    fn drop(&mut self) {
-        self.device.shared.lock().remove_qp(self.id);
     }
 }

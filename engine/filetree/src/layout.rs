@@ -49,7 +49,7 @@ use crate::error::TreeError;
 mod value;
 
 pub use value::{
-    Attributes, Chunk, Entry, Freeing, Inode, Kind, Malformed, Parent, Pending, TARGET_MAX,
+    Attributes, Chunk, Entry, Freeing, Inode, Kind, Malformed, Parent, Pending, Rooms, TARGET_MAX,
     count_value, read_count, removed_value,
 };
 
@@ -59,8 +59,8 @@ pub const FILE_NAME_MAX: usize = 255;
 pub const CHUNK_LOG2_MIN: u8 = 12;
 /// Largest chunk size, as a power of two: 4 MiB, so that a chunk and its header fit one update.
 pub const CHUNK_LOG2_MAX: u8 = 22;
-/// Chunk size of new files unless told otherwise: 256 KiB.
-pub const CHUNK_LOG2_DEFAULT: u8 = 18;
+/// Chunk size of new files unless told otherwise: 1 MiB.
+pub const CHUNK_LOG2_DEFAULT: u8 = 20;
 /// First counter that a life hands out.
 pub const FIRST_COUNTER: u64 = 16;
 
@@ -436,8 +436,9 @@ mod tests {
 
     #[test]
     fn a_chunk_that_is_filled_is_the_chunk_of_its_contents() {
-        let fill = |len_max, contents: &[u8]| {
-            Chunk::fill(len_max, |room| {
+        let mut rooms = Rooms::default();
+        let mut fill = |len_max, contents: &[u8]| {
+            Chunk::fill(&mut rooms, len_max, |room| {
                 room[..contents.len()].copy_from_slice(contents);
                 Ok::<_, ()>(contents.len())
             })
@@ -454,7 +455,31 @@ mod tests {
             assert_eq!(chunk, Chunk::new(contents));
             assert_eq!(Chunk::decode(&chunk.encode()), Ok(chunk));
         }
-        assert_eq!(Chunk::fill(8, |_| Err(5)), Err(5));
+        assert_eq!(Chunk::fill(&mut rooms, 8, |_| Err(5)), Err(5));
+    }
+
+    #[test]
+    fn the_room_of_a_chunk_is_taken_again_only_when_nobody_holds_it() {
+        let mut rooms = Rooms::default();
+        let mut fill = |byte: u8| {
+            let filled = Chunk::fill(&mut rooms, 100, |room| {
+                room.fill(byte);
+                Ok::<_, ()>(room.len())
+            });
+            let chunk = filled.unwrap().unwrap();
+            let at = match &chunk {
+                Chunk::Bytes(value) => value.as_ptr(),
+                Chunk::Zeros(_) => panic!("not zeros"),
+            };
+            (chunk, at)
+        };
+        let (first, place) = fill(1);
+        let (second, elsewhere) = fill(2);
+        assert_eq!(first, Chunk::new(&[1; 100]));
+        assert_ne!(place, elsewhere);
+        drop(first);
+        assert_eq!(fill(3).1, place);
+        assert_eq!(second, Chunk::new(&[2; 100]));
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::server::Server;
 use crate::session::{Command, Ledger, Outcome, Shared};
 use crate::status::{LatencyUs, Status};
 
-/// How often the status is refreshed.
+/// How often the status is refreshed while things happen.
 const STATUS_EVERY: Duration = Duration::from_millis(20);
 /// Longest message: a part with the largest value, and the rest of its operation.
 const MESSAGE_MAX: usize = 20 << 20;
@@ -56,6 +56,8 @@ struct Inner {
     latency: Histogram<u64>,
     born: Instant,
     next_status: Instant,
+    /// Whether something has happened that the status does not show yet.
+    is_status_old: bool,
     frames_dropped: u64,
     /// Connections whose state changed while the endpoint was in use.
     joined: bool,
@@ -105,6 +107,7 @@ impl Engine {
                 latency,
                 born: now,
                 next_status: now,
+                is_status_old: true,
                 frames_dropped: 0,
                 joined: false,
                 stop: false,
@@ -137,8 +140,8 @@ impl Engine {
     fn round(&mut self) -> std::io::Result<()> {
         let Engine { endpoint, inner } = self;
         let timeout = inner.timeout();
-        endpoint.poll(Some(timeout), &mut |ctx, event| {
-            inner.handle_event(ctx, event)
+        endpoint.poll(timeout, &mut |ctx, event| {
+            inner.handle_event(ctx, event);
         })?;
         inner.shared.rearm();
         inner.take_commands(endpoint);
@@ -165,14 +168,20 @@ impl Inner {
         Time(self.born.elapsed().as_millis() as u64)
     }
 
-    fn timeout(&self) -> Duration {
-        let now = self.now();
-        let timer = self.core.poll_timeout().since(now);
-        let status = self.next_status.saturating_duration_since(Instant::now());
+    /// How long there is nothing to do but what datagrams and the waker bring. A status that shows
+    /// everything needs no timer.
+    fn timeout(&self) -> Option<Duration> {
         if !self.commands.is_empty() {
-            return Duration::ZERO;
+            return Some(Duration::ZERO);
         }
-        Duration::from_millis(timer.max(1)).min(status.max(Duration::from_millis(1)))
+        let timer = self.core.poll_timeout().since(self.now()).max(1);
+        let status = self.next_status.saturating_duration_since(Instant::now());
+        let status = self.is_status_old.then_some(status);
+        let status = status.map(|left| left.max(Duration::from_millis(1)));
+        status
+            .into_iter()
+            .chain([Duration::from_millis(timer)])
+            .min()
     }
 
     fn handle_event(&mut self, ctx: &mut EndpointCtx, event: Event<'_>) {
@@ -335,7 +344,8 @@ impl Inner {
 
     fn refresh_status(&mut self, ctx: &mut EndpointCtx) {
         let now = Instant::now();
-        if now < self.next_status {
+        self.is_status_old = now < self.next_status;
+        if self.is_status_old {
             return;
         }
         self.next_status = now + STATUS_EVERY;

@@ -9,7 +9,7 @@
 //! round trip (a window's worth of acknowledgements) adds one, up to what the peer said, or
 //! [`WINDOW_MAX`].
 //!
-//! Deliberately absent: rates, and notifications of our own (nothing we send is marked ECN-capable).
+//! Deliberately absent: rates.
 
 use lowtide_transport_proto::time::Nanos;
 

@@ -168,7 +168,13 @@ impl Device {
 
     /// Adds a packet to the batch. `is_last`: nothing more may follow until the peer acknowledges,
     /// so the packet asks for that, whatever the state machine thought.
-    fn push(&mut self, target: SocketAddr, header: &[u8], payload: Payload, is_last: bool) {
+    pub(super) fn push(
+        &mut self,
+        target: SocketAddr,
+        header: &[u8],
+        payload: Payload,
+        is_last: bool,
+    ) {
         let mut frame = Frame {
             target,
             header: [0; HEADER_MAX],
@@ -211,8 +217,10 @@ impl Device {
 
     /// Hands the batch to the kernel.
     pub(crate) fn flush(&mut self) {
-        if let Some(overtaken) = self.overtaken.take() {
-            // `push` flushes a full batch, so there is room.
+        // In a batch that is full `push` has put it off to the next one, which is not.
+        if !self.staged.is_full()
+            && let Some(overtaken) = self.overtaken.take()
+        {
             self.staged.push(overtaken);
         }
         if self.staged.is_empty() {

@@ -8,13 +8,14 @@ use lowtide_transport_proto::qp::{
     SgList, Status, WrId,
 };
 use lowtide_transport_proto::wire::{
-    Aeth, AtomicEth, Deth, Feth, Header, Mtu, OPCODES, Opcode, PKEY_DEFAULT, PayloadRule, Psn,
-    Reth, RnrTimer, Shape, Syndrome, pad_len,
+    Aeth, AtomicEth, Deth, Extension, Feth, Header, Mtu, OPCODES, Opcode, PKEY_DEFAULT, Packet,
+    PayloadRule, Psn, Reth, RnrTimer, Shape, Syndrome, pad_len,
 };
 
 use super::output::RESPONSES_MAX;
 use super::*;
 use crate::memory::{Access, Key, SharedMemory};
+use crate::udp::{Arrival, ReceiveBatch};
 
 const ATTACKED: u32 = 1;
 const OTHER: u32 = 2;
@@ -80,6 +81,19 @@ fn connect(device: &mut Device, domain: u32, address: SocketAddr) -> (QpId, Qpn)
     (id, qpn)
 }
 
+/// What the kernel says of a datagram: no more than where it came from.
+fn arrival(source: SocketAddr) -> Arrival<'static> {
+    Arrival {
+        source,
+        target: None,
+        bytes: &[],
+        segment: 1,
+        is_truncated: false,
+        is_congested: false,
+        overflow: None,
+    }
+}
+
 /// A datagram with a right ICRC.
 fn datagram(device: &Device, from: SocketAddr, header: Header, payload: &[u8]) -> Vec<u8> {
     identified(device, from, header, payload, 0)
@@ -118,7 +132,7 @@ fn request(opcode: Opcode, to: Qpn, psn: u32, extension: Extension) -> Header {
 fn deliver(device: &mut Device, from: SocketAddr, header: Header, payload: &[u8]) -> Input {
     let bytes = datagram(device, from, header, payload);
     let now = device.now();
-    device.handle(now, from, None, &bytes)
+    device.handle(now, &arrival(from), &bytes)
 }
 
 fn state(device: &mut Device, id: QpId) -> QpState {
@@ -216,6 +230,87 @@ fn a_congestion_notification_halves_the_budget_of_its_peer_alone() {
     assert_eq!(rooms(&device), [before[0] / 2, before[1]]);
 }
 
+/// Receives until the socket is empty, as whoever drives a device does.
+fn receive_all(device: &mut Device, batch: &mut ReceiveBatch) -> usize {
+    let mut taken = 0;
+    while device.receive(batch).unwrap() > 0 {
+        let now = device.now();
+        for slot in 0..batch.len() {
+            let arrival = batch.arrival(slot).unwrap();
+            for datagram in arrival.bytes.chunks(arrival.segment) {
+                let input = device.handle(now, &arrival, datagram);
+                taken += usize::from(matches!(input, Input::Taken { .. }));
+            }
+        }
+    }
+    device.flush();
+    taken
+}
+
+/// A marked packet that really comes over a socket is answered with one notification per interval;
+/// an unmarked one and a marked notification with none.
+#[test]
+fn a_marked_packet_is_answered_with_a_congestion_notification() {
+    const CONGESTED: u32 = 3;
+    let mut device = device();
+    let ip = Ipv4Addr::new(127, 0, 78, 1);
+    // A socket of ours, so that the Identification of what it sends is known.
+    let far = Socket::bind((ip, 0).into(), &SocketOptions::default()).unwrap();
+    let far = far.plain();
+    let options = socket2::SockRef::from(far);
+    let from = far.local_addr().unwrap();
+    let (_, qpn) = connect(&mut device, ATTACKED, from);
+    let mut batch = ReceiveBatch::default();
+    let mut send = |device: &mut Device, header: Header, class| {
+        options.set_tos_v4(class).unwrap();
+        let bytes = datagram(device, from, header, &[]);
+        let sent = device.counters().np_cnp_sent;
+        far.send_to(&bytes, device.local_addr()).unwrap();
+        while receive_all(device, &mut batch) == 0 {}
+        device.counters().np_cnp_sent - sent
+    };
+    let request = |psn| request(Opcode::RcSendOnly, qpn, psn, Extension::Bare);
+    let mut notification = Header::new(Opcode::Cnp, qpn, Psn::new(0), Extension::Cnp);
+    notification.becn = true;
+    assert_eq!(send(&mut device, request(PSN), 0), 0);
+    assert_eq!(send(&mut device, notification, CONGESTED), 0);
+    assert_eq!(device.counters().rp_cnp_handled, 1);
+    assert_eq!(send(&mut device, request(PSN), CONGESTED), 1);
+    assert_eq!(device.counters().np_ecn_marked_roce_packets, 2);
+
+    let mut bytes = [0; 4200];
+    let found = std::iter::from_fn(|| far.recv(&mut bytes).ok().map(|len| bytes[..len].to_vec()));
+    let found: Vec<Vec<u8>> = found
+        .filter(|bytes| bytes[0] == Opcode::Cnp.code())
+        .collect();
+    assert_eq!(found.len(), 1);
+    let packet = Packet::new_checked(&found[0]).unwrap();
+    assert_eq!(found[0].len(), 32, "BTH, sixteen reserved bytes, ICRC");
+    assert_eq!((packet.dest(), packet.psn()), (Qpn::new(0x77), Psn::new(0)));
+    assert_eq!(found[0][4], 0x40, "BECN and nothing else");
+    let flow = flow(device.local_addr(), ip.into(), from.port()).unwrap();
+    assert!(icrc::check(&flow, &packet));
+}
+
+#[test]
+fn notifications_of_one_queue_pair_keep_their_distance() {
+    let mut device = device();
+    let (_, first) = connect(&mut device, ATTACKED, peer(1));
+    let (_, second) = connect(&mut device, ATTACKED, peer(1));
+    let marked = Arrival {
+        is_congested: true,
+        ..arrival(peer(1))
+    };
+    let mut at = |micros, qpn| {
+        let header = request(Opcode::RcSendOnly, qpn, PSN, Extension::Bare);
+        let bytes = datagram(&device, peer(1), header, &[]);
+        device.handle(Nanos::from_micros(micros), &marked, &bytes);
+        device.counters().np_cnp_sent
+    };
+    assert_eq!([at(100, first), at(149, first), at(150, first)], [1, 1, 2]);
+    assert_eq!(at(151, second), 3, "each flow has its own");
+}
+
 #[test]
 fn an_identification_out_of_turn_is_counted_and_dropped_until_the_next_confirms_it() {
     let mut device = device();
@@ -231,7 +326,7 @@ fn an_identification_out_of_turn_is_counted_and_dropped_until_the_next_confirms_
         let bytes = identified(&device, peer(1), header, &[], identification);
         let now = device.now();
         let taken = matches!(
-            device.handle(now, peer(1), None, &bytes),
+            device.handle(now, &arrival(peer(1)), &bytes),
             Input::Taken { .. }
         );
         (taken, device.counters().rx_odd_identification)
@@ -240,6 +335,28 @@ fn an_identification_out_of_turn_is_counted_and_dropped_until_the_next_confirms_
     assert_eq!(send(PSN + 1, 5000), (false, 1));
     assert_eq!(send(PSN + 1, 5007), (true, 1));
     assert_eq!(send(PSN + 2, 5100), (true, 1));
+}
+
+/// Also the one that is held back when its batch is full.
+#[test]
+fn datagrams_out_of_order_all_leave() {
+    const COUNT: u64 = 10_000;
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let options = DeviceOptions {
+        faults: Faults {
+            seed: 1,
+            reorder_percent: 30.0,
+            ..Faults::default()
+        },
+        ..DeviceOptions::default()
+    };
+    let mut device = Device::bind(address, &options, Peers::Any, 0x5A).unwrap();
+    for _ in 0..COUNT {
+        device.send_management(peer(1), &[0; 20], &[]);
+    }
+    device.flush();
+    let counters = device.counters();
+    assert_eq!(counters.tx_datagrams + counters.tx_refused, COUNT);
 }
 
 #[test]
@@ -458,7 +575,7 @@ fn whatever_a_peer_sends_reaches_nobody_else_and_is_bounded_work() {
             let from = peer(1 + u8::from(rng.below(8) == 0) * 7);
             let bytes = attack(&mut rng, &device, from, [qpn, bystander.qpn], &keys, psn);
             let now = device.now();
-            device.handle(now, from, None, &bytes);
+            device.handle(now, &arrival(from), &bytes);
             while device.expire(now).is_some() {}
             device.transmit(now);
             let counters = device.counters();

@@ -50,13 +50,24 @@ impl Lent {
     /// The pieces, in order; empty ones are left out.
     pub fn new(pieces: impl IntoIterator<Item = Piece>) -> Lent {
         let mut lent = Lent::default();
+        lent.fill(pieces);
+        lent
+    }
+
+    /// The same, in the memory of one that was emptied.
+    pub fn fill(&mut self, pieces: impl IntoIterator<Item = Piece>) {
         for piece in pieces {
             if !piece.bytes().is_empty() {
-                lent.ends.push(lent.len() + piece.bytes().len());
-                lent.pieces.push(piece);
+                self.ends.push(self.len() + piece.bytes().len());
+                self.pieces.push(piece);
             }
         }
-        lent
+    }
+
+    /// Takes the pieces out.
+    pub fn drain(&mut self) -> impl Iterator<Item = Piece> {
+        self.ends.clear();
+        self.pieces.drain(..)
     }
 
     /// Bytes in all.

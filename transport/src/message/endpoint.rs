@@ -15,7 +15,7 @@ mod bulk;
 mod input;
 mod life;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
@@ -37,7 +37,7 @@ use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
 use crate::device::{Device, DeviceOptions, Peers, QpId};
-use crate::memory::{Lent, Piece};
+use crate::memory::Piece;
 use crate::udp::ReceiveBatch;
 
 /// Protection domain of our own work requests. What a peer may reach is in one of its connection's.
@@ -69,7 +69,7 @@ pub struct EndpointCtx {
     free: Vec<u32>,
     next_serial: u64,
     /// Which connection a queue pair serves.
-    by_qp: HashMap<QpId, u32>,
+    by_qp: Vec<Option<u32>>,
     pool: SlotPool,
     lending: LoanPool,
     fetching: FetchPool,
@@ -295,7 +295,7 @@ impl EndpointCtx {
             connections: Vec::new(),
             free: Vec::new(),
             next_serial: 0,
-            by_qp: HashMap::new(),
+            by_qp: Vec::new(),
             pool: SlotPool::new(DOMAIN),
             dirty: VecDeque::new(),
             spare: Vec::new(),
@@ -353,7 +353,7 @@ impl EndpointCtx {
             let counters = self.device.counters_mut();
             counters.copies += 1;
             counters.bulk_copied_bytes += len as u64;
-            let lent = Lent::new([Piece::Owned(copy)]);
+            let lent = self.lending.message([Piece::Owned(copy)]);
             return self.lend(index, lent).map_err(|(error, _)| error);
         }
         let Some(stream) = self.connections[index as usize]
@@ -393,7 +393,7 @@ impl EndpointCtx {
             return self.send(conn, &parts);
         }
         let index = self.admit(conn, len)?;
-        let lent = Lent::new(pieces.drain(..));
+        let lent = self.lending.message(pieces.drain(..));
         self.lend(index, lent).map_err(|(error, lent)| {
             pieces.extend(lent.into_pieces());
             error
@@ -451,6 +451,11 @@ impl EndpointCtx {
 
     // The table.
 
+    /// The connection that a queue pair serves.
+    fn served_by(&self, id: QpId) -> Option<u32> {
+        *self.by_qp.get(id.0 as usize)?
+    }
+
     fn next_id(&mut self, index: u32) -> ConnId {
         self.next_serial += 1;
         ConnId(self.next_serial << 24 | u64::from(index))
@@ -489,7 +494,9 @@ impl EndpointCtx {
         let psn = Psn::new(self.draw() as u32);
         let id = self.next_id(index);
         let heard = self.device.now();
-        self.by_qp.insert(qp, index);
+        let at = qp.0 as usize;
+        self.by_qp.resize(self.by_qp.len().max(at + 1), None);
+        self.by_qp[at] = Some(index);
         self.connections[index as usize] = Some(Connection {
             id,
             peer,
@@ -514,7 +521,7 @@ impl EndpointCtx {
             return;
         };
         self.device.destroy_qp(connection.qp);
-        self.by_qp.remove(&connection.qp);
+        self.by_qp[connection.qp.0 as usize] = None;
         self.free.push(index);
         if let Some(stream) = &mut connection.stream {
             stream.outbox.clear(&mut self.pool);

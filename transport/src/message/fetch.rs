@@ -32,7 +32,7 @@ use crate::memory::{Key, Region};
 /// READs of one connection under way.
 pub(crate) const READS_MAX: usize = 4;
 /// Response packets of one READ: with the last of the one before, two full runs of segments.
-const SEGMENT_PACKETS: u32 = 33;
+const SEGMENT_PACKETS: u32 = 63;
 /// One connection's share of the pool, in parts, unless the longest message is more.
 const SHARES: usize = 4;
 /// Bytes of slabs kept for the next message, those included that the caller still shares.

@@ -32,6 +32,8 @@ pub(crate) struct LoanPool {
     share_max: usize,
     spare: Vec<Vec<u8>>,
     spare_bytes: usize,
+    /// Lists of pieces for the next messages, empty.
+    spare_lists: Vec<Lent>,
     /// Connections that were refused for want of room.
     pub(super) refused: VecDeque<u32>,
     /// Whether room has been freed since the refused ones were last told.
@@ -47,6 +49,7 @@ impl LoanPool {
             share_max: limits.message_max.max(limits.lent_max / SHARES),
             spare: Vec::new(),
             spare_bytes: 0,
+            spare_lists: Vec::new(),
             refused: VecDeque::new(),
             is_freed: false,
         }
@@ -80,8 +83,15 @@ impl LoanPool {
         buffer
     }
 
-    fn recycle(&mut self, lent: Lent) {
-        for piece in lent.into_pieces() {
+    /// A message of these pieces.
+    pub(crate) fn message(&mut self, pieces: impl IntoIterator<Item = Piece>) -> Lent {
+        let mut lent = self.spare_lists.pop().unwrap_or_default();
+        lent.fill(pieces);
+        lent
+    }
+
+    fn recycle(&mut self, mut lent: Lent) {
+        for piece in lent.drain() {
             if let Piece::Owned(mut bytes) = piece
                 && self.spare_bytes + bytes.capacity() <= SPARE_BYTES_MAX
             {
@@ -89,6 +99,9 @@ impl LoanPool {
                 self.spare_bytes += bytes.capacity();
                 self.spare.push(bytes);
             }
+        }
+        if self.spare_lists.len() < OFFERS_MAX {
+            self.spare_lists.push(lent);
         }
     }
 }

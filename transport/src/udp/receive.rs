@@ -7,6 +7,10 @@ use std::os::fd::RawFd;
 
 use super::{CONTROL_BYTES, Control, RECEIVE_SLOT_BYTES, RECEIVE_SLOTS, vector, zeroed_name};
 
+/// The ECN bits of a traffic class, and what a congested switch sets them to.
+const ECN_MASK: u8 = 3;
+const ECN_CONGESTED: u8 = 3;
+
 /// Buffers for one `recvmmsg` and what arrived in them.
 pub struct ReceiveBatch {
     buffers: Box<[u8]>,
@@ -33,6 +37,8 @@ pub struct Arrival<'a> {
     pub segment: usize,
     /// Whether the kernel cut it short.
     pub is_truncated: bool,
+    /// Whether a switch has marked it: congestion experienced (ECN, 0b11).
+    pub is_congested: bool,
     /// Datagrams this socket has dropped for want of buffer, ever (SO_RXQ_OVFL).
     pub overflow: Option<u32>,
 }
@@ -124,6 +130,7 @@ impl ReceiveBatch {
             bytes: &self.buffers[start..start + len],
             segment: len.max(1),
             is_truncated: message.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
+            is_congested: false,
             overflow: None,
         };
         read_controls(&message.msg_hdr, &mut arrival);
@@ -172,6 +179,13 @@ fn read_controls(header: &libc::msghdr, arrival: &mut Arrival<'_>) {
                 (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                     let info = data.cast::<libc::in6_pktinfo>().read_unaligned();
                     arrival.target = Some(Ipv6Addr::from(info.ipi6_addr.s6_addr).into());
+                }
+                (libc::IPPROTO_IP, libc::IP_TOS) => {
+                    arrival.is_congested = data.read() & ECN_MASK == ECN_CONGESTED;
+                }
+                (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                    let class = data.cast::<libc::c_int>().read_unaligned();
+                    arrival.is_congested = class as u8 & ECN_MASK == ECN_CONGESTED;
                 }
                 (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => {
                     arrival.overflow = Some(data.cast::<u32>().read_unaligned());

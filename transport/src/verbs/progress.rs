@@ -322,9 +322,7 @@ impl State {
         self.device
             .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
         for datagram in arrival.bytes.chunks(arrival.segment) {
-            let input = self
-                .device
-                .handle(now, arrival.source, arrival.target, datagram);
+            let input = self.device.handle(now, &arrival, datagram);
             // Nobody speaks for queue pair 1 here, and what is for nobody is dropped in silence.
             if let Input::Taken { id, .. } = input {
                 collect(&mut self.device, &mut self.qps, &mut self.cqs, id);

@@ -23,6 +23,7 @@
 //! Every value read is hostile: decoding checks every byte, reserved ones included, and answers
 //! with a [`Malformed`] reason. What is encoded decodes to itself.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use lowtide_engine_core::op::Bytes;
@@ -372,6 +373,31 @@ impl Freeing {
     }
 }
 
+/// Memory of chunks, taken again when nobody holds what was in it: fresh pages cost as much as the
+/// copy into them.
+#[derive(Debug, Default)]
+pub struct Rooms(VecDeque<Arc<[u8]>>);
+
+impl Rooms {
+    /// Bytes kept, those included that are still held by others.
+    const BYTES_MAX: usize = 32 << 20;
+
+    /// `len` bytes that nobody else has.
+    fn take(&mut self, len: usize) -> Arc<[u8]> {
+        // The oldest is the first to be let go.
+        let is_free = |room: &mut Arc<[u8]>| room.len() == len && Arc::get_mut(room).is_some();
+        let found = self.0.pop_front_if(is_free);
+        found.unwrap_or_else(|| std::iter::repeat_n(0, len).collect())
+    }
+
+    fn keep(&mut self, room: &Arc<[u8]>) {
+        self.0.push_back(room.clone());
+        while self.0.len().saturating_mul(room.len()) > Rooms::BYTES_MAX {
+            self.0.pop_front();
+        }
+    }
+}
+
 /// Contents of one chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Chunk {
@@ -406,20 +432,23 @@ impl Chunk {
     }
 
     /// A chunk whose contents `fill` puts where they are kept: into the first bytes of the room it is
-    /// given, of which it returns how many it used. `None` if it used none.
+    /// given, of which it returns how many it used. `None` if it used none. What the room holds
+    /// before is not said.
     ///
     /// # Errors
     /// Those of `fill`.
     pub fn fill<E>(
+        rooms: &mut Rooms,
         len_max: usize,
         fill: impl FnOnce(&mut [u8]) -> Result<usize, E>,
     ) -> Result<Option<Chunk>, E> {
-        let mut framed: Arc<[u8]> = std::iter::repeat_n(0, 1 + len_max).collect();
+        let mut framed = rooms.take(1 + len_max);
         let mut len = 0;
         if let Some([form, room @ ..]) = Arc::get_mut(&mut framed) {
             *form = FORM_BYTES;
             len = fill(room)?;
         }
+        rooms.keep(&framed);
         let contents = framed.get(1..1 + len).unwrap_or_default();
         if contents.is_empty() {
             return Ok(None);

@@ -9,7 +9,9 @@ use lowtide_engine_core::session::Session;
 use super::upload::Upload;
 use super::{Tree, corrupt, demand_name};
 use crate::error::TreeError;
-use crate::layout::{self, Attributes, CHUNK_LOG2_MAX, Chunk, Entry, Ino, Inode, Kind, Malformed};
+use crate::layout::{
+    self, Attributes, CHUNK_LOG2_MAX, Chunk, Entry, Ino, Inode, Kind, Malformed, Rooms,
+};
 use crate::plan::Plan;
 
 /// Bytes asked for ahead of a reader, per object server.
@@ -239,8 +241,9 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
         let chunk_size = begin.0.len();
         let mut size = (begin.0.len() + begin.1.len()) as u64;
         let mut is_last = begin.1.len() < chunk_size;
+        let mut rooms = Rooms::default();
         while !is_last {
-            let chunk = Chunk::fill(chunk_size, |room| fill_from(content, room))?;
+            let chunk = Chunk::fill(&mut rooms, chunk_size, |room| fill_from(content, room))?;
             let len = chunk.as_ref().map_or(0, Chunk::len);
             is_last = len < chunk_size;
             size += len as u64;

@@ -1,7 +1,7 @@
 //! `lowtide node`: one node as a process.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -17,8 +17,8 @@ use crate::control::{Answer, NodeReport, Order, Server};
 use crate::engine;
 use crate::jobs::Jobs;
 
-/// Time between looks at signals and at the engine's health.
-const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Time between looks at the engine's health; signals and orders need no look.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 pub(super) fn node(args: &NodeArgs) -> Result<(), Failure> {
     if let Some(parent) = args.supervised {
@@ -37,7 +37,7 @@ pub(super) fn node(args: &NodeArgs) -> Result<(), Failure> {
         Role::Client => Some(Jobs::start(handle.session()).map_err(Failure::cluster)?),
         _ => None,
     };
-    let (stop, stopped) = sync_channel(1);
+    let (mut stopped, stop) = stop_channel().map_err(Failure::cluster)?;
     let duty = Arc::new(Duty {
         node: RwLock::new(Some(handle)),
         jobs,
@@ -47,15 +47,11 @@ pub(super) fn node(args: &NodeArgs) -> Result<(), Failure> {
     let server = Server::start(&file.control, Arc::new(move |order| orders.answer(order)))
         .map_err(|e| Failure::cluster(format!("{}: {e}", file.control.display())))?;
 
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted)).map_err(Failure::cluster)?;
-    }
     let healthy = || duty.with(|node| node.failure().is_none()).unwrap_or(false);
-    while !interrupted.load(Ordering::Relaxed) && healthy() {
-        match stopped.recv_timeout(LOOK_INTERVAL) {
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
-            Err(RecvTimeoutError::Timeout) => {}
+    while healthy() {
+        match stopped.read(&mut [0]) {
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            _ => break,
         }
     }
     drop(server);
@@ -75,7 +71,8 @@ struct Duty {
     /// `None` once the node is stopping.
     node: RwLock<Option<NodeHandle>>,
     jobs: Option<Jobs>,
-    stop: SyncSender<()>,
+    /// A byte here ends the process in good order.
+    stop: UnixStream,
 }
 
 impl Duty {
@@ -118,10 +115,22 @@ impl Duty {
                 .ok_or("only clients do jobs")?
                 .forget(job),
             // Full means that somebody else gave the order already.
-            Order::Stop => drop(self.stop.try_send(())),
+            Order::Stop => drop((&self.stop).write(&[0])),
         }
         Ok(Answer::Done)
     }
+}
+
+/// What an order to stop and every signal to end write a byte to, and the end that is read, for
+/// [`LOOK_INTERVAL`] at a time.
+fn stop_channel() -> std::io::Result<(UnixStream, UnixStream)> {
+    let (read, write) = UnixStream::pair()?;
+    read.set_read_timeout(Some(LOOK_INTERVAL))?;
+    write.set_nonblocking(true)?;
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
+    }
+    Ok((read, write))
 }
 
 /// Has the kernel kill this process when its parent dies.

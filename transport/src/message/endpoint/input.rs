@@ -22,10 +22,7 @@ impl EndpointCtx {
         self.device
             .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
         for datagram in arrival.bytes.chunks(arrival.segment) {
-            match self
-                .device
-                .handle(now, arrival.source, arrival.target, datagram)
-            {
+            match self.device.handle(now, arrival, datagram) {
                 Input::Dropped => {}
                 Input::Taken { id, placed } => {
                     let placed = placed.map(|(offset, range)| (offset, &datagram[range]));
@@ -45,8 +42,8 @@ impl EndpointCtx {
     }
 
     fn note_heard(&mut self, id: QpId, now: Nanos) {
-        if let Some(index) = self.by_qp.get(&id)
-            && let Some(connection) = &mut self.connections[*index as usize]
+        if let Some(index) = self.served_by(id)
+            && let Some(connection) = &mut self.connections[index as usize]
         {
             connection.heard = now;
         }
@@ -60,7 +57,7 @@ impl EndpointCtx {
         placed: Option<(u64, &[u8])>,
         handler: &mut Handler<'_>,
     ) {
-        let Some(&index) = self.by_qp.get(&id) else {
+        let Some(index) = self.served_by(id) else {
             return;
         };
         let mut is_last = false;
@@ -92,7 +89,7 @@ impl EndpointCtx {
             self.end(index, reason, handler);
         }
         // The handler may have closed the connection, and another may have its place.
-        if self.by_qp.get(&id) != Some(&index) {
+        if self.served_by(id) != Some(index) {
             return;
         }
         if let Some(reason) = failure {
@@ -102,7 +99,7 @@ impl EndpointCtx {
         if is_fetched {
             self.hand_up_waiting(index, handler);
         }
-        if is_acknowledged && self.by_qp.get(&id) == Some(&index) {
+        if is_acknowledged && self.served_by(id) == Some(index) {
             self.mark_dirty(index);
             self.offer_room(index, handler);
         }

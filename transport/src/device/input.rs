@@ -1,0 +1,189 @@
+//! The device's receiving side: from a datagram to the queue pair that it is for.
+//!
+//! Owns: the order of checks, and the congestion notifications (CNP) that marked packets earn: at most
+//! one per queue pair in [`CNP_INTERVAL`], however many marked packets come.
+//!
+//! Deliberately absent: marking our own packets ECN-capable. Kernels' soft-RoCE answers no mark, so
+//! the packets would be let through without anybody slowing down.
+//!
+//! Source: Linux `rxe_recv.c` for the order of checks, annex A17 and DCQCN for the notification.
+
+use std::io;
+use std::net::SocketAddr;
+use std::ops::Range;
+
+use lowtide_transport_proto::cm::GSI_QKEY;
+use lowtide_transport_proto::icrc;
+use lowtide_transport_proto::qp;
+use lowtide_transport_proto::time::Nanos;
+use lowtide_transport_proto::wire::{Class, Extension, Header, Opcode, Packet, Psn, Qpn};
+
+use super::view::View;
+use super::{Device, QPN_FIRST, QpId, flow};
+use crate::udp::{Arrival, HEADER_MAX, Payload, ReceiveBatch};
+
+/// The least time between two congestion notifications of one queue pair; adapters' default.
+const CNP_INTERVAL: Nanos = Nanos::from_micros(50);
+
+/// What happened to a datagram.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// It was dropped, and counted.
+    Dropped,
+    /// A queue pair took it. `placed` are the bytes that went to a receive of key [`IN_PLACE`](super::IN_PLACE):
+    /// their offset in the message and where in the datagram they are.
+    Taken {
+        id: QpId,
+        placed: Option<(u64, Range<usize>)>,
+    },
+    /// A management datagram for queue pair 1: where in the datagram it is.
+    Management(Range<usize>),
+    /// A good packet of a connection that does not exist here.
+    UnknownQueuePair(Qpn),
+}
+
+impl Device {
+    /// Fills `batch` with what has arrived; less than its capacity means that the socket is empty.
+    pub(crate) fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
+        self.socket.receive(batch)
+    }
+
+    /// Counts a datagram that was cut short or came from nowhere.
+    pub(crate) fn count_malformed(&mut self) {
+        self.counters.rx_malformed += 1;
+    }
+
+    /// Notes what the kernel says about one receive.
+    pub(crate) fn count_receive(&mut self, bytes: usize, datagrams: u64, overflow: Option<u32>) {
+        self.counters.rx_bytes += bytes as u64;
+        self.counters.rx_datagrams += datagrams;
+        self.counters.gro_receives += u64::from(datagrams > 1);
+        // A datagram without a byte is one that `handle` never sees.
+        self.counters.rx_malformed += u64::from(datagrams == 0);
+        if let Some(overflow) = overflow {
+            self.counters.rx_overflow = u64::from(overflow);
+        }
+    }
+
+    /// Takes one datagram of an arrival. After `Taken` the caller polls that queue pair's completions.
+    pub(crate) fn handle(&mut self, now: Nanos, arrival: &Arrival<'_>, datagram: &[u8]) -> Input {
+        let Arrival { source, target, .. } = *arrival;
+        if self.faults.is_blocked(&source) {
+            self.counters.faults_dropped += 1;
+            return Input::Dropped;
+        }
+        let Ok(packet) = Packet::new_checked(datagram) else {
+            self.counters.rx_malformed += 1;
+            return Input::Dropped;
+        };
+        let local = self.socket.local_addr();
+        let Some(flow) = flow(source, target.unwrap_or(local.ip()), local.port()) else {
+            self.counters.rx_malformed += 1;
+            return Input::Dropped;
+        };
+        let solved = icrc::check_unknown_identification(&flow, &packet);
+        if let (Some(capture), Some(identification)) = (&mut self.capture, solved) {
+            let target = SocketAddr::new(target.unwrap_or(local.ip()), local.port());
+            capture.record(source, target, identification, &[datagram]);
+        }
+        let Some(solved) = solved else {
+            self.counters.rx_bad_icrc += 1;
+            return Input::Dropped;
+        };
+        if !self.identities.believe(now, source.ip(), solved) {
+            self.counters.rx_odd_identification += 1;
+            return Input::Dropped;
+        }
+        if packet.dest() == Qpn::GSI {
+            return match packet.extension() {
+                Extension::Deth(deth) if deth.qkey == GSI_QKEY => {
+                    Input::Management(packet.payload_range())
+                }
+                _ => {
+                    self.counters.rx_unknown_qp += 1;
+                    Input::Dropped
+                }
+            };
+        }
+        self.handle_connected(now, source, arrival.is_congested, &packet)
+    }
+
+    fn handle_connected(
+        &mut self,
+        now: Nanos,
+        source: SocketAddr,
+        is_congested: bool,
+        packet: &Packet<'_>,
+    ) -> Input {
+        let index = (packet.dest().value() & 0xFFFF).wrapping_sub(QPN_FIRST);
+        let slot = self
+            .slots
+            .get_mut(index as usize)
+            .filter(|slot| slot.qpn == packet.dest());
+        let Some((slot, peer)) = slot.and_then(|slot| {
+            let peer = slot.peer?;
+            slot.qp.is_some().then_some((slot, peer))
+        }) else {
+            self.counters.rx_unknown_qp += 1;
+            return match packet.row().class {
+                Class::Rc if !packet.opcode().is_response() => {
+                    Input::UnknownQueuePair(packet.dest())
+                }
+                _ => Input::Dropped,
+            };
+        };
+        if self.peers[peer as usize].address.ip() != source.ip() {
+            self.counters.rx_wrong_peer += 1;
+            return Input::Dropped;
+        }
+        let Some(qp) = slot.qp.as_mut() else {
+            return Input::Dropped;
+        };
+        let mut view = View {
+            memory: &mut self.memory,
+            domain: slot.domain,
+            peer_domain: slot.peer_domain,
+            placed: None,
+        };
+        let outcome = qp.handle_packet(now, packet, &mut view);
+        let placed = view.placed.map(|offset| (offset, packet.payload_range()));
+        let is_notification = packet.row().class == Class::Cnp;
+        if is_notification && outcome == qp::Outcome::Accepted {
+            self.peers[peer as usize].budget.cut(now);
+        }
+        if is_congested {
+            self.counters.np_ecn_marked_roce_packets += 1;
+            // Notifications about notifications would never end.
+            if !is_notification {
+                self.notify_congestion(now, index, peer);
+            }
+        }
+        self.settle(index);
+        self.mark_ready(index);
+        Input::Taken {
+            id: QpId(index),
+            placed,
+        }
+    }
+
+    /// Tells the sender of a marked packet that some switch on the way was congested, unless it has
+    /// just been told.
+    fn notify_congestion(&mut self, now: Nanos, index: u32, peer: u32) {
+        let slot = &mut self.slots[index as usize];
+        let Some(qp) = &slot.qp else { return };
+        if slot
+            .notified
+            .is_some_and(|last| now.since(last) < CNP_INTERVAL)
+        {
+            return;
+        }
+        slot.notified = Some(now);
+        let mut header = Header::new(Opcode::Cnp, qp.dest(), Psn::new(0), Extension::Cnp);
+        header.becn = true;
+        let mut bytes = [0; HEADER_MAX];
+        let len = header.emit(&mut bytes);
+        self.counters.np_cnp_sent += 1;
+        let address = self.peers[peer as usize].address;
+        self.push(address, &bytes[..len], Payload::EMPTY, false);
+    }
+}
