@@ -167,7 +167,6 @@ impl Proxy {
     /// Older work wants what the head has: while the head lacks a lock it gives that back, and all
     /// later ones, and asks again (see [`crate::lock`]).
     pub(super) fn own_revoked(&mut self, grant: GrantId, age: Age) {
-        let own = self.port.life();
         let Some(head) = self.own.queue.front_mut() else {
             return;
         };
@@ -180,11 +179,17 @@ impl Proxy {
         };
         head.request = None;
         let back = head.granted.split_off(index);
-        // What was stamped before may have written there, under grants that these have swallowed.
+        self.let_go(back);
+    }
+
+    /// Lets grants go that the head has no use for. What was stamped before may have written there,
+    /// under grants that these have swallowed: then they stay until that is finished.
+    fn let_go(&mut self, back: Grants) {
         if let Some((_, _, grants)) = self.own.holding.back_mut() {
             grants.extend(back);
             return;
         }
+        let own = self.port.life();
         for (home, grant, range) in back {
             self.locks
                 .unlock(home, own, grant, range, &mut self.notices);
@@ -198,8 +203,7 @@ impl Proxy {
             head.granted.push((home, grant, range));
             return;
         }
-        self.locks
-            .unlock(home, self.port.life(), grant, range, &mut self.notices);
+        self.let_go(alloc::vec![(home, grant, range)]);
     }
 
     pub(super) fn pin(&mut self, from: Life, round: u64) {
