@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -20,6 +21,8 @@ pub struct Machine {
     pub disk: String,
     /// Load average of the last minute when the benchmark began: who else was at work.
     pub load: String,
+    /// When it began, seconds since 1970.
+    pub began: u64,
 }
 
 impl Machine {
@@ -45,6 +48,9 @@ impl Machine {
                 .next()
                 .unwrap_or_default()
                 .to_owned(),
+            began: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
         }
     }
 }

@@ -35,6 +35,9 @@ struct Cli {
     /// Print rows as JSON, one a line; with 'all', also append them to bench/results/
     #[arg(long)]
     json: bool,
+    /// Append the rows to bench/results/, whatever is printed
+    #[arg(long)]
+    keep: bool,
     /// Interleaved rounds [default: the benchmark's own]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
@@ -209,7 +212,8 @@ fn main() -> ExitCode {
     }
     let mut worst = 0;
     for benchmark in chosen {
-        let done = run(&cli, benchmark).and_then(|rows| publish(&rows, cli.json, is_all));
+        let keep = cli.keep || (cli.json && is_all);
+        let done = run(&cli, benchmark).and_then(|rows| publish(&rows, cli.json, keep));
         if let Err(failure) = done {
             eprintln!("{}: {failure}", benchmark.name);
             // A failure is worse news than a missing program.
@@ -251,7 +255,7 @@ fn publish(rows: &[Row], as_json: bool, keep: bool) -> Result<(), Failure> {
             println!("{row}");
         }
     }
-    if as_json && keep {
+    if keep {
         row::append_to_results(rows)?;
     }
     Ok(())

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use super::super::parcel::Offer;
 use super::super::{Limits, Violation};
 use super::*;
-use crate::memory::Key;
+use crate::memory::{Key, Lent};
 
 const MIB: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(120);
