@@ -283,9 +283,10 @@ impl Server {
     /// Ends a round: carries the front's orders to its shards, and begins a checkpoint when due.
     pub(crate) fn pass(&mut self, now: Time) {
         let freeze = self.node.begin_checkpoint(|| self.front.image());
-        // After a checkpoint every shard gives back what it covers, orders or not.
+        // After a checkpoint every shard gives back what it covers, orders or not; and without room
+        // it looks whether there is some again, because no work comes that would make it look.
         let tidy = std::mem::replace(&mut self.checkpointing, self.node.is_checkpointing());
-        let tidy = freeze || (tidy && !self.checkpointing);
+        let tidy = freeze || (tidy && !self.checkpointing) || !self.has_room;
         match &mut self.shards {
             Shards::Inline(worker) => {
                 let mut freeze = freeze;
