@@ -31,6 +31,7 @@ pub struct AggregatorConfig {
 struct Child {
     attach: u32,
     bound: Epoch,
+    waits: bool,
     last_heard: Time,
 }
 
@@ -86,12 +87,14 @@ impl Aggregator {
                 let child = self.children.entry(life).or_insert(Child {
                     attach,
                     bound: floor,
+                    waits: false,
                     last_heard: now,
                 });
                 if attach > child.attach {
                     *child = Child {
                         attach,
                         bound: floor,
+                        waits: false,
                         last_heard: now,
                     };
                 }
@@ -108,12 +111,14 @@ impl Aggregator {
                 attach,
                 lower_bound,
                 view,
+                waits,
             } => {
                 let known = self.children.get_mut(&from).filter(|c| c.attach == attach);
                 let Some(child) = known else {
                     return;
                 };
                 child.bound = child.bound.max(lower_bound);
+                child.waits = waits;
                 child.last_heard = now;
                 let newer = (view < self.member.view_id()).then(|| self.member.view().clone());
                 self.port.send(from.node, Message::Pong { view: newer });
@@ -128,17 +133,19 @@ impl Aggregator {
 
     /// Time passed: ping, and report what the children allow.
     pub fn handle_timeout(&mut self, now: Time) {
-        let bound = self.port.epoch();
-        self.member.handle_timeout(now, &mut self.port, bound);
+        let told = (self.port.epoch(), false);
+        self.member.handle_timeout(now, &mut self.port, told);
         if now < self.next_report || !self.member.is_joined() {
             return;
         }
         self.next_report = now.after(self.config.interval);
         let mut lower_bound = self.port.epoch();
+        let mut waits = false;
         let mut covers = Vec::with_capacity(self.children.len());
         for (&life, c) in &self.children {
             if now.since(c.last_heard) <= self.config.silent_after {
                 lower_bound = lower_bound.min(c.bound);
+                waits |= c.waits;
                 let attach = c.attach;
                 covers.push(Covered { life, attach });
             }
@@ -150,6 +157,7 @@ impl Aggregator {
                 lower_bound,
                 covers,
                 view,
+                waits,
             },
         );
     }

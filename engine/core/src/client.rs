@@ -269,8 +269,8 @@ impl Client {
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         self.tiers.connected(peer);
         if peer == self.config.root {
-            let bound = self.bound();
-            self.member.handle_timeout(now, &mut self.port, bound);
+            let told = (self.bound(), self.waits());
+            self.member.handle_timeout(now, &mut self.port, told);
         }
         self.open_hop(peer);
     }
@@ -375,8 +375,8 @@ impl Client {
         if self.evicted {
             return;
         }
-        let bound = self.bound();
-        self.member.handle_timeout(now, &mut self.port, bound);
+        let told = (self.bound(), self.waits());
+        self.member.handle_timeout(now, &mut self.port, told);
         self.bypass_dead_proxies(now);
         self.settle();
     }
@@ -403,6 +403,11 @@ impl Client {
             return Epoch(self.port.epoch().0 + 1000);
         }
         self.redo.bound().unwrap_or(self.port.epoch())
+    }
+
+    /// Whether m has not passed everything that was stamped here, or is held for others.
+    fn waits(&self) -> bool {
+        self.redo.awaits(self.port.minimum()) || self.outbox.windows_held() > 0
     }
 
     /// Identity, epoch and minimum.

@@ -139,6 +139,8 @@ pub struct Destination {
     minimum_durable: Epoch,
     ceiling_durable: Epoch,
     resolutions: resolve::Resolutions,
+    /// The last undo; once it is durable the shards let go of what it used.
+    undone: Option<Step>,
     /// Whether there is room for new reservations.
     has_room: bool,
     /// Sessions that were told that there is no room.
@@ -209,6 +211,7 @@ impl Destination {
             minimum_durable: minimum,
             ceiling_durable: ceiling,
             resolutions: resolve::Resolutions::default(),
+            undone: None,
             has_room: true,
             told_full: BTreeSet::new(),
             counters: DestinationCounters::default(),
@@ -300,6 +303,9 @@ impl Destination {
             self.ceiling_durable = ceiling;
             self.purge();
         }
+        if self.undone.take_if(|step| *step <= durable).is_some() {
+            self.tidy();
+        }
         let opening = core::mem::take(&mut self.opening);
         for life in opening {
             if self.rows.get(&life).is_some_and(|&step| step > durable) {
@@ -373,8 +379,8 @@ impl Destination {
 
     /// Time passed.
     pub fn handle_timeout(&mut self, now: Time) {
-        let bound = self.port.epoch();
-        self.member.handle_timeout(now, &mut self.port, bound);
+        let told = (self.port.epoch(), self.undo_kept() > 0);
+        self.member.handle_timeout(now, &mut self.port, told);
         self.settle(now);
     }
 
@@ -524,12 +530,14 @@ impl Destination {
         self.tell_progress();
     }
 
-    /// m_D and the ceiling become durable before anything relies on them.
+    /// m_D and the ceiling become durable before anything relies on them; m only if it lets
+    /// anything go, so a home at rest writes nothing.
     fn log_marks(&mut self) {
         let (logged_minimum, logged_ceiling) = self.marks_logged;
         let minimum = self.port.minimum().max(logged_minimum);
         let near = self.port.epoch().0 + CEILING_STEP / 2 > logged_ceiling.0;
-        if minimum == logged_minimum && !near {
+        let lets_go = minimum > logged_minimum && self.sources.values().any(|s| s.is_past(minimum));
+        if !lets_go && !near {
             return;
         }
         let ceiling = if near {

@@ -107,8 +107,9 @@ impl Member {
         self.next_ping
     }
 
-    /// Joins, attaches or pings, as the time has come.
-    pub fn handle_timeout(&mut self, now: Time, port: &mut Port, bound: Epoch) {
+    /// Joins, attaches or pings, as the time has come, with the lower bound and whether anything
+    /// waits for the minimum.
+    pub fn handle_timeout(&mut self, now: Time, port: &mut Port, (bound, waits): (Epoch, bool)) {
         if now < self.next_ping {
             return;
         }
@@ -149,6 +150,7 @@ impl Member {
                 attach: self.attach,
                 lower_bound: bound,
                 view: self.view.id,
+                waits,
             },
         );
     }

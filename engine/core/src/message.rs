@@ -284,6 +284,8 @@ messages! {
         lower_bound: Epoch,
         /// Newest view the member knows.
         view: ViewId,
+        /// Something of the member waits for the minimum to rise.
+        waits: bool,
     }
     /// Answer to a ping.
     4 Pong {
@@ -319,6 +321,8 @@ messages! {
         covers: Vec<Covered>,
         /// Newest view known.
         view: ViewId,
+        /// Something of the children waits for the minimum to rise.
+        waits: bool,
     }
     /// A source opens its session with the next tier, after every connect.
     10 Open {

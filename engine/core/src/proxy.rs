@@ -167,8 +167,8 @@ impl Proxy {
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         self.tiers.connected(peer);
         if peer == self.config.root {
-            let bound = self.bound();
-            self.member.handle_timeout(now, &mut self.port, bound);
+            let told = (self.bound(), self.waits());
+            self.member.handle_timeout(now, &mut self.port, told);
         }
         self.open_hop(peer);
     }
@@ -238,8 +238,8 @@ impl Proxy {
         if self.evicted {
             return;
         }
-        let bound = self.bound();
-        self.member.handle_timeout(now, &mut self.port, bound);
+        let told = (self.bound(), self.waits());
+        self.member.handle_timeout(now, &mut self.port, told);
         self.settle(now);
     }
 
@@ -275,6 +275,11 @@ impl Proxy {
             .flatten()
             .min()
             .unwrap_or(self.port.epoch())
+    }
+
+    /// Whether m has not passed everything that was stamped here, or is held for others.
+    fn waits(&self) -> bool {
+        self.own.awaits(self.port.minimum()) || self.outbox.windows_held() > 0
     }
 
     /// Identity, epoch and minimum.

@@ -32,7 +32,7 @@ const CEILING_STEP: u64 = 10_000;
 /// Settings of a root.
 #[derive(Clone, Copy, Debug)]
 pub struct RootConfig {
-    /// Ticks between steps of the epoch (E3) and attempts to publish m.
+    /// Least ticks between two steps of the epoch (E3); it rests while nobody waits for m.
     pub interval: u64,
     /// Ticks of silence after which a client or proxy is evicted.
     pub evict_after: u64,
@@ -81,7 +81,11 @@ pub struct Root {
     /// m per version, to be published once durable.
     unpublished: VecDeque<(u64, Epoch)>,
     changed: bool,
-    next_step: Time,
+    /// Somebody waits for m: the epoch steps once, after `interval` at the earliest.
+    wanted: bool,
+    last_step: Time,
+    /// When silence is looked at next.
+    next_look: Time,
     last_rise: Time,
     counters: RootCounters,
 }
@@ -131,7 +135,9 @@ impl Root {
             persisted: 0,
             unpublished: VecDeque::new(),
             changed: true,
-            next_step: now,
+            wanted: true,
+            last_step: now,
+            next_look: now,
             last_rise: now,
             counters: RootCounters::default(),
         };
@@ -152,8 +158,11 @@ impl Root {
                 lower_bound,
                 view,
                 attach,
+                waits,
             } => {
                 self.heard(now, from);
+                self.wanted |= waits;
+                self.step(now);
                 self.report_direct(from, attach, lower_bound);
                 self.pong(from.node, view);
             }
@@ -162,8 +171,11 @@ impl Root {
                 lower_bound,
                 covers,
                 view,
+                waits,
             } => {
                 self.heard(now, from);
+                self.wanted |= waits;
+                self.step(now);
                 self.report_branch(now, from, lower_bound, &covers);
                 self.pong(from.node, view);
             }
@@ -205,15 +217,15 @@ impl Root {
 
     /// Time passed.
     pub fn handle_timeout(&mut self, now: Time) {
-        if now >= self.next_step {
+        if now >= self.next_look {
             // What arrived while the root itself did nothing is not processed yet: its own absence
             // is nobody's silence.
-            let absent = now.since(self.next_step.after(self.config.interval));
+            let absent = now.since(self.next_look.after(self.config.interval));
             for bound in self.bounds.values_mut() {
                 bound.last_heard = bound.last_heard.after(absent);
             }
-            self.next_step = now.after(self.config.interval);
-            self.port.tick();
+            let look = (self.config.evict_after / 8).max(self.config.interval);
+            self.next_look = now.after(look);
             let silent: Vec<Life> = self
                 .bounds
                 .iter()
@@ -224,13 +236,30 @@ impl Root {
                 self.start_eviction(life);
             }
         }
+        self.step(now);
         self.settle(now);
     }
 
     /// When [`Root::handle_timeout`] wants to run.
     #[must_use]
     pub fn poll_timeout(&self) -> Time {
-        self.next_step
+        let step = self.last_step.after(self.config.interval);
+        if self.wanted {
+            self.next_look.min(step)
+        } else {
+            self.next_look
+        }
+    }
+
+    /// E3, if anybody waits for m. Whoever waits says so with every ping, so the epoch goes on until
+    /// m has passed what they wait for, and rests afterwards.
+    fn step(&mut self, now: Time) {
+        let wanted = self.wanted || bites(Tooth::NeverRests);
+        if wanted && now >= self.last_step.after(self.config.interval) {
+            self.wanted = false;
+            self.last_step = now;
+            self.port.tick();
+        }
     }
 
     /// The next effect whose foundation is durable.
@@ -390,6 +419,7 @@ impl Root {
     fn view_changed(&mut self) {
         self.state.view = ViewId(self.state.view.0 + 1);
         self.changed = true;
+        self.wanted = true;
     }
 
     fn pong(&mut self, to: NodeId, known: ViewId) {
@@ -522,6 +552,10 @@ impl Root {
 
     fn settle(&mut self, now: Time) {
         self.evictions_settle(now);
+        if !self.evictions.is_empty() {
+            self.wanted = true;
+            self.next_look = self.next_look.min(now.after(self.config.interval));
+        }
         self.publish();
         if self.port.epoch().0 + CEILING_STEP / 2 > self.state.ceiling.0 {
             self.state.ceiling = Epoch(self.port.epoch().0 + CEILING_STEP);
@@ -561,106 +595,4 @@ impl Root {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ROOT: NodeId = NodeId(1);
-    const ROUTER: NodeId = NodeId(2);
-    const CLIENT: NodeId = NodeId(3);
-
-    /// A root that says at once that its state is durable.
-    struct Bench {
-        root: Root,
-        now: Time,
-    }
-
-    impl Bench {
-        fn new() -> Bench {
-            let config = RootConfig {
-                interval: 1,
-                evict_after: 1000,
-                retry_after: 10,
-            };
-            let root = Root::new(ROOT, config, RootState::default(), Time(0));
-            Bench { root, now: Time(0) }
-        }
-
-        fn hears(&mut self, from: Life, body: Message) {
-            let envelope = Envelope {
-                from,
-                epoch: Epoch(if matches!(body, Message::Join { .. }) {
-                    1
-                } else {
-                    100
-                }),
-                minimum: Epoch(0),
-                term: Term(0),
-                body,
-            };
-            self.root.handle_message(self.now, envelope);
-            self.settles();
-        }
-
-        fn settles(&mut self) {
-            while let Some(effect) = self.root.poll_effect() {
-                if let Effect::Persist { version, .. } = effect {
-                    self.root.handle_persisted(self.now, version);
-                }
-            }
-        }
-
-        fn joins(&mut self, node: NodeId, role: Role) -> Life {
-            let unborn = Life {
-                node,
-                incarnation: Incarnation(0),
-            };
-            self.hears(unborn, Message::Join { nonce: 7, role });
-            let view = self.root.view();
-            view.seat(node).expect("it joined").life
-        }
-
-        fn minimum(&mut self) -> Epoch {
-            self.now = Time(self.now.0 + 1);
-            self.root.handle_timeout(self.now);
-            self.settles();
-            self.root.port().minimum()
-        }
-    }
-
-    #[test]
-    fn a_dead_routers_children_are_held_where_it_last_had_them() {
-        let mut bench = Bench::new();
-        let router = bench.joins(ROUTER, Role::Aggregator);
-        let client = bench.joins(CLIENT, Role::Client);
-        let attach = Message::Attach {
-            life: client,
-            attach: 1,
-        };
-        bench.hears(router, attach);
-        let report = |bound| Message::Report {
-            lower_bound: Epoch(bound),
-            covers: alloc::vec![Covered {
-                life: client,
-                attach: 1,
-            }],
-            view: ViewId(0),
-        };
-        bench.hears(router, report(40));
-        assert_eq!(bench.minimum(), Epoch(40));
-
-        bench.root.declare_dead(bench.now, ROUTER);
-        bench.settles();
-        assert!(bench.root.view().seat(ROUTER).is_some_and(|s| !s.live));
-        // What the dead life said is late; only the client itself can raise its bound now.
-        bench.hears(router, report(60));
-        assert_eq!(bench.minimum(), Epoch(40));
-        let ping = Message::Ping {
-            lower_bound: Epoch(70),
-            view: ViewId(0),
-            attach: 2,
-        };
-        bench.hears(client, ping);
-        assert_eq!(bench.minimum(), Epoch(70));
-        assert!(bench.root.view().seat(CLIENT).is_some_and(|s| s.live));
-    }
-}
+mod tests;

@@ -61,6 +61,8 @@ pub enum Tooth {
     PressedDiscardsAll,
     /// Requests are served, and locks given back, whatever the ages (seed 2147383).
     AgeIgnored,
+    /// The root's epoch goes on although nobody waits for m.
+    NeverRests,
 }
 
 impl Tooth {
@@ -93,6 +95,7 @@ impl Tooth {
         Tooth::StaleGrantTold,
         Tooth::PressedDiscardsAll,
         Tooth::AgeIgnored,
+        Tooth::NeverRests,
     ];
 }
 

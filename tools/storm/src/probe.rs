@@ -74,6 +74,7 @@ probes! {
     CrashSplitShards,
     WindowsDiscardedEarly,
     IdleEpochsWatched,
+    RestWatched,
 }
 
 /// How often each situation occurred.

@@ -321,6 +321,7 @@ impl World {
             Effect::Outcome { .. } | Effect::Value { .. } | Effect::Listing { .. }
         );
         self.progress += u64::from(answer);
+        self.check_quiet(node, &effect);
         match effect {
             Effect::Send { to, envelope } => {
                 let home = self.is_destination(node);
@@ -412,6 +413,21 @@ impl World {
         }
     }
 
+    /// At rest nodes send pings and their answers, and the root writes nothing.
+    fn check_quiet(&mut self, node: Index, effect: &Effect) {
+        let is_health = match effect {
+            Effect::Send { envelope, .. } => matches!(
+                envelope.body,
+                Message::Ping { .. } | Message::Pong { view: None } | Message::Report { .. }
+            ),
+            _ => false,
+        };
+        if self.is_quiet && !is_health {
+            let id = self.nodes[node].id;
+            self.oracle.fail(format!("idle: {id} does {effect:?}"));
+        }
+    }
+
     /// Lets the application go on; whether it asked for anything.
     fn feed(&mut self, node: Index) -> bool {
         let now = self.time();
@@ -485,6 +501,9 @@ impl World {
                 n.reported = executed;
                 if !records.is_empty() {
                     let id = n.id;
+                    if self.is_quiet {
+                        self.oracle.fail(format!("idle: {id} writes {records:?}"));
+                    }
                     let completed = self.oracle.tally.completed;
                     self.oracle.appended(id, &records, &n.shards.completing);
                     n.shards.completing.retain(|step| *step > executed);

@@ -32,7 +32,7 @@ impl World {
                 }
                 Core::Destination(d) => {
                     let (stage, waits) = d.stage();
-                    let unpurged = d.undo_kept() > 0 || d.minimum_durable() <= newest;
+                    let unpurged = d.undo_kept() > 0;
                     let busy = unpurged || behind;
                     (stage != Stage::Serving || busy).then(|| {
                         format!(
@@ -113,6 +113,30 @@ impl World {
             }
         }
         self.hit(Probe::IdleEpochsWatched);
+        self.watch_rest();
+    }
+
+    /// Idle is idle: a cluster at rest sends pings and their answers and writes nothing.
+    fn watch_rest(&mut self) {
+        let plan = &self.plan;
+        // What is on its way lands, and the last who waited hears of the m that it waited for.
+        let calm = 10 * (plan.ping_interval + 2 * plan.delay_max + plan.sync_max)
+            + 8 * plan.shard_delay
+            + 2 * plan.bypass_after
+            + plan.merge_interval;
+        let until = self.now + calm;
+        self.run_until(until);
+        let epochs = |w: &World| w.nodes.iter().map(|n| n.epoch).collect::<Vec<_>>();
+        let before = epochs(self);
+        self.is_quiet = true;
+        let until = self.now + 20 * self.plan.ping_interval;
+        self.run_until(until);
+        self.is_quiet = false;
+        if self.oracle.failure().is_none() && epochs(self) != before {
+            let text = format!("idle: epochs go on from {before:?} to {:?}", epochs(self));
+            self.oracle.fail(text);
+        }
+        self.hit(Probe::RestWatched);
     }
 
     pub(crate) fn final_checks(&mut self) {

@@ -200,6 +200,8 @@ pub struct World {
     pub(crate) found: BTreeMap<Ticket, Option<Bytes>>,
     /// Nothing new is begun any more.
     pub(crate) at_rest: bool,
+    /// Nothing but pings may be sent, and nothing written.
+    pub(crate) is_quiet: bool,
     /// Requests answered and evictions finished.
     pub(crate) progress: u64,
     /// Pins held: (coordinator, peer).
@@ -262,6 +264,7 @@ impl World {
             outcomes: BTreeMap::new(),
             found: BTreeMap::new(),
             at_rest: false,
+            is_quiet: false,
             progress: 0,
             pins: BTreeSet::new(),
         };

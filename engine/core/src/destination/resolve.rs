@@ -307,6 +307,7 @@ impl Destination {
             let at = entry.at;
             step = Step(step.0 + 1);
             self.logged = step;
+            self.undone = Some(step);
             for number in entry.shards.iter() {
                 let task = Task::Undo { victim, at };
                 self.lanes[number as usize]

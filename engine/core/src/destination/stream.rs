@@ -42,6 +42,12 @@ pub(super) struct Source {
 }
 
 impl Source {
+    /// Whether anything of it can go once `minimum` is durable.
+    pub(super) fn is_past(&self, minimum: Epoch) -> bool {
+        let first = self.index.front();
+        first.map_or(self.gone, |e| e.epoch < minimum && e.at <= self.committed)
+    }
+
     /// A stream that has come as far as `at`, all of it durable.
     pub(super) fn at(at: StreamSeq) -> Source {
         Source {
@@ -185,6 +191,16 @@ impl Destination {
             }
         }
         self.sources.retain(|_, s| !(s.gone && s.index.is_empty()));
+        self.tidy();
+    }
+
+    /// The shards let go of what is past undo, and of what durable undo steps have used.
+    pub(super) fn tidy(&mut self) {
+        let minimum = if bites(Tooth::PurgedEarly) {
+            self.port.minimum()
+        } else {
+            self.minimum_durable
+        };
         let durable = self.durable;
         self.order_all(|_| Task::Keep { durable, minimum });
     }

@@ -71,6 +71,11 @@ pub(super) struct Own {
 }
 
 impl Own {
+    /// Whether m has not passed everything that was stamped here.
+    pub(super) fn awaits(&self, minimum: Epoch) -> bool {
+        self.redo.awaits(minimum)
+    }
+
     pub(super) fn new() -> Own {
         Own {
             redo: Redo::new(),
