@@ -3,12 +3,17 @@
 //! Owns: a heap of due times that is corrected lazily. A deadline that moves later, as it does with
 //! every acknowledgement, costs nothing; its owner is looked at once when the old one falls due.
 //!
-//! Invariant: an index has at most one live entry; others in the heap are ignored when they surface.
+//! Invariants: an index has at most one live entry; others in the heap are ignored when they surface.
+//! The heap never has more than [`ENTRIES`] entries per index: then the dead ones are taken out. Its
+//! memory is reserved when an index comes into use, so setting a timer allocates nothing.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use lowtide_transport_proto::time::Nanos;
+
+/// Entries of the heap per index that was ever in use, dead ones included.
+const ENTRIES: usize = 4;
 
 /// Due times by index.
 #[derive(Debug, Default)]
@@ -24,10 +29,18 @@ impl Timers {
         let Some(due) = due else { return };
         if self.live.len() <= index as usize {
             self.live.resize(index as usize + 1, None);
+            let room = ENTRIES * self.live.len();
+            self.heap.reserve(room - self.heap.len());
         }
         let live = &mut self.live[index as usize];
         if live.is_none_or(|at| due < at) {
             *live = Some(due);
+            if self.heap.len() == ENTRIES * self.live.len() {
+                let live = &self.live;
+                // The new entry is not in it, and an index has no other that is live.
+                self.heap
+                    .retain(|Reverse((at, index))| live[*index as usize] == Some(*at));
+            }
             self.heap.push(Reverse((due, index)));
         }
     }
@@ -56,6 +69,22 @@ impl Timers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn dead_entries_do_not_pile_up() {
+        let mut timers = Timers::default();
+        timers.set(0, Some(Nanos(1_000_000)));
+        let capacity = timers.heap.capacity();
+        for round in 0..1000 {
+            // A short time falls due, and the long one is set anew.
+            timers.set(0, Some(Nanos(round)));
+            assert_eq!(timers.pop(Nanos(round)), Some(0));
+            timers.set(0, Some(Nanos(2_000_000 + round)));
+        }
+        assert_eq!(timers.heap.capacity(), capacity);
+        assert_eq!(timers.pop(Nanos(2_000_998)), None);
+        assert_eq!(timers.pop(Nanos(2_000_999)), Some(0));
+    }
 
     #[test]
     fn only_the_earliest_time_of_an_index_counts() {
