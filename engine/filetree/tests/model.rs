@@ -497,7 +497,10 @@ fn blindly(tree: &Tree<'_, LocalTree>, op: &Op) {
 /// Whether an operation ended as it may while others run: done or refused, never damaged.
 fn end_or_race<T>(outcome: Result<T, TreeError>) -> bool {
     match outcome {
-        Err(TreeError::Corrupt { .. } | TreeError::Session(_)) => false,
+        Err(damage @ (TreeError::Corrupt { .. } | TreeError::Session(_))) => {
+            eprintln!("{damage}");
+            false
+        }
         Err(TreeError::Contended) | Ok(_) => true,
         Err(other) => {
             end::<T>(Err(other));
