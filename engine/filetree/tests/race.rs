@@ -22,6 +22,8 @@ type Act<'o> = Box<dyn FnOnce() + Send + 'o>;
 struct Polite<'o> {
     inner: LocalTree,
     other: Mutex<(u32, Option<Act<'o>>)>,
+    /// What goes before the first scan.
+    scanned: Mutex<Option<Act<'o>>>,
 }
 
 impl Session for Polite<'_> {
@@ -64,6 +66,9 @@ impl Session for Polite<'_> {
         after: Option<&Key>,
         bytes_max: usize,
     ) -> Result<Page, SessionError> {
+        if let Some(act) = self.scanned.lock().unwrap().take() {
+            act();
+        }
         self.inner.scan(home, range, after, bytes_max)
     }
 }
@@ -165,6 +170,7 @@ fn no_operation_overtaking_another_breaks_the_tree() {
                 let polite = Polite {
                     inner: base.share(life(802, 1)),
                     other: Mutex::new((when, Some(Box::new(act)))),
+                    scanned: Mutex::default(),
                 };
                 let tree = Tree::with_chunk_log2(&polite, 12).unwrap();
                 let outcome = operate(first, &tree, &s);
@@ -188,4 +194,26 @@ fn no_operation_overtaking_another_breaks_the_tree() {
         }
     }
     assert!(overtaken > OPERATIONS * OPERATIONS);
+}
+
+/// Another takes the name away after it was read; the directory that held it is then empty, and
+/// looks as if it could be replaced by what was in it.
+#[test]
+fn a_directory_is_not_replaced_by_what_it_holds() {
+    for is_gone in [false, true] {
+        let base = session();
+        let s = start(&base);
+        let rival = base.share(life(801, 1));
+        Tree::open(&base).unwrap().mkdir(s.c, b"d", &A).unwrap();
+        let act: Act<'_> = Box::new(|| Tree::open(&rival).unwrap().rmdir(s.c, b"d").unwrap());
+        let polite = Polite {
+            inner: base.share(life(802, 1)),
+            other: Mutex::new((0, None)),
+            scanned: Mutex::new(is_gone.then_some(act)),
+        };
+        let tree = Tree::open(&polite).unwrap();
+        let outcome = tree.rename((s.c, b"d"), (ROOT, b"c"));
+        assert!(matches!(outcome, Err(TreeError::NotEmpty)), "{outcome:?}");
+        assert_eq!(tree.lookup(ROOT, b"c").unwrap().ino, s.c);
+    }
 }

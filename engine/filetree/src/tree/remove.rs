@@ -178,6 +178,10 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         if let Some((target, _)) = &target {
             *entries.entry(to.0).or_default() -= 1;
             match (moved.kind, target.kind) {
+                // It holds the name that moves, also if that has just been taken away.
+                (Kind::Directory, Kind::Directory) if target.ino == from.0 => {
+                    return Err(TreeError::NotEmpty);
+                }
                 (Kind::Directory, Kind::Directory) => self.plan_rmdir(&mut plan, target.ino)?,
                 (Kind::Directory, _) => return Err(TreeError::NotADirectory),
                 (_, Kind::Directory) => return Err(TreeError::IsADirectory),
