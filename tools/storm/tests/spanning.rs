@@ -48,7 +48,9 @@ fn plan(seed: u64) -> Plan {
 
 #[test]
 fn slots_and_the_range_that_spans_them_are_all_granted() {
-    for seed in std::env::var("SEEDS").map_or(0..300, |s| s.parse().map(|s| s..s + 1).unwrap()) {
+    // Those after 300 stalled once, each for a reason of its own.
+    let stalled = [23308, 36030, 43679, 45144, 45152, 45613, 51468];
+    for seed in (0..300).chain(stalled) {
         if run(&plan(seed), false).failure.is_some() {
             let report = run(&plan(seed), true);
             let last = report.trace.len().saturating_sub(200);

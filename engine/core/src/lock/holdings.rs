@@ -181,18 +181,26 @@ impl Holdings {
         held
     }
 
-    /// Ranges asked back and not yielded yet.
+    /// What is asked back and not yielded yet, cut to what each grant still has: who holds the rest
+    /// of the range under another grant keeps nobody from yielding this one.
     #[must_use]
     pub fn yielding(&self) -> Vec<Recall> {
         let mut all = Vec::new();
         for &(home, space) in &self.asked_back {
             for h in self.spaces.get(&(home, space)).into_iter().flatten() {
-                all.extend(h.yielding.iter().map(|&(lo, hi, age)| Recall {
-                    home,
-                    grant: h.grant,
-                    range: Range { space, lo, hi },
-                    age,
-                }));
+                for &(lo, hi, age) in &h.yielding {
+                    let held = h.slots.pieces().filter(|&(a, b)| a <= hi && lo <= b);
+                    all.extend(held.map(|(a, b)| Recall {
+                        home,
+                        grant: h.grant,
+                        range: Range {
+                            space,
+                            lo: a.max(lo),
+                            hi: b.min(hi),
+                        },
+                        age,
+                    }));
+                }
             }
         }
         all
