@@ -174,6 +174,7 @@ fn commit_round(dir: &Path, block: usize) -> Result<f64, Failure> {
         shards: 1,
         shard: LogConfig::new("shard", identity()),
         must_reach: Vec::new(),
+        was_opened: false,
     };
     let (set, _) = LogSet::open(open_volume(dir)?, &config).map_err(Failure::broken)?;
     let (tell, told) = channel();

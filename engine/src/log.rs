@@ -87,6 +87,8 @@ pub struct LogConfig {
     /// Every record from here on is needed (0: from the first ever); opening fails if the oldest
     /// segment left begins later. `None`: whatever is left will do.
     pub needed_from: Option<Lsn>,
+    /// It was opened before, so it has a segment; opening fails if there is none.
+    pub was_opened: bool,
 }
 
 impl LogConfig {
@@ -102,6 +104,7 @@ impl LogConfig {
             reserve_bytes: 16 << 20,
             must_reach: Lsn(0),
             needed_from: None,
+            was_opened: false,
         }
     }
 

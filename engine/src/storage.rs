@@ -340,6 +340,7 @@ impl NodeStorage {
             shards,
             shard,
             must_reach: covered.clone(),
+            was_opened: superblock.state().boots > 0,
         };
         let (set, _report) = LogSet::open(volume.clone(), &logs)?;
         let recovered = recover::replay(&volume, &set, &store, (config, image))?;

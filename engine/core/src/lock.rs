@@ -310,19 +310,24 @@ impl LockServer {
         taken
     }
 
-    /// Whether any life holds any slot of `range`, or waits for any, in a mode that `covered` does
-    /// not cover there.
+    /// Whether any life holds any slot of `range`, or waits for any with work that is no younger
+    /// than `age`, in a mode that `covered` does not cover there. Younger work that waits under
+    /// another grant must not keep this one from who is older than it.
     #[must_use]
     pub fn is_used(
         &self,
         home: NodeId,
         range: Range,
+        age: Age,
         covered: impl Fn(Range, Mode) -> bool,
     ) -> bool {
         let exposed = |piece, mode| exposed(piece, mode, &range, &covered);
         self.spaces.get(&(home, range.space)).is_some_and(|s| {
             let held = |g: &Grant| g.slots.pieces().any(|piece| exposed(piece, g.mode));
-            s.grants.iter().any(held) || s.waiting.iter().any(|w| exposed((w.lo, w.hi), w.mode))
+            s.grants.iter().any(held)
+                || s.waiting
+                    .iter()
+                    .any(|w| w.asker.age <= age && exposed((w.lo, w.hi), w.mode))
         })
     }
 
@@ -599,6 +604,9 @@ mod tests {
         assert_eq!(taken.len(), 1);
         assert_eq!(taken[0].0.holder, life(4));
         // What stays still needs slot 9.
-        assert!(server.is_used(HOME, range(9, 9), |_, _| false));
+        let used = |number| server.is_used(HOME, range(9, 9), age(9, number), |_, _| false);
+        assert!(used(5));
+        // What is younger than the recall does not keep it.
+        assert!(!used(0));
     }
 }

@@ -326,8 +326,11 @@ impl Proxy {
             .holdings
             .yielding()
             .into_iter()
-            .map(|Recall { home, range, .. }| {
-                let held = self.locks.is_used(home, range, |_, _| false);
+            .map(|recall| {
+                let Recall {
+                    home, range, age, ..
+                } = recall;
+                let held = self.locks.is_used(home, range, age, |_, _| false);
                 let touched = self.outbox.touched_in(home, &range).next().is_some();
                 (home, range, held, touched)
             })

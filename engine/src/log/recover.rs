@@ -317,6 +317,12 @@ impl Scanned {
                 found: u32::from(*found),
             });
         }
+        if self.config.was_opened && self.report.first == Lsn(0) {
+            return Err(OpenError::SegmentsMissing {
+                log: self.config.prefix.clone(),
+                headers_damaged: self.report.headers_damaged,
+            });
+        }
         // Segments are numbered from 1, and the oldest goes only when what it holds is not needed.
         let begins = self.report.first.0 / self.config.segment_bytes;
         if let Some(needed) = self.config.needed_from

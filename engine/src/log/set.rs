@@ -45,11 +45,13 @@ pub struct SetConfig {
     pub storage: u128,
     /// Logs wanted: one per shard. Logs of a larger number found on disk are opened too.
     pub shards: u32,
-    /// Pattern for the shards' logs; prefix, identity, `must_reach` and `needed_from` are filled in.
+    /// Pattern for the shards' logs; prefix, identity and what must be there are filled in.
     pub shard: LogConfig,
     /// Checkpoint positions by log number, 0 for none: a log with one must hold every record from
     /// there on.
     pub must_reach: Vec<Lsn>,
+    /// The node was started before, so the first log has a segment.
+    pub was_opened: bool,
 }
 
 /// What the restart found and decided.
@@ -207,7 +209,10 @@ fn shard_config(config: &SetConfig, number: u32) -> LogConfig {
             number,
         },
         must_reach: known.unwrap_or_default(),
-        needed_from: known,
+        // Nothing goes before a checkpoint has it.
+        needed_from: known.or(config.was_opened.then_some(Lsn(0))),
+        // Others may have been added since, by a start that was cut off.
+        was_opened: config.was_opened && number == 0,
         ..config.shard.clone()
     }
 }

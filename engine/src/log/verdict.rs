@@ -142,6 +142,17 @@ pub enum OpenError {
         /// Segment files that are not recognised any more; the missing ones may be among them.
         headers_damaged: usize,
     },
+    /// No segment is left of a log that had one.
+    #[error(
+        "log {log}: no segment file is left, but it was written before; restore it from a copy; \
+         {headers_damaged} segment files with a damaged header"
+    )]
+    SegmentsMissing {
+        /// The log's file prefix.
+        log: String,
+        /// Segment files that are not recognised any more.
+        headers_damaged: usize,
+    },
     /// Records are missing that are proved to have been durable.
     #[error(
         "log {log}: committed records are missing from position {gap} on ({reason}); proof: {proof}"

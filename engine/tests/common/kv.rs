@@ -65,6 +65,7 @@ impl Kv {
             shards: 2,
             shard: tiny("", 0),
             must_reach,
+            was_opened: false,
         };
         let (set, _) = LogSet::open(volume.clone(), &config)?;
         let store = Arc::new(RedbStore::open(&*volume, 1 << 20)?);

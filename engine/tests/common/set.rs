@@ -26,6 +26,7 @@ pub fn config(shards: u32) -> SetConfig {
         shards,
         shard: tiny("", 0),
         must_reach: Vec::new(),
+        was_opened: false,
     }
 }
 

@@ -195,11 +195,14 @@ impl Proxy {
     pub(super) fn yield_locks(&mut self) {
         for recall in self.holdings.yielding() {
             let Recall {
-                home, grant, range, ..
+                home,
+                grant,
+                range,
+                age,
             } = recall;
             // What another grant covers as well, and is not asked back there, may stay held.
             let covered = |part, mode| self.holdings.covers(home, part, mode);
-            if self.locks.is_used(home, range, covered) {
+            if self.locks.is_used(home, range, age, covered) {
                 continue;
             }
             if self.outbox.touched_in(home, &range).next().is_some() {
