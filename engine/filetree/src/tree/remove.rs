@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::op::{Mode, Range};
 use lowtide_engine_core::session::Session;
 
-use super::{DirPage, Tree, corrupt, demand_name};
+use super::{DirPage, LOOKS_MAX, Tree, corrupt, demand_name};
 use crate::error::TreeError;
 use crate::layout::{self, Ino, Kind, Malformed, Parent};
 use crate::plan::Plan;
@@ -99,8 +99,9 @@ impl<S: Session + ?Sized> Tree<'_, S> {
                 }
             }
             if let Some(child) = child {
-                self.demand_parent(child.2, ino)?;
-                stack.push(child);
+                if self.is_within(&child)? {
+                    stack.push(child);
+                }
                 continue;
             }
             match ignore_absent(self.rmdir(holder, &name)) {
@@ -121,17 +122,24 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         Ok(())
     }
 
-    /// Fails when a directory says that it belongs elsewhere: damaged directories could hold each
-    /// other, and walking down would never end.
-    fn demand_parent(&self, directory: Ino, parent: Ino) -> Result<(), TreeError> {
-        match self.parent(directory) {
-            Ok(found) if found != parent => {
-                let home = self.layout.home(directory);
-                let key = layout::parent_key(directory);
-                Err(corrupt(home, &key, Malformed::Contradiction))
+    /// Whether a directory says that it belongs where it was found, or that it is gone. Somebody may
+    /// have moved it; else it fails: damaged directories could hold each other, and walking down
+    /// would never end.
+    fn is_within(&self, found: &(Ino, Vec<u8>, Ino)) -> Result<bool, TreeError> {
+        let (holder, name, directory) = found;
+        for _ in 0..LOOKS_MAX {
+            match self.parent(*directory) {
+                Ok(parent) if parent != *holder => {}
+                other => return ignore_absent(other.map(|_| ())).map(|()| true),
             }
-            other => ignore_absent(other.map(|_| ())),
+            let entry = self.read_entry(*holder, name)?;
+            if entry.is_none_or(|(entry, _)| entry.ino != *directory) {
+                return Ok(false);
+            }
         }
+        let home = self.layout.home(*directory);
+        let key = layout::parent_key(*directory);
+        Err(corrupt(home, &key, Malformed::Contradiction))
     }
 
     /// Renames `from.1` in directory `from.0` to `to.1` in `to.0`, replacing what stands there
@@ -157,6 +165,10 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         let (moved, moved_bytes) = self
             .read_entry(from.0, from.1)?
             .ok_or(TreeError::NotFound)?;
+        if from == to {
+            // Read twice, the name could stand for two inodes, one before and one after a change.
+            return Ok((plan, None));
+        }
         self.demand_directory(to.0)?;
         let target = self.read_entry(to.0, to.1)?;
         if target.as_ref().is_some_and(|(t, _)| t.ino == moved.ino) {
