@@ -28,7 +28,7 @@ use alloc::vec::Vec;
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time};
-use crate::lock::{Holdings, Recall, normalise};
+use crate::lock::{Holdings, normalise};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Message, Role};
 use crate::op::{Key, Mode, Operation, Range, Refusal, Request, Stamp, Want};
@@ -333,13 +333,8 @@ impl Client {
                 range,
                 age,
             } => {
-                let recall = Recall {
-                    home,
-                    grant,
-                    range,
-                    age,
-                };
-                if !self.holdings.revoke(recall) {
+                let held = self.holdings.revoke(home, grant, range, age);
+                if !held {
                     // Say so again, the word was lost.
                     let unlock = Message::Unlock { home, grant, range };
                     self.port.send(from.node, unlock);

@@ -25,8 +25,8 @@ use alloc::vec::Vec;
 pub use originate::Originate;
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Age, Epoch, Incarnation, Life, NodeId, Seq, Time};
-use crate::lock::{Holdings, LockServer, Notice, Recall};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time};
+use crate::lock::{Asker, Holdings, LockServer, Notice, Recall};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Held, Message, Role};
 use crate::op::{Mode, Range};
@@ -73,12 +73,10 @@ pub struct ProxyCounters {
 /// A client's lock request that waits for the proxy's own lock.
 #[derive(Clone, Copy, Debug)]
 struct WaitingLock {
-    holder: Life,
-    request: u64,
+    asker: Asker,
     home: NodeId,
     range: Range,
     mode: Mode,
-    age: Age,
 }
 
 impl WaitingLock {
@@ -179,7 +177,7 @@ impl Proxy {
         self.early.remove(&peer);
         if let Some(life) = self.sessions.remove(&peer) {
             self.locks.forget_waiting(life, &mut self.notices);
-            self.waiting.retain(|w| w.holder != life);
+            self.waiting.retain(|w| w.asker.holder != life);
         }
         let (via, own) = (&self.via, self.port.life());
         self.outbox
@@ -450,7 +448,7 @@ impl Proxy {
             Message::Fence { victim, round } => {
                 self.fenced.insert(victim);
                 self.locks.forget_waiting(victim, &mut self.notices);
-                self.waiting.retain(|w| w.holder != victim);
+                self.waiting.retain(|w| w.asker.holder != victim);
                 self.own.drop_pins_of(victim);
                 let held = self.held_of(victim);
                 let fenced = Message::Fenced {

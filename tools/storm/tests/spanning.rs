@@ -48,7 +48,7 @@ fn plan(seed: u64) -> Plan {
 
 #[test]
 fn slots_and_the_range_that_spans_them_are_all_granted() {
-    // Those after 300 stalled once, each for a reason of its own.
+    // Those after 300 stalled once, for one of two reasons.
     let stalled = [23308, 36030, 43679, 45144, 45152, 45613, 51468];
     for seed in (0..300).chain(stalled) {
         if run(&plan(seed), false).failure.is_some() {

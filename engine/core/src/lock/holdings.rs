@@ -156,14 +156,9 @@ impl Holdings {
         }
     }
 
-    /// The tier above wants a range back. Returns whether the grant is held there at all.
-    pub fn revoke(&mut self, recall: Recall) -> bool {
-        let Recall {
-            home,
-            grant,
-            range,
-            age,
-        } = recall;
+    /// The tier above wants a range back, for work of this age. Returns whether the grant is held
+    /// there at all.
+    pub fn revoke(&mut self, home: NodeId, grant: GrantId, range: Range, age: Age) -> bool {
         let Some(list) = self.spaces.get_mut(&(home, range.space)) else {
             return false;
         };

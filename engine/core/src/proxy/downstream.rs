@@ -5,8 +5,8 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use super::{Proxy, WaitingLock};
-use crate::ids::{Life, NodeId, Seq};
-use crate::lock::{Asker, Notice, Recall};
+use crate::ids::{Age, Life, NodeId, Seq};
+use crate::lock::{Asker, Notice};
 use crate::message::{Message, Parts, Reclaim, StreamBase, StreamState};
 use crate::op::{Mode, Operation, Range};
 use crate::tier::Query;
@@ -24,7 +24,7 @@ impl Proxy {
             return;
         }
         self.sessions.insert(from.node, from);
-        self.waiting.retain(|w| w.holder != from);
+        self.waiting.retain(|w| w.asker.holder != from);
         self.own.drop_pins_of(from);
         let own = self.port.life();
         // Claims on an earlier life of this proxy are void: it does not hold those locks.
@@ -39,16 +39,13 @@ impl Proxy {
     /// What the tiers above want back is asked of every holder who was not asked.
     fn recall_again(&mut self) {
         for recall in self.holdings.yielding() {
-            self.recall(&recall);
+            self.recall(recall.home, recall.range, recall.age);
         }
     }
 
     /// Asks holders for what the tier above wants back. What another grant covers as well, and is
     /// not asked back there, they may keep.
-    pub(super) fn recall(&mut self, recall: &Recall) {
-        let Recall {
-            home, range, age, ..
-        } = *recall;
+    pub(super) fn recall(&mut self, home: NodeId, range: Range, age: Age) {
         let covered = |part, mode| self.holdings.covers(home, part, mode);
         let notices = &mut self.notices;
         self.locks.recall(home, range, age, covered, notices);
@@ -136,13 +133,16 @@ impl Proxy {
                 mode,
                 age,
             } => {
-                self.waiting.push(WaitingLock {
+                let asker = Asker {
                     holder: from,
                     request,
+                    age,
+                };
+                self.waiting.push(WaitingLock {
+                    asker,
                     home,
                     range,
                     mode,
-                    age,
                 });
                 self.serve_waiting(|w| w.is_in(home, range.space));
             }
@@ -182,33 +182,21 @@ impl Proxy {
                 continue;
             }
             if let Some(bound) = self.holdings.bound(w.home, w.range, w.mode) {
-                let asker = Asker {
-                    holder: w.holder,
-                    request: w.request,
-                    age: w.age,
-                };
                 let notices = &mut self.notices;
                 self.locks
-                    .request(w.home, asker, w.range, w.mode, bound, notices);
+                    .request(w.home, w.asker, w.range, w.mode, bound, notices);
                 continue;
             }
             self.waiting.push(w);
             // Own requests wait until there is room; a client's is refused by the home.
-            let waits = w.holder == self.port.life() && self.full.contains(&w.home);
-            let pending = waits || self.asked.awaits(w.home, &w.range, w.mode, w.age);
+            let waits = w.asker.holder == self.port.life() && self.full.contains(&w.home);
+            let pending = waits || self.asked.awaits(w.home, &w.range, w.mode, w.asker.age);
             if !pending {
-                let WaitingLock {
-                    home,
-                    range,
-                    mode,
-                    age,
-                    ..
-                } = w;
                 let query = Query::Lock {
-                    home,
-                    range,
-                    mode,
-                    age,
+                    home: w.home,
+                    range: w.range,
+                    mode: w.mode,
+                    age: w.asker.age,
                 };
                 self.ask(query, None);
             }

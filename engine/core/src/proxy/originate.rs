@@ -15,7 +15,7 @@ use alloc::vec::Vec;
 use super::{Proxy, WaitingLock};
 use crate::effect::{Effect, Port};
 use crate::ids::{Age, Epoch, GrantId, Life, NodeId, Seq, StreamSeq};
-use crate::lock::normalise;
+use crate::lock::{Asker, normalise};
 use crate::message::Message;
 use crate::op::{Operation, Range, Stamp, Update, Want};
 use crate::session::Ticket;
@@ -151,13 +151,16 @@ impl Proxy {
                 number: self.own.next,
                 source: own,
             });
-            self.waiting.push(WaitingLock {
+            let asker = Asker {
                 holder: own,
                 request,
+                age,
+            };
+            self.waiting.push(WaitingLock {
+                asker,
                 home,
                 range,
                 mode,
-                age,
             });
             self.serve_waiting(|w| w.is_in(home, range.space));
         }

@@ -89,24 +89,16 @@ impl Proxy {
                 range,
                 age,
             } => {
-                let recall = Recall {
-                    home,
-                    grant,
-                    range,
-                    age,
-                };
-                if self.holdings.revoke(recall) {
+                if self.holdings.revoke(home, grant, range, age) {
                     for (asker, range, mode) in self.locks.withdraw(home, range, age) {
                         self.waiting.push(WaitingLock {
-                            holder: asker.holder,
-                            request: asker.request,
+                            asker,
                             home,
                             range,
                             mode,
-                            age: asker.age,
                         });
                     }
-                    self.recall(&recall);
+                    self.recall(home, range, age);
                     self.serve_waiting(|w| w.is_in(home, range.space));
                 } else {
                     self.port.send(home, Message::Unlock { home, grant, range });
@@ -151,12 +143,12 @@ impl Proxy {
         }
         let waiting = core::mem::take(&mut self.waiting);
         for w in waiting {
-            let own = w.holder == self.port.life();
+            let own = w.asker.holder == self.port.life();
             if w.home == home && w.range.overlaps(&range) && !own {
                 self.port.send(
-                    w.holder.node,
+                    w.asker.holder.node,
                     Message::Refused {
-                        request: w.request,
+                        request: w.asker.request,
                         reason,
                     },
                 );
