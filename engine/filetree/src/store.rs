@@ -23,6 +23,7 @@
 //! attributes; holes (zeros are kept small by the chunk format instead).
 
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -57,6 +58,16 @@ pub struct Share {
 impl Share {
     /// Everything.
     pub const ALL: Share = Share { index: 0, of: 1 };
+
+    /// The slots of the names that this client stores of a directory that all clients divide.
+    fn slots(self) -> RangeInclusive<u64> {
+        let begin = |index: u32| ((u128::from(index) << 64).div_ceil(u128::from(self.of))) as u64;
+        let end = match self.index + 1 {
+            last if last >= self.of => u64::MAX,
+            next => begin(next) - 1,
+        };
+        begin(self.index)..=end
+    }
 }
 
 /// How to store.
@@ -311,4 +322,24 @@ fn failed(path: &[u8], why: TreeError) -> StoreError {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_slots_of_a_share_lie_side_by_side() {
+        for of in [1, 2, 3, 7, 1000] {
+            let mut next = 0;
+            for index in 0..of {
+                let slots = Share { index, of }.slots();
+                assert_eq!(*slots.start(), next);
+                let width = slots.end() - slots.start();
+                assert!(width >= u64::MAX / u64::from(of) - 1);
+                next = slots.end().wrapping_add(1);
+            }
+            assert_eq!(next, 0, "up to the last slot");
+        }
+    }
 }

@@ -123,8 +123,7 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
 
     /// Whether an entry of a directory that all clients divide is this one's.
     fn owns_slot(&self, slot: u64) -> bool {
-        let share = self.run.options.share;
-        (u128::from(slot) * u128::from(share.of)) >> 64 == u128::from(share.index)
+        self.run.options.share.slots().contains(&slot)
     }
 
     /// Whether this is one of several names of a file of this client's. If it cannot be told, its
@@ -413,11 +412,18 @@ impl<S: Session + ?Sized> Thread<'_, '_, S> {
             }
             return Ok(());
         }
-        let (ino, request) = self
+        let (ino, mut request) = self
             .run
             .tree
             .request_create(directory, here.name, &new.inode, new.chunk.as_ref())
             .map_err(|why| failed(&here.path(), why))?;
+        if here.entries.whose == Whose::Divided {
+            // Once for all; asked for one by one, each name's lock would go from client to client.
+            let slots = self.run.options.share.slots();
+            request
+                .locks
+                .push(self.run.tree.names_lock(directory, slots));
+        }
         let place = &here.entries.place;
         self.submit(request, place, directory, here.name, What::Create(new, ino))
     }

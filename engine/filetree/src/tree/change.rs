@@ -1,6 +1,8 @@
 //! Operations that add a name or change attributes.
 
-use lowtide_engine_core::op::{Bytes, Mode, Request, UPDATES_MAX};
+use std::ops::RangeInclusive;
+
+use lowtide_engine_core::op::{Bytes, Mode, Range, Request, UPDATES_MAX, Want};
 use lowtide_engine_core::session::Session;
 
 use super::{Tree, corrupt, demand_name};
@@ -183,6 +185,21 @@ impl<S: Session + ?Sized> Tree<'_, S> {
         let ino = self.allocate()?;
         let plan = self.plan_create(directory, name, ino, inode, chunk);
         Ok((ino, plan.finish()))
+    }
+
+    /// The lock on names of `directory` for who is going to create many: on all in `slots` except
+    /// the note that the directory is removed, which everybody shares.
+    pub(crate) fn names_lock(&self, directory: Ino, slots: RangeInclusive<u64>) -> Want {
+        let range = Range {
+            space: layout::names_space(directory),
+            lo: *slots.start(),
+            hi: (*slots.end()).min(layout::REMOVED_SLOT - 1),
+        };
+        Want {
+            home: self.layout.home(directory),
+            range,
+            mode: Mode::Exclusive,
+        }
     }
 
     /// The request that creates an empty directory under a free name, and its number. Once it has
