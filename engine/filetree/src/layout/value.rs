@@ -380,7 +380,7 @@ pub struct Rooms(VecDeque<Arc<[u8]>>);
 
 impl Rooms {
     /// Bytes kept, those included that are still held by others.
-    const BYTES_MAX: usize = 32 << 20;
+    const BYTES_MAX: usize = 64 << 20;
 
     /// `len` bytes that nobody else has.
     fn take(&mut self, len: usize) -> Arc<[u8]> {
