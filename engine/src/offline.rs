@@ -17,6 +17,7 @@ use lowtide_engine_core::ids::{Life, NodeId, Time};
 use lowtide_engine_core::message::Envelope;
 use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::record::{Objects, Storage};
+use lowtide_engine_core::room::HomeRule;
 use lowtide_engine_core::root::{Root, RootConfig};
 use lowtide_engine_core::session::Page;
 
@@ -127,6 +128,7 @@ impl Recovery {
                 ping_interval: 1,
                 nonce,
                 carry_bytes: 0,
+                room: HomeRule::default(),
             };
             // One shard, whatever the cluster ran with: its objects are read from this thread.
             let server = Server::open(*node, settings, (dir, false), 1, wake.clone());

@@ -21,7 +21,7 @@ use lowtide_engine_core::destination::shard::{Answer, Order, Shard};
 use lowtide_engine_core::destination::{Destination, DestinationConfig};
 use lowtide_engine_core::ids::{NodeId, Step, Time};
 use lowtide_engine_core::lock::LockServer;
-use lowtide_engine_core::message::Role;
+use lowtide_engine_core::room::Space;
 
 use crate::log::commit::GroupPin;
 use crate::ring::{self, Receiver, Sender};
@@ -267,13 +267,13 @@ impl Server {
             }
         }
         let durable = self.node.durable();
-        let front = &self.front;
-        self.node.ask_disk(|| {
-            let seats = front.view().seats.iter();
-            seats.filter(|s| s.live && s.role == Role::Client).count() as u64
+        self.node.set_needed(self.front.space_needed());
+        self.node.ask_disk();
+        self.front.handle_space(Space {
+            is_crowded: crowded,
+            ..self.node.space()
         });
-        let has_room = self.node.has_room() && !crowded;
-        self.front.handle_room(has_room);
+        let has_room = self.front.has_room();
         if durable > self.durable || has_room != self.has_room {
             (self.durable, self.has_room) = (durable, has_room);
             self.front.handle_durable(now, durable);

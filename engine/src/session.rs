@@ -17,8 +17,9 @@ use lowtide_transport::message::Waker;
 
 /// Operations submitted and not executed at one time.
 const UNEXECUTED_MAX: usize = 2048;
-/// Bytes submitted and not executed, or executed and not everywhere committed, at one time.
-pub(crate) const UNCOMMITTED_BYTES_MAX: u64 = 48 << 20;
+/// Bytes submitted and not executed, or executed and not everywhere committed, at one time. Less than
+/// the mind's budget, so that callers wait here, where they do not hold locks.
+const UNCOMMITTED_BYTES_MAX: u64 = 48 << 20;
 
 /// What the engine thread is asked.
 #[derive(Debug)]

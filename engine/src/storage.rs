@@ -33,6 +33,7 @@ use lowtide_engine_core::destination::{Image, RecoverError};
 use lowtide_engine_core::ids::Step;
 use lowtide_engine_core::op::{Key, Range};
 use lowtide_engine_core::record::Extent;
+use lowtide_engine_core::room::{Cost, Space};
 
 pub use shard::{ShardGauge, ShardStorage};
 use work::{BulkSync, CheckpointPart, Checkpointer, Unwritten};
@@ -54,8 +55,11 @@ const STORE_CACHE: usize = 32 << 20;
 const DISK_EVERY: Duration = Duration::from_millis(20);
 /// Most log segments of a node, shared out to its shards.
 const SEGMENTS_MAX: usize = 24;
-/// Fewest that a shard may use at most.
-const SEGMENTS_PER_SHARD: usize = 6;
+/// Fewest that a shard may use at most. They bound how many clients a home takes: each needs room
+/// for its budget in every log, so here at most 37.
+const SEGMENTS_PER_SHARD: usize = 12;
+/// This part of a segment is kept by each log for itself.
+const LOG_RESERVE: u64 = 4;
 
 /// Shape of a destination's storage.
 #[derive(Clone, Debug)]
@@ -68,14 +72,10 @@ pub struct StorageConfig {
     pub record_bytes_max: u64,
     /// Most segments of one shard's log.
     pub segments_max: usize,
-    /// Room that new work leaves in each log for what is already stamped, in bytes.
-    pub room: u64,
     /// A checkpoint begins when the overlays hold this much, in bytes.
     pub checkpoint_bytes: usize,
     /// Largest extent file, in bytes.
     pub extents_max: u64,
-    /// Disk space that new work leaves for what one client may have stamped, in bytes.
-    pub client_bytes: u64,
 }
 
 impl StorageConfig {
@@ -87,49 +87,29 @@ impl StorageConfig {
             segment_bytes: 64 << 20,
             record_bytes_max: 12 << 20,
             segments_max: (SEGMENTS_MAX / shards.max(1) as usize).max(SEGMENTS_PER_SHARD),
-            room: 48 << 20,
             checkpoint_bytes: 32 << 20,
             extents_max: 1 << 40,
-            // A session lets it have this much under way, and one operation more.
-            client_bytes: crate::session::UNCOMMITTED_BYTES_MAX + (8 << 20),
         }
     }
 }
 
-/// What is known of the disk under the files. Operations that are stamped may not be refused any
-/// more, so new ones are refused while the disk still holds whatever may be under way.
+/// What is known of the disk under the files.
 #[derive(Debug)]
 struct Disk {
     volume: Arc<dyn Volume>,
     /// When to ask again.
     due: Instant,
-    /// Why there is no room, in words, when asked last.
-    full: Option<String>,
-    /// Space left for the checkpoint store, whatever happens, in bytes.
-    store_bytes: u64,
-    client_bytes: u64,
+    /// Bytes free when asked last.
+    free: u64,
 }
 
 impl Disk {
-    fn ask(
-        &mut self,
-        extents: &ExtentFile,
-        clients: impl FnOnce() -> u64,
-    ) -> Result<(), StorageError> {
+    fn ask(&mut self, extents: &ExtentFile) -> Result<(), StorageError> {
         let now = Instant::now();
         if now >= self.due {
             self.due = now + DISK_EVERY;
-            let wanted = self.store_bytes + clients() * self.client_bytes;
             let free = self.volume.free_bytes()?;
-            let free = free.saturating_add(extents.free_bytes());
-            self.full = (free < wanted).then(|| {
-                format!(
-                    "no room for new work on the disk: {} MiB are free, {} MiB are kept for what \
-                     is under way",
-                    free >> 20,
-                    wanted >> 20
-                )
-            });
+            self.free = free.saturating_add(extents.free_bytes());
         }
         Ok(())
     }
@@ -279,6 +259,7 @@ pub struct NodeStorage {
     /// Logs that a larger number of shards has left.
     left: Vec<Log>,
     disk: Disk,
+    needed: Cost,
     common: Arc<shard::Common>,
     threads: Vec<JoinHandle<()>>,
     committer: Committer,
@@ -332,7 +313,7 @@ impl NodeStorage {
             segment_bytes: config.segment_bytes,
             record_bytes_max: config.record_bytes_max,
             segments_max: config.segments_max,
-            reserve_bytes: config.segment_bytes / 4,
+            reserve_bytes: config.segment_bytes / LOG_RESERVE,
             ..LogConfig::new("shard", LogIdentity { storage, number: 0 })
         };
         let logs = SetConfig {
@@ -385,7 +366,8 @@ impl NodeStorage {
             checkpoints: checkpoints.clone(),
             readers,
             moved: AtomicU32::new(0),
-            room: config.room,
+            needed: AtomicU64::new(0),
+            log_reserve: config.segment_bytes / LOG_RESERVE,
         });
         let mut logs: VecDeque<ShardLog> = logs.into();
         let mut list = Vec::new();
@@ -413,10 +395,9 @@ impl NodeStorage {
             disk: Disk {
                 volume,
                 due: Instant::now(),
-                full: None,
-                store_bytes: 2 * config.checkpoint_bytes as u64,
-                client_bytes: config.client_bytes,
+                free: u64::MAX,
             },
+            needed: Cost::default(),
             common,
             threads,
             committer,
@@ -474,28 +455,51 @@ impl NodeStorage {
         self.checkpointing.load(Ordering::Acquire)
     }
 
-    /// Whether the disk and every log have room for new work.
+    /// What is free.
     #[must_use]
-    pub fn has_room(&self) -> bool {
-        self.disk.full.is_none() && self.logs_have_room()
+    pub fn space(&self) -> Space {
+        let logs = self.gauges.iter().map(|g| g.free());
+        Space {
+            log: logs.min().unwrap_or_default(),
+            disk: self.disk.free,
+            is_crowded: false,
+        }
+    }
+
+    /// The mind lets new work in only while so much is free: the logs grow towards it.
+    pub fn set_needed(&mut self, needed: Cost) {
+        self.needed = needed;
+        // A shard that reads an older figure reads this one in its next batch.
+        self.common.needed.store(needed.log, Ordering::Relaxed);
     }
 
     fn logs_have_room(&self) -> bool {
-        let mut gauges = self.gauges.iter();
-        gauges.all(|g| g.has_room.load(Ordering::Acquire))
+        self.space().log >= self.needed.log
     }
 
-    /// Why new work is refused, in words, if it is.
+    /// Why there is no room for new work, in words, if there is none.
     #[must_use]
     pub fn full(&self) -> Option<String> {
-        let log = self.gauges.iter().find_map(|g| g.full());
-        log.or_else(|| self.disk.full.clone())
+        let Space { log, disk, .. } = self.space();
+        let kept = "are kept for what is under way";
+        let needed = self.needed;
+        if disk < needed.disk {
+            let (free, needed) = (disk >> 20, needed.disk >> 20);
+            let words = "no room for new work on the disk";
+            return Some(format!("{words}: {free} MiB are free, {needed} MiB {kept}"));
+        }
+        (log < needed.log).then(|| {
+            let (free, needed) = (log >> 20, needed.log >> 20);
+            let words = "no room for new work in a log";
+            let grows = self.gauges.iter().find_map(|g| g.grows());
+            let grows = grows.map_or_else(String::new, |why| format!(": {why}"));
+            format!("{words}: {free} MiB are free, {needed} MiB {kept}{grows}")
+        })
     }
 
-    /// Looks now and then whether the disk has room; `clients` tells how many may have stamped
-    /// operations under way.
-    pub fn ask_disk(&mut self, clients: impl FnOnce() -> u64) {
-        if let Err(error) = self.disk.ask(&self.common.extents, clients) {
+    /// Looks now and then how much the disk takes.
+    pub fn ask_disk(&mut self) {
+        if let Err(error) = self.disk.ask(&self.common.extents) {
             self.durability.fail(error.to_string());
         }
     }

@@ -17,6 +17,7 @@ use lowtide_engine_core::ids::{
 use lowtide_engine_core::message::{Envelope, Message, Parts, StreamBase, View};
 use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
 use lowtide_engine_core::record::Objects;
+use lowtide_engine_core::room::{Budget, Cost, HomeRule};
 use std::sync::Arc;
 
 const HOME: NodeId = NodeId(2);
@@ -34,16 +35,25 @@ const fn life(node: u32, incarnation: u64) -> Life {
     }
 }
 
+/// Room in a log of 64 KiB segments for what the script stamps.
+const ROOM: HomeRule = HomeRule {
+    budget: Budget {
+        log: 8 << 10,
+        disk: 0,
+        replaced: 0,
+        carried: 0,
+    },
+    reserve: Cost { log: 0, disk: 0 },
+};
+
 fn shape(shards: u32) -> StorageConfig {
     StorageConfig {
         shards,
         segment_bytes: 64 << 10,
         record_bytes_max: 4 << 10,
         segments_max: 6,
-        room: 8 << 10,
         checkpoint_bytes: 6 << 10,
         extents_max: 1 << 20,
-        client_bytes: 0,
     }
 }
 
@@ -68,6 +78,7 @@ impl Home {
             ping_interval: 1000,
             nonce: 1,
             carry_bytes: 0,
+            room: ROOM,
         };
         let (front, minds) = Destination::new(HOME, config, image);
         node.begin_at(front.step());
@@ -104,7 +115,9 @@ impl Home {
     /// One round, as the engine thread's.
     fn turn(&mut self) {
         let durable = self.node.durable();
-        self.front.handle_room(self.node.has_room());
+        self.node.set_needed(self.front.space_needed());
+        self.node.ask_disk();
+        self.front.handle_space(self.node.space());
         self.front.handle_durable(Time(1), durable);
         let freeze = self.node.begin_checkpoint(|| self.front.image());
         let mut tidy = freeze || (self.was_checkpointing && !self.node.is_checkpointing());

@@ -14,6 +14,7 @@ use lowtide_engine_core::ids::{
 use lowtide_engine_core::message::{Envelope, Message, Parts, StreamBase, View};
 use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
 use lowtide_engine_core::record::{Objects, Value};
+use lowtide_engine_core::room::HomeRule;
 
 const ROOT: Life = life(1);
 const HOME: NodeId = NodeId(2);
@@ -49,6 +50,7 @@ impl Bench {
             ping_interval: 1,
             nonce: 7,
             carry_bytes: 0,
+            room: HomeRule::default(),
         };
         let (front, minds) = Destination::new(HOME, config, image);
         node.begin_at(front.step());

@@ -27,11 +27,12 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time, ViewId};
 use crate::lock::{Holdings, normalise};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Message, Role};
 use crate::op::{Key, Mode, Operation, Range, Refusal, Request, Stamp, Want};
+use crate::room::{Budget, Ledger, Words};
 use crate::session::{Page, Ticket};
 use crate::source::{Outbox, Redo, WindowCounters};
 use crate::teeth::{Tooth, bites};
@@ -61,6 +62,8 @@ pub struct ClientConfig {
     pub bypass_after: u64,
     /// Bytes of redo above which everywhere committed operations are let go before m passes them.
     pub redo_bytes: usize,
+    /// What may be stamped and not everywhere committed, per home.
+    pub budget: Budget,
 }
 
 /// Figures of a client.
@@ -140,8 +143,12 @@ pub struct Client {
     dead: BTreeMap<NodeId, Incarnation>,
     /// Since when a proxy is not live.
     proxy_dead_since: BTreeMap<NodeId, Time>,
-    /// Homes that have no room for new work.
-    full: Vec<NodeId>,
+    /// What the tiers above said about room at homes.
+    words: Words,
+    /// What is stamped and not everywhere committed.
+    ledger: Ledger,
+    /// The view in which this life appeared.
+    entered_at: ViewId,
     /// A home refused this life; nothing more is asked for, the eviction will be heard.
     fenced: bool,
     evicted: bool,
@@ -188,7 +195,9 @@ impl Client {
             drains: Vec::new(),
             dead: BTreeMap::new(),
             proxy_dead_since: BTreeMap::new(),
-            full: Vec::new(),
+            words: Words::default(),
+            ledger: Ledger::default(),
+            entered_at: ViewId(0),
             fenced: false,
             evicted: false,
             unsettled: false,
@@ -198,7 +207,7 @@ impl Client {
 
     /// Queues an operation.
     pub fn submit(&mut self, _now: Time, ticket: Ticket, request: Request) {
-        if let Err(refusal) = validate(&request) {
+        if let Err(refusal) = validate(&request, &self.config.budget) {
             self.refuse(ticket, refusal);
             return;
         }
@@ -299,16 +308,13 @@ impl Client {
                 }
             }
             Message::Opened { life } => self.hop_opened(life),
-            Message::Progress { streams, full } => {
+            Message::Progress { streams, room } => {
                 for state in &streams {
                     self.outbox.progress(from.node, state, false);
                 }
-                // A proxy speaks of all its homes; the word of a home's own route counts.
-                let routes = &self.routes;
-                let routed = |home: NodeId| routes.through(home) == from.node;
-                self.full.retain(|home| !routed(*home));
-                self.full.extend(full.iter().filter(|home| routed(**home)));
+                self.words.hear(from.node, &room);
                 self.redo.advance(&self.outbox);
+                self.ledger.settle(self.redo.done());
             }
             Message::Granted {
                 request,
@@ -487,6 +493,7 @@ impl Client {
     }
 
     fn entered(&mut self, now: Time) {
+        self.entered_at = self.member.view_id();
         self.connect();
         self.watch_proxies(now);
         for hop in self.tiers.peers() {

@@ -35,10 +35,11 @@ pub use recover::{Image, RecoverError};
 use shard::{Answer, News, Order, Shard, Task, shard_of};
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StreamSeq, Time};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StreamSeq, Time, ViewId};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Message, Reclaim, Role};
 use crate::record::Record;
+use crate::room::{Cost, HomeRule, Space};
 use crate::teeth::{Tooth, bites};
 use stream::{Entry, Source};
 
@@ -58,6 +59,8 @@ pub struct DestinationConfig {
     pub nonce: u64,
     /// Most bytes of other participants' updates in one record.
     pub carry_bytes: usize,
+    /// When there is room for new work.
+    pub room: HomeRule,
 }
 
 /// Where a destination stands after a start.
@@ -141,10 +144,16 @@ pub struct Destination {
     resolutions: resolve::Resolutions,
     /// The last undo; once it is durable the shards let go of what it used.
     undone: Option<Step>,
-    /// Whether there is room for new reservations.
-    has_room: bool,
-    /// Sessions that were told that there is no room.
-    told_full: BTreeSet<NodeId>,
+    room: HomeRule,
+    /// What is free, as the hands said last.
+    space: Space,
+    /// Lives that may have stamped for this home, or may yet: those that live, and the dead that are
+    /// not GONE.
+    counted: BTreeSet<Life>,
+    /// What was said last about room: the view that was counted, if there was any.
+    said: Option<ViewId>,
+    /// Sessions that heard it.
+    told: BTreeSet<NodeId>,
     counters: DestinationCounters,
 }
 
@@ -168,6 +177,11 @@ impl Destination {
             replaced,
             ..
         } = image;
+        let open = sources
+            .iter()
+            .filter(|(_, s)| !s.gone)
+            .map(|(&life, _)| life);
+        let counted = open.chain(rows.keys().copied()).collect();
         let stage = if rows.is_empty() {
             Stage::Serving
         } else {
@@ -212,8 +226,11 @@ impl Destination {
             ceiling_durable: ceiling,
             resolutions: resolve::Resolutions::default(),
             undone: None,
-            has_room: true,
-            told_full: BTreeSet::new(),
+            room: config.room,
+            space: Space::UNBOUNDED,
+            counted,
+            said: None,
+            told: BTreeSet::new(),
             counters: DestinationCounters::default(),
         };
         (front, shards)
@@ -228,6 +245,7 @@ impl Destination {
             self.forget(life);
             self.opening.retain(|l| *l != life);
         }
+        self.told.remove(&peer);
         self.early.remove(&peer);
         for source in self.sources.values_mut() {
             source.hops.remove(&peer);
@@ -243,6 +261,9 @@ impl Destination {
         match envelope.body {
             Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
                 let said = self.member.handle(&mut self.port, &envelope.body);
+                if said != Joined::Nothing {
+                    self.count_living();
+                }
                 if matches!(said, Joined::Entered { .. }) {
                     for (_, (from, reclaim)) in core::mem::take(&mut self.early) {
                         self.open(from, reclaim);
@@ -371,10 +392,27 @@ impl Destination {
         self.settle(now);
     }
 
-    /// Whether the logs have room for new reservations; stamped operations have a reserve. To be
-    /// said before anything else is handed in, whenever it changes.
-    pub fn handle_room(&mut self, has_room: bool) {
-        self.has_room = has_room;
+    /// What is free now. To be said before anything else is handed in, whenever it has changed.
+    pub fn handle_space(&mut self, space: Space) {
+        self.space = space;
+    }
+
+    /// Whether there is room for new work ([`crate::room`]). Stamped operations are taken always.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.room.has_room(&self.space, self.sources_counted()) || bites(Tooth::Overgrants)
+    }
+
+    /// Clients and proxies that may have stamped operations under way.
+    #[must_use]
+    pub fn sources_counted(&self) -> u64 {
+        self.counted.len() as u64
+    }
+
+    /// What must be free for new work to be let in.
+    #[must_use]
+    pub fn space_needed(&self) -> Cost {
+        self.room.needed(self.sources_counted())
     }
 
     /// Time passed.

@@ -13,6 +13,7 @@
 //! - [`client`], [`proxy`], [`destination`], [`root`], [`aggregator`]: one state machine per role.
 //! - [`member`]: how a node joins, pings its parent and learns the view.
 //! - [`record`]: what a destination writes to its log.
+//! - [`room`]: what may be stamped, so that nothing stamped is ever refused for space.
 //! - [`teeth`]: faults seeded to show that the simulator finds them; absent from normal builds.
 //!
 //! Contract of every state machine: `handle_*(now, input)` in, effects out of a [`effect::Effects`]
@@ -39,6 +40,7 @@ pub mod message;
 pub mod op;
 pub mod proxy;
 pub mod record;
+pub mod room;
 pub mod root;
 pub mod session;
 pub mod source;

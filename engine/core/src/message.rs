@@ -21,6 +21,7 @@ use alloc::vec::Vec;
 
 use crate::ids::{Age, Epoch, GrantId, Life, NodeId, Seq, StreamSeq, Term, ViewId};
 use crate::op::{Bytes, Key, Mode, Operation, Participant, Range};
+use crate::room::RoomAt;
 use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
@@ -345,8 +346,9 @@ messages! {
     13 Progress {
         /// State of each stream that changed.
         streams: Vec<StreamState>,
-        /// Homes that have no room for new work now; stamped operations are still taken.
-        full: Vec<NodeId>,
+        /// Homes that have room for new work. All others have none now, or are not known to; what is
+        /// stamped is taken all the same.
+        room: Vec<RoomAt>,
     }
     /// Reintegrate: a batch of one source node's windows for one next tier.
     14 Reint {

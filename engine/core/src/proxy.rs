@@ -25,11 +25,12 @@ use alloc::vec::Vec;
 pub use originate::Originate;
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time, ViewId};
 use crate::lock::{Asker, Holdings, LockServer, Notice, Recall};
 use crate::member::{Joined, Member};
 use crate::message::{Envelope, Held, Message, Role};
 use crate::op::{Mode, Range};
+use crate::room::{Budget, Words};
 use crate::source::{Outbox, WindowCounters};
 use crate::tier::{Requests, Tiers};
 
@@ -51,6 +52,8 @@ pub struct ProxyConfig {
     pub window_bytes: usize,
     /// Other proxies of the cluster and the homes that parts of own operations reach through them.
     pub via: BTreeMap<NodeId, NodeId>,
+    /// What it may have stamped itself and not everywhere committed, per home.
+    pub budget: Budget,
 }
 
 /// Figures of a proxy.
@@ -110,7 +113,10 @@ pub struct Proxy {
     /// Streams whose progress is to be told downstream.
     dirty: BTreeSet<(Life, NodeId)>,
     notices: Vec<Notice>,
-    full: BTreeSet<NodeId>,
+    /// What the tiers above said about room at homes.
+    words: Words,
+    /// The view in which this life appeared.
+    entered_at: ViewId,
     next_merge: Time,
     /// Something is to be merged before the interval is over.
     hurry: bool,
@@ -152,7 +158,8 @@ impl Proxy {
             gone: BTreeMap::new(),
             dirty: BTreeSet::new(),
             notices: Vec::new(),
-            full: BTreeSet::new(),
+            words: Words::default(),
+            entered_at: ViewId(0),
             next_merge: Time(0),
             hurry: false,
             own: originate::Own::new(),
@@ -207,7 +214,7 @@ impl Proxy {
             Message::Opened { life } => self.hop_opened(life),
             Message::Stream { base } => self.announce(from, base),
             Message::Reint { done, parts } => self.accept(from, done, parts),
-            Message::Progress { streams, full } => self.progress(from, &streams, &full),
+            Message::Progress { streams, room } => self.progress(from, &streams, &room),
             body @ (Message::Lock { .. }
             | Message::Unlock { .. }
             | Message::Read { .. }
@@ -357,6 +364,7 @@ impl Proxy {
     /// Lives that were dead before this one began are refused like fenced ones: their fences were
     /// or will be answered without this proxy.
     fn entered(&mut self) {
+        self.entered_at = self.member.view_id();
         for seat in &self.member.view().seats {
             let Life { node, incarnation } = seat.life;
             let dead = Incarnation(incarnation.0 - u64::from(seat.live));
@@ -393,12 +401,19 @@ impl Proxy {
             self.hurry = true;
         }
         let mut hops: Vec<NodeId> = self.config.via.values().copied().collect();
-        let homes = view.seats.iter().filter(|s| s.role == Role::Destination);
+        let homes = self
+            .member
+            .view()
+            .seats
+            .iter()
+            .filter(|s| s.role == Role::Destination);
         hops.extend(homes.map(|s| s.life.node));
         for &hop in &hops {
             self.tiers.dial(&mut self.port, hop);
             self.open_hop(hop);
         }
+        // Own requests may wait for a word about room that came over the new path.
+        self.serve_waiting(|_| true);
     }
 
     fn is_fenced(&self, life: Life) -> bool {

@@ -45,6 +45,8 @@ pub enum Tooth {
     PositionForgotten,
     /// A full home refuses stamped operations.
     StampedRefused,
+    /// A home lets new work in although it has no room.
+    Overgrants,
     /// A client stamps without its locks.
     StampedUnlocked,
     /// A home releases the locks of a life when it is fenced (I25).
@@ -87,6 +89,7 @@ impl Tooth {
         Tooth::UndoneForward,
         Tooth::PositionForgotten,
         Tooth::StampedRefused,
+        Tooth::Overgrants,
         Tooth::StampedUnlocked,
         Tooth::ReleasedAtFence,
         Tooth::DiscardedOnOwnCommit,

@@ -16,6 +16,7 @@ use lowtide_engine_core::destination::shard::SHARDS_MAX;
 use lowtide_engine_core::effect::Effect;
 use lowtide_engine_core::ids::{NodeId, Time};
 use lowtide_engine_core::proxy::{Proxy, ProxyConfig};
+use lowtide_engine_core::room::{Budget, HomeRule};
 use lowtide_engine_core::root::{Root, RootConfig};
 use lowtide_engine_core::session::{SessionError, Ticket};
 use lowtide_transport::message::{
@@ -452,6 +453,7 @@ fn make_core(
             .ok_or(StartError::Config("a persistent role needs a directory"))
     };
     let via = config.via.iter().copied().collect();
+    let budget = Budget::default();
     let wake = {
         let waker = waker.clone();
         move || {
@@ -478,6 +480,7 @@ fn make_core(
                 ping_interval,
                 nonce,
                 carry_bytes,
+                room: HomeRule::default(),
             };
             if !(1..=SHARDS_MAX).contains(&config.shards) {
                 return Err(StartError::Config("a server has 1 to 64 shards"));
@@ -495,6 +498,7 @@ fn make_core(
                 merge_interval: 2,
                 window_bytes: 64 << 20,
                 via,
+                budget,
             };
             Core::Proxy(Box::new(Proxy::new(config.id, settings)))
         }
@@ -507,6 +511,7 @@ fn make_core(
                 via,
                 bypass_after: 3_000,
                 redo_bytes: 16 << 20,
+                budget,
             };
             Core::Client(Box::new(Client::new(config.id, settings)))
         }

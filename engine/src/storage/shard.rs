@@ -1,7 +1,7 @@
 //! One shard's storage behind the mind's [`Storage`] trait: overlay, log, and its way to the
 //! extents and to the committer.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::Sender;
@@ -24,10 +24,10 @@ use crate::store::overlay::{FreezePoint, Overlay};
 /// What a shard's storage lets others see.
 #[derive(Debug)]
 pub struct ShardGauge {
-    /// Whether its log has room for new work.
-    pub has_room: AtomicBool,
-    /// Why not, in words.
-    full: Mutex<Option<String>>,
+    /// Bytes that its log takes, beyond what undoing what it keeps would take.
+    free: AtomicU64,
+    /// Why its log does not grow, in words, when it should.
+    grows: Mutex<Option<String>>,
     /// Bytes that a checkpoint would write now.
     pub active_bytes: AtomicUsize,
     /// Bytes of objects held in memory in front of the store.
@@ -36,12 +36,18 @@ pub struct ShardGauge {
 
 impl ShardGauge {
     fn words(&self) -> MutexGuard<'_, Option<String>> {
-        self.full.lock().unwrap_or_else(PoisonError::into_inner)
+        self.grows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why its log has no room for new work, in words, if it has none.
+    /// Bytes that its log takes, beyond what undoing what it keeps would take.
     #[must_use]
-    pub fn full(&self) -> Option<String> {
+    pub fn free(&self) -> u64 {
+        self.free.load(Ordering::Acquire)
+    }
+
+    /// Why its log does not grow, in words, when it should.
+    #[must_use]
+    pub fn grows(&self) -> Option<String> {
         self.words().clone()
     }
 }
@@ -59,8 +65,10 @@ pub(super) struct Common {
     pub(super) readers: Vec<LogReader>,
     /// Shards that need records of other logs than their own; no log is recycled meanwhile.
     pub(super) moved: AtomicU32,
-    /// Room that new work leaves in each log, in bytes.
-    pub(super) room: u64,
+    /// What should be free in each log so that new work may come, in bytes.
+    pub(super) needed: AtomicU64,
+    /// What each log keeps for itself, in bytes.
+    pub(super) log_reserve: u64,
 }
 
 /// A shard's storage. Calls of [`Storage`] lie between [`ShardStorage::begin`] and
@@ -83,6 +91,8 @@ pub struct ShardStorage {
     /// It counts in [`Common::moved`].
     moved: bool,
     gauge: Arc<ShardGauge>,
+    /// Its log had less than was needed when it looked last.
+    is_short: bool,
 }
 
 impl ShardStorage {
@@ -94,6 +104,7 @@ impl ShardStorage {
         checkpoint_lsn: u64,
     ) -> ShardStorage {
         common.moved.fetch_add(1, Ordering::Relaxed);
+        let free = log.log.free_bytes().saturating_sub(common.log_reserve);
         ShardStorage {
             number,
             overlay,
@@ -108,11 +119,12 @@ impl ShardStorage {
             checkpoint_lsn,
             moved: true,
             gauge: Arc::new(ShardGauge {
-                has_room: AtomicBool::new(true),
-                full: Mutex::new(None),
+                free: AtomicU64::new(free),
+                grows: Mutex::new(None),
                 active_bytes: AtomicUsize::new(0),
                 overlay_bytes: AtomicUsize::new(0),
             }),
+            is_short: false,
         }
     }
 
@@ -138,7 +150,20 @@ impl ShardStorage {
         self.gauge
             .overlay_bytes
             .store(self.overlay.bytes(), Ordering::Relaxed);
-        let full = match self.log.reserve(self.common.room) {
+        self.tell_free(shard.undo_bytes());
+    }
+
+    /// Tells what is free in the log, and has it grow when more is needed.
+    fn tell_free(&mut self, undo: u64) {
+        let free = self
+            .log
+            .free_bytes()
+            .saturating_sub(self.common.log_reserve);
+        self.gauge
+            .free
+            .store(free.saturating_sub(undo), Ordering::Release);
+        let needed = self.common.needed.load(Ordering::Relaxed);
+        let full = match self.log.reserve(needed.saturating_add(undo)) {
             Ok(_reservation) => None,
             Err(error) => {
                 let is_space = matches!(
@@ -151,13 +176,10 @@ impl ShardStorage {
                 Some(error)
             }
         };
-        if full.is_some() || !self.gauge.has_room.load(Ordering::Relaxed) {
-            self.gauge.has_room.store(full.is_none(), Ordering::Release);
-            let why = full.map(|error| {
-                let number = self.number;
-                format!("no room for new work in the log of shard {number}: {error}")
-            });
-            *self.gauge.words() = why;
+        if full.is_some() || self.is_short {
+            self.is_short = full.is_some();
+            let number = self.number;
+            *self.gauge.words() = full.map(|error| format!("shard {number}: {error}"));
         }
     }
 

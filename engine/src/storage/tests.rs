@@ -7,6 +7,7 @@ use lowtide_engine_core::destination::{Destination, DestinationConfig};
 use lowtide_engine_core::ids::{Epoch, NodeId};
 use lowtide_engine_core::op::Bytes;
 use lowtide_engine_core::record::{Objects, Record, Storage, Value, encode_record};
+use lowtide_engine_core::room::HomeRule;
 
 use super::*;
 
@@ -19,6 +20,7 @@ fn open(dir: &Path) -> (NodeStorage, ShardStorage, Shard) {
         ping_interval: 1,
         nonce: 1,
         carry_bytes: 0,
+        room: HomeRule::default(),
     };
     let (_, mut shards) = Destination::new(NodeId(2), config, image);
     (node, storages.remove(0), shards.remove(0))

@@ -23,6 +23,8 @@ pub const REGISTERS: u64 = 2;
 pub const COUNTERS: u64 = 3;
 /// Length of a bulk value.
 const BULK: usize = 66 << 10;
+/// Ticks after which what a full home refused is submitted again.
+const AGAIN_AFTER: u64 = 20;
 
 /// Something to ask the client for.
 #[derive(Debug)]
@@ -94,6 +96,10 @@ pub struct App {
     /// Last acknowledged append of this life per list.
     mine: BTreeMap<(NodeId, Key), u64>,
     ready: Vec<Ask>,
+    /// Requests that a full home refused, to be submitted again.
+    again: Vec<Request>,
+    /// When the first of them is.
+    again_at: Option<u64>,
     next_at: u64,
     /// Operations that executed.
     pub executed: u64,
@@ -131,6 +137,8 @@ impl App {
             reads: BTreeMap::new(),
             mine: BTreeMap::new(),
             ready: Vec::new(),
+            again: Vec::new(),
+            again_at: None,
             next_at: now,
             executed: 0,
             contended: 0,
@@ -141,18 +149,28 @@ impl App {
     /// Whether everything was done and answered.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        self.left == 0 && self.tasks.is_empty() && self.ready.is_empty()
+        let asked = self.ready.is_empty() && self.again.is_empty();
+        self.left == 0 && self.tasks.is_empty() && asked
     }
 
     /// When [`App::poll`] may have something new; `None` while answers are awaited.
     #[must_use]
     pub fn wake_at(&self) -> Option<u64> {
         let may = self.left > 0 && (self.tasks.len() as u64) < self.depth;
-        (may || !self.ready.is_empty()).then_some(self.next_at)
+        let next = (may || !self.ready.is_empty()).then_some(self.next_at);
+        next.into_iter().chain(self.again_at).min()
     }
 
     /// What to ask for now.
     pub fn poll(&mut self, now: u64) -> Option<Ask> {
+        if self.again_at.is_some_and(|at| now >= at) {
+            let request = self.again.remove(0);
+            self.submit(request);
+            self.again_at = None;
+        }
+        if !self.again.is_empty() && self.again_at.is_none() {
+            self.again_at = Some(now + AGAIN_AFTER);
+        }
         if self.ready.is_empty()
             && self.left > 0
             && (self.tasks.len() as u64) < self.depth
@@ -195,7 +213,7 @@ impl App {
             Some(Task::Simple {
                 again: Some(request),
             }) if matches!(error, Some(SessionError::Refused(Refusal::Full { .. }))) => {
-                self.submit(request);
+                self.again.push(request);
             }
             _ => {}
         }

@@ -19,6 +19,7 @@ use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::record::{
     Extent, KIND_OP, Objects, OpRecord, Position, Record, Recorded, Storage, Stored, Value, step_of,
 };
+use lowtide_engine_core::room::Space;
 use lowtide_engine_core::session::Page;
 
 /// One appended record.
@@ -36,11 +37,21 @@ pub struct Logged {
     pub body: Vec<u8>,
 }
 
+impl Logged {
+    /// What it takes, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        1 + self.body.len() as u64
+    }
+}
+
 /// A shard's log.
 #[derive(Debug, Default)]
 pub struct LogDisk {
     /// Its records, ascending.
     pub records: VecDeque<Logged>,
+    /// What they take, in bytes.
+    used: u64,
     /// Position of the newest record.
     end: u64,
 }
@@ -73,8 +84,10 @@ pub struct Disk {
     pub checkpoint: Checkpoint,
     /// A checkpoint that waits for shards or for the logs.
     pub frozen: Option<Checkpoint>,
-    /// No room for new reservations.
+    /// There is no room for new work, whatever is free.
     pub full: bool,
+    /// What each log takes, in bytes; no bound if `None`.
+    pub log_bytes: Option<u64>,
     /// Shards of the running process.
     count: u32,
     /// Out-of-line values: offset → bytes, and the step in which they were placed.
@@ -83,6 +96,15 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// An empty disk on which each log takes so many bytes.
+    #[must_use]
+    pub fn of(log_bytes: Option<u64>) -> Disk {
+        Disk {
+            log_bytes,
+            ..Disk::default()
+        }
+    }
+
     /// A process with this many shards starts.
     pub fn set_shards(&mut self, count: u32) {
         self.count = count;
@@ -123,6 +145,26 @@ impl Disk {
         newest.max().unwrap_or_default()
     }
 
+    /// What is free, as hands report it.
+    #[must_use]
+    pub fn space<'a>(&self, shards: impl Iterator<Item = &'a Shard>) -> Space {
+        if self.full {
+            return Space::NONE;
+        }
+        let Some(limit) = self.log_bytes else {
+            return Space::UNBOUNDED;
+        };
+        let free = |(log, shard): (&LogDisk, &Shard)| {
+            let taken = log.used + shard.undo_bytes();
+            limit.saturating_sub(taken)
+        };
+        let log = self.logs.iter().zip(shards).map(free).min();
+        Space {
+            log: log.unwrap_or_default(),
+            ..Space::UNBOUNDED
+        }
+    }
+
     /// Loses what a crash loses; steps up to `survives` (at least [`Disk::synced`]) remain.
     pub fn crash(&mut self, survives: Step) {
         assert!(
@@ -130,7 +172,9 @@ impl Disk {
             "a crash cannot take durable records"
         );
         for log in &mut self.logs {
-            while log.records.pop_back_if(|r| r.step > survives).is_some() {}
+            while let Some(lost) = log.records.pop_back_if(|r| r.step > survives) {
+                log.used -= lost.bytes();
+            }
             // A position is used again, unless nothing is left to tell it from.
             log.end = log.records.back().map_or(log.end, |r| r.lsn.0);
         }
@@ -201,6 +245,7 @@ impl Disk {
                 .records
                 .pop_front_if(|r| r.lsn < keep && r.step <= covered)
             {
+                log.used -= record.bytes();
                 if record.kind == KIND_OP {
                     operations.push(record.step);
                 }
@@ -334,15 +379,23 @@ impl Storage for View<'_> {
         let log = self.shard.expect("a shard appends");
         let step = step_of(body).expect("a record begins with its step");
         let l = &mut self.disk.logs[log as usize];
-        l.end += 1 + body.len() as u64;
-        let lsn = Lsn(l.end);
-        l.records.push_back(Logged {
+        let mut record = Logged {
             step,
-            lsn,
+            lsn: Lsn(0),
             kind,
             epoch,
             body: body.to_vec(),
-        });
+        };
+        l.end += record.bytes();
+        l.used += record.bytes();
+        let limit = self.disk.log_bytes.unwrap_or(u64::MAX);
+        assert!(
+            l.used <= limit,
+            "a full log refuses a record of kind {kind}"
+        );
+        record.lsn = Lsn(l.end);
+        let lsn = record.lsn;
+        l.records.push_back(record);
         Position { log, lsn }
     }
 

@@ -102,6 +102,7 @@ impl World {
             ping_interval: self.plan.ping_interval,
             nonce: self.nonce(node),
             carry_bytes: self.plan.carry_bytes,
+            room: self.plan.room_rule(),
         };
         let n = &mut self.nodes[node];
         let id = n.id;
@@ -171,6 +172,7 @@ impl World {
                 nonce,
                 merge_interval: self.plan.merge_interval,
                 window_bytes: self.plan.window_bytes,
+                budget: self.plan.room_rule().budget,
                 via: if shared {
                     self.peers_of(number)
                 } else {
@@ -194,6 +196,7 @@ impl World {
             via: plan.via.iter().map(|&(d, p)| (home(d), proxy(p))).collect(),
             bypass_after: self.plan.bypass_after,
             redo_bytes: self.plan.redo_bytes,
+            budget: self.plan.room_rule().budget,
         };
         let homes: Vec<NodeId> = (0..self.plan.destinations).map(home).collect();
         let label = ((node as u64) << 8) + self.nodes[node].boot;

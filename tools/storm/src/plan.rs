@@ -1,6 +1,10 @@
 //! What a seed stands for: topology, workload and faults, as plain data that the minimiser may
 //! thin out.
 
+mod small_disk;
+
+pub use small_disk::SmallDisk;
+
 use crate::rng::Rng;
 
 /// Index of a node in the plan: 0 is the root, then the aggregator if any, destinations, proxies,
@@ -178,6 +182,8 @@ pub struct Plan {
     pub shard_delay: u64,
     /// Work.
     pub mix: Mix,
+    /// A small disk under every home; without bounds if `None`.
+    pub small_disk: Option<SmallDisk>,
 }
 
 impl Plan {
@@ -257,6 +263,7 @@ impl Plan {
                 read: 1,
                 scan: 1,
             },
+            small_disk: None,
         }
     }
 
@@ -337,6 +344,7 @@ impl Plan {
         plan.draw_bypass(&mut list);
         plan.draw_shards(&mut Rng::branch(seed, 7));
         plan.draw_orphan(&mut list);
+        plan.draw_disk(&mut Rng::branch(seed, 10));
         list.sort_by_key(|(at, _)| *at);
         plan.faults = list;
         plan

@@ -73,6 +73,10 @@ probes! {
     /// A crash found an operation executed by some of its shards.
     CrashSplitShards,
     WindowsDiscardedEarly,
+    /// A home with a small disk had no room.
+    RoomRanOut,
+    /// It refused a lock for that, and granted it when there was room again.
+    GrantedAfterRoomCameBack,
     IdleEpochsWatched,
     RestWatched,
 }

@@ -9,7 +9,9 @@ use std::collections::{BTreeSet, VecDeque};
 use lowtide_engine_core::destination::Destination;
 use lowtide_engine_core::destination::shard::{Answer, Order, Shard, Task};
 use lowtide_engine_core::ids::Step;
+use lowtide_engine_core::room::Space;
 
+use crate::disk::Disk;
 use crate::plan::Index;
 use crate::probe::Probe;
 use crate::world::{Core, Event, World};
@@ -55,6 +57,11 @@ impl Shards {
             list: list.collect(),
             completing: BTreeSet::new(),
         }
+    }
+
+    /// What is free at the node.
+    pub(crate) fn space(&self, disk: &Disk) -> Space {
+        disk.space(self.list.iter().map(|s| &s.shard))
     }
 
     /// Everything up to this step is executed by every shard.
@@ -158,12 +165,13 @@ impl World {
     pub(crate) fn answer(&mut self, node: Index, shard: usize) {
         let now = self.time();
         let n = &mut self.nodes[node];
+        let space = n.shards.space(&n.disk);
         let s = &mut n.shards.list[shard];
         s.answering = false;
         let Core::Destination(front) = &mut n.core else {
             return;
         };
-        front.handle_room(!n.disk.full);
+        front.handle_space(space);
         for (answers, done) in s.outbox.drain(..) {
             for answer in answers {
                 front.handle_answer(shard as u32, answer);
@@ -178,6 +186,8 @@ impl World {
         let id = self.nodes[node].id;
         let n = &mut self.nodes[node];
         if let Core::Destination(front) = &n.core {
+            // The last shard may have taken part since the last sync.
+            n.disk.apply_checkpoint();
             let recycled = n.disk.recycle(n.shards.list.iter().map(|s| &s.shard));
             if !n.disk.is_freezing() {
                 n.disk.begin_checkpoint(front.step(), front.image());

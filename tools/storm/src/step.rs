@@ -73,11 +73,11 @@ impl Core {
 }
 
 impl World {
-    /// A home learns whether its logs have room.
+    /// A home learns what is free.
     fn before_message(&mut self, node: Index) {
         let n = &mut self.nodes[node];
         if let Core::Destination(c) = &mut n.core {
-            c.handle_room(!n.disk.full);
+            c.handle_space(n.shards.space(&n.disk));
         }
     }
 
@@ -92,7 +92,7 @@ impl World {
             Core::Down => {}
             Core::Root(c) => c.handle_timeout(now),
             Core::Destination(c) => {
-                c.handle_room(!n.disk.full);
+                c.handle_space(n.shards.space(&n.disk));
                 c.handle_timeout(now);
             }
             Core::Proxy(c) => c.handle_timeout(now),
@@ -118,7 +118,7 @@ impl World {
         self.oracle.synced(id, upto);
         let n = &mut self.nodes[node];
         if let Core::Destination(c) = &mut n.core {
-            c.handle_room(!n.disk.full);
+            c.handle_space(n.shards.space(&n.disk));
             c.handle_durable(now, upto);
         }
         self.note(3, || format!("{id} log durable to {upto}"));
@@ -325,6 +325,7 @@ impl World {
         match effect {
             Effect::Send { to, envelope } => {
                 let home = self.is_destination(node);
+                self.watch_room(node, to, &envelope.body);
                 self.oracle
                     .sent(envelope.from, home, envelope.epoch, envelope.minimum);
                 if let Message::Progress { streams, .. } = &envelope.body

@@ -1,12 +1,43 @@
 //! Convergence after healing, and the last checks and probes of a run.
 
 use lowtide_engine_core::destination::Stage;
+use lowtide_engine_core::ids::NodeId;
+use lowtide_engine_core::message::{LockRefusal, Message};
+use lowtide_engine_core::op::Mode;
 
 use crate::plan::Index;
 use crate::probe::Probe;
 use crate::world::{Core, World};
 
 impl World {
+    /// Probes that room ran out by itself, and that a lock that was refused for it was granted later.
+    pub(crate) fn watch_room(&mut self, node: Index, to: NodeId, body: &Message) {
+        let n = &self.nodes[node];
+        let Core::Destination(front) = &n.core else {
+            return;
+        };
+        if n.disk.log_bytes.is_none() || n.disk.full {
+            return;
+        }
+        self.probes.hit_if(Probe::RoomRanOut, !front.has_room());
+        match body {
+            Message::Refused {
+                reason: LockRefusal::Full,
+                ..
+            } => {
+                self.refused.insert((node, to));
+            }
+            Message::Granted {
+                mode: Mode::Exclusive,
+                ..
+            } => {
+                let waited = self.refused.remove(&(node, to));
+                self.probes.hit_if(Probe::GrantedAfterRoomCameBack, waited);
+            }
+            _ => {}
+        }
+    }
+
     /// Whether everything has come to rest: work done and stable, evictions over, undo and windows
     /// gone.
     pub(crate) fn is_converged(&self) -> bool {
@@ -33,11 +64,12 @@ impl World {
                 Core::Destination(d) => {
                     let (stage, waits) = d.stage();
                     let unpurged = d.undo_kept() > 0;
-                    let busy = unpurged || behind;
+                    let busy = unpurged || behind || !d.has_room();
                     (stage != Stage::Serving || busy).then(|| {
                         format!(
-                            "{stage:?} waits for {waits:?}, keeps {} undo records",
-                            d.undo_kept()
+                            "{stage:?} waits for {waits:?}, keeps {} undo records, has room: {}",
+                            d.undo_kept(),
+                            d.has_room()
                         )
                     })
                 }

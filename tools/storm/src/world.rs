@@ -206,6 +206,8 @@ pub struct World {
     pub(crate) progress: u64,
     /// Pins held: (coordinator, peer).
     pub(crate) pins: BTreeSet<(Index, Index)>,
+    /// Homes and whom they last refused a lock because room had run out.
+    pub(crate) refused: BTreeSet<(Index, NodeId)>,
 }
 
 impl World {
@@ -223,7 +225,7 @@ impl World {
                 id,
                 core: Core::Down,
                 boot: 0,
-                disk: Disk::default(),
+                disk: Disk::of(plan.log_bytes()),
                 shards: Shards::default(),
                 root_disk: RootDisk::default(),
                 app: None,
@@ -267,6 +269,7 @@ impl World {
             is_quiet: false,
             progress: 0,
             pins: BTreeSet::new(),
+            refused: BTreeSet::new(),
         };
         for node in 0..world.nodes.len() {
             let at = if node == 0 { 0 } else { world.rng.below(6) };

@@ -130,7 +130,6 @@ impl Client {
         }
         self.tiers.opened(life);
         let routes = &self.routes;
-        self.full.retain(|home| routes.through(*home) != hop);
         let again = self
             .asked
             .select(|query, _| routes.through(query.home()) == hop);
@@ -168,8 +167,8 @@ impl Client {
                 continue;
             }
             if !self.holdings.covers(want.home, want.range, want.mode) {
-                // Locks that were lost with a proxy leave later ones pinned; nobody may hold a later
-                // one while it waits for an earlier one.
+                // Locks that were lost with a proxy leave later ones pinned; nobody may hold a
+                // later one while it waits for an earlier one.
                 let first = order(want.home, &want.range);
                 self.pins
                     .retain(|(pin, h, r)| *pin != ticket.0 || order(*h, r) < first);
@@ -223,9 +222,7 @@ impl Client {
             return;
         }
         // Asked for again once the home says that it has room, unless the head insists.
-        if !self.full.contains(&home) {
-            self.full.push(home);
-        }
+        self.words.refused(self.routes.through(home), home);
         let Some(head) = self.queue.front() else {
             return;
         };

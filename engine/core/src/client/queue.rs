@@ -7,8 +7,10 @@ use super::{Client, PREFETCH, READS_MAX};
 use crate::effect::Effect;
 use crate::ids::{Age, Epoch, Life, NodeId, StreamSeq};
 use crate::op::{
-    Bytes, Change, Check, Expect, Key, Mode, Range, Refusal, Request, Stamp, UPDATES_MAX, Want,
+    Bytes, Change, Check, Expect, Key, Mode, Range, Refusal, Request, Stamp, UPDATES_MAX, Update,
+    Want,
 };
+use crate::room::{Budget, Cost};
 use crate::session::{SessionError, Ticket};
 use crate::teeth::{Tooth, bites};
 use crate::tier::Query;
@@ -137,7 +139,7 @@ impl Client {
             }
         }
         for (want, age) in ahead {
-            if !self.full.contains(&want.home) {
+            if want.mode == Mode::Shared || self.has_room(want.home) {
                 self.want(&want, age);
             }
         }
@@ -160,11 +162,11 @@ impl Client {
         };
         match &head.item {
             Item::Op(request) => {
-                let full = request.updates.iter().any(|u| self.full.contains(&u.home));
-                if full || !self.evaluate_checks() {
+                let room = request.updates.iter().all(|u| self.has_room(u.home));
+                if !room || !self.evaluate_checks() {
                     return false;
                 }
-                self.stamp_head();
+                return self.stamp_head();
             }
             Item::Read { home, key } => {
                 let (home, key) = (*home, key.clone());
@@ -258,14 +260,37 @@ impl Client {
             .then_some(None)
     }
 
-    fn stamp_head(&mut self) {
+    /// Whether a home lets this life stamp.
+    fn has_room(&self, home: NodeId) -> bool {
+        let hop = self.routes.through(home);
+        self.words.allow(hop, home, self.entered_at)
+    }
+
+    /// What an operation takes at its homes, as far as it is known what it replaces.
+    fn costs(&self, updates: &[Update]) -> Vec<(NodeId, Cost)> {
+        let known = |update: &Update| {
+            let value = self.known(update.home, &update.key)?;
+            Some(value.map_or(0, |value| value.len() as u64))
+        };
+        self.config.budget.costs(updates, known)
+    }
+
+    /// Stamps the head, unless too much is under way at one of its homes; whether it did.
+    fn stamp_head(&mut self) -> bool {
+        let Some(Item::Op(request)) = self.queue.front().map(|head| &head.item) else {
+            return false;
+        };
+        let costs = self.costs(&request.updates);
+        if !self.ledger.admits(&self.config.budget, &costs) {
+            return false;
+        }
         let Some(Queued {
             ticket,
             item: Item::Op(request),
             ..
         }) = self.queue.pop_front()
         else {
-            return;
+            return false;
         };
         let life = self.port.life();
         let epoch = self.port.epoch();
@@ -277,9 +302,11 @@ impl Client {
             self.outbox.open(life, p.node, StreamSeq(1));
             self.outbox.push(p.node, op.clone());
         }
+        self.ledger.enter(op.id.seq, costs);
         self.counters.stamped += 1;
         self.stamped.push_back((ticket, Stamp { id: op.id, epoch }));
         self.head_left(ticket);
+        true
     }
 
     pub(super) fn head_left(&mut self, ticket: Ticket) {
@@ -377,8 +404,9 @@ impl Client {
     }
 }
 
-/// Limits and coverage of a request (S1 and S2 rest on it).
-pub(super) fn validate(request: &Request) -> Result<(), Refusal> {
+/// Limits and coverage of a request (S1 and S2 rest on it). What exceeds the budget alone could never
+/// be stamped.
+pub(super) fn validate(request: &Request, budget: &Budget) -> Result<(), Refusal> {
     let covered = |home: NodeId, key: &Key, mode: Mode| {
         request
             .locks
@@ -398,7 +426,9 @@ pub(super) fn validate(request: &Request) -> Result<(), Refusal> {
         .checks
         .iter()
         .all(|c| covered(c.home, &c.key, Mode::Shared));
-    if distinct && sized && updates && checks {
+    let costs = budget.costs(&request.updates, |_| None);
+    let fits = !costs.iter().any(|(_, cost)| budget.is_exceeded_by(cost));
+    if distinct && sized && updates && checks && fits {
         Ok(())
     } else {
         Err(Refusal::NotCovered)

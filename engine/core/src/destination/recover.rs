@@ -199,7 +199,10 @@ impl Image {
         }
         self.step = self.step.max(step);
         match record {
-            Record::Op(op) => self.replay_op((step, position), &op, fresh, storage)?,
+            Record::Op(op) => {
+                let undo = Kept::undo_of(body.len());
+                self.replay_op((step, position, undo), &op, fresh, storage)?;
+            }
             Record::Undone(undone) => self.replay_undone(undone, fresh, storage),
             Record::Fence(life) if fresh => self.sources.entry(life).or_default().fenced = true,
             Record::Row(life) if fresh => {
@@ -292,7 +295,7 @@ impl Image {
 
     fn replay_op<S: Objects>(
         &mut self,
-        (step, position): (Step, Position),
+        (step, position, undo): (Step, Position, u64),
         op: &OpRecord,
         fresh: bool,
         storage: &mut S,
@@ -334,6 +337,7 @@ impl Image {
                 seq: op.id.seq,
                 epoch: op.epoch,
                 position,
+                undo,
             });
         }
         for w in &op.writes {

@@ -177,6 +177,7 @@ impl Destination {
             *gone = (*gone).max(victim.incarnation);
             self.reclaim(victim, &[]);
             self.rows.remove(&victim);
+            self.counted.remove(&victim);
             self.resolutions.resolving.remove(&victim);
             if let Some(source) = self.sources.get_mut(&victim) {
                 source.gone = true;

@@ -29,6 +29,7 @@ impl Destination {
         let session = Session { life: from, since };
         self.sessions.insert(from.node, session);
         self.returned.insert(from);
+        self.counted.insert(from);
         if !self.rows.contains_key(&from) {
             let step = self.log(Record::Row(from));
             self.rows.insert(from, step);
@@ -47,7 +48,16 @@ impl Destination {
     pub(super) fn opened(&mut self, life: Life) {
         let own = self.port.life();
         self.port.send(life.node, Message::Opened { life: own });
-        self.told_full.remove(&life.node);
+        self.told.remove(&life.node);
+    }
+
+    /// Whoever lives may have something stamped, and dies with it.
+    pub(super) fn count_living(&mut self) {
+        let seats = self.member.view().seats.iter();
+        let living = seats.filter(|s| s.live && s.role.is_volatile_source());
+        let living = living.map(|s| s.life).filter(|life| !self.is_gone(*life));
+        let living: Vec<Life> = living.collect();
+        self.counted.extend(living);
     }
 
     /// Every shard makes the life's grants agree with its claims.
@@ -80,7 +90,7 @@ impl Destination {
         }
         match body {
             // A shared lock brings no work, and what is stored can be read of a full home.
-            Message::Lock { request, mode, .. } if mode == Mode::Exclusive && !self.has_room => {
+            Message::Lock { request, mode, .. } if mode == Mode::Exclusive && !self.has_room() => {
                 let reason = LockRefusal::Full;
                 self.port
                     .send(from.node, Message::Refused { request, reason });

@@ -18,9 +18,13 @@
 //!
 //! Deliberately absent: sources, sessions, streams, fences, decisions, messages (the front's).
 
+mod set;
+
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+
+pub use set::ShardSet;
 
 use super::objects;
 use crate::ids::{Epoch, GrantId, Life, Lsn, NodeId, Seq, Step, StreamSeq};
@@ -31,6 +35,7 @@ use crate::record::{
     Extent, OpRecord, Piece, Position, Record, Recorded, Storage, UndoneRecord, Value, Write,
     encode_record,
 };
+use crate::room::FRAME_BYTES;
 use crate::session::Page;
 
 /// Most shards of a destination: [`ShardSet`] is one word.
@@ -45,52 +50,6 @@ pub fn shard_of(space: u64, count: u32) -> u32 {
     // Spaces are often small numbers or share their low bits; the high bits of the product differ.
     let mixed = space.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     ((mixed * u64::from(count)) >> 32) as u32
-}
-
-/// Some shards of a destination.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ShardSet(u64);
-
-impl ShardSet {
-    /// The shards with numbers below `count`.
-    #[must_use]
-    pub fn all(count: u32) -> ShardSet {
-        ShardSet(u64::MAX >> (64 - count.clamp(1, SHARDS_MAX)))
-    }
-
-    /// Puts a shard in.
-    pub fn insert(&mut self, number: u32) {
-        self.0 |= 1 << number;
-    }
-
-    /// Puts all of `others` in.
-    pub fn extend(&mut self, others: ShardSet) {
-        self.0 |= others.0;
-    }
-
-    /// Takes a shard out; whether it was in.
-    pub fn remove(&mut self, number: u32) -> bool {
-        let before = self.0;
-        self.0 &= !(1 << number);
-        before != self.0
-    }
-
-    /// How many.
-    #[must_use]
-    pub fn len(self) -> u32 {
-        self.0.count_ones()
-    }
-
-    /// Whether there is none.
-    #[must_use]
-    pub fn is_empty(self) -> bool {
-        self.0 == 0
-    }
-
-    /// Their numbers, ascending.
-    pub fn iter(self) -> impl Iterator<Item = u32> {
-        (0..SHARDS_MAX).filter(move |n| self.0 >> n & 1 == 1)
-    }
 }
 
 /// What a front orders of a shard.
@@ -279,6 +238,16 @@ pub(super) struct Kept {
     pub(super) seq: Seq,
     pub(super) epoch: Epoch,
     pub(super) position: Position,
+    /// What its undo step adds to a log, at most, in bytes.
+    pub(super) undo: u64,
+}
+
+impl Kept {
+    /// Of an operation whose record has a body of `len` bytes. The record of its undo step leaves
+    /// out what was written and keeps what it restores.
+    pub(super) fn undo_of(len: usize) -> u64 {
+        len as u64 + FRAME_BYTES
+    }
 }
 
 /// Extents by the operation that replaced them.
@@ -313,6 +282,8 @@ pub struct Shard {
     garbage: VecDeque<(Step, Extent)>,
     notices: Vec<Notice>,
     answers: VecDeque<Answer>,
+    /// Sum over `kept`.
+    undo_bytes: u64,
     done: Step,
 }
 
@@ -324,6 +295,7 @@ impl Shard {
         (kept, replaced): (BTreeMap<Life, VecDeque<Kept>>, Replaced),
         done: Step,
     ) -> Shard {
+        let undo_bytes = kept.values().flatten().map(|k| k.undo).sum();
         Shard {
             node,
             number,
@@ -336,6 +308,7 @@ impl Shard {
             garbage: VecDeque::new(),
             notices: Vec::new(),
             answers: VecDeque::new(),
+            undo_bytes,
             done,
         }
     }
@@ -432,6 +405,12 @@ impl Shard {
         kept.chain(used).min()
     }
 
+    /// Bytes that undoing everything kept would add to this shard's log, at most.
+    #[must_use]
+    pub fn undo_bytes(&self) -> u64 {
+        self.undo_bytes
+    }
+
     /// Whether records of other logs than `log` are needed for undo: the number of shards has
     /// changed, and m has not passed what was executed before.
     #[must_use]
@@ -485,12 +464,15 @@ impl Shard {
             writes,
             carried,
         });
-        let position = append(step, &record, op.epoch, storage);
+        let (position, len) = append(step, &record, op.epoch, storage);
+        let undo = Kept::undo_of(len);
+        self.undo_bytes += undo;
         self.kept.entry(op.id.source).or_default().push_back(Kept {
             at,
             seq: op.id.seq,
             epoch: op.epoch,
             position,
+            undo,
         });
     }
 
@@ -523,6 +505,7 @@ impl Shard {
                 && let Some(place) = list.iter().rposition(|k| k.position == kept.position)
             {
                 list.remove(place);
+                self.undo_bytes -= kept.undo;
             }
         }
     }
@@ -544,9 +527,10 @@ impl Shard {
         {
             self.undoing.pop_front();
         }
-        let replaced = &mut self.replaced;
+        let (replaced, undo_bytes) = (&mut self.replaced, &mut self.undo_bytes);
         self.kept.retain(|life, kept| {
             while let Some(k) = kept.pop_front_if(|k| k.epoch < minimum) {
+                *undo_bytes -= k.undo;
                 if !replaced.is_empty()
                     && let Some(extents) = replaced.remove(&(*life, k.at))
                 {
@@ -605,6 +589,13 @@ impl Shard {
     }
 }
 
-fn append<S: Storage>(step: Step, record: &Record, epoch: Epoch, storage: &mut S) -> Position {
-    storage.append(record.kind(), epoch, &encode_record(step, record))
+/// Appends a record; returns its position and the length of its body.
+fn append<S: Storage>(
+    step: Step,
+    record: &Record,
+    epoch: Epoch,
+    storage: &mut S,
+) -> (Position, usize) {
+    let body = encode_record(step, record);
+    (storage.append(record.kind(), epoch, &body), body.len())
 }

@@ -10,6 +10,7 @@ use crate::ids::{Epoch, Life, NodeId, Seq, Step, StreamSeq};
 use crate::message::{Message, Parts, StreamBase, StreamState};
 use crate::op::Operation;
 use crate::record::{Piece, Record};
+use crate::room::RoomAt;
 use crate::teeth::{Tooth, bites};
 
 /// An operation that was ordered and whose undo records are kept.
@@ -101,6 +102,7 @@ impl Destination {
             .entry(base.source)
             .or_insert_with(|| Source::at(base.base.before()));
         source.hops.insert(from.node);
+        self.counted.insert(base.source);
         source.dirty = true;
         if bites(Tooth::PositionForgotten) {
             (source.ordered, source.executed) = (base.base.before(), base.base.before());
@@ -119,13 +121,13 @@ impl Destination {
             self.counters.refused_fenced += 1;
             return;
         }
+        if bites(Tooth::StampedRefused) && !self.has_room() {
+            return;
+        }
         let Some(source) = self.sources.get_mut(&op.id.source) else {
             self.counters.refused_order += 1;
             return;
         };
-        if bites(Tooth::StampedRefused) && !self.has_room {
-            return;
-        }
         if at <= source.ordered {
             self.counters.duplicates += 1;
             source.dirty = true;
@@ -222,21 +224,19 @@ impl Destination {
                 per_hop.entry(hop).or_default().push(state);
             }
         }
-        let full = !self.has_room;
-        if full {
-            for &node in self.sessions.keys() {
-                if self.told_full.insert(node) {
-                    per_hop.entry(node).or_default();
-                }
-            }
-        } else {
-            for node in core::mem::take(&mut self.told_full) {
+        let room = self.has_room().then_some(self.member.view_id());
+        if core::mem::replace(&mut self.said, room) != room {
+            self.told.clear();
+        }
+        if self.told.len() < self.sessions.len() {
+            for &node in self.sessions.keys().filter(|node| self.told.insert(**node)) {
                 per_hop.entry(node).or_default();
             }
         }
         for (hop, streams) in per_hop {
-            let full = if full { alloc::vec![home] } else { Vec::new() };
-            self.port.send(hop, Message::Progress { streams, full });
+            let room = room.map(|view| RoomAt { home, view });
+            let room = room.into_iter().collect();
+            self.port.send(hop, Message::Progress { streams, room });
         }
     }
 }

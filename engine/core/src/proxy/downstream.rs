@@ -9,6 +9,7 @@ use crate::ids::{Age, Life, NodeId, Seq};
 use crate::lock::{Asker, Notice};
 use crate::message::{Message, Parts, Reclaim, StreamBase, StreamState};
 use crate::op::{Mode, Operation, Range};
+use crate::room::RoomAt;
 use crate::tier::Query;
 
 impl Proxy {
@@ -32,6 +33,7 @@ impl Proxy {
         self.doubt_lost(from, claims);
         self.locks.reclaim(from, claims, &mut self.notices);
         self.port.send(from.node, Message::Opened { life: own });
+        self.tell_room_to(from.node);
         // The word may have been lost.
         self.recall_again();
     }
@@ -112,13 +114,17 @@ impl Proxy {
         }
     }
 
-    pub(super) fn tell_full(&mut self) {
-        let full: Vec<NodeId> = self.full.iter().copied().collect();
-        for &client in self.sessions.keys() {
-            let streams = Vec::new();
-            let full = full.clone();
-            self.port.send(client, Message::Progress { streams, full });
+    pub(super) fn tell_room(&mut self) {
+        let clients: Vec<NodeId> = self.sessions.keys().copied().collect();
+        for client in clients {
+            self.tell_room_to(client);
         }
+    }
+
+    /// Homes speak for themselves; what another proxy says of them is hearsay, and not passed on.
+    fn tell_room_to(&mut self, client: NodeId) {
+        let (streams, room) = (Vec::new(), self.words.own().collect());
+        self.port.send(client, Message::Progress { streams, room });
     }
 
     pub(super) fn downstream(&mut self, from: Life, body: Message) {
@@ -189,7 +195,7 @@ impl Proxy {
             }
             self.waiting.push(w);
             // Own requests wait until there is room; a client's is refused by the home.
-            let waits = w.asker.holder == self.port.life() && self.full.contains(&w.home);
+            let waits = w.asker.holder == self.port.life() && !self.may_stamp(w.home);
             let pending = waits || self.asked.awaits(w.home, &w.range, w.mode, w.asker.age);
             if !pending {
                 let query = Query::Lock {
@@ -283,13 +289,13 @@ impl Proxy {
                     ..state
                 });
         }
-        let full: Vec<NodeId> = self.full.iter().copied().collect();
+        let room: Vec<RoomAt> = self.words.own().collect();
         for (client, streams) in per_client {
             self.port.send(
                 client,
                 Message::Progress {
                     streams,
-                    full: full.clone(),
+                    room: room.clone(),
                 },
             );
         }

@@ -17,8 +17,9 @@ use crate::effect::{Effect, Port};
 use crate::ids::{Age, Epoch, GrantId, Life, NodeId, Seq, StreamSeq};
 use crate::lock::{Asker, normalise};
 use crate::message::Message;
-use crate::op::{Operation, Range, Stamp, Update, Want};
-use crate::session::Ticket;
+use crate::op::{Operation, Range, Refusal, Stamp, Update, Want};
+use crate::room::Ledger;
+use crate::session::{SessionError, Ticket};
 use crate::source::Redo;
 
 /// An operation for the proxy to stamp. Every object that it puts or deletes must be covered by
@@ -62,6 +63,8 @@ type Grants = Vec<(NodeId, GrantId, Range)>;
 #[derive(Debug)]
 pub(super) struct Own {
     redo: Redo,
+    /// What is stamped and not everywhere committed.
+    ledger: Ledger,
     queue: VecDeque<Pending>,
     /// Stamped operations whose locks are still held.
     holding: VecDeque<(Ticket, Stamp, Grants)>,
@@ -79,6 +82,7 @@ impl Own {
     pub(super) fn new() -> Own {
         Own {
             redo: Redo::new(),
+            ledger: Ledger::default(),
             queue: VecDeque::new(),
             holding: VecDeque::new(),
             pins: BTreeMap::new(),
@@ -115,8 +119,17 @@ impl Own {
 }
 
 impl Proxy {
-    /// Queues an operation of the proxy's own.
+    /// Queues an operation of the proxy's own. One that exceeds the budget alone is refused: it could
+    /// never be stamped.
     pub fn originate(&mut self, now: crate::ids::Time, asked: Originate) {
+        let budget = &self.config.budget;
+        let costs = budget.costs(&asked.updates, |_| None);
+        if costs.iter().any(|(_, cost)| budget.is_exceeded_by(cost)) {
+            let result = Err(SessionError::Refused(Refusal::NotCovered));
+            let ticket = asked.ticket;
+            self.port.ask(Effect::Outcome { ticket, result });
+            return;
+        }
         self.own.next += 1;
         let wants = normalise(&asked.locks);
         self.own.queue.push_back(Pending {
@@ -234,6 +247,7 @@ impl Proxy {
     /// Moves the head of the queue on: locks, pins, stamp, hand-over; lets finished locks go.
     pub(super) fn originate_settle(&mut self) {
         self.own.redo.advance(&self.outbox);
+        self.own.ledger.settle(self.own.redo.done());
         while let Some((ticket, stamp, _)) = self.own.holding.front() {
             if stamp.id.seq > self.own.redo.done() {
                 break;
@@ -256,6 +270,9 @@ impl Proxy {
             return;
         }
         let own = self.port.life();
+        if !self.may_begin_round() {
+            return;
+        }
         let Some(head) = self.own.queue.front_mut() else {
             return;
         };
@@ -275,6 +292,31 @@ impl Proxy {
         if head.awaiting.as_ref().is_some_and(BTreeSet::is_empty) {
             self.stamp_own(own);
         }
+    }
+
+    /// Whether the head may be stamped as far as room goes. Asked before its pin round: pins hold m
+    /// down, so nothing that m must pass first may be waited for under them. What the round will
+    /// stamp is part of the budget from here on, because the head is the only one in a round.
+    fn may_begin_round(&self) -> bool {
+        let Some(head) = self
+            .own
+            .queue
+            .front()
+            .filter(|head| head.awaiting.is_none())
+        else {
+            return true;
+        };
+        let updates = &head.asked.updates;
+        let costs = self.config.budget.costs(updates, |_| None);
+        updates.iter().all(|u| self.may_stamp(u.home))
+            && self.own.ledger.admits(&self.config.budget, &costs)
+    }
+
+    /// Whether a home lets this proxy stamp operations of its own.
+    pub(super) fn may_stamp(&self, home: NodeId) -> bool {
+        let own = self.port.life();
+        let hop = Self::hop_of(&self.via, own, own, home);
+        self.words.allow(hop, home, self.entered_at)
     }
 
     /// A peer drops the pins of a coordinator that opens a session, because the word to let go
@@ -302,7 +344,9 @@ impl Proxy {
         for u in &head.asked.updates {
             self.holdings.occupy(u.home, &u.key);
         }
+        let costs = self.config.budget.costs(&head.asked.updates, |_| None);
         let op = self.own.redo.stamp(own, epoch, head.asked.updates);
+        self.own.ledger.enter(op.id.seq, costs);
         for p in &op.participants {
             self.outbox.open(own, p.node, StreamSeq(1));
             self.outbox.push(p.node, op.clone());

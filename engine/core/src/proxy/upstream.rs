@@ -4,6 +4,7 @@ use super::{Proxy, WaitingLock};
 use crate::ids::{Life, NodeId};
 use crate::lock::Recall;
 use crate::message::{LockRefusal, Message, Role, StreamState};
+use crate::room::RoomAt;
 use crate::tier::Query;
 
 impl Proxy {
@@ -27,10 +28,6 @@ impl Proxy {
         let (via, own) = (&self.via, self.port.life());
         self.outbox
             .closed(|source, home| Self::hop_of(via, own, source, home) == life.node);
-        // If it is still full, it says so again.
-        if self.full.remove(&life.node) {
-            self.tell_full();
-        }
         let again = self.asked.select(|query, _| query.home() == life.node);
         for request in again {
             self.send_asked(request);
@@ -40,13 +37,8 @@ impl Proxy {
         self.hurry = true;
     }
 
-    pub(super) fn progress(&mut self, from: Life, streams: &[StreamState], full: &[NodeId]) {
-        let was_full = self.full.contains(&from.node);
-        // A home speaks for itself; what another proxy says of homes is hearsay.
-        self.full.remove(&from.node);
-        if full.contains(&from.node) {
-            self.full.insert(from.node);
-        }
+    pub(super) fn progress(&mut self, from: Life, streams: &[StreamState], room: &[RoomAt]) {
+        let changed = self.words.hear(from.node, room);
         for state in streams {
             // What was listed to the resolver may be asked for, whoever has committed it since.
             let keep = self.is_fenced(state.source);
@@ -54,8 +46,8 @@ impl Proxy {
                 self.dirty.insert((state.source, state.home));
             }
         }
-        if was_full != self.full.contains(&from.node) {
-            self.tell_full();
+        if changed {
+            self.tell_room();
             self.serve_waiting(|_| true);
         }
     }
