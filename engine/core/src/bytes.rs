@@ -33,7 +33,7 @@ impl Bytes {
         })
     }
 
-    /// Says what the checksum of these bytes is, which the caller has just computed.
+    /// Says what the CRC-32C (Castagnoli) of these bytes is, which the caller has just computed.
     #[must_use]
     pub fn with_checksum(self, checksum: u32) -> Bytes {
         Bytes {
@@ -42,8 +42,8 @@ impl Bytes {
         }
     }
 
-    /// The checksum of these bytes, if it was computed where they came in: of long ones, each
-    /// computation costs as much as sending them. Which function it is, the hands agree on.
+    /// The CRC-32C of these bytes, if it was computed where they came in: of long ones, each
+    /// computation costs as much as sending them.
     #[must_use]
     pub fn checksum(&self) -> Option<u32> {
         self.checksum

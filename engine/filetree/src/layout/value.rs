@@ -457,7 +457,11 @@ impl Chunk {
         if len < len_max || contents.iter().all(|&b| b == 0) {
             return Ok(Some(Chunk::new(contents)));
         }
-        Ok(Some(Chunk::Bytes(framed.into())))
+        // Now, while they are in the processor's cache.
+        let checksum = crc32c::crc32c(&framed);
+        Ok(Some(Chunk::Bytes(
+            Bytes::from(framed).with_checksum(checksum),
+        )))
     }
 
     /// The value of a chunk object.
