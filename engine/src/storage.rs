@@ -53,11 +53,9 @@ use crate::store::{Store, StoreError};
 const STORE_CACHE: usize = 32 << 20;
 /// How often the disk is asked how much is free.
 const DISK_EVERY: Duration = Duration::from_millis(20);
-/// Most log segments of a node, shared out to its shards.
+/// Most segments of a log. They bound how many clients a home takes: each needs room for its budget
+/// in every log, so at most 38.
 const SEGMENTS_MAX: usize = 24;
-/// Fewest that a shard may use at most. They bound how many clients a home takes: each needs room
-/// for its budget in every log, so here at most 37.
-const SEGMENTS_PER_SHARD: usize = 12;
 /// This part of a segment is kept by each log for itself.
 const LOG_RESERVE: u64 = 4;
 
@@ -86,7 +84,7 @@ impl StorageConfig {
             shards,
             segment_bytes: 64 << 20,
             record_bytes_max: 12 << 20,
-            segments_max: (SEGMENTS_MAX / shards.max(1) as usize).max(SEGMENTS_PER_SHARD),
+            segments_max: SEGMENTS_MAX,
             checkpoint_bytes: 32 << 20,
             extents_max: 1 << 40,
         }

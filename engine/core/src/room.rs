@@ -74,7 +74,7 @@ impl Default for Budget {
     /// [`BULK_BYTES`] that replace as long ones, takes 12.6 MiB of log.
     fn default() -> Budget {
         Budget {
-            log: 16 << 20,
+            log: 32 << 20,
             disk: 56 << 20,
             replaced: BULK_BYTES as u64,
             carried: 64 << 10,
