@@ -39,6 +39,7 @@
 #![deny(unsafe_code)]
 
 mod chain;
+pub mod claim;
 pub mod commit;
 pub mod inspect;
 pub(crate) mod mapped;
@@ -63,7 +64,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use teeth::{Tooth, bites};
 
-const _: () = assert!(FORMAT == 1);
+const _: () = assert!(FORMAT == 2);
 
 /// Shape and limits of a log.
 #[derive(Debug, Clone)]
