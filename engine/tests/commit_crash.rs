@@ -85,18 +85,25 @@ fn a_log_that_lost_a_committed_group_is_refused() {
         &config(2),
     );
     assert!(good.unwrap().durable_group >= known.acknowledged);
-    for victim in ["shard-000", "shard-001"] {
-        // The log as if it had never been written.
+    // A log as if it had never been written, and the second one without what came after its `OPEN`.
+    for (victim, from) in [
+        ("shard-000", 0),
+        ("shard-001", 0),
+        ("shard-001", 3 * PAGE + 128),
+    ] {
         let image = volume.crash_image(&mut |_| PageFate::Absent);
         for number in 0..5 {
             let name = format!("{victim}-{number:05}.seg");
-            image.corrupt(&name, 0, &[0; TINY_SEGMENT as usize]);
+            let zeros = vec![0; (TINY_SEGMENT - from) as usize];
+            image.corrupt(&name, from, &zeros);
         }
         let opened = LogSet::open(Arc::new(image), &config(2));
-        assert!(
-            matches!(&opened, Err(OpenError::CommittedMissing { log, .. }) if log == victim),
-            "{opened:?}"
-        );
+        let is_named = match &opened {
+            Err(OpenError::CommittedMissing { log, .. }) => log == victim,
+            Err(OpenError::SegmentsMissing { log, .. }) => log == victim && from == 0,
+            _ => false,
+        };
+        assert!(is_named, "{victim} from {from}: {opened:?}");
     }
 }
 

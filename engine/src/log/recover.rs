@@ -362,10 +362,7 @@ impl Scanned {
             });
         }
         if self.config.was_opened && self.report.first == Lsn(0) {
-            return Err(OpenError::SegmentsMissing {
-                log: self.config.prefix.clone(),
-                headers_damaged: self.report.headers_damaged,
-            });
+            return Err(self.segments_missing());
         }
         // Segments are numbered from 1, and the oldest goes only when what it holds is not needed.
         let begins = self.report.first.0 / self.config.segment_bytes;
@@ -396,6 +393,14 @@ impl Scanned {
                 .as_ref()
                 .map_or(StopReason::NoSegment, |s| s.reason),
             proof,
+        }
+    }
+
+    /// The error for a log of which nothing is left.
+    pub(super) fn segments_missing(&self) -> OpenError {
+        OpenError::SegmentsMissing {
+            log: self.config.prefix.clone(),
+            headers_damaged: self.report.headers_damaged,
         }
     }
 

@@ -216,6 +216,13 @@ fn decide(scans: &[Scanned], claims: &[Claim]) -> Result<OpenBody, OpenError> {
     if first.report().records == 0 && group_max > 0 {
         return Err(first.missing(Proof::Group(group_max)));
     }
+    // Before a first claim every log has a durable `OPEN`, and recycling leaves it a record.
+    for (number, scan) in scans.iter().enumerate() {
+        let is_named = |c: &Claim| c.body.ends.get(number).is_some_and(|end| *end > Lsn(0));
+        if scan.report().records == 0 && claims.iter().any(is_named) {
+            return Err(scan.segments_missing());
+        }
+    }
     let is_void = |group: u64| {
         let within = |o: &OpenBody| o.durable_group < group && group < o.next_group;
         scans.iter().any(|s| s.opens().iter().any(within))

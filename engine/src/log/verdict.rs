@@ -142,7 +142,7 @@ pub enum OpenError {
         /// Segment files that are not recognised any more; the missing ones may be among them.
         headers_damaged: usize,
     },
-    /// No segment is left of a log that had one.
+    /// No segment, or nothing in them, is left of a log that was written.
     #[error(
         "log {log}: no segment file is left, but it was written before; restore it from a copy; \
          {headers_damaged} segment files with a damaged header"
