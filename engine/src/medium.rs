@@ -44,6 +44,10 @@ pub enum Access {
     Mapped,
     /// Stores are positioned writes: the length may change.
     Positioned,
+    /// As positioned, but long stores go past the page cache where the file system can: what was
+    /// stored is not expected to be read soon, and the store of a stretch that does not end with a
+    /// page may fill that page with zeros.
+    Bulk,
 }
 
 /// The kinds of call a medium or volume gets; faults are injected by kind.

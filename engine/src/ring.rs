@@ -273,12 +273,14 @@ mod tests {
 mod loom_tests {
     use super::*;
 
-    /// Every interleaving of a sender of three values, with retries, and a receiver that sleeps:
-    /// all arrive, in order, and the receiver learns of the end (no lost wake-up).
-    #[test]
-    fn capacity_two_loses_nothing_and_wakes_its_receiver() {
-        loom::model(|| {
-            let (mut sender, mut receiver) = ring::<Box<u32>>(2);
+    /// A sender of `values`, with retries, and a receiver that sleeps: all arrive, in order, and the
+    /// receiver learns of the end (no lost wake-up). In every interleaving in which threads are
+    /// interrupted at most `preemptions` times; all there are would take hours.
+    fn nothing_is_lost(capacity: usize, values: u32, preemptions: usize) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(preemptions);
+        model.check(move || {
+            let (mut sender, mut receiver) = ring::<Box<u32>>(capacity);
             // The receiver is the thread that is joined: loom takes an unpark that comes late for
             // the end of a join.
             let thread = thread::spawn(move || {
@@ -293,7 +295,7 @@ mod loom_tests {
                     }
                 }
             });
-            for number in 0..3u32 {
+            for number in 0..values {
                 let mut value = Box::new(number);
                 while let Err(back) = sender.send(value) {
                     value = back;
@@ -301,8 +303,18 @@ mod loom_tests {
                 }
             }
             drop(sender);
-            assert_eq!(thread.join().unwrap(), 3);
+            assert_eq!(thread.join().unwrap(), values);
         });
+    }
+
+    #[test]
+    fn two_values_through_one_slot() {
+        nothing_is_lost(1, 2, 5);
+    }
+
+    #[test]
+    fn three_values_through_two_slots() {
+        nothing_is_lost(2, 3, 4);
     }
 
     /// A receiver that goes away leaves nothing behind, and a sender does not care.

@@ -1,6 +1,7 @@
 //! Immutable bytes that many hold at once: in redo, windows, caches, and in what was received.
 //!
-//! Invariant: a value is its contents; where they lie shows in nothing but [`Bytes::place`].
+//! Invariant: a value is its contents; where they lie shows in nothing but [`Bytes::place`], and
+//! whether its checksum is known already in nothing but [`Bytes::checksum`].
 //!
 //! Deliberately absent: growth, and any way to change what somebody else may be reading.
 
@@ -16,6 +17,7 @@ pub struct Bytes {
     owner: Arc<[u8]>,
     start: u32,
     end: u32,
+    checksum: Option<u32>,
 }
 
 impl Bytes {
@@ -27,7 +29,24 @@ impl Bytes {
             owner: owner.clone(),
             start: u32::try_from(range.start).ok()?,
             end: u32::try_from(range.end).ok()?,
+            checksum: None,
         })
+    }
+
+    /// Says what the CRC-32C (Castagnoli) of these bytes is, which the caller has just computed.
+    #[must_use]
+    pub fn with_checksum(self, checksum: u32) -> Bytes {
+        Bytes {
+            checksum: Some(checksum),
+            ..self
+        }
+    }
+
+    /// The CRC-32C of these bytes, if it was computed where they came in: of long ones, each
+    /// computation costs as much as sending them.
+    #[must_use]
+    pub fn checksum(&self) -> Option<u32> {
+        self.checksum
     }
 
     /// What it is part of, and which part.
@@ -52,6 +71,7 @@ impl From<Arc<[u8]>> for Bytes {
             owner,
             start: 0,
             end,
+            checksum: None,
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Version of the encoding of messages.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 
 /// What a node is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

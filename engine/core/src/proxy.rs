@@ -244,7 +244,8 @@ impl Proxy {
     /// When [`Proxy::handle_timeout`] wants to run.
     #[must_use]
     pub fn poll_timeout(&self) -> Time {
-        if self.member.is_joined() {
+        // A proxy that holds nothing has nothing to merge; what comes first is merged at once.
+        if self.member.is_joined() && self.outbox.bytes() > 0 {
             self.member.timeout().min(self.next_merge)
         } else {
             self.member.timeout()

@@ -33,16 +33,16 @@ impl core::fmt::Display for Malformed {
 
 impl core::error::Error for Malformed {}
 
-/// A value at least this long is kept where it was received, if that can be shared: a copy would
-/// cost more than the memory around it.
-const KEPT_MIN: usize = 16 << 10;
+/// A value at least this long may travel beside the encoding, in bytes: a copy would cost more than
+/// the memory around it.
+pub const BESIDE_MIN: usize = 16 << 10;
 
 /// Cursor over input bytes.
 #[derive(Debug)]
 pub struct Reader<'a> {
     rest: &'a [u8],
-    /// What holds the input, and where in it the input ends.
-    owner: Option<(&'a Arc<[u8]>, usize)>,
+    /// The values of at least [`BESIDE_MIN`] bytes, in order, unless they are part of the input.
+    beside: Option<&'a [Bytes]>,
 }
 
 impl<'a> Reader<'a> {
@@ -51,31 +51,36 @@ impl<'a> Reader<'a> {
     pub fn new(bytes: &'a [u8]) -> Reader<'a> {
         Reader {
             rest: bytes,
-            owner: None,
+            beside: None,
         }
     }
 
-    /// Reads `range` of `owner`, nothing if that is not within it. Long values are not copied.
+    /// Reads from the start of `bytes`, which an encoder wrote that put the values of at least
+    /// [`BESIDE_MIN`] bytes aside, and takes those from `beside`.
     #[must_use]
-    pub fn within(owner: &'a Arc<[u8]>, range: core::ops::Range<usize>) -> Reader<'a> {
+    pub fn beside(bytes: &'a [u8], beside: &'a [Bytes]) -> Reader<'a> {
         Reader {
-            rest: owner.get(range.clone()).unwrap_or_default(),
-            owner: Some((owner, range.end)),
+            rest: bytes,
+            beside: Some(beside),
         }
     }
 
-    /// The next `count` bytes, to be kept.
+    /// A value of `count` bytes.
     ///
     /// # Errors
-    /// [`Malformed`] when fewer remain.
+    /// [`Malformed`] when fewer remain, or when the next value beside has another length.
     pub fn value(&mut self, count: usize, what: &'static str) -> Result<Bytes, Malformed> {
-        let bytes = self.bytes(count, what)?;
-        let kept = self.owner.filter(|_| count >= KEPT_MIN);
-        let kept = kept.and_then(|(owner, end)| {
-            let end = end - self.rest.len();
-            Bytes::part_of(owner, end - count..end)
-        });
-        Ok(kept.unwrap_or_else(|| Bytes::from(bytes)))
+        match &mut self.beside {
+            Some(beside) if count >= BESIDE_MIN => {
+                let (first, rest) = beside.split_first().ok_or(Malformed { what })?;
+                *beside = rest;
+                match first.len() == count {
+                    true => Ok(first.clone()),
+                    false => Err(Malformed { what }),
+                }
+            }
+            _ => Ok(Bytes::from(self.bytes(count, what)?)),
+        }
     }
 
     /// The next `count` bytes.
@@ -102,7 +107,7 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// [`Malformed`] when bytes remain.
     pub fn finish(self, what: &'static str) -> Result<(), Malformed> {
-        if self.rest.is_empty() {
+        if self.rest.is_empty() && self.beside.is_none_or(<[Bytes]>::is_empty) {
             Ok(())
         } else {
             Err(Malformed { what })

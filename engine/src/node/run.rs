@@ -224,8 +224,8 @@ impl Inner {
 
     fn handle_frame(&mut self, ctx: &mut EndpointCtx, conn: ConnId, bytes: &[u8]) {
         let own = self.core.port().life();
-        let owner = ctx.shared_message().cloned();
-        match frame::decode(bytes, owner.as_ref(), own) {
+        let owner = ctx.shared_message();
+        match frame::decode(bytes, owner, own) {
             Ok(envelope) if self.links.peer(conn) == Some(envelope.from.node) => {
                 if self.links.heard(envelope.from) {
                     let now = self.now();

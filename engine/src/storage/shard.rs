@@ -349,7 +349,7 @@ impl Storage for ShardStorage {
     }
 
     fn place(&mut self, bytes: &Bytes) -> Extent {
-        let reserved = self.common.extents.reserve(bytes);
+        let reserved = self.common.extents.reserve(bytes, bytes.checksum());
         self.placed = true;
         let Some(extent) = self.keep(reserved.map_err(StorageError::from)) else {
             return Extent {

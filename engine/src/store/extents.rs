@@ -167,11 +167,9 @@ impl ExtentFile {
         volume: &dyn Volume,
         bytes_max: u64,
     ) -> Result<ExtentFile, ExtentError> {
-        let medium = match volume.open(EXTENTS_FILE, Access::Positioned) {
+        let medium = match volume.open(EXTENTS_FILE, Access::Bulk) {
             Ok(medium) => medium,
-            Err(MediumError::NotFound { .. }) => {
-                volume.create(EXTENTS_FILE, 0, Access::Positioned)?
-            }
+            Err(MediumError::NotFound { .. }) => volume.create(EXTENTS_FILE, 0, Access::Bulk)?,
             Err(e) => return Err(e.into()),
         };
         let medium = Gated::new(EXTENTS_FILE, medium, Arc::new(Poison::default()));
@@ -236,16 +234,17 @@ impl ExtentFile {
     /// # Errors
     /// See [`ExtentError`].
     pub fn write(&self, data: &[u8]) -> Result<ExtentRef, ExtentError> {
-        let extent = self.reserve(data)?;
+        let extent = self.reserve(data, None)?;
         self.fill(extent, data)?;
         Ok(extent)
     }
 
-    /// Takes free space for data, which is still to be written.
+    /// Takes free space for data, which is still to be written; `checksum` is its CRC-32C, if that
+    /// is known.
     ///
     /// # Errors
     /// See [`ExtentError`].
-    pub fn reserve(&self, data: &[u8]) -> Result<ExtentRef, ExtentError> {
+    pub fn reserve(&self, data: &[u8], checksum: Option<u32>) -> Result<ExtentRef, ExtentError> {
         let len = data.len() as u64;
         if len == 0 || len > EXTENT_MAX {
             return Err(ExtentError::Length { len });
@@ -253,7 +252,7 @@ impl ExtentFile {
         Ok(ExtentRef {
             offset: self.allocate(len)?,
             len: len as u32,
-            crc32c: crc32c::crc32c(data),
+            crc32c: checksum.unwrap_or_else(|| crc32c::crc32c(data)),
         })
     }
 

@@ -74,7 +74,7 @@ pub struct EndpointCtx {
     lending: LoanPool,
     fetching: FetchPool,
     /// What holds the message being handed up, if it was fetched.
-    handing_up: Option<Arc<[u8]>>,
+    handing_up: Option<(Arc<[u8]>, usize)>,
     /// Connections that may have something to post.
     dirty: VecDeque<u32>,
     spare: Vec<Vec<u8>>,
@@ -400,10 +400,11 @@ impl EndpointCtx {
         })
     }
 
-    /// The memory that holds the message just being handed up, if it was fetched: the message is its
-    /// first bytes. Who keeps this needs no copy, but keeps up to twice the message's length.
-    pub fn shared_message(&self) -> Option<&Arc<[u8]>> {
-        self.handing_up.as_ref()
+    /// The memory that holds the message just being handed up, if it was fetched, and where in it the
+    /// message begins: at a multiple of 4096 as an address. Who keeps this needs no copy, but keeps up
+    /// to twice the message's length.
+    pub fn shared_message(&self) -> Option<(&Arc<[u8]>, usize)> {
+        self.handing_up.as_ref().map(|(slab, begin)| (slab, *begin))
     }
 
     /// Ends a connection: the peer gets a DREQ. What is queued and not yet acknowledged may be

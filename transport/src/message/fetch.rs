@@ -19,6 +19,7 @@
 //! which bounds it), and lending (`loans`).
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use lowtide_transport_proto::qp::{Lkey, Remote, Rkey, SendOp, SendWr, SgList, WrId};
@@ -39,6 +40,8 @@ const SHARES: usize = 4;
 const SPARE_BYTES_MAX: usize = 16 << 20;
 /// Slabs are as long as a multiple of this, so that they fit the next message too.
 const SLAB_STEP: usize = 64 << 10;
+/// A message begins at an address that is a multiple of this.
+const ALIGN: usize = 4096;
 
 /// What an endpoint fetches in all.
 #[derive(Debug)]
@@ -94,12 +97,14 @@ impl FetchPool {
         SEGMENT_PACKETS.min(self.packets_max / 2)
     }
 
-    /// A slab of at least `len` bytes that nobody else has.
+    /// A slab that nobody else has, of at least `len` bytes behind its first multiple of [`ALIGN`].
     fn slab(&mut self, len: usize) -> Arc<[u8]> {
+        let len = len + ALIGN;
         let fits = |slab: &mut Arc<[u8]>| {
             (len..=len.saturating_mul(2)).contains(&slab.len()) && Arc::get_mut(slab).is_some()
         };
-        let found = self.spare.iter_mut().position(fits);
+        // The one that was used last: most of it is in the processor's cache.
+        let found = self.spare.iter_mut().rposition(fits);
         match found.and_then(|index| self.spare.remove(index)) {
             Some(slab) => {
                 self.spare_bytes -= slab.len();
@@ -147,7 +152,8 @@ impl FetchPool {
 struct Fetch {
     from: Remote,
     len: u32,
-    slab: Option<Key>,
+    /// Where it goes, and how many bytes behind the beginning.
+    slab: Option<(Key, usize)>,
     /// Bytes that READs have been posted for, and that have come.
     asked: u32,
     come: u32,
@@ -167,8 +173,8 @@ enum Waiting {
 /// What can be handed up.
 #[derive(Debug)]
 pub(crate) enum Ready {
-    /// A message that was fetched: so many first bytes of the slab.
-    Fetched(Arc<[u8]>, usize),
+    /// A message that was fetched, and where in the slab it is.
+    Fetched(Arc<[u8]>, Range<usize>),
     /// A message that had been held back.
     Message(Vec<u8>),
     /// Give a credit back.
@@ -278,15 +284,18 @@ impl Inbox {
         }
         let fetch = &mut self.fetches[self.asking];
         let len = fetch.len as usize;
-        let key = match fetch.slab {
-            Some(key) => key,
+        let (key, begin) = match fetch.slab {
+            Some(place) => place,
             None => {
                 let has_room =
                     pool.bytes + len <= pool.bytes_max && self.bytes + len <= pool.share_max;
-                let key = has_room
-                    .then(|| device.memory.register_slab(pool.domain, pool.slab(len)))
-                    .flatten();
-                let Some(key) = key else {
+                let domain = pool.domain;
+                let register = |slab: Arc<[u8]>| {
+                    let begin = slab.as_ptr().align_offset(ALIGN);
+                    Some((device.memory.register_slab(domain, slab)?, begin))
+                };
+                let place = has_room.then(|| pool.slab(len)).and_then(register);
+                let Some(place) = place else {
                     self.is_in_line = true;
                     pool.starved.push_back(index);
                     return;
@@ -294,8 +303,8 @@ impl Inbox {
                 self.bytes += len;
                 pool.bytes += len;
                 pool.bytes_peak = pool.bytes_peak.max(pool.bytes);
-                fetch.slab = Some(key);
-                key
+                fetch.slab = Some(place);
+                place
             }
         };
         let take = (fetch.len - fetch.asked).min(pool.segment_packets() * packet_len);
@@ -304,7 +313,7 @@ impl Inbox {
             va: fetch.from.va.wrapping_add(u64::from(fetch.asked)),
             ..fetch.from
         };
-        let into = SgList::one(Lkey(key.0), u64::from(fetch.asked), take);
+        let into = SgList::one(Lkey(key.0), begin as u64 + u64::from(fetch.asked), take);
         let wr = SendWr::new(WrId(0), SendOp::Read(from), into);
         if device.qp(qp).is_none_or(|qp| qp.post_send(wr).is_err()) {
             // Only a queue pair in error refuses; its completions will close the connection.
@@ -350,8 +359,9 @@ impl Inbox {
                 let fetch = self.fetches.pop_front().expect("just seen");
                 self.asking -= 1;
                 self.waiting.pop_front();
+                let (_, begin) = fetch.slab?;
                 let slab = self.free(&fetch, pool, device);
-                Some(Ready::Fetched(slab?, fetch.len as usize))
+                Some(Ready::Fetched(slab?, begin..begin + fetch.len as usize))
             }
             _ => match self.waiting.pop_front()? {
                 Waiting::Message(message) => Some(Ready::Message(message)),
@@ -384,7 +394,7 @@ impl Inbox {
         pool: &mut FetchPool,
         device: &mut Device,
     ) -> Option<Arc<[u8]>> {
-        let region = device.memory.deregister(fetch.slab?);
+        let region = device.memory.deregister(fetch.slab?.0);
         self.bytes -= fetch.len as usize;
         pool.release(fetch.len as usize);
         match region {

@@ -380,7 +380,7 @@ pub struct Rooms(VecDeque<Arc<[u8]>>);
 
 impl Rooms {
     /// Bytes kept, those included that are still held by others.
-    const BYTES_MAX: usize = 32 << 20;
+    const BYTES_MAX: usize = 64 << 20;
 
     /// `len` bytes that nobody else has.
     fn take(&mut self, len: usize) -> Arc<[u8]> {
@@ -457,7 +457,11 @@ impl Chunk {
         if len < len_max || contents.iter().all(|&b| b == 0) {
             return Ok(Some(Chunk::new(contents)));
         }
-        Ok(Some(Chunk::Bytes(framed.into())))
+        // Now, while they are in the processor's cache.
+        let checksum = crc32c::crc32c(&framed);
+        Ok(Some(Chunk::Bytes(
+            Bytes::from(framed).with_checksum(checksum),
+        )))
     }
 
     /// The value of a chunk object.

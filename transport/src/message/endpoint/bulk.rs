@@ -176,10 +176,10 @@ impl EndpointCtx {
                     self.hand_up(conn, &bytes, handler);
                     self.keep_spare(bytes);
                 }
-                Some(Ready::Fetched(slab, len)) => {
+                Some(Ready::Fetched(slab, range)) => {
                     self.device.counters_mut().bulk_fetched += 1;
-                    self.handing_up = Some(slab.clone());
-                    self.hand_up(conn, &slab[..len], handler);
+                    self.handing_up = Some((slab.clone(), range.start));
+                    self.hand_up(conn, &slab[range], handler);
                     self.handing_up = None;
                     self.fetching.recycle(slab);
                 }
