@@ -1,8 +1,8 @@
 //! The per-core log: preallocated segments, appended to without a system call, synced elsewhere.
 //!
 //! Owns: segment files `<prefix>-NNNNN.seg`, their order, appending, reading, recycling, space.
-//! [`set`] opens the logs of a node together, [`commit`] makes their groups durable, [`superblock`] keeps the few fields that stand outside of
-//! them, [`inspect`] shows them.
+//! [`set`] opens the logs of a node together, [`commit`] makes their groups durable, [`claim`] says which
+//! are, [`superblock`] keeps the few fields that stand outside of them, [`inspect`] shows them.
 //!
 //! # How a log is trusted after a crash
 //!
@@ -15,7 +15,7 @@
 //!   beyond a gap stays dead.
 //! * *Loss is detected* where it can be proved: each record carries the position up to which the log
 //!   was durable when it was appended. If any intact record beyond the gap, or the caller's
-//!   [`LogConfig::must_reach`] (a checkpoint's position), or a claim of the commit log says that the
+//!   [`LogConfig::must_reach`] (a checkpoint's position), or a claim says that the
 //!   missing one was durable, opening fails with [`OpenError::CommittedMissing`]. Likewise if a
 //!   segment is missing between two others.
 //! * *Loss is not detectable* if everything that was written after the lost record is lost too: the
@@ -39,6 +39,7 @@
 #![deny(unsafe_code)]
 
 mod chain;
+pub mod claim;
 pub mod commit;
 pub mod inspect;
 pub(crate) mod mapped;
@@ -63,7 +64,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use teeth::{Tooth, bites};
 
-const _: () = assert!(FORMAT == 1);
+const _: () = assert!(FORMAT == 2);
 
 /// Shape and limits of a log.
 #[derive(Debug, Clone)]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use lowtide_engine_core::ids::{Life, NodeId};
 use lowtide_engine_core::op::{Bytes, Key, Range, Request, Stamp};
-use lowtide_engine_core::session::{Page, Placement, Session, SessionError, Ticket};
+use lowtide_engine_core::session::{Page, Placement, Scan, Session, SessionError, Ticket};
 use lowtide_transport::message::Waker;
 
 /// Operations submitted and not executed at one time.
@@ -323,18 +323,37 @@ impl Session for SessionHandle {
         after: Option<&Key>,
         bytes_max: usize,
     ) -> Result<Page, SessionError> {
+        self.scanned(self.scan_ahead(home, range, after, bytes_max))
+    }
+
+    fn scan_ahead(
+        &self,
+        home: NodeId,
+        range: Range,
+        after: Option<&Key>,
+        bytes_max: usize,
+    ) -> Scan {
         let ticket = self.ticket();
-        let bytes_max = u32::try_from(bytes_max).unwrap_or(u32::MAX);
-        self.send(Command::Scan {
+        let asked = self.send(Command::Scan {
             ticket,
             home,
             range,
             after: after.cloned(),
-            bytes_max,
-        })?;
-        match self.outcome(ticket)? {
-            Outcome::Listing(result) => result,
-            _ => Err(SessionError::Closed),
+            bytes_max: u32::try_from(bytes_max).unwrap_or(u32::MAX),
+        });
+        match asked {
+            Ok(()) => Scan::Asked(ticket),
+            Err(error) => Scan::Done(Err(error)),
+        }
+    }
+
+    fn scanned(&self, scan: Scan) -> Result<Page, SessionError> {
+        match scan {
+            Scan::Done(result) => result,
+            Scan::Asked(ticket) => match self.outcome(ticket)? {
+                Outcome::Listing(result) => result,
+                _ => Err(SessionError::Closed),
+            },
         }
     }
 }

@@ -40,11 +40,11 @@ use work::{BulkSync, CheckpointPart, Checkpointer, Unwritten};
 
 use crate::log::commit::{Committer, GroupClock, GroupPin, ShardLog};
 use crate::log::set::{LogSet, SetConfig};
-use crate::log::superblock::{NodeState, Superblock, SuperblockError};
+use crate::log::superblock::{NodeState, SUPERBLOCK_FILE, Superblock, SuperblockError};
 use crate::log::{self, Log, LogConfig, LogIdentity, OpenError};
 use crate::medium::dir::{DirOptions, DirVolume};
 use crate::medium::{MediumError, Volume};
-use crate::store::extents::{ExtentError, ExtentFile, ExtentRef};
+use crate::store::extents::{EXTENTS_FILE, ExtentError, ExtentFile, ExtentRef};
 use crate::store::overlay::DurablePoint;
 use crate::store::redb_store::{RedbStore, STORE_FILE};
 use crate::store::{Store, StoreError};
@@ -132,6 +132,12 @@ pub enum StorageError {
     /// The superblock.
     #[error(transparent)]
     Superblock(#[from] SuperblockError),
+    /// The superblock is gone and other files of the state are not.
+    #[error(
+        "{SUPERBLOCK_FILE} is missing beside {0}: without it nothing says whose state this is; \
+         restore it from a copy"
+    )]
+    SuperblockMissing(String),
     /// The extents.
     #[error(transparent)]
     Extents(#[from] ExtentError),
@@ -589,9 +595,12 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 fn open_superblock(volume: &dyn Volume) -> Result<Superblock, StorageError> {
     match Superblock::open(volume, None) {
         Ok(superblock) => return Ok(superblock),
-        Err(SuperblockError::Absent) => {}
+        Err(SuperblockError::Absent) => match first_file(volume)? {
+            None => {}
+            Some(file) => return Err(StorageError::SuperblockMissing(file)),
+        },
         // Cut off while it was created: it is the first file with anything in it.
-        Err(SuperblockError::Damaged) if is_new(volume)? => {}
+        Err(SuperblockError::Damaged) if first_file(volume)?.is_none() => {}
         Err(error) => return Err(error.into()),
     }
     let state = NodeState {
@@ -601,10 +610,10 @@ fn open_superblock(volume: &dyn Volume) -> Result<Superblock, StorageError> {
     Ok(Superblock::create(volume, state)?)
 }
 
-/// Whether there is no store and no log yet.
-fn is_new(volume: &dyn Volume) -> Result<bool, StorageError> {
-    let names = volume.list()?;
-    Ok(!names.iter().any(|n| n == STORE_FILE || n.ends_with(".seg")))
+/// A file of the state, all of which are younger than the superblock: a store, a log, extents.
+fn first_file(volume: &dyn Volume) -> Result<Option<String>, StorageError> {
+    let is_ours = |n: &String| n == STORE_FILE || n == EXTENTS_FILE || n.ends_with(".seg");
+    Ok(volume.list()?.into_iter().find(is_ours))
 }
 
 /// A storage's uuid, from the operating system.

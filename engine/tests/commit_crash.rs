@@ -4,11 +4,12 @@ mod common;
 #[path = "common/set.rs"]
 mod set;
 
-use common::images;
-use lowtide_engine::log::OpenError;
+use common::{TINY_SEGMENT, images};
+use lowtide_engine::log::commit::ShardLog;
 use lowtide_engine::log::set::LogSet;
-use lowtide_engine::medium::SplitMix;
+use lowtide_engine::log::{Append, OpenError};
 use lowtide_engine::medium::recording::{PageFate, RecordingVolume};
+use lowtide_engine::medium::{PAGE, SplitMix};
 use set::{Known, check, config, ops, run, start};
 use std::sync::Arc;
 
@@ -72,7 +73,7 @@ fn operations_over_two_logs_are_whole_or_absent_after_power_loss() {
     assert!(looked_at > 1000 && twice > 500);
 }
 
-/// A group that the commit log proves is refused if one log lost it, even all of it.
+/// A group that a claim proves is refused if one log lost it, even all of it.
 #[test]
 fn a_log_that_lost_a_committed_group_is_refused() {
     let volume = RecordingVolume::new();
@@ -84,28 +85,163 @@ fn a_log_that_lost_a_committed_group_is_refused() {
         &config(2),
     );
     assert!(good.unwrap().durable_group >= known.acknowledged);
-    for victim in ["shard-000", "shard-001"] {
-        // The log as if it had never been written.
+    // A log as if it had never been written, and the second one without what came after its `OPEN`.
+    for (victim, from) in [
+        ("shard-000", 0),
+        ("shard-001", 0),
+        ("shard-001", 3 * PAGE + 128),
+    ] {
         let image = volume.crash_image(&mut |_| PageFate::Absent);
         for number in 0..5 {
             let name = format!("{victim}-{number:05}.seg");
-            image.corrupt(&name, 0, &[0; 16 << 10]);
+            let zeros = vec![0; (TINY_SEGMENT - from) as usize];
+            image.corrupt(&name, from, &zeros);
         }
         let opened = LogSet::open(Arc::new(image), &config(2));
-        assert!(
-            matches!(&opened, Err(OpenError::CommittedMissing { log, .. }) if log == victim),
-            "{opened:?}"
-        );
+        let is_named = match &opened {
+            Err(OpenError::CommittedMissing { log, .. }) => log == victim,
+            Err(OpenError::SegmentsMissing { log, .. }) => log == victim && from == 0,
+            _ => false,
+        };
+        assert!(is_named, "{victim} from {from}: {opened:?}");
     }
-    let image = volume.crash_image(&mut |_| PageFate::Absent);
-    for number in 0..4 {
-        image.corrupt(&format!("commit-{number:05}.seg"), 0, &vec![0; 256 << 10]);
+}
+
+/// Zeroes the claim slots (0 and 1) of all segments of the first log.
+fn wipe_claims(image: &RecordingVolume, slots: &[u64]) {
+    for number in 0..5 {
+        for slot in slots {
+            let name = format!("shard-000-{number:05}.seg");
+            image.corrupt(&name, (1 + slot) * PAGE, &[0; PAGE as usize]);
+        }
     }
-    let opened = LogSet::open(Arc::new(image), &config(2));
+}
+
+/// Claims that are gone are missed, since the first log's own records say how far groups were
+/// durable; the claim before the newest is enough as long as nothing says that there was a newer.
+#[test]
+fn a_lost_claim_is_refused_if_anything_later_survived() {
+    let volume = RecordingVolume::new();
+    let (mut node, ..) = start(&volume, 2).unwrap();
+    let mut known = Known::default();
+    run(&mut node, &mut known, 8, &mut SplitMix(3)).unwrap();
+    let commit_one = |node: &mut set::Node, known: &mut Known, shard: usize| {
+        let pin = node.shards[0].publisher.clock().pin();
+        let group = pin.group();
+        let parts: &[&[u8]] = &[b"x"];
+        let ShardLog { log, publisher } = &mut node.shards[shard];
+        log.append(Append {
+            kind: 1,
+            flags: 0,
+            epoch: 1000,
+            group,
+            parts,
+        })
+        .unwrap();
+        publisher.publish(pin, log.end());
+        set::await_group(node, known, group).unwrap();
+        group
+    };
+    // The second of them is appended with the first one's end as durable.
+    commit_one(&mut node, &mut known, 0);
+    let newest = commit_one(&mut node, &mut known, 0);
+    let crashed = || volume.crash_image(&mut |_| PageFate::Absent);
+    let found = |image: RecordingVolume| LogSet::open(Arc::new(image), &config(2));
+    assert_eq!(found(crashed()).unwrap().1.durable_group, newest);
+    let both = crashed();
+    wipe_claims(&both, &[0, 1]);
+    let opened = found(both);
     assert!(
-        matches!(opened, Err(OpenError::CommittedMissing { .. })),
+        matches!(&opened, Err(OpenError::ClaimMissing { log, .. }) if log == "shard-000"),
         "{opened:?}"
     );
+    // Without the newest claim its group never happened: nothing later vouches for it.
+    let one = crashed();
+    wipe_claims(&one, &[newest & 1]);
+    assert_eq!(found(one).unwrap().1.durable_group, newest - 1);
+    // Without the one before: the newest says all.
+    let one = crashed();
+    wipe_claims(&one, &[1 - (newest & 1)]);
+    assert_eq!(found(one).unwrap().1.durable_group, newest);
+    // A record that was appended after the newest, never synced and yet on the disk, vouches for it.
+    let ShardLog { log, .. } = &mut node.shards[0];
+    let late = Append {
+        kind: 1,
+        flags: 0,
+        epoch: 1001,
+        group: newest + 1,
+        parts: &[b"late"],
+    };
+    log.append(late).unwrap();
+    let late = volume.crash_image(&mut |_| PageFate::Complete);
+    wipe_claims(&late, &[newest & 1]);
+    let opened = found(late);
+    assert!(
+        matches!(opened, Err(OpenError::ClaimMissing { .. })),
+        "{opened:?}"
+    );
+    // An opening says for good what it found; then the claims before it are not needed.
+    drop(node);
+    let again = crashed();
+    drop(found(again.clone()).unwrap());
+    wipe_claims(&again, &[0, 1]);
+    assert_eq!(found(again).unwrap().1.durable_group, newest);
+}
+
+/// A claim of a group that a restart dropped may stay in its slot for long. It means nothing, also
+/// when the record that says so has been recycled and the log is not yet as long as it claims.
+#[test]
+fn a_claim_left_over_from_a_dropped_group_is_not_believed() {
+    let mut config = config(1);
+    config.shard.segments_max = 2;
+    let life = |volume: &RecordingVolume| {
+        let (set, report) = LogSet::open(Arc::new(volume.clone()), &config).unwrap();
+        let (say, said) = std::sync::mpsc::channel();
+        let (mut shards, committer) = set
+            .start(move |committed| {
+                let _ = say.send(committed.map(|c| c.group).unwrap());
+            })
+            .unwrap();
+        (shards.remove(0), committer, said, report)
+    };
+    // One group of records of 960 bytes until the log has passed a position.
+    let fill = |shard: &mut ShardLog, past: u64| {
+        let pin = shard.publisher.clock().pin();
+        while shard.log.end().0 < past {
+            let append = Append {
+                kind: 1,
+                flags: 0,
+                epoch: 1,
+                group: pin.group(),
+                parts: &[&[1; 896]],
+            };
+            shard.log.append(append).unwrap();
+        }
+        let group = pin.group();
+        shard.publisher.publish(pin, shard.log.end());
+        group
+    };
+    let volume = RecordingVolume::new();
+    let (mut shard, committer, said, _) = life(&volume);
+    let kept = fill(&mut shard, 2 * TINY_SEGMENT - 4096);
+    assert_eq!(said.recv().unwrap(), kept);
+    // A group that reaches into the second segment. Its claim is there, its first record is not.
+    let gap = shard.log.end();
+    let dropped = fill(&mut shard, 2 * TINY_SEGMENT + 5 * PAGE);
+    assert_eq!(said.recv().unwrap(), dropped);
+    drop((shard, committer));
+    let image = volume.crash_image(&mut |_| PageFate::Absent);
+    image.corrupt("shard-000-00000.seg", gap.0 % TINY_SEGMENT, &[0; 960]);
+    let (mut shard, committer, said, report) = life(&image);
+    assert_eq!(report.durable_group, kept);
+    // Not as far as the dropped group; then the first segment, with the `OPEN`, is used again.
+    let newest = fill(&mut shard, 2 * TINY_SEGMENT + 4 * PAGE);
+    assert_eq!(said.recv().unwrap(), newest);
+    assert_eq!(shard.log.recycle(shard.log.durable()), 1);
+    shard.log.sync_handle().prepare().unwrap();
+    drop((shard, committer));
+    let (_, report) = LogSet::open(Arc::new(image), &config).unwrap();
+    assert_eq!(report.durable_group, newest);
 }
 
 /// More cores, then fewer: nothing is lost, the surplus log is still read.
@@ -125,30 +261,38 @@ fn the_number_of_logs_may_change() {
 /// Without anything published nothing is written; one publication is committed without another.
 #[test]
 fn the_committer_sleeps_and_wakes() {
-    let volume = RecordingVolume::new();
-    let (mut node, report, _) = start(&volume, 2).unwrap();
-    let before = volume.durable_ops();
-    let mut known = Known {
-        acknowledged: report.durable_group,
-        ..Known::default()
-    };
-    for _ in 0..50 {
-        let pin = node.shards[0].publisher.clock().pin();
-        let group = pin.group();
-        let set::Node { shards, .. } = &mut node;
-        let parts: &[&[u8]] = &[b"x"];
-        let one = lowtide_engine::log::Append {
-            kind: 1,
-            flags: 0,
-            epoch: 1,
-            group,
-            parts,
+    // A node with one log pays one sync per group. With two, a group of the second one pays one for
+    // its records and one for the claim; the first log is left alone otherwise.
+    for (shards, busy, syncs) in [(1, 0, 1), (2, 0, 1), (2, 1, 2)] {
+        let volume = RecordingVolume::new();
+        let (mut node, report, _) = start(&volume, shards).unwrap();
+        let before = volume.durable_ops();
+        let mut known = Known {
+            acknowledged: report.durable_group,
+            ..Known::default()
         };
-        shards[1].log.append(one).unwrap();
-        shards[1].publisher.publish(pin, shards[1].log.end());
-        set::await_group(&node, &mut known, group).unwrap();
+        // As many as fit into the first segment.
+        for _ in 0..50 {
+            let pin = node.shards[0].publisher.clock().pin();
+            let group = pin.group();
+            let parts: &[&[u8]] = &[b"x"];
+            let one = Append {
+                kind: 1,
+                flags: 0,
+                epoch: 1,
+                group,
+                parts,
+            };
+            let ShardLog { log, publisher } = &mut node.shards[busy];
+            log.append(one).unwrap();
+            publisher.publish(pin, log.end());
+            set::await_group(&node, &mut known, group).unwrap();
+        }
+        assert_eq!(
+            volume.durable_ops() - before,
+            50 * syncs,
+            "{busy} of {shards}"
+        );
+        node.committer.stop();
     }
-    // One log and the commit log, each time; the idle log is left alone.
-    assert_eq!(volume.durable_ops() - before, 100);
-    node.committer.stop();
 }

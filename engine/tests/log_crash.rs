@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{images, tiny};
+use common::{TINY_SEGMENT, images, tiny};
 use lowtide_engine::log::{Append, AppendError, Log, Lsn, OpenError};
 use lowtide_engine::medium::recording::{PageFate, RecordingVolume};
 use lowtide_engine::medium::{SplitMix, Volume};
@@ -43,7 +43,7 @@ impl Model {
             if log.free_bytes() < (20 << 10) {
                 self.durable = handle.sync(log.end()).map_err(|_| ())?;
                 // Keep about two segments.
-                let keep = Lsn(self.durable.0.saturating_sub(2 * (16 << 10)));
+                let keep = Lsn(self.durable.0.saturating_sub(2 * TINY_SEGMENT));
                 log.recycle(keep);
                 self.kept_from = self.kept_from.max(log.first());
             }
@@ -158,7 +158,7 @@ fn every_crash_point_keeps_what_was_synced_and_revives_nothing() {
         let total = volume.durable_ops();
         assert!(total >= 500, "{total} durable operations are too few");
         assert!(
-            model.kept_from.0 > 10 * (16 << 10),
+            model.kept_from.0 > 10 * TINY_SEGMENT,
             "the log has not gone round often enough"
         );
         ops += total;
@@ -220,7 +220,7 @@ fn a_record_after_a_gap_stays_dead() {
     };
     // Six records of 1 KiB: the gap is a page of its own.
     let lsns: Vec<Lsn> = (0..12).map(|i| append(&mut log, i)).collect();
-    let gap = lsns[5].0 % (16 << 10) / 4096;
+    let gap = lsns[5].0 % TINY_SEGMENT / 4096;
     let image = volume.crash_image(&mut |p| {
         if p.page == gap {
             PageFate::Absent
@@ -273,11 +273,11 @@ fn a_missing_committed_record_is_refused() {
     }
     let file = |lsn: Lsn| {
         // Files are used in the order of their names before the first recycling.
-        format!("log-{:05}.seg", lsn.0 / (16 << 10) - 1)
+        format!("log-{:05}.seg", lsn.0 / TINY_SEGMENT - 1)
     };
     for (i, lsn) in lsns.iter().enumerate() {
         let image = volume.crash_image(&mut |_| PageFate::Absent);
-        assert!(image.corrupt(&file(*lsn), lsn.0 % (16 << 10) + 70, &[0xee]));
+        assert!(image.corrupt(&file(*lsn), lsn.0 % TINY_SEGMENT + 70, &[0xee]));
         let opened = open(&image);
         if i + 1 == lsns.len() {
             // Nothing after it survived that could tell: documented as not detectable.

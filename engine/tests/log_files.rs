@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{STORAGE, TempDir, tiny};
+use common::{STORAGE, TINY_SEGMENT, TempDir, tiny};
 use lowtide_engine::log::inspect::{Entry, Verdict, inspect};
 use lowtide_engine::log::{Append, Log, LogIdentity, Lsn, OpenError, ReserveError, Scanned};
 use lowtide_engine::medium::dir::{DirOptions, DirVolume, SyncMode};
@@ -86,7 +86,7 @@ fn segments_that_are_not_ours_are_refused_by_name() {
     let open = || Log::open(volume(dir.path()), tiny("log", 1)).map(|_| ());
     let restore = || std::fs::write(&path, &good).unwrap();
 
-    for len in [0, 100, 4096, 16 << 9, (16 << 10) + 4096] {
+    for len in [0, 100, 4096, 8192, TINY_SEGMENT + 4096] {
         std::fs::File::options()
             .write(true)
             .open(&path)
@@ -116,7 +116,7 @@ fn segments_that_are_not_ours_are_refused_by_name() {
         Err(OpenError::Foreign { found: Some(_), .. })
     ));
 
-    std::fs::write(&path, vec![b'x'; 16 << 10]).unwrap();
+    std::fs::write(&path, vec![b'x'; TINY_SEGMENT as usize]).unwrap();
     assert!(matches!(
         open(),
         Err(OpenError::Foreign { found: None, .. })
@@ -124,7 +124,7 @@ fn segments_that_are_not_ours_are_refused_by_name() {
     restore();
 
     let file = std::fs::File::options().write(true).open(&path).unwrap();
-    for version in [0u32, 2, 77] {
+    for version in [0u32, 1, 77] {
         file.write_all_at(&version.to_le_bytes(), 8).unwrap();
         assert!(matches!(open(), Err(OpenError::Version { found, .. }) if found == version));
         restore();

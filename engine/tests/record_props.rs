@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::tiny;
+use common::{TINY_SEGMENT, tiny};
 use lowtide_engine::log::record::{BadHeader, ClaimBody, OpenBody, SegmentHeader};
 use lowtide_engine::log::{Append, Log, LogIdentity, Lsn, RecordHeader};
 use lowtide_engine::medium::recording::{PageFate, RecordingVolume};
@@ -102,8 +102,8 @@ proptest! {
         }
         let last = found.last().unwrap().header;
         let image = volume.crash_image(&mut |_| PageFate::Complete);
-        let offset = last.lsn.0 % (16 << 10) + damage.index(64 + last.body_len as usize) as u64;
-        let file = format!("log-{:05}.seg", last.lsn.0 / (16 << 10) - 1);
+        let offset = last.lsn.0 % TINY_SEGMENT + damage.index(64 + last.body_len as usize) as u64;
+        let file = format!("log-{:05}.seg", last.lsn.0 / TINY_SEGMENT - 1);
         let medium = lowtide_engine::medium::Volume::open(
             &image, &file, lowtide_engine::medium::Access::Positioned).unwrap();
         let mut byte = [0u8];

@@ -122,6 +122,39 @@ pub trait Session: Sync {
         after: Option<&Key>,
         bytes_max: usize,
     ) -> Result<Page, SessionError>;
+
+    /// Asks for what [`scan`](Session::scan) returns; [`scanned`](Session::scanned) waits for it. A
+    /// session that cannot do anything else meanwhile has it at once.
+    fn scan_ahead(
+        &self,
+        home: NodeId,
+        range: Range,
+        after: Option<&Key>,
+        bytes_max: usize,
+    ) -> Scan {
+        Scan::Done(self.scan(home, range, after, bytes_max))
+    }
+
+    /// Waits for what was asked for with [`scan_ahead`](Session::scan_ahead). What nobody waits for
+    /// is kept until the session ends.
+    ///
+    /// # Errors
+    /// As [`Session::scan`].
+    fn scanned(&self, scan: Scan) -> Result<Page, SessionError> {
+        match scan {
+            Scan::Done(result) => result,
+            Scan::Asked(_) => Err(SessionError::Closed),
+        }
+    }
+}
+
+/// A page that was asked for.
+#[derive(Debug)]
+pub enum Scan {
+    /// The answer comes under this ticket.
+    Asked(Ticket),
+    /// The answer.
+    Done(Result<Page, SessionError>),
 }
 
 /// Names a submitted operation until its outcome is fetched.

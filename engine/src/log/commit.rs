@@ -2,10 +2,11 @@
 //!
 //! A record carries the group that its operation was pinned to; both halves of an operation over
 //! two shards carry the same. The committer closes the current group (new operations get the next
-//! one), waits until nobody has it pinned, reads the logs' ends, writes them as a *claim* into the
-//! commit log, syncs the logs that grew and the commit log, and reports the group durable. One
-//! sync after another: what arrives meanwhile forms the next group, so batching needs no timer.
-//! What a restart makes of the claims stands in [`super::set`].
+//! one), waits until nobody has it pinned, reads the logs' ends, syncs the logs that grew, the first
+//! one together with a *claim* that says how far each reaches ([`super::claim`]), and reports the
+//! group durable. So a node with one log pays one sync per group. What arrives meanwhile forms the
+//! next group, so batching needs no timer. What a restart makes of the claims stands in
+//! [`super::set`].
 //!
 //! Invariants: a group is reported only after every sync returned `Ok`; after the first failure
 //! nothing is reported any more (one error, then silence).
@@ -13,10 +14,10 @@
 //!
 //! Source: design D2, D5; Tu et al., "Speedy Transactions in Multicore In-Memory Databases".
 
-use super::record::{ClaimBody, KIND_CLAIM};
+use super::claim::Claims;
 use super::set::LogSet;
 use super::teeth::{Tooth, bites};
-use super::{Append, Log, LogError, Lsn, SyncHandle};
+use super::{Log, LogError, Lsn, SyncHandle};
 use crate::medium::{Call, MediumError, Poison};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -184,19 +185,17 @@ pub(super) fn start(
         .map(|log| Arc::new(AtomicU64::new(log.end().0)))
         .collect();
     let spawned = |e| MediumError::from_io("threads", Call::Open, 0, 0, e);
-    let prepared = set.logs.iter().chain([&set.commits]).map(Log::sync_handle);
+    let prepared = set.logs.iter().map(Log::sync_handle);
     let work = Work {
         preparer: Preparer::start(prepared.collect()).map_err(spawned)?,
         clock: clock.clone(),
         closed: set.next_group - 1,
-        handles: set.logs.iter().map(Log::sync_handle).collect(),
+        claims: Claims::of(&set.logs[0]),
+        others: set.logs[1..].iter().map(Log::sync_handle).collect(),
         ends: ends.clone(),
-        commits_sync: set.commits.sync_handle(),
-        commits: set.commits,
         poison: set.poison,
         durable_group: durable_group.clone(),
         stop: stop.clone(),
-        body: Vec::new(),
         notify,
     };
     let thread = std::thread::Builder::new()
@@ -295,14 +294,13 @@ struct Work {
     ends: Vec<Arc<AtomicU64>>,
     /// The last group that was closed.
     closed: u64,
-    handles: Vec<SyncHandle>,
-    commits: Log,
-    commits_sync: SyncHandle,
+    /// The first log, with the claims.
+    claims: Claims,
+    others: Vec<SyncHandle>,
     preparer: Preparer,
     poison: Arc<Poison>,
     durable_group: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
-    body: Vec<u8>,
     notify: Notify,
 }
 
@@ -341,47 +339,24 @@ impl Work {
             .map(|e| Lsn(e.load(Ordering::Acquire)))
             .collect();
         // They may include records of the next group: those are void until it is durable as well.
-        let claim = self.claim(group, &ends)?;
-        for (handle, end) in self.handles.iter().zip(&ends) {
+        for (handle, end) in self.others.iter().zip(&ends[1..]) {
             if bites(Tooth::NoticeBeforeDurable) {
                 break;
             }
             handle.sync(*end)?;
         }
-        self.commits_sync.sync(self.commits.end())?;
+        let durable = self.durable_group.load(Ordering::Relaxed);
+        self.claims.commit(group, durable, &ends)?;
         if let Some(cause) = self.poison.cause() {
             return Err(LogError {
                 cause: cause.to_owned(),
             });
         }
+        self.claims.settle(ends[0]);
         // Release pairs with the Acquire in `DurableGroup::get`.
         self.durable_group.store(group, Ordering::Release);
         (self.notify)(Ok(Committed { group, ends: &ends }));
-        // The claim of the newest durable group stays: later claims refer to it.
-        self.commits.recycle(claim);
         Ok(())
-    }
-
-    fn claim(&mut self, group: u64, ends: &[Lsn]) -> Result<Lsn, LogError> {
-        self.body.clear();
-        let durable = self.durable_group.load(Ordering::Relaxed);
-        ClaimBody::encode_into(durable, ends, &mut self.body);
-        let parts = [&self.body[..]];
-        let claim = Append {
-            kind: KIND_CLAIM,
-            flags: 0,
-            epoch: 0,
-            group,
-            parts: &parts,
-        };
-        self.commits.append_any(claim).map_err(|error| match error {
-            super::AppendError::Poisoned(e) => e,
-            // Each durable claim frees the segments before it, so this needs a disk that was full
-            // when the log was created.
-            other => LogError {
-                cause: other.to_string(),
-            },
-        })
     }
 }
 

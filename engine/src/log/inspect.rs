@@ -6,10 +6,9 @@
 //! Deliberately absent: formatting; the meaning of bodies; which groups are void (`OPEN` entries
 //! tell).
 
-use super::record::{
-    ALIGN, BadHeader, KIND_CLAIM, KIND_OPEN, KIND_SEAL, Lsn, RecordHeader, SegmentHeader,
-};
-use super::segment::SEGMENT_START;
+use super::claim::{self, Slot};
+use super::record::{ALIGN, BadHeader, KIND_OPEN, KIND_SEAL, Lsn, RecordHeader, SegmentHeader};
+use super::segment::{CLAIM_SLOTS, SEGMENT_START};
 use crate::medium::{Access, Medium, MediumError, Volume, dir::DirVolume};
 use std::path::Path;
 use std::sync::Arc;
@@ -26,6 +25,15 @@ pub enum Entry {
         len: u64,
         /// The header; `None` if there is no intact one, and then nothing else is shown.
         header: Option<SegmentHeader>,
+    },
+    /// What stands in a claim slot that is not empty.
+    Claim {
+        /// File name.
+        file: String,
+        /// Byte offset.
+        offset: u64,
+        /// The claim, or that it is damaged (or torn by a crash while it was written).
+        slot: Slot,
     },
     /// A record.
     Record {
@@ -70,7 +78,6 @@ pub fn own_kind(kind: u8) -> Option<&'static str> {
     match kind {
         KIND_SEAL => Some("seal"),
         KIND_OPEN => Some("open"),
-        KIND_CLAIM => Some("claim"),
         _ => None,
     }
 }
@@ -152,8 +159,15 @@ impl Iterator for Entries {
     type Item = Result<Entry, MediumError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if let Some((file, segment, offset)) = self.current.take() {
-            return Some(self.step(file, segment, offset));
+        while let Some((file, segment, offset)) = self.current.take() {
+            if !CLAIM_SLOTS.contains(&offset) {
+                return Some(self.step(file, segment, offset));
+            }
+            match self.claim_slot(file, segment, offset) {
+                Ok(None) => {}
+                Ok(Some(entry)) => return Some(Ok(entry)),
+                Err(error) => return Some(Err(error)),
+            }
         }
         let file = self.files.pop()?;
         let entry = Entry::Segment {
@@ -162,13 +176,38 @@ impl Iterator for Entries {
             header: file.header,
         };
         if let Some(header) = file.header {
-            self.current = Some((file, header, SEGMENT_START));
+            self.current = Some((file, header, CLAIM_SLOTS[0]));
         }
         Some(Ok(entry))
     }
 }
 
 impl Entries {
+    /// Shows a claim slot and moves on to the next, or to the records.
+    fn claim_slot(
+        &mut self,
+        file: File,
+        segment: SegmentHeader,
+        offset: u64,
+    ) -> Result<Option<Entry>, MediumError> {
+        // A file that is cut off there shows so when its records are read.
+        let slot = match file.len < SEGMENT_START {
+            true => Slot::Empty,
+            false => {
+                let at = position(&segment, offset);
+                claim::read(&*file.medium, offset, (segment.identity.tag(), at))?
+            }
+        };
+        let name = file.name.clone();
+        let next = CLAIM_SLOTS.into_iter().find(|o| *o > offset);
+        self.current = Some((file, segment, next.unwrap_or(SEGMENT_START)));
+        Ok((slot != Slot::Empty).then_some(Entry::Claim {
+            file: name,
+            offset,
+            slot,
+        }))
+    }
+
     fn step(
         &mut self,
         file: File,
@@ -192,11 +231,7 @@ impl Entries {
             Err(BadHeader::Damaged) => return Ok(end(Verdict::Damaged)),
             Err(BadHeader::Version(v)) => return Ok(end(Verdict::Version(u32::from(v)))),
         };
-        let expected = Lsn(segment
-            .seq
-            .wrapping_mul(segment.segment_bytes)
-            .wrapping_add(offset));
-        if header.lsn != expected || header.tag != segment.identity.tag() {
+        if header.lsn != position(&segment, offset) || header.tag != segment.identity.tag() {
             return Ok(end(Verdict::Unwritten));
         }
         let body_at = offset + ALIGN;
@@ -221,6 +256,12 @@ impl Entries {
         self.current = Some((file, segment, next));
         Ok(record)
     }
+}
+
+/// The position that an offset stands for; of a hostile header any number.
+fn position(segment: &SegmentHeader, offset: u64) -> Lsn {
+    let base = segment.seq.wrapping_mul(segment.segment_bytes);
+    Lsn(base.wrapping_add(offset))
 }
 
 fn read_slot(

@@ -36,14 +36,14 @@ impl std::fmt::Display for Lsn {
 /// Size of a record header and alignment of records, bytes.
 pub const ALIGN: u64 = 64;
 /// Version of the record and segment formats.
-pub const FORMAT: u8 = 1;
+pub const FORMAT: u8 = 2;
 /// First kind that belongs to the log itself; callers use lower ones.
 pub const KIND_RESERVED: u8 = 0xf0;
 /// The rest of the segment is unused; the log goes on in the next one.
 pub const KIND_SEAL: u8 = 0xf0;
 /// A generation begins here; see [`OpenBody`].
 pub const KIND_OPEN: u8 = 0xf1;
-/// A claim of the commit log; see [`ClaimBody`].
+/// Stands in a claim slot, not among the records; see [`ClaimBody`].
 pub const KIND_CLAIM: u8 = 0xf2;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"LTRC");
@@ -186,7 +186,7 @@ impl OpenBody {
     }
 }
 
-/// Body of a [`KIND_CLAIM`] record in the commit log: where every log must be valid up to for the
+/// Body of a [`KIND_CLAIM`] record in a claim slot: where every log must be valid up to for the
 /// record's group to be durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClaimBody {

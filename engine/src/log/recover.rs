@@ -7,6 +7,7 @@
 //! Deliberately absent: repair. What cannot be trusted is reported, not guessed.
 
 use super::chain::Chain;
+use super::claim::{self, Claim};
 use super::record::{ALIGN, BadHeader, KIND_OPEN, KIND_SEAL, Lsn, OpenBody, RecordHeader};
 use super::segment::{SEGMENT_START, Segment, Shared, Table};
 use super::teeth::{Tooth, bites};
@@ -105,7 +106,20 @@ pub struct Scanned {
     /// Larger than any generation seen, dead ones included.
     next_generation: u32,
     opens: Vec<OpenBody>,
+    /// What the newest generation says of itself; see [`Scanned::settled`].
+    settled: Settled,
     report: Recovered,
+}
+
+/// See [`Scanned::settled`].
+#[derive(Debug, Default)]
+struct Settled {
+    /// The generation whose records tell.
+    generation: u32,
+    /// Behind its `OPEN`, if that is still there.
+    opened: Lsn,
+    /// The furthest that one of them says.
+    told: Lsn,
 }
 
 impl Scanned {
@@ -145,6 +159,7 @@ impl Scanned {
             end_offset: SEGMENT_START,
             next_generation: 1,
             opens: Vec::new(),
+            settled: Settled::default(),
             report: Recovered {
                 first,
                 end: first,
@@ -169,6 +184,21 @@ impl Scanned {
     /// The bodies of the `OPEN` records found, oldest first.
     pub fn opens(&self) -> &[OpenBody] {
         &self.opens
+    }
+
+    /// The intact claims in this log's segments.
+    ///
+    /// # Errors
+    /// The medium failed.
+    pub(super) fn claims(&self) -> Result<Vec<Claim>, MediumError> {
+        claim::read_all(self.live.iter().chain(&self.after), &self.config)
+    }
+
+    /// How far records that were appended since the newest `OPEN` say that this log was durable,
+    /// and where that `OPEN` ended. Of a node's first log the one exceeds the other only if there
+    /// was a durable claim that reached as far.
+    pub(super) fn settled(&self) -> (Lsn, Lsn) {
+        (self.settled.told, self.settled.opened)
     }
 
     /// Follows the records until the first that is not acceptable.
@@ -260,6 +290,17 @@ impl Scanned {
             let body = OpenBody::decode(&record.body).ok_or(StopReason::Malformed)?;
             self.report.group_max = self.report.group_max.max(body.next_group - 1);
             self.opens.push(body);
+            self.settled = Settled {
+                generation: header.generation,
+                opened: Lsn(header.lsn.0 + header.total_len()),
+                told: Lsn(0),
+            };
+        } else if is_first {
+            self.settled.generation = header.generation;
+        }
+        // A seal before an OPEN is of the new generation and speaks of what that found.
+        if header.kind != KIND_OPEN && header.generation == self.settled.generation {
+            self.settled.told = self.settled.told.max(header.durable);
         }
         self.next_generation = header.generation + 1;
         self.report.records += 1;
@@ -296,6 +337,9 @@ impl Scanned {
                     // The record at the stop itself counts as well: its header may be intact.
                     stop.intact_beyond += u64::from(header.lsn > stop.lsn);
                     durable = durable.max(header.durable);
+                    if header.generation == self.settled.generation {
+                        self.settled.told = self.settled.told.max(header.durable);
+                    }
                     self.next_generation = self.next_generation.max(header.generation + 1);
                     self.report.group_max = self.report.group_max.max(header.group);
                 }
@@ -318,10 +362,7 @@ impl Scanned {
             });
         }
         if self.config.was_opened && self.report.first == Lsn(0) {
-            return Err(OpenError::SegmentsMissing {
-                log: self.config.prefix.clone(),
-                headers_damaged: self.report.headers_damaged,
-            });
+            return Err(self.segments_missing());
         }
         // Segments are numbered from 1, and the oldest goes only when what it holds is not needed.
         let begins = self.report.first.0 / self.config.segment_bytes;
@@ -351,6 +392,22 @@ impl Scanned {
                 .stop
                 .as_ref()
                 .map_or(StopReason::NoSegment, |s| s.reason),
+            proof,
+        }
+    }
+
+    /// The error for a log of which nothing is left.
+    pub(super) fn segments_missing(&self) -> OpenError {
+        OpenError::SegmentsMissing {
+            log: self.config.prefix.clone(),
+            headers_damaged: self.report.headers_damaged,
+        }
+    }
+
+    /// The error for a claim that is missing in this log, the node's first.
+    pub(super) fn claim_missing(&self, proof: Proof) -> OpenError {
+        OpenError::ClaimMissing {
+            log: self.config.prefix.clone(),
             proof,
         }
     }

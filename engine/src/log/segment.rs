@@ -13,8 +13,10 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Offset of the first record: the header has a page of its own.
-pub(super) const SEGMENT_START: u64 = PAGE;
+/// Offsets of the claim slots, a page each; see [`super::claim`]. Used in a node's first log only.
+pub(super) const CLAIM_SLOTS: [u64; 2] = [PAGE, 2 * PAGE];
+/// Offset of the first record: header and claim slots have pages of their own.
+pub(super) const SEGMENT_START: u64 = 3 * PAGE;
 /// Ready segments that are kept ahead of the active one.
 const READY_AHEAD: usize = 1;
 
@@ -323,24 +325,44 @@ impl SyncHandle {
     /// # Errors
     /// The first failure poisons the log; nothing after it is ever reported durable.
     pub fn sync(&self, up_to: Lsn) -> Result<Lsn, LogError> {
+        if self.durable() < up_to {
+            self.flush(up_to, None)?;
+            self.settle(up_to);
+        }
+        Ok(self.durable())
+    }
+
+    /// Syncs the pages before `up_to` that are new, and with them a claim that is stored before,
+    /// at an offset of the segment that `up_to` lies in.
+    pub(super) fn flush(&self, up_to: Lsn, claim: Option<(u64, &[u8])>) -> Result<(), LogError> {
         let shared = &self.shared;
         shared.check()?;
-        let from = shared.durable();
-        if from >= up_to {
-            return Ok(from);
-        }
         let segment_bytes = shared.config.segment_bytes;
-        let (first, last) = (from.0 / segment_bytes, (up_to.0 - 1) / segment_bytes);
+        let from = shared.durable().min(up_to);
+        let (first, last) = (from.0 / segment_bytes, up_to.0 / segment_bytes);
         let dirty: Vec<Segment> = lock(&shared.table)
             .live
             .iter()
             .filter(|s| (first..=last).contains(&s.seq))
             .cloned()
             .collect();
+        if dirty.last().is_none_or(|s| s.seq != last) {
+            return Err(LogError {
+                cause: format!("position {up_to} is in no segment"),
+            });
+        }
         for segment in dirty {
             let base = segment.seq * segment_bytes;
-            let start = from.0.saturating_sub(base).max(SEGMENT_START);
+            let mut start = from.0.saturating_sub(base).max(SEGMENT_START);
             let end = (up_to.0 - base).min(segment_bytes);
+            if let Some((slot, bytes)) = claim
+                && segment.seq == last
+            {
+                let stored = segment.medium.store(slot, bytes);
+                stored.map_err(|e| shared.lost(e))?;
+                // One call: what is clean in between costs nothing.
+                start = slot;
+            }
             if start < end {
                 let mut done = segment.medium.sync(start..end);
                 if bites(Tooth::RetrySync) && done.is_err() {
@@ -350,9 +372,12 @@ impl SyncHandle {
             }
         }
         // A failure on another log of the group came first: nothing is promised any more.
-        shared.check()?;
-        shared.set_durable(up_to);
-        Ok(up_to)
+        shared.check()
+    }
+
+    /// Everything before `up_to` is durable from now on.
+    pub(super) fn settle(&self, up_to: Lsn) {
+        self.shared.set_durable(up_to);
     }
 
     /// Keeps a segment ready ahead of the active one: reuses or creates files as needed. To be

@@ -1,39 +1,37 @@
 //! All logs of a node, opened together.
 //!
-//! Owns: the names of a node's logs, the commit log's shape, and the decision which commit groups
-//! count after a restart.
+//! Owns: the names of a node's logs, and the decision which commit groups count after a restart.
 //!
-//! A group counts iff its claim (see [`super::commit`]) is intact and every log is valid up to the
-//! claimed end. `D` is the largest such group. Groups above `D` are *void*: an `OPEN` record says
+//! A group counts iff its claim (see [`super::claim`]) is intact and every log is valid up to the
+//! claimed end, or if an earlier restart said so. `D` is the largest such group. Groups above `D` are *void*: an `OPEN` record says
 //! so in every log, durably, before anything is appended, and new groups start above every group
 //! seen. Records of void groups stay where they are and are skipped. (Cutting the logs instead
 //! would lose records of group `D` that stand after one of group `D+1`, which two shards can
 //! produce.)
 //!
 //! *Loss is detected*: a claim also carries the newest group known durable when it was written; if
-//! the logs do not satisfy that group, [`OpenError::CommittedMissing`] names the log. *Not
-//! detected*: loss of the newest groups when no later claim survived (see the parent module).
+//! the logs do not satisfy that group, [`OpenError::CommittedMissing`] names the log. The first log
+//! is called durable only when a group is, so its records vouch for claims as well
+//! ([`OpenError::ClaimMissing`]). *Not detected*: loss of the newest groups when nothing later
+//! survived (see the parent module).
+//!
+//! Claims grow in every log from group to group. One that reaches further than a newer one that
+//! holds is left over from a void group whose `OPEN` was recycled, and means nothing.
 //!
 //! Deliberately absent: removal of logs that a smaller number of shards has left over; they are
 //! opened, read and synced like the others.
 
+use super::claim::Claim;
 use super::commit::{self, Committed, Committer, ShardLog};
-use super::record::{ClaimBody, KIND_CLAIM, LogIdentity, OpenBody};
+use super::record::{LogIdentity, OpenBody};
 use super::recover::Scanned;
 use super::verdict::{OpenError, Proof, Recovered};
 use super::{Log, LogConfig, LogError, Lsn};
 use crate::medium::{MediumError, Poison, Volume};
 use std::sync::Arc;
 
-/// File prefix of the commit log.
-const COMMIT_PREFIX: &str = "commit";
-/// Log number of the commit log.
-const COMMIT_NUMBER: u32 = u32::MAX;
 /// Most logs a node can have; their ends must fit into one claim.
 pub const LOGS_MAX: u32 = 256;
-/// Segment length of the commit log, bytes.
-const COMMIT_SEGMENT: u64 = 256 << 10;
-
 fn shard_prefix(number: u32) -> String {
     format!("shard-{number:03}")
 }
@@ -61,17 +59,14 @@ pub struct SetRecovered {
     pub durable_group: u64,
     /// The first group of this life; those between never happened.
     pub next_group: u64,
-    /// Per shard log.
+    /// Per log.
     pub shards: Vec<Recovered>,
-    /// The commit log.
-    pub commits: Recovered,
 }
 
 /// All logs of a node, open.
 #[derive(Debug)]
 pub struct LogSet {
     pub(super) logs: Vec<Log>,
-    pub(super) commits: Log,
     pub(super) poison: Arc<Poison>,
     pub(super) durable_group: u64,
     pub(super) next_group: u64,
@@ -91,19 +86,15 @@ impl LogSet {
     ) -> Result<(LogSet, SetRecovered), OpenError> {
         let Found {
             scans,
-            commits,
             groups,
             poison,
         } = Found::scan(volume, config)?;
-        let mut logs = Vec::new();
-        let mut shards = Vec::new();
-        for scan in scans {
-            let (log, report) = scan.open(groups)?;
-            logs.push(log);
-            shards.push(report);
+        let mut opened = Vec::new();
+        // The first one last, so that claims of this life follow a decision that every log knows.
+        for scan in scans.into_iter().rev() {
+            opened.push(scan.open(groups)?);
         }
-        // Last, so that claims of this life follow a decision that every log knows.
-        let (commits, commits_report) = commits.open(groups)?;
+        let (logs, shards) = opened.into_iter().rev().unzip();
         let OpenBody {
             durable_group,
             next_group,
@@ -112,12 +103,10 @@ impl LogSet {
             durable_group,
             next_group,
             shards,
-            commits: commits_report,
         };
         Ok((
             LogSet {
                 logs,
-                commits,
                 poison,
                 durable_group,
                 next_group,
@@ -137,12 +126,10 @@ impl LogSet {
             next_group,
         } = found.groups;
         let shards = found.scans.iter().map(|s| s.report().clone()).collect();
-        let commits = found.commits.report().clone();
         Ok(SetRecovered {
             durable_group,
             next_group,
             shards,
-            commits,
         })
     }
 
@@ -167,7 +154,6 @@ impl LogSet {
 /// All logs of a node, scanned, and the decision about groups.
 struct Found {
     scans: Vec<Scanned>,
-    commits: Scanned,
     groups: OpenBody,
     poison: Arc<Poison>,
 }
@@ -181,19 +167,9 @@ impl Found {
             let shard = shard_config(config, number);
             scans.push(Scanned::scan(volume.clone(), shard, poison.clone())?);
         }
-        let mut claims = Vec::new();
-        let commits =
-            Scanned::scan_with(volume, commit_config(config), poison.clone(), &mut |r| {
-                if r.header.kind == KIND_CLAIM
-                    && let Some(body) = ClaimBody::decode(&r.body)
-                {
-                    claims.push((r.header.group, body));
-                }
-            })?;
-        let groups = decide(&scans, &commits, &claims)?;
+        let groups = decide(&scans, &scans[0].claims()?)?;
         Ok(Found {
             scans,
-            commits,
             groups,
             poison,
         })
@@ -217,26 +193,6 @@ fn shard_config(config: &SetConfig, number: u32) -> LogConfig {
     }
 }
 
-fn commit_config(config: &SetConfig) -> LogConfig {
-    let identity = LogIdentity {
-        storage: config.storage,
-        number: COMMIT_NUMBER,
-    };
-    LogConfig {
-        segment_bytes: COMMIT_SEGMENT,
-        record_bytes_max: 4096,
-        segments_min: 2,
-        segments_max: 4,
-        reserve_bytes: 0,
-        ..LogConfig::new(COMMIT_PREFIX, identity)
-    }
-}
-
-const _: () = assert!(
-    super::record_len(8 * (LOGS_MAX as u64 + 1)) <= 4096,
-    "a claim of all logs is one record"
-);
-
 fn count_logs(volume: &dyn Volume, wanted: u32) -> Result<u32, OpenError> {
     let mut count = wanted;
     for name in volume.list()? {
@@ -251,50 +207,61 @@ fn count_logs(volume: &dyn Volume, wanted: u32) -> Result<u32, OpenError> {
 }
 
 /// Decides which groups count; see the module's comment.
-fn decide(
-    scans: &[Scanned],
-    commits: &Scanned,
-    claims: &[(u64, ClaimBody)],
-) -> Result<OpenBody, OpenError> {
-    let all = || scans.iter().chain([commits]);
-    let group_max = all().map(|s| s.report().group_max).max().unwrap_or(0);
-    // The first opening of a node writes group 0 only; with more, there was a commit log.
-    if commits.report().records == 0 && group_max > 0 {
-        return Err(commits.missing(Proof::Group(group_max)));
+fn decide(scans: &[Scanned], claims: &[Claim]) -> Result<OpenBody, OpenError> {
+    let first = &scans[0];
+    let seen = scans.iter().map(|s| s.report().group_max);
+    let group_max = seen.chain(claims.iter().map(|c| c.group)).max();
+    let group_max = group_max.unwrap_or(0);
+    // The first opening of a node writes group 0 only, and the first log last.
+    if first.report().records == 0 && group_max > 0 {
+        return Err(first.missing(Proof::Group(group_max)));
+    }
+    // Before a first claim every log has a durable `OPEN`, and recycling leaves it a record.
+    for (number, scan) in scans.iter().enumerate() {
+        let is_named = |c: &Claim| c.body.ends.get(number).is_some_and(|end| *end > Lsn(0));
+        if scan.report().records == 0 && claims.iter().any(is_named) {
+            return Err(scan.segments_missing());
+        }
     }
     let is_void = |group: u64| {
         let within = |o: &OpenBody| o.durable_group < group && group < o.next_group;
-        all().any(|s| s.opens().iter().any(within))
+        scans.iter().any(|s| s.opens().iter().any(within))
     };
-    let lacking = |claim: &ClaimBody| {
+    // The first log that does not reach as far as claimed.
+    let lacking = |claim: &Claim| {
         let end = |i: usize| scans.get(i).map_or(Lsn(0), |s| s.report().end);
-        (0..claim.ends.len()).find(|i| claim.ends[*i] > end(*i))
+        let ends = &claim.body.ends;
+        (0..ends.len()).find(|i| ends[*i] > end(*i))
     };
-    let base = commits
-        .opens()
-        .iter()
-        .map(|o| o.durable_group)
-        .max()
-        .unwrap_or(0);
-    let proved = claims
-        .iter()
-        .map(|(_, c)| c.durable_group)
-        .max()
-        .unwrap_or(0)
-        .max(base);
-    let mut durable = base;
-    for (group, claim) in claims.iter().filter(|(group, _)| !is_void(*group)) {
-        match lacking(claim) {
-            None => durable = durable.max(*group),
-            Some(log) if *group <= proved => {
-                let log = scans.get(log).unwrap_or(commits);
-                return Err(log.missing(Proof::Group(proved)));
-            }
-            Some(_) => {}
+    let base = first.opens().iter().map(|o| o.durable_group).max();
+    let base = base.unwrap_or(0);
+    let proved = claims.iter().map(|c| c.body.durable_group).max();
+    let proved = proved.unwrap_or(0).max(base);
+    let mut claims: Vec<&Claim> = claims.iter().filter(|c| !is_void(c.group)).collect();
+    claims.sort_by_key(|c| c.group);
+    let newest = claims.iter().rposition(|c| lacking(c).is_none());
+    for claim in &claims[newest.map_or(0, |n| n + 1)..] {
+        if let Some(log) = lacking(claim)
+            && claim.group <= proved
+        {
+            return Err(match scans.get(log) {
+                Some(scan) => scan.missing(Proof::Group(proved)),
+                None => OpenError::SegmentsMissing {
+                    log: shard_prefix(log as u32),
+                    headers_damaged: 0,
+                },
+            });
         }
     }
+    let newest = newest.map(|n| claims[n]);
+    let durable = newest.map_or(base, |c| c.group.max(base));
     if durable < proved {
-        return Err(commits.missing(Proof::Group(proved)));
+        return Err(first.claim_missing(Proof::Group(proved)));
+    }
+    let (told, opened) = first.settled();
+    let claimed = newest.and_then(|c| c.body.ends.first().copied());
+    if told > opened.max(claimed.unwrap_or_default()) {
+        return Err(first.claim_missing(Proof::LaterRecord(told)));
     }
     Ok(OpenBody {
         durable_group: durable,

@@ -23,6 +23,8 @@ pub(crate) enum Tooth {
     NothingVoid,
     /// A segment is used before its new header is durable (found by `log_crash`).
     HeaderNotSynced,
+    /// Every claim is written over the one before it (found by `commit_crash`).
+    OneClaimSlot,
 }
 
 #[cfg(feature = "teeth")]

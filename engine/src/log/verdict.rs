@@ -142,7 +142,7 @@ pub enum OpenError {
         /// Segment files that are not recognised any more; the missing ones may be among them.
         headers_damaged: usize,
     },
-    /// No segment is left of a log that had one.
+    /// No segment, or nothing in them, is left of a log that was written.
     #[error(
         "log {log}: no segment file is left, but it was written before; restore it from a copy; \
          {headers_damaged} segment files with a damaged header"
@@ -167,6 +167,17 @@ pub enum OpenError {
         /// Who proves it.
         proof: Proof,
     },
+    /// The claim of a durable group is lost or damaged, so which groups count is not known.
+    #[error(
+        "log {log}: the claim of a committed group is missing in the claim slots of its segments; \
+         proof: {proof}; restore the log from a copy"
+    )]
+    ClaimMissing {
+        /// The file prefix of the node's first log.
+        log: String,
+        /// Who proves that there was one.
+        proof: Proof,
+    },
 }
 
 /// What proves that a record had been durable.
@@ -182,8 +193,8 @@ pub enum Proof {
     /// The caller knows (a checkpoint's position).
     #[error("the caller knows of position {0}")]
     Caller(Lsn),
-    /// The commit log says that this group was durable on every log.
-    #[error("the commit log says that group {0} was durable")]
+    /// A claim, or an earlier opening, says that this group was durable on every log.
+    #[error("group {0} is recorded as durable on every log")]
     Group(u64),
 }
 

@@ -76,3 +76,62 @@ fn closing_writes_what_is_still_to_be_written() {
         assert_eq!(file.read_verify(extent_ref(&extent)).unwrap(), *value);
     }
 }
+
+#[test]
+fn files_that_are_lost_are_missed() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = StorageConfig {
+        segment_bytes: 1 << 20,
+        record_bytes_max: 64 << 10,
+        ..StorageConfig::new(2)
+    };
+    let open = |dir: &Path| NodeStorage::open(dir, &config, false, || {});
+    let (mut node, mut storages, image) = open(dir.path()).unwrap();
+    let mind = DestinationConfig {
+        root: NodeId(1),
+        parent: NodeId(1),
+        ping_interval: 1,
+        nonce: 1,
+        carry_bytes: 0,
+    };
+    let (_, shards) = Destination::new(NodeId(2), mind, image);
+    // A step of the first shard only: of the second there is nothing but its `OPEN`.
+    let pin = node.pin(Step(1));
+    let record = Record::Marks {
+        minimum: Epoch(1),
+        ceiling: Epoch(2),
+    };
+    storages[0].begin(pin.group());
+    let body = encode_record(Step(1), &record);
+    storages[0].append(record.kind(), Epoch(1), &body);
+    storages[0].finish(pin, &shards[0]);
+    let start = Instant::now();
+    while node.durable() < Step(1) {
+        assert!(start.elapsed() < Duration::from_secs(60));
+        std::thread::yield_now();
+    }
+    drop(storages);
+    node.close();
+    for (lost, named) in [
+        ("node.meta", "node.meta is missing beside"),
+        ("shard-000-", "log shard-000: no segment file is left"),
+        ("shard-001-", "log shard-001: no segment file is left"),
+    ] {
+        let copy = tempfile::tempdir().unwrap();
+        let mut taken = 0;
+        for entry in std::fs::read_dir(dir.path()).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            match name.starts_with(lost) {
+                true => taken += 1,
+                false => drop(std::fs::copy(entry.path(), copy.path().join(name)).unwrap()),
+            }
+        }
+        assert!(taken > 0, "{lost}");
+        for _ in 0..2 {
+            let error = open(copy.path()).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(named), "without {lost}: {error}");
+        }
+    }
+    drop(open(dir.path()).unwrap());
+}

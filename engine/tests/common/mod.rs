@@ -9,10 +9,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 pub const STORAGE: u128 = 0x1234_5678_9abc_def0_0fed_cba9_8765_4321;
 
-/// Segments of 16 KiB: a handful of records each, so that everything happens often.
+/// Length of a segment of [`tiny`], bytes: room for 12 KiB of records.
+pub const TINY_SEGMENT: u64 = 24 << 10;
+
+/// Small segments: a handful of records each, so that everything happens often.
 pub fn tiny(prefix: &str, number: u32) -> LogConfig {
     LogConfig {
-        segment_bytes: 16 << 10,
+        segment_bytes: TINY_SEGMENT,
         record_bytes_max: 1024,
         segments_min: 2,
         segments_max: 5,

@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 use std::io::{self, Read};
 
+use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::op::Mode;
-use lowtide_engine_core::session::Session;
+use lowtide_engine_core::session::{Scan, Session};
 
 use super::upload::Upload;
 use super::{Tree, corrupt, demand_name};
@@ -87,7 +88,7 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
             ino,
             inode,
             next: 0,
-            fetched: (0..servers).map(|_| VecDeque::new()).collect(),
+            ahead: (0..servers).map(|_| Ahead::default()).collect(),
             current: None,
         }
     }
@@ -374,6 +375,15 @@ impl<'s, S: Session + ?Sized> Tree<'s, S> {
     }
 }
 
+/// What a reader has of one object server.
+#[derive(Debug, Default)]
+struct Ahead {
+    /// Chunks fetched but not yet handed out.
+    fetched: VecDeque<(u64, Chunk)>,
+    /// The page behind them, asked for while they are read.
+    asked: Option<Scan>,
+}
+
 /// A file being read, chunk by chunk and somewhat ahead.
 pub struct Reader<'t, 's, S: Session + ?Sized> {
     tree: &'t Tree<'s, S>,
@@ -381,8 +391,8 @@ pub struct Reader<'t, 's, S: Session + ?Sized> {
     inode: Inode,
     /// Number of the next chunk.
     next: u64,
-    /// Chunks fetched but not yet handed out, per object server.
-    fetched: Vec<VecDeque<(u64, Chunk)>>,
+    /// What came and is still to come, per object server.
+    ahead: Vec<Ahead>,
     /// Chunk that [`Read`] is in, and how much of it has been read.
     current: Option<(Chunk, usize)>,
 }
@@ -407,11 +417,11 @@ impl<S: Session + ?Sized> Reader<'_, '_, S> {
         let chunk = if self.inode.chunks() == 1 {
             tree.read_chunk(self.ino, &self.inode, 0)?
         } else {
-            let server = (number % self.fetched.len() as u64) as usize;
-            if self.fetched[server].is_empty() {
+            let server = (number % self.ahead.len() as u64) as usize;
+            if self.ahead[server].fetched.is_empty() {
                 self.fetch_from(server)?;
             }
-            match self.fetched[server].pop_front() {
+            match self.ahead[server].fetched.pop_front() {
                 Some((n, chunk)) if n == number => chunk,
                 _ => return Err(tree.missing_chunk(self.ino, number)),
             }
@@ -420,18 +430,15 @@ impl<S: Session + ?Sized> Reader<'_, '_, S> {
         Ok(Some(chunk))
     }
 
-    /// Fetches chunks from `next` on from the server that has it.
+    /// Fetches chunks from `next` on from the server that has it, and asks for those behind them.
     fn fetch_from(&mut self, server: usize) -> Result<(), TreeError> {
         let home = self.tree.layout.chunk_home(self.ino, self.next);
-        let range = layout::data_range(self.ino);
-        let after = self
-            .next
-            .checked_sub(1)
-            .map(|n| layout::chunk_key(self.ino, n));
-        let page = self
-            .tree
-            .session
-            .scan(home, range, after.as_ref(), READ_AHEAD_BYTES)?;
+        let asked = match self.ahead[server].asked.take() {
+            Some(asked) => asked,
+            None => self.ask(home, self.next.checked_sub(1)),
+        };
+        let page = self.tree.session.scanned(asked)?;
+        let mut last = None;
         for (key, value) in page.entries {
             let number =
                 layout::chunk_number(&key).ok_or_else(|| corrupt(home, &key, Malformed::Key))?;
@@ -441,9 +448,32 @@ impl<S: Session + ?Sized> Reader<'_, '_, S> {
             let chunk = self
                 .tree
                 .decode_chunk(self.ino, &self.inode, number, &value)?;
-            self.fetched[server].push_back((number, chunk));
+            self.ahead[server].fetched.push_back((number, chunk));
+            last = Some(number);
+        }
+        if let Some(last) = last
+            && last + (self.ahead.len() as u64) < self.inode.chunks()
+        {
+            self.ahead[server].asked = Some(self.ask(home, Some(last)));
         }
         Ok(())
+    }
+
+    /// Asks for chunks behind number `after`.
+    fn ask(&self, home: NodeId, after: Option<u64>) -> Scan {
+        let range = layout::data_range(self.ino);
+        let after = after.map(|number| layout::chunk_key(self.ino, number));
+        let session = self.tree.session;
+        session.scan_ahead(home, range, after.as_ref(), READ_AHEAD_BYTES)
+    }
+}
+
+impl<S: Session + ?Sized> Drop for Reader<'_, '_, S> {
+    fn drop(&mut self) {
+        for asked in self.ahead.iter_mut().filter_map(|a| a.asked.take()) {
+            // Or the session would keep it; whatever it is, nobody asks any more.
+            let _ = self.tree.session.scanned(asked);
+        }
     }
 }
 

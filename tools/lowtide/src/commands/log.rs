@@ -2,14 +2,15 @@
 //!
 //! A record that cannot be read is harmless at the end of a log (a crash tore it) and an error
 //! anywhere else. Which it is follows from proofs in intact records: every record says up to where
-//! its log was durable when it was appended, and a claim of the commit log says so for every log,
-//! once a later claim shows that it held.
+//! its log was durable when it was appended, and a claim in the first log says so for every log, once
+//! a later claim shows that it held.
 
 use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 
+use lowtide_engine::log::claim::{Claim, Slot};
 use lowtide_engine::log::inspect::{self, Entry, Verdict};
-use lowtide_engine::log::record::{ClaimBody, KIND_CLAIM, SegmentHeader};
+use lowtide_engine::log::record::{ClaimBody, SegmentHeader};
 use lowtide_engine_core::record::{OpRecord, Record};
 
 use super::{Failure, Kind};
@@ -55,10 +56,9 @@ fn line(entry: &Entry) -> String {
             header: Some(header),
         } => format!(
             "{file}: log {} of storage {:032x}, segment {} of {len} bytes",
-            log_name(header.identity.number),
-            header.identity.storage,
-            header.seq,
+            header.identity.number, header.identity.storage, header.seq,
         ),
+        Entry::Claim { offset, slot, .. } => format!("  {offset:>10}  {}", words_of_slot(slot)),
         Entry::Segment { file, len, .. } => format!("{file}: no intact header ({len} bytes)"),
         Entry::Record {
             offset,
@@ -82,6 +82,21 @@ fn line(entry: &Entry) -> String {
             verdict,
         } => format!("  {offset:>10}  {file} ends here: {}", words(*verdict)),
         _ => String::new(),
+    }
+}
+
+fn words_of_slot(slot: &Slot) -> String {
+    match slot {
+        Slot::Empty => "no claim".to_owned(),
+        Slot::Damaged => "claim torn or damaged".to_owned(),
+        Slot::Claim(Claim { group, body }) => {
+            let ends: Vec<String> = body.ends.iter().map(ToString::to_string).collect();
+            format!(
+                "claim: group {group} is durable if the logs reach {}; group {} was",
+                ends.join(", "),
+                body.durable_group
+            )
+        }
     }
 }
 
@@ -133,13 +148,6 @@ fn words(verdict: Verdict) -> String {
     }
 }
 
-fn log_name(number: u32) -> String {
-    match number {
-        u32::MAX => "commit".to_owned(),
-        number => number.to_string(),
-    }
-}
-
 /// What a walk over all segments has shown.
 #[derive(Debug, Default)]
 struct Audit {
@@ -149,7 +157,7 @@ struct Audit {
     headless: Vec<String>,
     /// Positions that must be there, by log.
     proofs: BTreeMap<u32, u64>,
-    /// Claims by group, proven by a later claim.
+    /// Claims by group.
     claims: BTreeMap<u64, ClaimBody>,
     current: Option<(u32, u64)>,
 }
@@ -187,6 +195,12 @@ impl Audit {
                 };
                 self.segments.insert(key, segment);
             }
+            Entry::Claim {
+                slot: Slot::Claim(claim),
+                ..
+            } => {
+                self.claims.insert(claim.group, claim.body.clone());
+            }
             Entry::Record {
                 offset,
                 header,
@@ -196,21 +210,16 @@ impl Audit {
                 let Some((key, segment)) = self.current() else {
                     return;
                 };
-                let Some(body) = body else {
+                if body.is_none() {
                     segment.verdict.get_or_insert(Verdict::Damaged);
                     return;
-                };
+                }
                 if segment.verdict.is_none() {
                     segment.records += 1;
                     segment.end = offset + header.total_len();
                 }
                 let proof = self.proofs.entry(key.0).or_default();
                 *proof = (*proof).max(header.durable.0);
-                if header.kind == KIND_CLAIM
-                    && let Some(claim) = ClaimBody::decode(body)
-                {
-                    self.claims.insert(header.group, claim);
-                }
             }
             Entry::End {
                 offset, verdict, ..
@@ -241,7 +250,7 @@ impl Audit {
             lines.push(format!(
                 "{}: log {}, {} records, intact up to byte {}: {}",
                 segment.file,
-                log_name(*number),
+                number,
                 segment.records,
                 segment.end,
                 words(verdict),
@@ -253,8 +262,10 @@ impl Audit {
     /// What was durable and is missing.
     fn problems(&self) -> Vec<String> {
         let mut proofs = self.proofs.clone();
+        // The newest claim that a later one proves; those before reach less far, or are of groups
+        // that a restart dropped.
         let proven = self.claims.values().map(|c| c.durable_group).max();
-        for (_, claim) in self.claims.range(..=proven.unwrap_or(0)) {
+        if let Some(claim) = proven.and_then(|group| self.claims.get(&group)) {
             for (number, end) in (0..).zip(&claim.ends) {
                 let proof = proofs.entry(number).or_default();
                 *proof = (*proof).max(end.0);
@@ -282,15 +293,14 @@ impl Audit {
         let segment_bytes = any.header.segment_bytes;
         // The position is an end: it lies in, or just behind, the segment of the byte before it.
         let last = proof.checked_sub(1)? / segment_bytes;
-        let name = log_name(number);
         let Some(segment) = self.segments.get(&(number, last)) else {
             return Some(format!(
-                "log {name}: segment {last} is missing, which was durable up to position {proof}"
+                "log {number}: segment {last} is missing, which was durable up to position {proof}"
             ));
         };
         if segment.verdict != Some(Verdict::Sealed) && segment.end < proof - last * segment_bytes {
             return Some(format!(
-                "{}: a committed record is missing at byte {}: log {name} was durable up to byte {}",
+                "{}: a committed record is missing at byte {}: log {number} was durable up to byte {}",
                 segment.file,
                 segment.end,
                 proof - last * segment_bytes,
@@ -303,7 +313,7 @@ impl Audit {
         {
             if segment.verdict != Some(Verdict::Sealed) {
                 return Some(format!(
-                    "{}: a committed record is missing at byte {}: log {name} goes on in segment {below}",
+                    "{}: a committed record is missing at byte {}: log {number} goes on in segment {below}",
                     segment.file, segment.end,
                 ));
             }
