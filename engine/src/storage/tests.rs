@@ -93,6 +93,7 @@ fn files_that_are_lost_are_missed() {
         ping_interval: 1,
         nonce: 1,
         carry_bytes: 0,
+        room: HomeRule::default(),
     };
     let (_, shards) = Destination::new(NodeId(2), mind, image);
     // A step of the first shard only: of the second there is nothing but its `OPEN`.
