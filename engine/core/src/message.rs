@@ -26,7 +26,7 @@ use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Version of the encoding of messages.
-pub const VERSION: u8 = 3;
+pub const VERSION: u8 = 4;
 
 /// What a node is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -266,13 +266,21 @@ impl Client {
         self.words.allow(hop, home, self.entered_at)
     }
 
-    /// What an operation takes at its homes, as far as it is known what it replaces.
-    fn costs(&self, updates: &[Update]) -> Vec<(NodeId, Cost)> {
+    /// What an operation takes at its homes, as far as it is known what it replaces: from what this
+    /// client wrote, and from the operation's checks, which hold when it is stamped.
+    fn costs(&self, request: &Request) -> Vec<(NodeId, Cost)> {
         let known = |update: &Update| {
-            let value = self.known(update.home, &update.key)?;
-            Some(value.map_or(0, |value| value.len() as u64))
+            if let Some(value) = self.known(update.home, &update.key) {
+                return Some(value.map_or(0, |value| value.len() as u64));
+            }
+            let same = |c: &&Check| c.home == update.home && c.key == update.key;
+            match &request.checks.iter().find(same)?.expect {
+                Expect::Absent => Some(0),
+                Expect::Value(value) => Some(value.len() as u64),
+                Expect::Present => None,
+            }
         };
-        self.config.budget.costs(updates, known)
+        self.config.budget.costs(&request.updates, known)
     }
 
     /// Stamps the head, unless too much is under way at one of its homes; whether it did.
@@ -280,7 +288,7 @@ impl Client {
         let Some(Item::Op(request)) = self.queue.front().map(|head| &head.item) else {
             return false;
         };
-        let costs = self.costs(&request.updates);
+        let costs = self.costs(request);
         if !self.ledger.admits(&self.config.budget, &costs) {
             return false;
         }
