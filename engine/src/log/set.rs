@@ -3,11 +3,12 @@
 //! Owns: the names of a node's logs, and the decision which commit groups count after a restart.
 //!
 //! A group counts iff its claim (see [`super::claim`]) is intact and every log is valid up to the
-//! claimed end, or if an earlier restart said so. `D` is the largest such group. Groups above `D` are *void*: an `OPEN` record says
-//! so in every log, durably, before anything is appended, and new groups start above every group
-//! seen. Records of void groups stay where they are and are skipped. (Cutting the logs instead
-//! would lose records of group `D` that stand after one of group `D+1`, which two shards can
-//! produce.)
+//! claimed end, or if an earlier restart said so. `D` is the largest such group. Groups above `D`
+//! are *void*: an `OPEN` record says so in every log, durably, before anything is appended, and new
+//! groups start above every group seen. Records of void groups stay where they are and are skipped.
+//! (Cutting the logs instead would lose records of group `D` that stand after one of group `D+1`,
+//! which two shards can produce.) A node with one log needs claims as well: a record may reach the
+//! disk before the extents that it points to, and only its group's claim says that they are there.
 //!
 //! *Loss is detected*: a claim also carries the newest group known durable when it was written; if
 //! the logs do not satisfy that group, [`OpenError::CommittedMissing`] names the log. The first log
