@@ -11,18 +11,21 @@ use lowtide_engine_core::room::HomeRule;
 
 use super::*;
 
-fn open(dir: &Path) -> (NodeStorage, ShardStorage, Shard) {
-    let (node, mut storages, image) =
-        NodeStorage::open(dir, &StorageConfig::new(1), false, || {}).unwrap();
-    let config = DestinationConfig {
+fn mind() -> DestinationConfig {
+    DestinationConfig {
         root: NodeId(1),
         parent: NodeId(1),
         ping_interval: 1,
         nonce: 1,
         carry_bytes: 0,
         room: HomeRule::default(),
-    };
-    let (_, mut shards) = Destination::new(NodeId(2), config, image);
+    }
+}
+
+fn open(dir: &Path) -> (NodeStorage, ShardStorage, Shard) {
+    let (node, mut storages, image) =
+        NodeStorage::open(dir, &StorageConfig::new(1), false, || {}).unwrap();
+    let (_, mut shards) = Destination::new(NodeId(2), mind(), image);
     (node, storages.remove(0), shards.remove(0))
 }
 
@@ -87,15 +90,7 @@ fn files_that_are_lost_are_missed() {
     };
     let open = |dir: &Path| NodeStorage::open(dir, &config, false, || {});
     let (mut node, mut storages, image) = open(dir.path()).unwrap();
-    let mind = DestinationConfig {
-        root: NodeId(1),
-        parent: NodeId(1),
-        ping_interval: 1,
-        nonce: 1,
-        carry_bytes: 0,
-        room: HomeRule::default(),
-    };
-    let (_, shards) = Destination::new(NodeId(2), mind, image);
+    let (_, shards) = Destination::new(NodeId(2), mind(), image);
     // A step of the first shard only: of the second there is nothing but its `OPEN`.
     let pin = node.pin(Step(1));
     let record = Record::Marks {
