@@ -26,6 +26,7 @@ pub mod faults;
 pub mod memory;
 pub mod message;
 mod pcap;
+pub mod raw;
 #[allow(unsafe_code)] // system calls that no safe crate offers in this form
 pub mod udp;
 pub mod verbs;

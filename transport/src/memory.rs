@@ -480,6 +480,12 @@ impl SharedMemory {
         }
     }
 
+    /// Replaces the aligned word at `offset`; returns what was there.
+    pub fn swap(&self, offset: usize, value: u64) -> u64 {
+        assert!(offset.is_multiple_of(8));
+        self.words[offset / 8].swap(value, Ordering::SeqCst)
+    }
+
     /// Adds to the aligned word at `offset`, wrapping; returns what was there.
     pub fn fetch_add(&self, offset: usize, addend: u64) -> u64 {
         assert!(offset.is_multiple_of(8));

@@ -195,6 +195,7 @@ impl ProtectionDomain {
         let caps = QpCaps {
             send_wr_max: send_depth,
             recv_wr_max: recv_depth,
+            shared_receives: false,
         };
         let (id, qpn) = state.add_qp(self.domain, caps, send_cq.0.id, recv_cq.0.id)?;
         drop(state);

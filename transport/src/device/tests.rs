@@ -52,6 +52,7 @@ fn connect(device: &mut Device, domain: u32, address: SocketAddr) -> (QpId, Qpn)
     let caps = QpCaps {
         send_wr_max: 16,
         recv_wr_max: 16,
+        shared_receives: false,
     };
     let (id, qpn) = device.create_qp(domain, caps).unwrap();
     let qp = device.qp(id).unwrap();

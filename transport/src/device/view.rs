@@ -1,6 +1,8 @@
 //! The device's memory as one queue pair sees it.
 
-use lowtide_transport_proto::qp::{self, AccessError, AtomicOp, Fragment, Lkey, Rkey};
+use lowtide_transport_proto::qp::{
+    self, AccessError, AtomicOp, Bind, Fragment, Lkey, RecvWr, Rkey,
+};
 
 use super::IN_PLACE;
 use crate::memory::{Access, Key, Memory};
@@ -64,19 +66,20 @@ impl qp::Memory for View<'_> {
     }
 
     fn atomic(&mut self, rkey: Rkey, va: u64, op: AtomicOp) -> Result<u64, AccessError> {
-        let right = Access {
-            remote_atomic: true,
-            ..Access::default()
+        let right = match op {
+            AtomicOp::Write { .. } => qp::Access::WRITE,
+            _ => qp::Access::ATOMIC,
         };
         let span = self
             .memory
-            .check(self.peer_domain, Key(rkey.0), va, 8, right)
+            .check(self.peer_domain, Key(rkey.0), va, 8, wanted(right))
             .map_err(|_| AccessError)?;
         let shared = self.memory.shared(span).ok_or(AccessError)?;
         let offset = span.offset as usize;
         Ok(match op {
             AtomicOp::CompareSwap { compare, swap } => shared.compare_swap(offset, compare, swap),
             AtomicOp::FetchAdd { add } => shared.fetch_add(offset, add),
+            AtomicOp::Write { value } => shared.swap(offset, u64::from_ne_bytes(value)),
         })
     }
 
@@ -84,5 +87,25 @@ impl qp::Memory for View<'_> {
         self.memory
             .invalidate(self.peer_domain, Key(rkey.0))
             .map_err(|_| AccessError)
+    }
+
+    fn invalidate_local(&mut self, rkey: Rkey) -> Result<(), AccessError> {
+        self.memory
+            .invalidate(self.domain, Key(rkey.0))
+            .map_err(|_| AccessError)
+    }
+
+    /// No region admits windows yet.
+    fn bind(&mut self, _: &Bind) -> Result<(), AccessError> {
+        Err(AccessError)
+    }
+
+    /// No region grants it yet.
+    fn flush(&mut self, _: Rkey, _: qp::Access) -> Result<(), AccessError> {
+        Err(AccessError)
+    }
+
+    fn shared_receive(&mut self) -> Option<RecvWr> {
+        None
     }
 }

@@ -90,6 +90,7 @@ impl QueuePair {
             remote_write: access.remote_write,
             remote_read: access.remote_read,
             remote_atomic: access.remote_atomic,
+            ..lowtide_transport_proto::qp::Access::NONE
         };
         self.with(|qp, _| {
             qp.to_init(InitAttr {
