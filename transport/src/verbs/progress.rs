@@ -334,7 +334,7 @@ impl State {
     pub(super) fn transmit(&mut self) {
         let now = self.device.now();
         self.device.transmit(now);
-        while let Some(id) = self.device.poll_failed() {
+        while let Some(id) = self.device.poll_finished() {
             self.collect(id);
         }
     }
