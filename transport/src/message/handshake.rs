@@ -408,6 +408,8 @@ impl Handshakes {
                 self.forget(index);
                 Some(News::Unanswered { index })
             }
+            // Endpoints neither offer datagram queue pairs nor ask for any.
+            CmEvent::Inquiry { .. } | CmEvent::Resolved { .. } | CmEvent::Unresolved { .. } => None,
         }
     }
 
@@ -419,6 +421,7 @@ impl Handshakes {
                 remote: CommId(0),
                 message: 2,
                 reason: reason::STALE_CONNECTION,
+                ca_guid: 0,
                 private_data: &self.encode_complaint(qpn),
             };
             let mad = Message::Rej(rej).encode(0);
