@@ -55,6 +55,7 @@ impl Cm {
             from,
             service: req.service,
             source_port: req.cma.map(|cma| cma.source_port),
+            ca_guid: req.ca_guid,
             qp: QpOffer {
                 qpn: req.qpn,
                 psn: req.psn,
@@ -112,6 +113,7 @@ impl Cm {
                         initiator_depth: rep.initiator_depth,
                         rnr_retry: rep.rnr_retry,
                     },
+                    ca_guid: rep.ca_guid,
                     private_data: rep.private_data.to_vec(),
                 });
                 CmOutcome::Accepted

@@ -136,7 +136,8 @@ fn a_connection_carries_what_both_sides_offer_and_ends() {
         (request.from, request.source_port),
         (at(CLIENT), Some(40_000))
     );
-    assert_eq!((request.qp, request.mtu), (offer(0), Mtu::B4096));
+    assert_eq!((request.qp, request.ca_guid), (offer(0), 0xa0));
+    assert_eq!(request.mtu, Mtu::B4096);
     assert_eq!((request.retry_count, request.ack_timeout), (7, 17));
 
     pair.cm[SERVER]
@@ -146,12 +147,13 @@ fn a_connection_carries_what_both_sides_offer_and_ends() {
     let CmEvent::Accepted {
         id,
         qp,
+        ca_guid,
         private_data,
     } = pair.event(CLIENT)
     else {
         panic!()
     };
-    assert_eq!((id, qp), (client, offer(1)));
+    assert_eq!((id, qp, ca_guid), (client, offer(1), 0xa1));
     assert_eq!(private_data[..7], *b"welcome");
     assert_eq!(pair.cm[SERVER].poll_event(), None);
 

@@ -94,6 +94,8 @@ pub struct ConnectRequest {
     pub service: ServiceId,
     /// Its port in the service's port space, if it said so.
     pub source_port: Option<u16>,
+    /// Its channel adapter.
+    pub ca_guid: u64,
     /// Its queue pair.
     pub qp: QpOffer,
     /// Path MTU it proposes; the server may use no other.
@@ -148,6 +150,8 @@ pub enum CmEvent {
         id: CommId,
         /// The server's queue pair.
         qp: QpOffer,
+        /// Its channel adapter.
+        ca_guid: u64,
         /// Its private data; the wire pads with zeros.
         private_data: Vec<u8>,
     },
