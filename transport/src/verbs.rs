@@ -18,9 +18,11 @@
 //! Invariant: a completion queue never overflows: the queues of its queue pairs are together no
 //! deeper, and a request counts until its completion has been polled.
 //!
-//! Deliberately absent: UD and shared receive queues, inline data (copies are cheap here), the
-//! connection manager (exchange [`Address`]es as `ibv_rc_pingpong` does), memory of the caller's
-//! choosing (a raw layer for a C ABI will bring it, with `unsafe` in its contract).
+//! Queue pairs are connected by exchanging [`Address`]es as `ibv_rc_pingpong` does, or by the
+//! connection manager ([`crate::cm`]).
+//!
+//! Deliberately absent: UD and shared receive queues, inline data (copies are cheap here), memory of
+//! the caller's choosing (a raw layer for a C ABI will bring it, with `unsafe` in its contract).
 
 mod progress;
 mod queue_pair;
@@ -40,7 +42,8 @@ pub use lowtide_transport_proto::qp::{
 };
 pub use lowtide_transport_proto::wire::Qpn;
 
-use self::progress::{CqId, Shared};
+use self::progress::CqId;
+pub(crate) use self::progress::{Shared, State};
 pub use self::queue_pair::{Address, PostRefused, QueuePair};
 pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;
@@ -51,7 +54,7 @@ pub use crate::udp::SocketOptions;
 /// A soft-RoCE device on one address and UDP port. Cloning shares it.
 #[derive(Clone)]
 pub struct Device {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     _progress: Arc<progress::Thread>,
 }
 

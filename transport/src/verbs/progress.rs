@@ -22,6 +22,7 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::Qpn;
 
 use super::CreateError;
+use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
 use crate::memory::Key;
 use crate::udp::{ReceiveBatch, block_signals};
@@ -100,8 +101,10 @@ struct Cq {
 }
 
 /// Everything under the lock.
-pub(super) struct State {
-    pub(super) device: Device,
+pub(crate) struct State {
+    pub(crate) device: Device,
+    /// The connections that its connection manager makes.
+    pub(crate) manager: Manager,
     batch: ReceiveBatch,
     qps: Vec<Option<QpEntry>>,
     cqs: Vec<Cq>,
@@ -112,7 +115,7 @@ pub(super) struct State {
 }
 
 /// A device that several threads share.
-pub(super) struct Shared {
+pub(crate) struct Shared {
     state: Mutex<State>,
     /// Some completion queue got something.
     completed: Condvar,
@@ -145,8 +148,14 @@ pub(super) fn start(
     poll.registry()
         .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
     let waker = mio::Waker::new(poll.registry(), TOKEN_WAKER)?;
+    let manager = Manager::new(
+        device.local_addr(),
+        device.receive_budget(),
+        random.hash_one(1),
+    );
     let state = State {
         device,
+        manager,
         batch: ReceiveBatch::default(),
         qps: Vec::new(),
         cqs: Vec::new(),
@@ -193,7 +202,7 @@ impl Drop for Thread {
 }
 
 impl Shared {
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         // A panic under the lock is a bug that has been reported; the state is no worse than after
         // a lost packet.
         self.state
@@ -202,7 +211,7 @@ impl Shared {
     }
 
     /// Drives the device for a program's thread.
-    pub(super) fn drive(&self, state: &mut MutexGuard<'_, State>) {
+    pub(crate) fn drive(&self, state: &mut MutexGuard<'_, State>) {
         // Relaxed: a hint about pace; whoever reads it late ticks once more.
         self.driven_at
             .store(self.origin.elapsed().as_nanos() as u64, Ordering::Relaxed);
@@ -213,7 +222,7 @@ impl Shared {
 
     /// Wakes the device's thread if it would oversleep a timer.
     pub(super) fn note_deadline(&self, state: &mut MutexGuard<'_, State>) {
-        let due = match state.device.next_timeout() {
+        let due = match state.next_timeout() {
             _ if state.device.has_output() => 0,
             due => due.map_or(NEVER, |due| due.0),
         };
@@ -235,10 +244,15 @@ impl Shared {
 
     /// Sleeps until something completes on `cq`; false when `deadline` has passed.
     pub(super) fn sleep(&self, cq: CqId, deadline: Instant) -> bool {
+        self.sleep_until(deadline, |state| !state.is_cq_empty(cq))
+    }
+
+    /// Sleeps until `is_done`; false when `deadline` has passed.
+    pub(crate) fn sleep_until(&self, deadline: Instant, is_done: impl Fn(&State) -> bool) -> bool {
         self.driven_at.store(0, Ordering::Relaxed);
         let _ = self.wake();
         let mut state = self.lock();
-        while state.is_cq_empty(cq) {
+        while !is_done(&state) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -267,7 +281,7 @@ impl Shared {
             let mut state = self.lock();
             let is_drained = state.drive();
             self.completed.notify_all();
-            let due = state.device.next_timeout();
+            let due = state.next_timeout();
             let now = state.device.now();
             self.sleeps_until
                 .store(due.map_or(NEVER, |due| due.0), Ordering::Relaxed);
@@ -305,8 +319,26 @@ impl State {
         while let Some(id) = self.device.expire(now) {
             self.collect(id);
         }
+        self.manage();
         self.transmit();
         is_drained
+    }
+
+    /// Lets the connection manager act, and takes what its moves flush.
+    pub(crate) fn manage(&mut self) {
+        let now = self.device.now();
+        self.manager.advance(now, &mut self.device);
+        while let Some(id) = self.manager.poll_failed() {
+            self.collect(id);
+        }
+    }
+
+    fn next_timeout(&self) -> Option<Nanos> {
+        let managed = self.manager.next_timeout();
+        [self.device.next_timeout(), managed]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn take(&mut self, now: Nanos, slot: usize) {
@@ -323,9 +355,16 @@ impl State {
             .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
         for datagram in arrival.bytes.chunks(arrival.segment) {
             let input = self.device.handle(now, &arrival, datagram);
-            // Nobody speaks for queue pair 1 here, and what is for nobody is dropped in silence.
-            if let Input::Taken { id, .. } = input {
-                collect(&mut self.device, &mut self.qps, &mut self.cqs, id);
+            match input {
+                Input::Taken { id, .. } => {
+                    self.manager.note_communication(id);
+                    collect(&mut self.device, &mut self.qps, &mut self.cqs, id);
+                }
+                Input::Management(range) => {
+                    self.manager.handle(now, arrival.source, &datagram[range]);
+                }
+                // What is for nobody is dropped in silence.
+                Input::Dropped | Input::UnknownQueuePair(_) => {}
             }
         }
     }

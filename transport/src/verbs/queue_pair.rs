@@ -61,10 +61,10 @@ pub struct Address {
 /// A reliable connection's end.
 #[derive(Debug)]
 pub struct QueuePair {
-    pub(super) device: Device,
-    pub(super) id: QpId,
-    pub(super) qpn: Qpn,
-    pub(super) psn: Psn,
+    pub(crate) device: Device,
+    pub(crate) id: QpId,
+    pub(crate) qpn: Qpn,
+    pub(crate) psn: Psn,
     /// Keeps them alive.
     pub(super) _queues: [CompletionQueue; 2],
 }
