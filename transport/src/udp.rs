@@ -328,13 +328,15 @@ fn interface_of(address: Ipv6Addr) -> io::Result<u32> {
     }
     let mut found = None;
     let mut next = list;
-    // SAFETY: each entry is valid until freeifaddrs; its address may be null, and an AF_INET6 one is
-    // a sockaddr_in6; its name is a C string.
+    // SAFETY: null or an entry of the list, which is valid until freeifaddrs.
     while let (Some(entry), None) = (unsafe { next.as_ref() }, found) {
+        // SAFETY: null or a socket address of at least this much.
         let name = unsafe { entry.ifa_addr.as_ref() };
         if name.is_some_and(|name| i32::from(name.sa_family) == libc::AF_INET6) {
+            // SAFETY: its family says that it is a sockaddr_in6.
             let v6 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in6>().read_unaligned() };
             if v6.sin6_addr.s6_addr == address.octets() {
+                // SAFETY: the name of an interface is a C string.
                 found = Some(unsafe { libc::if_nametoindex(entry.ifa_name) });
             }
         }

@@ -19,6 +19,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 use lowtide_transport_proto::qp::AtomicOp;
 
@@ -43,31 +44,20 @@ impl Foreign {
     /// EFAULT if they are not; EINVAL for an empty range or one that wraps.
     pub fn probe(address: u64, len: u64, is_writable: bool) -> io::Result<Foreign> {
         let foreign = Foreign::unprobed(address, len)?;
-        // SAFETY: sysconf reads a constant.
-        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(1) as u64;
-        let start = address & !(page - 1);
         let advice = match is_writable {
             true => libc::MADV_POPULATE_WRITE,
             false => libc::MADV_POPULATE_READ,
         };
-        // SAFETY: populating page tables changes no byte and takes no mapping away, whatever is
-        // there.
-        let result = unsafe {
-            libc::madvise(
-                start as *mut libc::c_void,
-                (address + len - start) as usize,
-                advice,
-            )
-        };
-        if result == 0 {
+        let Err(error) = populate(address, len, advice) else {
             return Ok(foreign);
-        }
-        let error = io::Error::last_os_error();
+        };
         match error.raw_os_error() {
+            // Kernels before 5.14 do not know the advice: it will be seen when it is used.
+            Some(libc::EINVAL) if !is_populate_known() => Ok(foreign),
             // Nothing is mapped there, or not with these rights.
-            Some(libc::ENOMEM | libc::EFAULT) => Err(io::Error::from_raw_os_error(libc::EFAULT)),
-            // Kernels before 5.14, or memory of a device: it will be seen when it is used.
-            Some(libc::EINVAL) => Ok(foreign),
+            Some(libc::ENOMEM | libc::EFAULT | libc::EINVAL) => {
+                Err(io::Error::from_raw_os_error(libc::EFAULT))
+            }
             _ => Err(error),
         }
     }
@@ -85,6 +75,29 @@ impl Foreign {
         let len = len as usize;
         Ok(Foreign { address, len })
     }
+}
+
+/// Has the pages of a range made present, if they may be.
+fn populate(address: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: sysconf reads a constant.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(1) as u64;
+    let start = address & !(page - 1);
+    let span = (address + len - start) as usize;
+    // SAFETY: populating page tables changes no byte and takes no mapping away, whatever is there.
+    let result = unsafe { libc::madvise(start as *mut libc::c_void, span, advice) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the kernel can populate at all; what it says to memory that it must know.
+fn is_populate_known() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let here = &raw const KNOWN as u64;
+        populate(here, 1, libc::MADV_POPULATE_READ).is_ok()
+    })
 }
 
 /// A file in memory that is mapped here too.
