@@ -467,7 +467,7 @@ impl Device {
     // Shared receive queues.
 
     /// Makes a shared receive queue; none when it is too deep or there are too many.
-    pub(crate) fn create_srq(&mut self, domain: u32, depth: u32) -> Option<u32> {
+    pub(crate) fn create_srq(&mut self, depth: u32) -> Option<u32> {
         if depth > WORK_REQUESTS_MAX {
             return None;
         }
@@ -479,7 +479,7 @@ impl Device {
                 self.srqs.len() - 1
             }
         };
-        self.srqs[index] = Some(SharedReceives::new(domain, depth));
+        self.srqs[index] = Some(SharedReceives::new(depth));
         Some(index as u32)
     }
 
@@ -556,7 +556,7 @@ impl Device {
         self.finished.pop_front()
     }
 
-    fn note_finished(&mut self, index: u32) {
+    pub(crate) fn note_finished(&mut self, index: u32) {
         if self.finished.back() != Some(&QpId(index)) {
             self.finished.push_back(QpId(index));
         }

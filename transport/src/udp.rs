@@ -124,7 +124,7 @@ impl Socket {
             }
             SocketAddr::V6(v6) => {
                 raw.set_only_v6(true)?;
-                raw.set_multicast_if_v6(interface_of(*v6.ip()).unwrap_or(0))?;
+                raw.set_multicast_if_v6(interface_index(*v6.ip()).unwrap_or(0))?;
                 let discover = libc::IPV6_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, discover)?;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
@@ -174,7 +174,7 @@ impl Socket {
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
                 set_option(fd, libc::SOL_UDP, libc::UDP_NO_CHECK6_RX, 1)?;
-                raw.join_multicast_v6(&group, interface_of(local)?)?;
+                raw.join_multicast_v6(&group, interface_index(local)?)?;
             }
             _ => {
                 return Err(io::Error::new(
@@ -319,26 +319,60 @@ pub fn path_mtu(local: SocketAddr, target: SocketAddr) -> io::Result<u32> {
     }
 }
 
-/// The index of the interface that has this address.
-fn interface_of(address: Ipv6Addr) -> io::Result<u32> {
+/// The MTU of the interface that has this address of ours, in bytes.
+///
+/// # Errors
+/// No interface has it, or the kernel does not say.
+pub fn interface_mtu(address: IpAddr) -> io::Result<u32> {
+    let name = match address.is_loopback() {
+        // All of 127.0.0.0/8 is the loopback interface's; it lists but one.
+        true => "lo".into(),
+        false => interface_name(address)?,
+    };
+    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/mtu"))?;
+    text.trim()
+        .parse()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+fn interface_index(address: Ipv6Addr) -> io::Result<u32> {
+    let name = interface_name(address.into())?;
+    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))?;
+    text.trim()
+        .parse()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+/// The name of the interface that has this address.
+fn interface_name(address: IpAddr) -> io::Result<String> {
     let mut list = std::ptr::null_mut();
-    // SAFETY: the kernel's list is stored in `list`, to be freed below.
+    // SAFETY: the list is stored in `list`, to be freed below.
     if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
         return Err(io::Error::last_os_error());
     }
     let mut found = None;
     let mut next = list;
     // SAFETY: null or an entry of the list, which is valid until freeifaddrs.
-    while let (Some(entry), None) = (unsafe { next.as_ref() }, found) {
+    while let (Some(entry), None) = (unsafe { next.as_ref() }, &found) {
         // SAFETY: null or a socket address of at least this much.
-        let name = unsafe { entry.ifa_addr.as_ref() };
-        if name.is_some_and(|name| i32::from(name.sa_family) == libc::AF_INET6) {
-            // SAFETY: its family says that it is a sockaddr_in6.
-            let v6 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in6>().read_unaligned() };
-            if v6.sin6_addr.s6_addr == address.octets() {
-                // SAFETY: the name of an interface is a C string.
-                found = Some(unsafe { libc::if_nametoindex(entry.ifa_name) });
+        let family = unsafe { entry.ifa_addr.as_ref() }.map(|name| i32::from(name.sa_family));
+        let has = match family {
+            Some(libc::AF_INET) => {
+                // SAFETY: its family says that it is a sockaddr_in.
+                let v4 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
+                Some(IpAddr::from(u32::from_be(v4.sin_addr.s_addr).to_be_bytes()))
             }
+            Some(libc::AF_INET6) => {
+                // SAFETY: its family says that it is a sockaddr_in6.
+                let v6 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in6>().read_unaligned() };
+                Some(IpAddr::from(v6.sin6_addr.s6_addr))
+            }
+            _ => None,
+        };
+        if has == Some(address) {
+            // SAFETY: the name of an interface is a C string, valid as the entry.
+            let name = unsafe { std::ffi::CStr::from_ptr(entry.ifa_name) };
+            found = Some(name.to_string_lossy().into_owned());
         }
         next = entry.ifa_next;
     }

@@ -12,6 +12,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, RawFd};
 
 use lowtide_transport_proto::qp::{AddressHandle, GRH_LEN, Outcome, UdQueuePair};
 use lowtide_transport_proto::wire::Packet;
@@ -155,25 +156,26 @@ impl Device {
         Input::Delivered
     }
 
-    /// Attaches a datagram queue pair to a group; true if its socket is new, to be waited for.
-    pub(crate) fn attach(&mut self, id: QpId, ip: IpAddr) -> io::Result<bool> {
+    /// Attaches a datagram queue pair to a group; its socket if it is new, to be waited for.
+    pub(crate) fn attach(&mut self, id: QpId, ip: IpAddr) -> io::Result<Option<RawFd>> {
         if let Some(group) = self.groups.iter_mut().find(|group| group.ip == ip) {
             if !group.members.contains(&id) {
                 group.members.push(id);
             }
-            return Ok(false);
+            return Ok(None);
         }
         if self.groups.len() >= GROUPS_MAX {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
         let socket = Socket::join(ip, self.socket.local_addr())?;
+        let fd = socket.as_raw_fd();
         let members = vec![id];
         self.groups.push(Group {
             ip,
             socket,
             members,
         });
-        Ok(true)
+        Ok(Some(fd))
     }
 
     /// Detaches it again; false if it was not attached.

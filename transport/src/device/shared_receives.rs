@@ -7,7 +7,6 @@ use lowtide_transport_proto::qp::RecvWr;
 /// The queue. It is bounded; each receive goes to one queue pair.
 #[derive(Debug)]
 pub(crate) struct SharedReceives {
-    pub(crate) domain: u32,
     queue: VecDeque<RecvWr>,
     depth: u32,
     limit: u32,
@@ -15,9 +14,8 @@ pub(crate) struct SharedReceives {
 }
 
 impl SharedReceives {
-    pub(super) fn new(domain: u32, depth: u32) -> SharedReceives {
+    pub(super) fn new(depth: u32) -> SharedReceives {
         SharedReceives {
-            domain,
             queue: VecDeque::with_capacity(depth as usize),
             depth,
             limit: 0,
@@ -73,7 +71,7 @@ mod tests {
 
     #[test]
     fn the_limit_is_told_once_and_only_when_it_is_crossed() {
-        let mut shared = SharedReceives::new(1, 4);
+        let mut shared = SharedReceives::new(4);
         let wr = |id| RecvWr {
             wr_id: WrId(id),
             local: SgList::EMPTY,
