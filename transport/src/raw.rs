@@ -63,7 +63,7 @@ use crate::memory::Memory;
 use crate::udp::interface_mtu;
 
 /// Entries of a completion queue at most.
-const CQE_MAX: u32 = 1 << 22;
+pub(crate) const CQE_MAX: u32 = 1 << 22;
 /// Bytes of inline data of one request at most, as Linux rxe.
 const INLINE_MAX: u32 = 512;
 /// READs and atomics of one queue pair at once, each way, at most.

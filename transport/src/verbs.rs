@@ -86,12 +86,13 @@ impl Device {
         }
     }
 
-    /// A completion queue for at most `depth` completions. Panics beyond 2^22.
+    /// A completion queue for at most `depth` completions, or 2^22 if that is less.
     pub fn completion_queue(&self, depth: u32) -> CompletionQueue {
+        let depth = depth.min(raw::CQE_MAX);
         let raw = self.context.completion_queue(depth.max(1), None);
         CompletionQueue(Arc::new(CqHandle {
             device: self.clone(),
-            raw: raw.expect("no completion queue is that deep"),
+            raw: raw.expect("its depth is one that the device has"),
             depth,
             posts: Mutex::default(),
         }))
@@ -231,7 +232,7 @@ impl ProtectionDomain {
             id: raw.id(),
             qpn: raw.qpn(),
             psn: raw.random_psn(),
-            raw,
+            raw: Box::new(raw),
             sends,
             recvs,
         })

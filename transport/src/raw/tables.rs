@@ -25,6 +25,9 @@ use crate::memory::Key;
 /// Asynchronous events that may wait; later ones are lost, as the counter of a device says.
 const EVENTS_MAX: usize = 4096;
 
+/// Entries of a completion queue for which memory is reserved when it is made.
+const CQE_RESERVED: u32 = 1 << 16;
+
 /// What is known of a queue pair besides its state machine.
 #[derive(Debug)]
 pub(crate) struct QpEntry {
@@ -146,7 +149,7 @@ impl Tables {
 
     pub(super) fn add_cq(&mut self, depth: u32, channel: Option<ChannelLine>) -> CqId {
         let cq = Cq {
-            entries: VecDeque::with_capacity(depth as usize),
+            entries: VecDeque::with_capacity(depth.min(CQE_RESERVED) as usize),
             depth,
             channel,
             armed: Armed::No,
@@ -198,7 +201,9 @@ impl Tables {
         };
         let fits = cq.entries.len() <= depth as usize;
         if fits {
-            cq.entries.reserve(depth as usize - cq.entries.len());
+            let reserved = depth.min(CQE_RESERVED) as usize;
+            cq.entries
+                .reserve(reserved.saturating_sub(cq.entries.len()));
             cq.depth = depth;
         }
         fits

@@ -66,7 +66,7 @@ pub struct QueuePair {
     pub(crate) id: QpId,
     pub(crate) qpn: Qpn,
     pub(crate) psn: Psn,
-    pub(super) raw: raw::QueuePair,
+    pub(super) raw: Box<raw::QueuePair>,
     pub(super) sends: Queue,
     pub(super) recvs: Queue,
 }
