@@ -38,6 +38,7 @@ pub use lowtide_transport_proto::qp::{
 pub use lowtide_transport_proto::wire::Qpn;
 
 pub use self::queue_pair::{Address, PostRefused, QueuePair};
+use crate::device::WORK_REQUESTS_MAX;
 pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;
 pub use crate::memory::Access;
@@ -200,6 +201,9 @@ impl ProtectionDomain {
         let is_ours = |cq: &CompletionQueue| Arc::ptr_eq(&cq.0.device.shared, shared);
         if !is_ours(send_cq) || !is_ours(recv_cq) {
             return Err(CreateError::OtherDevice);
+        }
+        if send_depth.max(recv_depth) > WORK_REQUESTS_MAX {
+            return Err(CreateError::Exhausted);
         }
         let [sends, recvs] = [(send_cq, send_depth), (recv_cq, recv_depth)].map(|(cq, depth)| {
             let has_room = cq.0.posts().promise(depth, cq.0.depth);
