@@ -292,6 +292,10 @@ impl Requester {
         out: &mut Reports,
         timers: &mut TimerTable,
     ) -> Option<Transmit> {
+        if link.kind == QpKind::Uc {
+            // What was polled before has been sent, and nobody will acknowledge it.
+            self.acknowledge(self.next, link, out);
+        }
         if core::mem::take(&mut self.probe_due) && self.una < self.next {
             let wqe = self.queue.front()?;
             let (mut transmit, _) = self.build(wqe, self.una, true, link);
@@ -332,9 +336,7 @@ impl Requester {
             self.cursor += 1;
             self.skip_done();
         }
-        if link.kind == QpKind::Uc {
-            self.acknowledge(self.next, link, out);
-        } else {
+        if link.kind == QpKind::Rc {
             self.arm(now, timers);
         }
         Some(transmit)
