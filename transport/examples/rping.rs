@@ -104,7 +104,10 @@ impl End {
 
     fn ping(&self, qp: &QueuePair, pings: u32) -> Outcome<()> {
         for ping in 0..pings {
-            let ball: Vec<u8> = (0..self.bytes).map(|i| (ping + i) as u8).collect();
+            // A string of C: rping's server sends no more back than that.
+            let letter = |i| b'A' + ((ping + i) % 58) as u8;
+            let mut ball: Vec<u8> = (0..self.bytes).map(letter).collect();
+            ball[self.bytes as usize - 1] = 0;
             self.buffer.write(0, &ball);
             self.advertise(qp)?;
             self.learn(qp)?;
@@ -124,7 +127,7 @@ fn main() -> Outcome<()> {
     let own: IpAddr = args.next().ok_or("say the own address")?.parse()?;
     let server = args.next().filter(|server| server != "-");
     let mut number = |or| args.next().map_or(Ok(or), |n| n.parse::<u32>());
-    let (pings, bytes) = (number(10)?, number(64)?);
+    let (pings, bytes) = (number(10)?, number(64)?.max(1));
     let device = Device::open((own, 4791).into(), &DeviceOptions::default())?;
     let (channel, end) = (EventChannel::new(&device)?, End::new(&device, bytes)?);
     let (service, options) = (ServiceId::tcp(7174), ConnectOptions::default());
