@@ -40,11 +40,11 @@ use lowtide_transport_proto::wire::Psn;
 pub use lowtide_transport_proto::qp::{
     CompletionKind, InvalidTransition, PostError, QpState, Remote, Rkey, SendOp, Status,
 };
-pub use lowtide_transport_proto::wire::Qpn;
+pub use lowtide_transport_proto::wire::{Mtu, Qpn};
 
 use self::progress::CqId;
 pub(crate) use self::progress::{Shared, State};
-pub use self::queue_pair::{Address, PostRefused, QueuePair};
+pub use self::queue_pair::{Address, PostRefused, QueuePair, Reliability};
 pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;
 pub use crate::memory::Access;
