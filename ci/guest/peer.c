@@ -8,7 +8,7 @@
  */
 #include <arpa/inet.h>
 #include <infiniband/verbs.h>
-#include <sched.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -30,6 +30,7 @@ struct cell {
 
 static struct ibv_context *context;
 static struct ibv_pd *pd;
+static struct ibv_comp_channel *channel;
 static struct ibv_cq *cq;
 static struct ibv_mr *mr;
 static struct ibv_ah *ah;
@@ -80,30 +81,43 @@ static int expect(const char *word)
     return strcmp(line, word) ? fail("heard %s, not %s", line, word) : 0;
 }
 
-static int other_end_gave_up(void)
+/* Sleeps until a completion comes, or the other end gives up. */
+static int doze(void)
 {
+    struct pollfd fds[] = { { channel->fd, POLLIN, 0 }, { control, POLLIN, 0 } };
+    void *user;
+    struct ibv_cq *of;
     char first;
-    return recv(control, &first, 1, MSG_PEEK | MSG_DONTWAIT) == 1 && first == 'f';
+    int n = poll(fds, 2, PATIENCE * 1000);
+    if (n > 0 && !fds[0].revents) {
+        if (recv(control, &first, 1, MSG_PEEK) != 1 || first == 'f')
+            return fail("the other end gave up");
+        /* It is only ahead of us. */
+        n = poll(fds, 1, PATIENCE * 1000);
+    }
+    if (n <= 0)
+        return fail("no completion for %d s", PATIENCE);
+    if (ibv_get_cq_event(channel, &of, &user))
+        return fail("ibv_get_cq_event");
+    ibv_ack_cq_events(of, 1);
+    return 0;
 }
 
 /* The next completion, which must be a good one of this kind. */
 static int await(enum ibv_wc_opcode opcode, struct ibv_wc *wc)
 {
-    time_t end = time(NULL) + PATIENCE;
-    for (unsigned turn = 0; ; turn++) {
-        int n = ibv_poll_cq(cq, 1, wc);
-        if (n < 0)
-            return fail("ibv_poll_cq");
-        if (n == 1)
+    int n;
+    while (!(n = ibv_poll_cq(cq, 1, wc))) {
+        if (ibv_req_notify_cq(cq, 0))
+            return fail("ibv_req_notify_cq");
+        /* What came just before asks for no event. */
+        if ((n = ibv_poll_cq(cq, 1, wc)))
             break;
-        if (turn % 64 == 63) {
-            if (other_end_gave_up())
-                return fail("the other end gave up");
-            if (time(NULL) > end)
-                return fail("no completion for %d s", PATIENCE);
-            sched_yield();
-        }
+        if (doze())
+            return -1;
     }
+    if (n < 0)
+        return fail("ibv_poll_cq");
     if (wc->status != IBV_WC_SUCCESS)
         return fail("completion: %s", ibv_wc_status_str(wc->status));
     return wc->opcode == opcode ? 0 : fail("completion of kind %d, not %d", wc->opcode, opcode);
@@ -304,7 +318,7 @@ static int connect_qp(const struct cell *c, struct ibv_qp *qp)
 static int run(const struct cell *c)
 {
     /* Of its own, lest a completion of a failed cell is taken for one of this. */
-    if (!(cq = ibv_create_cq(context, 64, NULL, NULL, 0)))
+    if (!(cq = ibv_create_cq(context, 64, NULL, channel, 0)))
         return fail("no completion queue");
     struct ibv_qp_init_attr init = { .send_cq = cq, .recv_cq = cq, .cap = { 8, 8, 1, 1, 0 },
                                      .qp_type = is_ud(c) ? IBV_QPT_UD : IBV_QPT_RC };
@@ -348,6 +362,7 @@ static int listen_on(const char *path)
     struct sockaddr_un address = { .sun_family = AF_UNIX };
     int listener = socket(AF_UNIX, SOCK_STREAM, 0);
     strncpy(address.sun_path, path, sizeof address.sun_path - 1);
+    unlink(path);
     if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 1))
         return -1;
     return accept(listener, NULL, NULL);
@@ -359,7 +374,7 @@ static int open_device(const char *name)
     for (int i = 0; list && list[i]; i++)
         if (!strcmp(ibv_get_device_name(list[i]), name))
             context = ibv_open_device(list[i]);
-    if (!context || !(pd = ibv_alloc_pd(context)))
+    if (!context || !(pd = ibv_alloc_pd(context)) || !(channel = ibv_create_comp_channel(context)))
         return -1;
     area = aligned_alloc(4096, LIMIT + 4096);
     return area && (mr = ibv_reg_mr(pd, area, LIMIT + 4096, RIGHTS)) ? 0 : -1;
