@@ -1,7 +1,7 @@
 //! Lowtide's end of ci/guest/matrix.job: every operation against ci/guest/peer.c, which drives the
 //! kernel's rxe through libibverbs.
 //!
-//! `matrix SOCKET IPV4-ADDRESS IPV6-ADDRESS < CELLS`
+//! `matrix SOCKET IPV4-ADDRESS IPV6-ADDRESS [CAPTURE] < CELLS`
 //!
 //! A cell is a line "NAME FAMILY ROLE OPERATION MTU ROUNDS TIMEOUT RETRY SIZE…": family 4 or 6, role i
 //! if we ask and t if we are asked. For each the two ends talk over the Unix socket SOCKET:
@@ -17,7 +17,8 @@
 //!     ok         what the target got is right
 //! end <-> end
 //! ```
-//! A side that finds something wrong says "fail WORDS" at any time. Prints "ok CELL" or "FAIL CELL: WHY"
+//! A side that finds something wrong says "fail WORDS" at any time. CAPTURE is how the names of two pcap
+//! files begin. Prints "ok CELL" or "FAIL CELL: WHY"
 //! for each cell.
 
 use std::collections::HashMap;
@@ -25,6 +26,7 @@ use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use lowtide_transport::verbs::{
@@ -42,7 +44,10 @@ const PORT: u16 = 4791;
 /// The conversation with the other end.
 struct Control {
     stream: UnixStream,
-    reader: BufReader<UnixStream>,
+    /// What it says, read by a thread so that nobody has to wait for it.
+    lines: Receiver<String>,
+    /// One that came while nobody expected any.
+    early: Option<String>,
 }
 
 impl Control {
@@ -55,9 +60,20 @@ impl Control {
                 Err(_) => std::thread::sleep(Duration::from_millis(50)),
             }
         };
-        stream.set_read_timeout(Some(2 * PATIENCE))?;
+        let (sender, lines) = mpsc::channel();
         let reader = BufReader::new(stream.try_clone()?);
-        Ok(Control { stream, reader })
+        std::thread::spawn(move || {
+            reader
+                .lines()
+                .map_while(Result::ok)
+                .all(|l| sender.send(l).is_ok())
+        });
+        let early = None;
+        Ok(Control {
+            stream,
+            lines,
+            early,
+        })
     }
 
     fn say(&mut self, line: &str) -> Outcome<()> {
@@ -66,27 +82,30 @@ impl Control {
 
     /// The rest of the next line, which must begin with `word`.
     fn expect(&mut self, word: &str) -> Outcome<String> {
-        let mut line = String::new();
-        if self.reader.read_line(&mut line)? == 0 {
-            return Err("the other end is gone".into());
-        }
-        match line.trim_end().strip_prefix(word) {
+        let line = match self.early.take() {
+            Some(line) => line,
+            None => self.lines.recv_timeout(2 * PATIENCE)?,
+        };
+        match line.strip_prefix(word) {
             Some(rest) => Ok(rest.trim().to_owned()),
-            None => Err(line.trim_end().into()),
+            None => Err(line.into()),
         }
+    }
+
+    /// Whether the other end has given up.
+    fn has_failed(&mut self) -> bool {
+        self.early = self.early.take().or_else(|| self.lines.try_recv().ok());
+        self.early
+            .as_ref()
+            .is_some_and(|line| line.starts_with("fail"))
     }
 
     /// Both ends leave the cell.
     fn end(&mut self) -> Outcome<()> {
         self.say("end")?;
-        loop {
-            match self.expect("end") {
-                Ok(_) => return Ok(()),
-                Err(error) if error.is::<std::io::Error>() => return Err(error),
-                Err(error) if error.to_string() == "the other end is gone" => return Err(error),
-                Err(_) => {}
-            }
-        }
+        self.early = None;
+        while self.lines.recv_timeout(2 * PATIENCE)? != "end" {}
+        Ok(())
     }
 }
 
@@ -155,8 +174,13 @@ struct End {
 }
 
 impl End {
-    fn open(ip: IpAddr) -> Outcome<End> {
-        let device = Device::open(SocketAddr::new(ip, PORT), &DeviceOptions::default())?;
+    fn open(ip: IpAddr, capture: Option<&str>) -> Outcome<End> {
+        let family = if ip.is_ipv4() { 4 } else { 6 };
+        let options = DeviceOptions {
+            capture: capture.map(|prefix| format!("{prefix}{family}.pcap").into()),
+            ..DeviceOptions::default()
+        };
+        let device = Device::open(SocketAddr::new(ip, PORT), &options)?;
         let domain = device.protection_domain();
         Ok(End {
             queue: device.completion_queue(64),
@@ -274,8 +298,19 @@ impl Ask<'_> {
         matches!(self.operation, "swap" | "add")
     }
 
-    fn next(&self, kind: CompletionKind) -> Outcome<WorkCompletion> {
-        let done = self.end.queue.wait(PATIENCE).ok_or("no completion")?;
+    fn next(&self, control: &mut Control, kind: CompletionKind) -> Outcome<WorkCompletion> {
+        let start = Instant::now();
+        let done = loop {
+            if let Some(done) = self.end.queue.wait(Duration::from_millis(50)) {
+                break done;
+            }
+            if control.has_failed() {
+                return Err(control.expect("").unwrap_or_default().into());
+            }
+            if start.elapsed() > PATIENCE {
+                return Err("no completion".into());
+            }
+        };
         if (done.status, done.kind) == (Status::Success, kind) {
             return Ok(done);
         }
@@ -312,7 +347,7 @@ impl Ask<'_> {
         };
         let local = self.end.memory.range(0, self.size);
         self.qp.post_send(1, op, local)?;
-        self.next(kind)?;
+        self.next(control, kind)?;
         if self.operation == "read" {
             self.check()?;
         }
@@ -345,7 +380,7 @@ impl Ask<'_> {
             control.say("go")?;
         }
         if let Some((kind, _)) = takes {
-            let done = self.next(kind)?;
+            let done = self.next(control, kind)?;
             let imm = self.operation.ends_with("imm").then_some(self.round);
             if (done.byte_len, done.imm) != (self.size, imm) {
                 return Err(format!("{} bytes, immediate {:?}", done.byte_len, done.imm).into());
@@ -366,11 +401,16 @@ impl Ask<'_> {
 
 fn main() -> Outcome<()> {
     let mut args = std::env::args().skip(1);
-    let mut arg = || args.next().ok_or("matrix SOCKET IPV4 IPV6 < CELLS");
+    let mut arg = || {
+        args.next()
+            .ok_or("matrix SOCKET IPV4 IPV6 [CAPTURE] < CELLS")
+    };
     let mut control = Control::open(&arg()?)?;
+    let addresses: [IpAddr; 2] = [arg()?.parse()?, arg()?.parse()?];
+    let capture = arg().ok();
     let mut ends = HashMap::new();
-    for is_ipv6 in [false, true] {
-        ends.insert(is_ipv6, End::open(arg()?.parse()?)?);
+    for ip in addresses {
+        ends.insert(ip.is_ipv6(), End::open(ip, capture.as_deref())?);
     }
     for line in std::io::stdin().lines() {
         let line = line?;

@@ -24,7 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 struct End {
     domain: ProtectionDomain,
-    queue: CompletionQueue,
+    /// One for what is sent and one for what comes: an answer may overtake the acknowledgement.
+    queues: [CompletionQueue; 2],
     buffer: MemoryRegion,
     bytes: u32,
 }
@@ -33,7 +34,7 @@ impl End {
     fn new(device: &Device, bytes: u32) -> Outcome<End> {
         let domain = device.protection_domain();
         Ok(End {
-            queue: device.completion_queue(8),
+            queues: [device.completion_queue(4), device.completion_queue(4)],
             buffer: domain.memory_region(bytes as usize, Access::ALL)?,
             domain,
             bytes,
@@ -42,7 +43,8 @@ impl End {
 
     /// A queue pair that one advertisement may be sent to.
     fn queue_pair(&self) -> Outcome<QueuePair> {
-        let qp = self.domain.queue_pair(&self.queue, &self.queue, 4, 4)?;
+        let [sends, recvs] = &self.queues;
+        let qp = self.domain.queue_pair(sends, recvs, 4, 4)?;
         qp.to_init(Access::ALL)?;
         self.expect(&qp)?;
         Ok(qp)
@@ -54,7 +56,8 @@ impl End {
     }
 
     fn next(&self, kind: CompletionKind) -> Outcome<WorkCompletion> {
-        let done = self.queue.wait(PATIENCE).ok_or("silence for 20 s")?;
+        let queue = &self.queues[usize::from(kind == CompletionKind::Recv)];
+        let done = queue.wait(PATIENCE).ok_or("silence for 20 s")?;
         if (done.status, done.kind) == (Status::Success, kind) {
             return Ok(done);
         }
