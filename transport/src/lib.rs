@@ -12,7 +12,7 @@
 //! * `device`: the soft-RoCE device: queue pairs, timers, budgets, the ICRC.
 //! * [`faults`]: seeded loss, duplication, reordering, corruption and partition, on every device.
 //! * [`memory`]: what may be sent, placed and reached by peers.
-//! * `pcap`: a capture of what a device sends and accepts.
+//! * [`pcap`]: capture files, written by devices and read again.
 //! * [`udp`]: the socket; the only module with system calls of its own, and with `unsafe`.
 //!
 //! The state machines and formats are in the crate `lowtide_transport_proto`, which knows no socket
@@ -25,7 +25,7 @@ mod device;
 pub mod faults;
 pub mod memory;
 pub mod message;
-mod pcap;
+pub mod pcap;
 pub mod raw;
 #[allow(unsafe_code)] // system calls that no safe crate offers in this form
 pub mod udp;
