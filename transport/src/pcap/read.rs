@@ -620,7 +620,7 @@ mod tests {
             ];
             block(INTERFACE, &interface.concat());
             for frame in part {
-                let ticks = frame.seconds << 10 | u64::from(frame.nanos) * 1024 / 1_000_000_000;
+                let ticks = (frame.seconds << 10) + u64::from(frame.nanos) * 1024 / 1_000_000_000;
                 let len = frame.bytes.len() as u32;
                 let head = [0, (ticks >> 32) as u32, ticks as u32, len, frame.wire_len].map(word);
                 block(
