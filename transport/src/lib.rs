@@ -1,11 +1,14 @@
 //! RDMA without the hardware: verbs and messages over soft-RoCE on plain UDP sockets.
 //!
-//! Two ways in, one device beneath:
+//! Ways in, one device beneath:
 //!
 //! * [`message`]: an [`Endpoint`](message::Endpoint) with connections that carry whole messages, for
 //!   an engine that owns its threads.
 //! * [`verbs`]: device, protection domain, memory region, completion queue and queue pair with the
 //!   meaning of ibverbs, for RDMA software that wants to run anywhere.
+//!
+//! * [`cm`]: connections as rdma_cm makes them, for queue pairs of [`verbs`]: listen, connect, accept,
+//!   events. It speaks to any rdma_cm program.
 //!
 //! Below them, each knowing nothing of those above:
 //!
@@ -21,11 +24,13 @@
 //! Deliberately absent: what messages mean, and who is alive.
 #![deny(unsafe_code)]
 
+pub mod cm;
 mod device;
 pub mod faults;
 pub mod memory;
 pub mod message;
 pub mod pcap;
+#[allow(unsafe_code)] // its contract is about memory of the caller
 pub mod raw;
 #[allow(unsafe_code)] // system calls that no safe crate offers in this form
 pub mod udp;

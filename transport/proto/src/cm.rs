@@ -14,19 +14,30 @@
 //! Disconnected <-- DREP --
 //! ```
 //!
+//! A datagram queue pair has no connection; a client asks where it is:
+//!
+//! ```text
+//! resolve -- SIDR_REQ -->  Inquiry: answer
+//! Resolved, Unresolved <-- SIDR_REP --
+//! ```
+//!
 //! Every message that waits for an answer is sent again, at first after [`CmConfig::resend_after`],
 //! then after twice that and so on, until [`CmConfig::give_up_after`]. Duplicates are answered as
-//! the first was, also for a while after the end ([`CmConfig::time_wait`]). Ids count up from what
-//! the caller chooses; there is no random source here.
+//! the first was, also for a while after the end ([`CmConfig::time_wait`]), and a duplicate that the
+//! caller has not decided about yet by MRA, which asks for patience. A request from a queue pair that
+//! already has a connection here is of that host's next life: the old connection ends. Ids count up
+//! from what the caller chooses; there is no random source here.
 //!
 //! Contract: commands, `handle_mad`, `handle_timeout`; then drain `poll_transmit`, `poll_event`,
 //! and ask `poll_timeout`.
 //!
-//! Absent: queue pairs (the caller moves them), path migration, service id resolution.
+//! Absent: queue pairs (the caller moves them), path migration, UC and XRC (refused with
+//! [`reason::INVALID_TRANSPORT`]).
 //! Source: IBTA volume 1, chapter 12; Linux `cm.c`, `cma.c`.
 
 mod incoming;
 mod mad;
+mod sidr;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -36,11 +47,12 @@ use core::net::{IpAddr, SocketAddr};
 
 pub use mad::{
     BadMad, CmaHeader, CommId, MAD_LEN, Message, REJ_PRIVATE_MAX, REP_PRIVATE_MAX, REQ_PRIVATE_MAX,
-    Rej, Rep, Req, ServiceId, address, gid, reason,
+    Rej, Rep, Req, SIDR_REP_PRIVATE_MAX, SIDR_REQ_PRIVATE_MAX, ServiceId, SidrRep, SidrReq,
+    address, gid, reason, sidr_status,
 };
 pub use types::{
     CmConfig, CmError, CmEvent, CmOutcome, CmState, CmTransmit, ConnectParams, ConnectRequest,
-    QpOffer,
+    Inquiry, QpOffer, ResolveParams,
 };
 
 use crate::time::Nanos;
@@ -52,6 +64,8 @@ pub const GSI_QKEY: u32 = 0x8001_0000;
 const WAITING_MAX: usize = 256;
 /// The longest pause between two sendings of one message.
 const RESEND_MAX: Nanos = Nanos::from_millis(4_000);
+/// The pause that an MRA of ours asks for: exponent of 4.096 us, 1.1 s.
+const MRA_TIMEOUT: u8 = 18;
 /// "I answer within 4.3 s", as Linux says (exponent of 4.096 us).
 const RESPONSE_TIMEOUT: u8 = 20;
 /// How often a message is resent, as Linux says. Ours are bounded by time.
@@ -79,15 +93,38 @@ struct Connection {
     give_up: Nanos,
 }
 
+impl Connection {
+    /// One of a client that has yet to send its request to `peer`.
+    fn new(state: CmState, peer: SocketAddr, tid: u64) -> Self {
+        Self {
+            state,
+            peer,
+            remote: CommId(0),
+            remote_qpn: Qpn::new(0),
+            tid,
+            is_client: true,
+            sent: [0; MAD_LEN],
+            due: None,
+            pause: Nanos::ZERO,
+            give_up: Nanos::ZERO,
+        }
+    }
+}
+
 /// The connection manager of one device: see the [module](self).
 #[derive(Debug)]
 pub struct Cm {
     config: CmConfig,
     next_id: u32,
     services: BTreeSet<ServiceId>,
+    /// Those of datagram queue pairs.
+    datagram_services: BTreeSet<ServiceId>,
+    /// Inquiries are connections that end with the answer.
     connections: BTreeMap<CommId, Connection>,
     /// Server side: connections by the client's address and id, to know a repeated request.
     requests: BTreeMap<(IpAddr, CommId), CommId>,
+    /// Server side: connections by the client's queue pair, to know its host's next life.
+    remote_qps: BTreeMap<(SocketAddr, Qpn), CommId>,
     /// Every connection's `due`, in order.
     timers: BTreeSet<(Nanos, CommId)>,
     transmits: VecDeque<CmTransmit>,
@@ -102,8 +139,10 @@ impl Cm {
             config,
             next_id: config.first_comm_id,
             services: BTreeSet::new(),
+            datagram_services: BTreeSet::new(),
             connections: BTreeMap::new(),
             requests: BTreeMap::new(),
+            remote_qps: BTreeMap::new(),
             timers: BTreeSet::new(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -139,16 +178,8 @@ impl Cm {
         let tid = self.tid(id);
         let message = self.request(id, params);
         let connection = Connection {
-            state: CmState::ReqSent,
-            peer: params.to,
-            remote: CommId(0),
-            remote_qpn: Qpn::new(0),
-            tid,
-            is_client: true,
             sent: message.encode(tid),
-            due: None,
-            pause: Nanos::ZERO,
-            give_up: Nanos::ZERO,
+            ..Connection::new(CmState::ReqSent, params.to, tid)
         };
         self.connections.insert(id, connection);
         self.send_awaiting(now, id);
@@ -207,12 +238,14 @@ impl Cm {
         if private_data.len() > REJ_PRIVATE_MAX {
             return Err(CmError::PrivateDataTooLong);
         }
+        let ca_guid = self.config.ca_guid;
         let connection = self.in_state(id, &[CmState::ReqReceived, CmState::RepReceived])?;
         let rej = Message::Rej(Rej {
             local: id,
             remote: connection.remote,
             message: u8::from(connection.is_client),
             reason,
+            ca_guid,
             private_data,
         });
         connection.sent = rej.encode(connection.tid);
@@ -249,16 +282,22 @@ impl Cm {
         }
     }
 
-    /// Either side: end the connection. [`CmEvent::Disconnected`] follows, or
-    /// [`CmEvent::TimedOut`] if the peer does not answer. A request not answered yet is forgotten.
+    /// Either side: end the connection. [`CmEvent::Disconnected`] follows, at the latest when the
+    /// peer has not answered for [`CmConfig::give_up_after`]. A request not answered yet is withdrawn.
     ///
     /// # Errors
     ///
     /// [`CmError`]; nothing was sent.
     pub fn disconnect(&mut self, now: Nanos, id: CommId) -> Result<(), CmError> {
-        use CmState::{Established, RepReceived, RepSent, ReqSent};
+        use CmState::{Established, RepReceived, RepSent, ReqSent, SidrReqSent};
         let tid = self.tid(id);
-        let connection = self.in_state(id, &[ReqSent, RepSent, RepReceived, Established])?;
+        let states = [ReqSent, RepSent, RepReceived, Established, SidrReqSent];
+        let connection = self.in_state(id, &states)?;
+        if connection.state == SidrReqSent {
+            self.forget(id);
+            self.events.push_back(CmEvent::Disconnected { id });
+            return Ok(());
+        }
         if connection.state == ReqSent {
             // The server may have our request: tell it that nobody waits any more.
             let to = connection.peer;
@@ -299,6 +338,8 @@ impl Cm {
             Message::Rtu { remote, .. } => self.handle_rtu(from, remote),
             Message::Dreq { local, remote, .. } => self.handle_dreq(now, from, tid, local, remote),
             Message::Drep { remote, .. } => self.handle_drep(now, from, remote),
+            Message::SidrReq(req) => self.handle_sidr_req(now, from, tid, &req),
+            Message::SidrRep(rep) => self.handle_sidr_rep(from, &rep),
         }
     }
 
@@ -318,8 +359,7 @@ impl Cm {
                 self.set_due(id, Some(due));
                 self.send(id);
             } else {
-                self.forget(id);
-                self.events.push_back(CmEvent::TimedOut { id });
+                self.give_up(now, id);
             }
         }
     }
@@ -348,6 +388,7 @@ impl Cm {
             service: params.service,
             ca_guid: self.config.ca_guid,
             qpn: params.qp.qpn,
+            transport: 0,
             responder_resources: params.qp.responder_resources,
             initiator_depth: params.qp.initiator_depth,
             remote_response_timeout: RESPONSE_TIMEOUT,
@@ -377,6 +418,41 @@ impl Cm {
         })
     }
 
+    /// The peer has been silent for too long, or the caller has.
+    fn give_up(&mut self, now: Nanos, id: CommId) {
+        use CmState::{DreqSent, RepSent, ReqReceived};
+        let Some(connection) = self.connections.get(&id) else {
+            return;
+        };
+        let (state, to, tid) = (connection.state, connection.peer, connection.tid);
+        if state == DreqSent {
+            self.wind_down(now, id);
+            self.events.push_back(CmEvent::Disconnected { id });
+            return;
+        }
+        if matches!(state, ReqReceived | RepSent) {
+            // The client need not wait any longer either.
+            let (remote, message) = (connection.remote, u8::from(state == RepSent) * 2);
+            self.reject_unknown(to, tid, id, remote, message, reason::TIMEOUT);
+        }
+        self.forget(id);
+        self.events.push_back(CmEvent::TimedOut { id });
+    }
+
+    /// Asks the peer for patience: `message` 0 with its request, 1 with its reply.
+    fn delay(&mut self, id: CommId, message: u8) {
+        if let Some(connection) = self.connections.get(&id) {
+            let mra = Message::Mra {
+                local: id,
+                remote: connection.remote,
+                message,
+                timeout: MRA_TIMEOUT,
+            };
+            let (to, mad) = (connection.peer, mra.encode(connection.tid));
+            self.transmits.push_back(CmTransmit { to, mad });
+        }
+    }
+
     /// Refuse a message that belongs to no connection of ours.
     fn reject_unknown(
         &mut self,
@@ -392,6 +468,7 @@ impl Cm {
             remote,
             message,
             reason,
+            ca_guid: self.config.ca_guid,
             private_data: &[],
         };
         let mad = Message::Rej(rej).encode(tid);
@@ -484,6 +561,10 @@ impl Cm {
         {
             self.requests
                 .remove(&(connection.peer.ip(), connection.remote));
+            let key = (connection.peer, connection.remote_qpn);
+            if self.remote_qps.get(&key) == Some(&id) {
+                self.remote_qps.remove(&key);
+            }
         }
     }
 }

@@ -248,6 +248,12 @@ impl QueuePair {
         self.state == QpState::Sqd && !self.requester.is_drained()
     }
 
+    /// Sends posted and not finished, or finished and not polled.
+    #[must_use]
+    pub fn sends_posted(&self) -> u32 {
+        self.requester.posted() + self.out.sends
+    }
+
     /// Receives posted and not yet used.
     #[must_use]
     pub fn receives_posted(&self) -> u32 {

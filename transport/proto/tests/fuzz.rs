@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use common::pcap::golden;
 use common::{Rng, Setup, TestMemory, base_of, connected, piece, remote};
 use lowtide_transport_proto::cm::{
-    Cm, CmConfig, ConnectParams, MAD_LEN, Message, QpOffer, ServiceId,
+    Cm, CmConfig, ConnectParams, MAD_LEN, Message, QpOffer, ResolveParams, ServiceId,
 };
 use lowtide_transport_proto::qp::*;
 use lowtide_transport_proto::time::Nanos;
@@ -82,6 +82,7 @@ fn manager() -> Cm {
     });
     cm.listen(ServiceId::tcp(1));
     cm.listen(ServiceId::tcp(7471));
+    cm.listen_datagram(ServiceId::udp(7471));
     cm
 }
 
@@ -266,6 +267,13 @@ fn mutated_handshakes_never_panic_the_connection_manager() {
                 private_data: b"x",
             };
             let _ = cm.connect(now, &params);
+            let question = ResolveParams {
+                to: from(),
+                service: ServiceId::udp(7471),
+                source_port: 1,
+                private_data: b"y",
+            };
+            let _ = cm.resolve(now, &question);
         }
         if cm.poll_timeout().is_some_and(|due| due <= now) {
             cm.handle_timeout(now);
@@ -288,6 +296,9 @@ fn mutated_handshakes_never_panic_the_connection_manager() {
 /// Do one of the things an application may do with an event.
 fn answer(rng: &mut Rng, cm: &mut Cm, now: Nanos, event: &lowtide_transport_proto::cm::CmEvent) {
     use lowtide_transport_proto::cm::CmEvent::*;
+    if let Inquiry { id, .. } = *event {
+        let _ = cm.answer(now, id, rng.below(3) as u8, (Qpn::new(9), 9), b"here");
+    }
     let (ConnectRequest { id, .. } | Accepted { id, .. } | Established { id }) = *event else {
         return;
     };

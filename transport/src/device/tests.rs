@@ -495,7 +495,7 @@ impl Bystander {
         for (domain, key) in [(ATTACKED, self.local), (OTHER, self.foreign)] {
             let span = device.memory.check(domain, key, 0, 64, Access::default());
             let mut bytes = [0; 64];
-            device.memory.fetch(span.unwrap(), &mut bytes);
+            device.memory.fetch(span.unwrap(), &mut bytes).unwrap();
             assert_eq!(bytes, [6; 64]);
         }
     }

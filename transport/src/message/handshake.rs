@@ -25,13 +25,14 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 
 use lowtide_transport_proto::cm::{
-    Cm, CmConfig, CmEvent, CmTransmit, CommId, ConnectParams, GSI_QKEY, Message, QpOffer, Rej,
-    ServiceId, reason,
+    Cm, CmConfig, CmEvent, CmTransmit, CommId, ConnectParams, Message, QpOffer, Rej, ServiceId,
+    reason,
 };
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{Deth, Extension, Header, Mtu, Opcode, Psn, Qpn};
+use lowtide_transport_proto::wire::{Mtu, Psn, Qpn};
 
 use super::{EndpointConfig, HELLO_MAX};
+use crate::cm::Gsi;
 use crate::device::Device;
 
 /// Version of the private data and of the parcels.
@@ -159,7 +160,7 @@ pub(super) struct Handshakes {
     complained: HashMap<SocketAddr, Nanos>,
     node: u64,
     incarnation: u64,
-    mads_sent: u32,
+    gsi: Gsi,
     /// Complaints waiting to be sent.
     complaints: Vec<(SocketAddr, Qpn)>,
     /// Datagrams of the connection manager waiting to be sent.
@@ -182,7 +183,7 @@ impl Handshakes {
             complained: HashMap::new(),
             node: config.node,
             incarnation: config.incarnation,
-            mads_sent: 0,
+            gsi: Gsi::default(),
             complaints: Vec::new(),
             outgoing: Vec::new(),
         }
@@ -373,6 +374,7 @@ impl Handshakes {
                 id,
                 qp,
                 private_data,
+                ..
             } => {
                 let index = *self.by_comm.get(&id)?;
                 self.asking.remove(&index);
@@ -408,6 +410,8 @@ impl Handshakes {
                 self.forget(index);
                 Some(News::Unanswered { index })
             }
+            // Endpoints neither offer datagram queue pairs nor ask for any.
+            CmEvent::Inquiry { .. } | CmEvent::Resolved { .. } | CmEvent::Unresolved { .. } => None,
         }
     }
 
@@ -419,30 +423,18 @@ impl Handshakes {
                 remote: CommId(0),
                 message: 2,
                 reason: reason::STALE_CONNECTION,
+                ca_guid: 0,
                 private_data: &self.encode_complaint(qpn),
             };
             let mad = Message::Rej(rej).encode(0);
-            self.send(device, to, &mad);
+            self.gsi.send(device, to, &mad);
         }
         for transmit in std::mem::take(&mut self.outgoing) {
-            self.send(device, transmit.to, &transmit.mad);
+            self.gsi.send(device, transmit.to, &transmit.mad);
         }
         while let Some(transmit) = self.cm.poll_transmit() {
-            self.send(device, transmit.to, &transmit.mad);
+            self.gsi.send(device, transmit.to, &transmit.mad);
         }
-    }
-
-    fn send(&mut self, device: &mut Device, to: SocketAddr, mad: &[u8]) {
-        let deth = Deth {
-            qkey: GSI_QKEY,
-            source: Qpn::GSI,
-        };
-        let psn = Psn::new(self.mads_sent);
-        self.mads_sent = self.mads_sent.wrapping_add(1);
-        let header = Header::new(Opcode::UdSendOnly, Qpn::GSI, psn, Extension::Deth(deth));
-        let mut bytes = [0; 64];
-        let len = header.emit(&mut bytes);
-        device.send_management(to, &bytes[..len], mad);
     }
 
     fn encode_complaint(&self, qpn: Qpn) -> [u8; COMPLAINT_LEN] {

@@ -18,25 +18,20 @@ impl Cm {
         if let Some(&id) = self.requests.get(&(from.ip(), req.local))
             && let Some(old) = self.connections.get(&id)
         {
-            let state = old.state;
             if (old.tid, old.remote_qpn) == (tid, req.qpn) {
-                // Repeated: what we answered, if we did, was lost.
-                if !matches!(state, CmState::RepSent | CmState::TimeWait) {
-                    return CmOutcome::Stale;
-                }
-                self.send(id);
-                return CmOutcome::Accepted;
+                return self.repeat(id, 0);
             }
             // The peer has begun a new life and reuses its ids: the old connection is dead.
-            self.forget(id);
-            if state != CmState::TimeWait {
-                self.events.push_back(CmEvent::Disconnected { id });
-            }
+            self.end_stale(id);
         }
-        let refusal = if self.services.contains(&req.service) {
-            reason::NO_RESOURCES
-        } else {
-            reason::INVALID_SERVICE_ID
+        if let Some(&id) = self.remote_qps.get(&(from, req.qpn)) {
+            // It reuses a queue pair that is connected here: the same.
+            self.end_stale(id);
+        }
+        let refusal = match (self.services.contains(&req.service), req.transport) {
+            (true, 0) => reason::NO_RESOURCES,
+            (true, _) => reason::INVALID_TRANSPORT,
+            (false, _) => reason::INVALID_SERVICE_ID,
         };
         let id = match self.allocate() {
             Ok(id) if refusal == reason::NO_RESOURCES => id,
@@ -46,24 +41,21 @@ impl Cm {
             }
         };
         let connection = Connection {
-            state: CmState::ReqReceived,
-            peer: from,
             remote: req.local,
             remote_qpn: req.qpn,
-            tid,
             is_client: false,
-            sent: [0; MAD_LEN],
-            due: None,
-            pause: Nanos::ZERO,
             give_up: now + self.config.give_up_after,
+            ..Connection::new(CmState::ReqReceived, from, tid)
         };
         self.connections.insert(id, connection);
         self.requests.insert((from.ip(), req.local), id);
+        self.remote_qps.insert((from, req.qpn), id);
         self.set_due(id, Some(now + self.config.give_up_after));
         let request = ConnectRequest {
             from,
             service: req.service,
             source_port: req.cma.map(|cma| cma.source_port),
+            ca_guid: req.ca_guid,
             qp: QpOffer {
                 qpn: req.qpn,
                 psn: req.psn,
@@ -79,6 +71,25 @@ impl Cm {
         self.events
             .push_back(CmEvent::ConnectRequest { id, request });
         CmOutcome::Accepted
+    }
+
+    /// A request or reply came again: what we answered, if we did, was lost.
+    pub(super) fn repeat(&mut self, id: CommId, message: u8) -> CmOutcome {
+        match self.connections.get(&id).map(|c| c.state) {
+            Some(CmState::ReqReceived | CmState::RepReceived) => self.delay(id, message),
+            Some(CmState::RepSent | CmState::TimeWait) => self.send(id),
+            _ => return CmOutcome::Stale,
+        }
+        CmOutcome::Accepted
+    }
+
+    /// The peer's host has forgotten the connection.
+    pub(super) fn end_stale(&mut self, id: CommId) {
+        let state = self.connections.get(&id).map(|c| c.state);
+        self.forget(id);
+        if state.is_some_and(|state| state != CmState::TimeWait) {
+            self.events.push_back(CmEvent::Disconnected { id });
+        }
     }
 
     pub(super) fn handle_rep(&mut self, from: SocketAddr, tid: u64, rep: &Rep<'_>) -> CmOutcome {
@@ -102,6 +113,7 @@ impl Cm {
                         initiator_depth: rep.initiator_depth,
                         rnr_retry: rep.rnr_retry,
                     },
+                    ca_guid: rep.ca_guid,
                     private_data: rep.private_data.to_vec(),
                 });
                 CmOutcome::Accepted
@@ -111,6 +123,7 @@ impl Cm {
                 self.send(rep.remote);
                 CmOutcome::Accepted
             }
+            CmState::RepReceived if connection.remote == rep.local => self.repeat(rep.remote, 1),
             _ => CmOutcome::Stale,
         }
     }
@@ -136,7 +149,7 @@ impl Cm {
     }
 
     pub(super) fn handle_rej(&mut self, from: SocketAddr, rej: &Rej<'_>) -> CmOutcome {
-        use CmState::{RepReceived, RepSent, ReqReceived, ReqSent};
+        use CmState::{DreqSent, Established, RepReceived, RepSent, ReqReceived, ReqSent};
         let id = if rej.remote == CommId(0) {
             // A client that withdraws before it knows our id.
             self.requests.get(&(from.ip(), rej.local)).copied()
@@ -146,11 +159,14 @@ impl Cm {
         let Some((id, connection)) = id.and_then(|id| Some((id, self.of_peer(id, from)?))) else {
             return CmOutcome::Stale;
         };
-        if !matches!(
-            connection.state,
-            ReqSent | ReqReceived | RepSent | RepReceived
-        ) {
-            return CmOutcome::Stale;
+        match connection.state {
+            ReqSent | ReqReceived | RepSent | RepReceived => {}
+            // The server gave up waiting for our RTU, or has forgotten the connection.
+            Established | DreqSent if connection.remote == rej.local => {
+                self.end_stale(id);
+                return CmOutcome::Accepted;
+            }
+            _ => return CmOutcome::Stale,
         }
         self.forget(id);
         self.events.push_back(CmEvent::Rejected {

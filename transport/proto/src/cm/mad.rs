@@ -1,15 +1,18 @@
 //! The connection manager's messages: 256-byte management datagrams of class 7.
 //!
-//! Owns their byte layout. [`Message::decode`] borrows from the datagram, [`Message::encode`] fills
-//! one; fields that Linux leaves zero or constant on RoCEv2 (LIDs, alternate paths, end-to-end
-//! contexts) are emitted so and ignored when read.
+//! [`Message::decode`] borrows from the datagram, [`Message::encode`] fills one; fields that Linux
+//! leaves zero or constant on RoCEv2 (LIDs, alternate paths, end-to-end contexts) are emitted so and
+//! ignored when read. Where each field lies is `layout`'s.
 //!
-//! Absent: path migration (LAP, APR), service id resolution for datagrams (SIDR).
+//! Absent: path migration (LAP, APR), private data of RTU, DREQ, DREP and MRA (rdma_cm puts none).
 //! Source: Linux `ibta_vol1_c12.h`, `cm_msgs.h`, `cma.c`.
 
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+mod layout;
+
+use core::net::{IpAddr, Ipv6Addr};
 
 use crate::wire::{Mtu, Psn, Qpn};
+use layout::{u16, u24, u32, u64};
 
 /// Length of a management datagram, bytes.
 pub const MAD_LEN: usize = 256;
@@ -23,6 +26,11 @@ pub const REQ_PRIVATE_MAX: usize = 92 - CMA_LEN;
 pub const REP_PRIVATE_MAX: usize = 196;
 /// Private data of a rejection, bytes.
 pub const REJ_PRIVATE_MAX: usize = 148;
+/// Private data an application may put into a request for a datagram queue pair, bytes: 216 less
+/// rdma_cm's header.
+pub const SIDR_REQ_PRIVATE_MAX: usize = 216 - CMA_LEN;
+/// Private data of the reply to it, bytes.
+pub const SIDR_REP_PRIVATE_MAX: usize = 136;
 /// Length of rdma_cm's own header at the start of a request's private data, bytes.
 const CMA_LEN: usize = 36;
 
@@ -34,6 +42,8 @@ mod attribute {
     pub const RTU: u16 = 0x0014;
     pub const DREQ: u16 = 0x0015;
     pub const DREP: u16 = 0x0016;
+    pub const SIDR_REQ: u16 = 0x0017;
+    pub const SIDR_REP: u16 = 0x0018;
 }
 
 /// A communication id: each side's name for a connection.
@@ -49,6 +59,21 @@ impl ServiceId {
     #[must_use]
     pub const fn tcp(port: u16) -> Self {
         Self(0x0106 << 16 | port as u64)
+    }
+
+    /// The service that rdma_cm derives from a port of its UDP port space.
+    #[must_use]
+    pub const fn udp(port: u16) -> Self {
+        Self(0x0111 << 16 | port as u64)
+    }
+
+    /// The port, if the service is of one of rdma_cm's port spaces.
+    #[must_use]
+    pub const fn port(self) -> Option<u16> {
+        match self.0 >> 16 {
+            0x0106 | 0x0111 => Some(self.0 as u16),
+            _ => None,
+        }
     }
 }
 
@@ -89,6 +114,8 @@ pub struct Req<'a> {
     pub ca_guid: u64,
     /// Its queue pair.
     pub qpn: Qpn,
+    /// Transport of the queue pair: 0 RC, 1 UC, 3 extended.
+    pub transport: u8,
     /// READs and atomics it will serve at once.
     pub responder_resources: u8,
     /// READs and atomics it wants to have under way at once.
@@ -175,8 +202,55 @@ pub struct Rej<'a> {
     pub message: u8,
     /// Why: see [`reason`].
     pub reason: u16,
+    /// The rejecting side's channel adapter: part of a rejection for [`reason::TIMEOUT`], which is
+    /// found by it where ids are not known yet. 0 with other reasons.
+    pub ca_guid: u64,
     /// The application's data; padded with zeros on the wire.
     pub private_data: &'a [u8],
+}
+
+/// A request for the address of a datagram queue pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SidrReq<'a> {
+    /// The client's name for the request.
+    pub request: CommId,
+    /// Partition.
+    pub pkey: u16,
+    /// What it wants to talk to.
+    pub service: ServiceId,
+    /// rdma_cm's header; `None` where a peer speaks the bare protocol.
+    pub cma: Option<CmaHeader>,
+    /// The application's data; padded with zeros on the wire.
+    pub private_data: &'a [u8],
+}
+
+/// The answer to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SidrRep<'a> {
+    /// The client's name for the request.
+    pub request: CommId,
+    /// 0, or why there is no address: see [`sidr_status`].
+    pub status: u8,
+    /// The datagram queue pair.
+    pub qpn: Qpn,
+    /// What was asked for.
+    pub service: ServiceId,
+    /// What the queue pair's datagrams must carry.
+    pub qkey: u32,
+    /// The application's data; padded with zeros on the wire.
+    pub private_data: &'a [u8],
+}
+
+/// Status of an answer about a datagram queue pair.
+pub mod sidr_status {
+    /// Here it is.
+    pub const SUCCESS: u8 = 0;
+    /// Nobody listens.
+    pub const UNSUPPORTED: u8 = 1;
+    /// The application refuses.
+    pub const REJECT: u8 = 2;
+    /// No queue pair available.
+    pub const NO_QP: u8 = 3;
 }
 
 /// Reasons of a rejection.
@@ -191,6 +265,8 @@ pub mod reason {
     pub const INVALID_COMM_ID: u16 = 6;
     /// Nobody listens.
     pub const INVALID_SERVICE_ID: u16 = 8;
+    /// The queue pair is of a type that is not served.
+    pub const INVALID_TRANSPORT: u16 = 9;
     /// A connection of an earlier life.
     pub const STALE_CONNECTION: u16 = 10;
     /// Path MTU not supported.
@@ -232,6 +308,8 @@ pub enum Message<'a> {
         local: CommId,
         remote: CommId,
     },
+    SidrReq(SidrReq<'a>),
+    SidrRep(SidrRep<'a>),
 }
 
 /// Why bytes are not a message of the connection manager.
@@ -265,21 +343,15 @@ impl<'a> Message<'a> {
         let body: &'a [u8] = &mad[HEADER_LEN..];
         let (local, remote) = (CommId(u32(body, 0)), CommId(u32(body, 4)));
         let message = match attribute {
-            attribute::REQ => Self::Req(decode_req(body)?),
+            attribute::REQ => Self::Req(layout::req(body)?),
             attribute::MRA => Self::Mra {
                 local,
                 remote,
                 message: body[8] >> 6,
                 timeout: body[9] >> 3,
             },
-            attribute::REJ => Self::Rej(Rej {
-                local,
-                remote,
-                message: body[8] >> 6,
-                reason: u16(body, 10),
-                private_data: &body[84..84 + REJ_PRIVATE_MAX],
-            }),
-            attribute::REP => Self::Rep(decode_rep(body)),
+            attribute::REJ => Self::Rej(layout::rej(body)),
+            attribute::REP => Self::Rep(layout::rep(body)),
             attribute::RTU => Self::Rtu { local, remote },
             attribute::DREQ => Self::Dreq {
                 local,
@@ -287,6 +359,8 @@ impl<'a> Message<'a> {
                 qpn: Qpn::new(u24(body, 8)),
             },
             attribute::DREP => Self::Drep { local, remote },
+            attribute::SIDR_REQ => Self::SidrReq(layout::sidr_req(body)),
+            attribute::SIDR_REP => Self::SidrRep(layout::sidr_rep(body)),
             other => return Err(BadMad::Attribute(other)),
         };
         Ok((tid, message))
@@ -305,29 +379,26 @@ impl<'a> Message<'a> {
         mad[16..18].copy_from_slice(&self.attribute().to_be_bytes());
         let body = &mut mad[HEADER_LEN..];
         match self {
-            Self::Req(req) => encode_req(req, body),
-            Self::Rep(rep) => encode_rep(rep, body),
-            Self::Rej(rej) => {
-                put_ids(body, rej.local, rej.remote);
-                body[8] = rej.message << 6;
-                body[10..12].copy_from_slice(&rej.reason.to_be_bytes());
-                put_private(&mut body[84..84 + REJ_PRIVATE_MAX], rej.private_data);
-            }
+            Self::Req(req) => layout::put_req(req, body),
+            Self::Rep(rep) => layout::put_rep(rep, body),
+            Self::SidrReq(req) => layout::put_sidr_req(req, body),
+            Self::SidrRep(rep) => layout::put_sidr_rep(rep, body),
+            Self::Rej(rej) => layout::put_rej(rej, body),
             Self::Mra {
                 local,
                 remote,
                 message,
                 timeout,
             } => {
-                put_ids(body, *local, *remote);
+                layout::put_ids(body, *local, *remote);
                 (body[8], body[9]) = (message << 6, timeout << 3);
             }
             Self::Rtu { local, remote } | Self::Drep { local, remote } => {
-                put_ids(body, *local, *remote);
+                layout::put_ids(body, *local, *remote);
             }
             Self::Dreq { local, remote, qpn } => {
-                put_ids(body, *local, *remote);
-                put24(body, 8, qpn.value());
+                layout::put_ids(body, *local, *remote);
+                layout::put24(body, 8, qpn.value());
             }
         }
         mad
@@ -342,177 +413,8 @@ impl<'a> Message<'a> {
             Self::Rtu { .. } => attribute::RTU,
             Self::Dreq { .. } => attribute::DREQ,
             Self::Drep { .. } => attribute::DREP,
+            Self::SidrReq(_) => attribute::SIDR_REQ,
+            Self::SidrRep(_) => attribute::SIDR_REP,
         }
     }
-}
-
-fn decode_req(body: &[u8]) -> Result<Req<'_>, BadMad> {
-    let private = &body[140..BODY_LEN];
-    let cma = decode_cma(private);
-    Ok(Req {
-        local: CommId(u32(body, 0)),
-        service: ServiceId(u64(body, 8)),
-        ca_guid: u64(body, 16),
-        qpn: Qpn::new(u24(body, 32)),
-        responder_resources: body[35],
-        initiator_depth: body[39],
-        remote_response_timeout: body[43] >> 3,
-        psn: Psn::new(u24(body, 44)),
-        local_response_timeout: body[47] >> 3,
-        retry_count: body[47] & 7,
-        pkey: u16(body, 48),
-        mtu: Mtu::from_code(body[50] >> 4).ok_or(BadMad::Field)?,
-        rnr_retry: body[50] & 7,
-        cm_retries: body[51] >> 4,
-        srq: body[51] & 8 != 0,
-        local_gid: gid_at(body, 56),
-        remote_gid: gid_at(body, 72),
-        flow_label: u24(body, 88) >> 4,
-        rate: body[91] & 0x3f,
-        traffic_class: body[92],
-        hop_limit: body[93],
-        service_level: body[94] >> 4,
-        subnet_local: body[94] & 8 != 0,
-        ack_timeout: body[95] >> 3,
-        cma,
-        private_data: if cma.is_some() {
-            &private[CMA_LEN..]
-        } else {
-            private
-        },
-    })
-}
-
-fn encode_req(req: &Req<'_>, body: &mut [u8]) {
-    put_ids(body, req.local, CommId(0));
-    put64(body, 8, req.service.0);
-    put64(body, 16, req.ca_guid);
-    put24(body, 32, req.qpn.value());
-    body[35] = req.responder_resources;
-    body[39] = req.initiator_depth;
-    body[43] = req.remote_response_timeout << 3; // transport type 0: RC
-    put24(body, 44, req.psn.value());
-    body[47] = req.local_response_timeout << 3 | req.retry_count & 7;
-    body[48..50].copy_from_slice(&req.pkey.to_be_bytes());
-    body[50] = (req.mtu as u8) << 4 | req.rnr_retry & 7;
-    body[51] = req.cm_retries << 4 | u8::from(req.srq) << 3;
-    body[52..56].fill(0xff); // both LIDs permissive
-    body[56..72].copy_from_slice(&req.local_gid);
-    body[72..88].copy_from_slice(&req.remote_gid);
-    put24(body, 88, req.flow_label << 4);
-    body[91] = req.rate & 0x3f;
-    body[92] = req.traffic_class;
-    body[93] = req.hop_limit;
-    body[94] = req.service_level << 4 | u8::from(req.subnet_local) << 3;
-    body[95] = req.ack_timeout << 3;
-    let private = &mut body[140..BODY_LEN];
-    match &req.cma {
-        Some(cma) => {
-            encode_cma(cma, private);
-            put_private(&mut private[CMA_LEN..], req.private_data);
-        }
-        None => put_private(private, req.private_data),
-    }
-}
-
-fn decode_rep(body: &[u8]) -> Rep<'_> {
-    Rep {
-        local: CommId(u32(body, 0)),
-        remote: CommId(u32(body, 4)),
-        qpn: Qpn::new(u24(body, 12)),
-        psn: Psn::new(u24(body, 20)),
-        responder_resources: body[24],
-        initiator_depth: body[25],
-        target_ack_delay: body[26] >> 3,
-        flow_control: body[26] & 1 != 0,
-        rnr_retry: body[27] >> 5,
-        srq: body[27] & 0x10 != 0,
-        ca_guid: u64(body, 28),
-        private_data: &body[36..36 + REP_PRIVATE_MAX],
-    }
-}
-
-fn encode_rep(rep: &Rep<'_>, body: &mut [u8]) {
-    put_ids(body, rep.local, rep.remote);
-    put24(body, 12, rep.qpn.value());
-    put24(body, 20, rep.psn.value());
-    body[24] = rep.responder_resources;
-    body[25] = rep.initiator_depth;
-    body[26] = rep.target_ack_delay << 3 | u8::from(rep.flow_control);
-    body[27] = rep.rnr_retry << 5 | u8::from(rep.srq) << 4;
-    put64(body, 28, rep.ca_guid);
-    put_private(&mut body[36..36 + REP_PRIVATE_MAX], rep.private_data);
-}
-
-/// rdma_cm's header, if the private data starts with one: version 0, then an IP version.
-fn decode_cma(private: &[u8]) -> Option<CmaHeader> {
-    let end = |at: usize| {
-        let bytes = gid_at(private, at);
-        match private[1] >> 4 {
-            4 => Some(IpAddr::V4(Ipv4Addr::new(
-                bytes[12], bytes[13], bytes[14], bytes[15],
-            ))),
-            6 => Some(IpAddr::V6(Ipv6Addr::from_octets(bytes))),
-            _ => None,
-        }
-    };
-    if private[0] != 0 {
-        return None;
-    }
-    Some(CmaHeader {
-        source_port: u16(private, 2),
-        source: end(4)?,
-        target: end(20)?,
-    })
-}
-
-fn encode_cma(cma: &CmaHeader, private: &mut [u8]) {
-    private[1] = if cma.source.is_ipv4() { 0x40 } else { 0x60 };
-    private[2..4].copy_from_slice(&cma.source_port.to_be_bytes());
-    for (at, end) in [(4, cma.source), (20, cma.target)] {
-        match end {
-            IpAddr::V4(v4) => private[at + 12..at + 16].copy_from_slice(&v4.octets()),
-            IpAddr::V6(v6) => private[at..at + 16].copy_from_slice(&v6.octets()),
-        }
-    }
-}
-
-fn u16(b: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([b[at], b[at + 1]])
-}
-
-fn u24(b: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes([0, b[at], b[at + 1], b[at + 2]])
-}
-
-fn u32(b: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
-}
-
-fn u64(b: &[u8], at: usize) -> u64 {
-    u64::from(u32(b, at)) << 32 | u64::from(u32(b, at + 4))
-}
-
-fn gid_at(b: &[u8], at: usize) -> [u8; 16] {
-    let mut gid = [0; 16];
-    gid.copy_from_slice(&b[at..at + 16]);
-    gid
-}
-
-fn put24(b: &mut [u8], at: usize, value: u32) {
-    b[at..at + 3].copy_from_slice(&value.to_be_bytes()[1..]);
-}
-
-fn put64(b: &mut [u8], at: usize, value: u64) {
-    b[at..at + 8].copy_from_slice(&value.to_be_bytes());
-}
-
-fn put_ids(b: &mut [u8], local: CommId, remote: CommId) {
-    b[..4].copy_from_slice(&local.0.to_be_bytes());
-    b[4..8].copy_from_slice(&remote.0.to_be_bytes());
-}
-
-fn put_private(area: &mut [u8], data: &[u8]) {
-    assert!(data.len() <= area.len());
-    area[..data.len()].copy_from_slice(data);
 }

@@ -6,7 +6,7 @@ use core::net::{IpAddr, SocketAddr};
 
 use super::mad::{BadMad, CommId, MAD_LEN, ServiceId};
 #[cfg(doc)]
-use super::{Cm, REQ_PRIVATE_MAX, reason};
+use super::{Cm, REQ_PRIVATE_MAX, SIDR_REQ_PRIVATE_MAX, reason, sidr_status};
 use crate::time::Nanos;
 use crate::wire::{Mtu, Psn, Qpn};
 
@@ -94,6 +94,8 @@ pub struct ConnectRequest {
     pub service: ServiceId,
     /// Its port in the service's port space, if it said so.
     pub source_port: Option<u16>,
+    /// Its channel adapter.
+    pub ca_guid: u64,
     /// Its queue pair.
     pub qp: QpOffer,
     /// Path MTU it proposes; the server may use no other.
@@ -102,6 +104,32 @@ pub struct ConnectRequest {
     pub retry_count: u8,
     /// Local ACK timeout exponent for the server's queue pair.
     pub ack_timeout: u8,
+    /// Its private data; the wire pads with zeros.
+    pub private_data: Vec<u8>,
+}
+
+/// What a client asks of a datagram service.
+#[derive(Clone, Copy, Debug)]
+pub struct ResolveParams<'a> {
+    /// Where requests go, as in [`ConnectParams`].
+    pub to: SocketAddr,
+    /// What to talk to.
+    pub service: ServiceId,
+    /// The client's port in the service's port space.
+    pub source_port: u16,
+    /// At most [`SIDR_REQ_PRIVATE_MAX`] bytes.
+    pub private_data: &'a [u8],
+}
+
+/// A client's question for a datagram queue pair, as the server sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inquiry {
+    /// The client's address and UDP port.
+    pub from: SocketAddr,
+    /// What it wants to talk to.
+    pub service: ServiceId,
+    /// Its port in the service's port space, if it said so.
+    pub source_port: Option<u16>,
     /// Its private data; the wire pads with zeros.
     pub private_data: Vec<u8>,
 }
@@ -122,6 +150,8 @@ pub enum CmEvent {
         id: CommId,
         /// The server's queue pair.
         qp: QpOffer,
+        /// Its channel adapter.
+        ca_guid: u64,
         /// Its private data; the wire pads with zeros.
         private_data: Vec<u8>,
     },
@@ -144,10 +174,37 @@ pub enum CmEvent {
         /// The connection.
         id: CommId,
     },
-    /// The peer did not answer. The connection is gone.
+    /// The peer did not answer, or the caller did not answer its request. The connection is gone.
     TimedOut {
         /// The connection.
         id: CommId,
+    },
+    /// Server: [`Cm::answer`] it.
+    Inquiry {
+        /// The inquiry.
+        id: CommId,
+        /// What is asked.
+        inquiry: Inquiry,
+    },
+    /// Client: where the service's datagram queue pair is. The inquiry is gone.
+    Resolved {
+        /// The inquiry.
+        id: CommId,
+        /// The datagram queue pair.
+        qpn: Qpn,
+        /// What its datagrams must carry.
+        qkey: u32,
+        /// The server's private data; the wire pads with zeros.
+        private_data: Vec<u8>,
+    },
+    /// Client: the server has no datagram queue pair for us. The inquiry is gone.
+    Unresolved {
+        /// The inquiry.
+        id: CommId,
+        /// Why: see [`sidr_status`].
+        status: u8,
+        /// The server's private data; the wire pads with zeros.
+        private_data: Vec<u8>,
     },
 }
 
@@ -196,15 +253,17 @@ pub enum CmOutcome {
 
 /// States of a connection.
 ///
-/// | from \ on     | answer in       | command           | silence   |
-/// |---------------|-----------------|-------------------|-----------|
-/// | ReqSent       | REP: RepReceived, REJ: gone | disconnect: gone | gone |
-/// | ReqReceived   | REJ: gone       | accept: RepSent, reject: TimeWait |  |
-/// | RepSent       | RTU: Established, REJ: gone | disconnect: DreqSent | gone |
-/// | RepReceived   | REJ: gone       | establish: Established |      |
-/// | Established   | DREQ: TimeWait  | disconnect: DreqSent |        |
-/// | DreqSent      | DREP or DREQ: TimeWait |            | TimeWait  |
-/// | TimeWait      |                 |                   | gone      |
+/// | from \ on     | message in                  | command                       | silence   |
+/// |---------------|-----------------------------|-------------------------------|-----------|
+/// | ReqSent       | REP: RepReceived, REJ: gone | disconnect: gone              | gone      |
+/// | ReqReceived   | REJ: gone                   | accept: RepSent, reject: TimeWait | gone  |
+/// | RepSent       | RTU: Established, REJ: gone | disconnect: DreqSent          | gone      |
+/// | RepReceived   | REJ: gone                   | establish: Established, reject: TimeWait | |
+/// | Established   | DREQ: TimeWait, REJ: gone   | disconnect: DreqSent          |           |
+/// | DreqSent      | DREP or DREQ: TimeWait, REJ: gone |                         | TimeWait  |
+/// | SidrReqSent   | SIDR_REP: gone              | disconnect: gone              | gone      |
+/// | SidrReqReceived |                           | answer: TimeWait              | gone      |
+/// | TimeWait      |                             |                               | gone      |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(
     missing_docs,
@@ -217,5 +276,7 @@ pub enum CmState {
     RepReceived,
     Established,
     DreqSent,
+    SidrReqSent,
+    SidrReqReceived,
     TimeWait,
 }

@@ -140,6 +140,10 @@ impl Requester {
         };
     }
 
+    pub fn posted(&self) -> u32 {
+        self.queue.len() as u32
+    }
+
     pub fn in_flight(&self) -> u32 {
         // Bounded by the window and one READ of 2^23 packets.
         self.next.saturating_sub(self.una) as u32

@@ -179,6 +179,12 @@ impl UdQueuePair {
         self.psn
     }
 
+    /// Sends posted and not sent, or sent and not polled.
+    #[must_use]
+    pub fn sends_posted(&self) -> u32 {
+        self.sends.len() as u32 + self.out.sends
+    }
+
     /// Receives posted and not yet used.
     #[must_use]
     pub fn receives_posted(&self) -> u32 {

@@ -1,0 +1,729 @@
+//! Connections as rdma_cm makes them: listen, connect, accept, reject, disconnect, and events.
+//!
+//! The peer may be any rdma_cm program on a kernel's soft-RoCE or an adapter, or one of our own
+//! devices. Handshakes are the InfiniBand connection manager's datagrams on queue pair 1; a program
+//! sees only [`Event`]s, through an [`EventChannel`] that epoll can wait for:
+//!
+//! ```text
+//! client                               server
+//! channel.connect(to, service, qp)     channel.listen(service)
+//!                                      Event::Request: request.accept(qp), request.reject(..)
+//! Event::Established, ::Rejected       Event::Established
+//!        queue pairs are in RTS, post as you like
+//! connection.disconnect()              Event::Disconnected
+//! ```
+//!
+//! A queue pair is given in INIT, with receives posted, and belongs to its [`Connection`] from then
+//! on. It is moved to RTS for the program, and to ERR when the connection ends: what is posted then
+//! comes back flushed. The device's thread answers while the program sleeps.
+//!
+//! Datagram services have no connections: a server [answers](Question::answer) where its datagram queue
+//! pair is, a client [asks](EventChannel::resolve).
+//!
+//! Lost datagrams are sent again: at first after 50 ms, then after twice that and so on. A peer that
+//! has not answered for 30 s is [`Event::Unreachable`]; one that asks for patience (MRA) is given it,
+//! and a request that the program has not answered asks for it, for 30 s at most.
+//!
+//! Dropping a handle is an answer too: a [`Listener`] stops listening, a [`Request`] is rejected, a
+//! [`Connection`] disconnects.
+//!
+//! Deliberately absent: address and route resolution (sockets have both), alternate paths, multicast
+//! groups, UC. There is no authentication in this protocol: any process of any host that reaches the
+//! port may ask, and whoever can send from a peer's address can disconnect it.
+//!
+//! The messages of [`crate::message`] stand on the same state machine, with queue pairs of their own.
+
+mod gsi;
+mod manager;
+
+use std::fmt;
+use std::io::{self, PipeReader};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lowtide_transport_proto::cm::{
+    CommId, ConnectParams, ConnectRequest, Inquiry, QpOffer, ResolveParams, sidr_status,
+};
+use lowtide_transport_proto::wire::Mtu;
+
+pub use lowtide_transport_proto::cm::{
+    CmError, REJ_PRIVATE_MAX, REP_PRIVATE_MAX, REQ_PRIVATE_MAX, SIDR_REP_PRIVATE_MAX,
+    SIDR_REQ_PRIVATE_MAX, ServiceId, reason,
+};
+
+pub(crate) use self::gsi::Gsi;
+pub(crate) use self::manager::Manager;
+use self::manager::{ChannelId, ConnectingQp, Happening};
+use crate::udp::path_mtu;
+use crate::verbs::{Device, QpState, Qpn, QueuePair};
+
+/// Names a connection, request or question; never used twice in the life of a device, but for a wrap
+/// of 32 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionId(CommId);
+
+/// What both sides of a connection agree on. The defaults suit a data centre.
+#[derive(Debug, Clone)]
+pub struct ConnectOptions {
+    /// What the peer's program is told, at most [`REQ_PRIVATE_MAX`] bytes by a client,
+    /// [`REP_PRIVATE_MAX`] by a server. The wire pads with zeros and does not tell the length.
+    pub private_data: Vec<u8>,
+    /// READs and atomics of the peer that are served at once, at most 128.
+    pub responder_resources: u8,
+    /// READs and atomics that may be under way at once, at most 128, and at most what the peer serves.
+    pub initiator_depth: u8,
+    /// Timeouts without progress before a queue pair fails; 7 is without limit. A client's word
+    /// counts for both sides.
+    pub retry_count: u8,
+    /// The same for a peer that finds no receive posted.
+    pub rnr_retry: u8,
+    /// Local ACK timeout: 4.096 us times 2 to this power. A client's word counts for both sides.
+    pub ack_timeout: u8,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        ConnectOptions {
+            private_data: Vec::new(),
+            responder_resources: 8,
+            initiator_depth: 8,
+            retry_count: 7,
+            rnr_retry: 7,
+            ack_timeout: 14,
+        }
+    }
+}
+
+impl ConnectOptions {
+    fn offer(&self, qp: &QueuePair) -> QpOffer {
+        QpOffer {
+            qpn: qp.qpn,
+            psn: qp.psn,
+            responder_resources: self.responder_resources.min(128),
+            initiator_depth: self.initiator_depth.min(128),
+            rnr_retry: self.rnr_retry.min(7),
+        }
+    }
+}
+
+/// Why a queue pair was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// It is in this state, not in INIT.
+    State(QpState),
+    /// It belongs to another device than the event channel.
+    OtherDevice,
+    /// The peer's IP family is not the device's.
+    Family,
+    /// The peer's path MTU is larger than this link's; the request was rejected.
+    Mtu,
+    /// The connection manager refuses: too long private data, too many connections, or the request
+    /// has been withdrawn.
+    Refused(CmError),
+}
+
+impl fmt::Display for ConnectError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ConnectError::State(state) => {
+                write!(f, "the queue pair is in {state:?}; move it to Init first")
+            }
+            ConnectError::OtherDevice => {
+                f.write_str("the queue pair belongs to another device than the event channel")
+            }
+            ConnectError::Family => {
+                f.write_str("the peer's address is of another family than the device's")
+            }
+            ConnectError::Mtu => {
+                f.write_str("the peer's path MTU is larger than this link carries; lower it there")
+            }
+            ConnectError::Refused(error) => error.fmt(f),
+        }
+    }
+}
+
+/// A queue pair that was not taken.
+#[derive(Debug)]
+pub struct ConnectRefused {
+    /// Why.
+    pub error: ConnectError,
+    /// It, as it was.
+    pub qp: QueuePair,
+}
+
+impl fmt::Display for ConnectRefused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for ConnectRefused {}
+
+/// What has happened on an [`EventChannel`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// Somebody asks for a connection to a service that is listened on.
+    Request(Request),
+    /// Both sides are ready.
+    Established {
+        /// The connection.
+        id: ConnectionId,
+        /// Client: what the server said when it accepted; padded with zeros.
+        private_data: Vec<u8>,
+    },
+    /// The peer refused, or withdrew its request. The queue pair is as it was, in INIT, if it was a
+    /// client's.
+    Rejected {
+        /// The connection.
+        id: ConnectionId,
+        /// Why: see [`reason`].
+        reason: u16,
+        /// What the peer said; padded with zeros.
+        private_data: Vec<u8>,
+    },
+    /// The peer has not answered for too long.
+    Unreachable {
+        /// The connection.
+        id: ConnectionId,
+    },
+    /// The connection has ended, whoever wanted it; its queue pair is in ERR.
+    Disconnected {
+        /// The connection.
+        id: ConnectionId,
+    },
+    /// Somebody asks for the datagram queue pair of a service that is listened on.
+    Question(Question),
+    /// The datagram queue pair that was asked for.
+    Resolved {
+        /// The question.
+        id: ConnectionId,
+        /// The queue pair.
+        qpn: Qpn,
+        /// What its datagrams must carry.
+        qkey: u32,
+        /// What the server said; padded with zeros.
+        private_data: Vec<u8>,
+    },
+    /// There is no such datagram queue pair.
+    Unresolved {
+        /// The question.
+        id: ConnectionId,
+        /// 1: nobody listens, 2: the server refuses, 3: it has no queue pair to give.
+        status: u8,
+        /// What the server said; padded with zeros.
+        private_data: Vec<u8>,
+    },
+}
+
+/// Where events of any number of listeners and connections of one device arrive. Cloning shares it.
+/// Its file descriptor is readable as long as an event waits.
+#[derive(Debug, Clone)]
+pub struct EventChannel(Arc<Channel>);
+
+#[derive(Debug)]
+struct Channel {
+    device: Device,
+    id: ChannelId,
+    readable: PipeReader,
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        let shared = &self.device.shared;
+        let mut state = shared.lock();
+        let now = state.device.now();
+        state.manager.remove_channel(now, self.id);
+        shared.drive(&mut state);
+    }
+}
+
+impl AsFd for EventChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.readable.as_fd()
+    }
+}
+
+impl EventChannel {
+    /// A channel for connections of `device`.
+    ///
+    /// # Errors
+    /// When the process has no file descriptors left.
+    pub fn new(device: &Device) -> io::Result<EventChannel> {
+        let (id, readable) = device.shared.lock().manager.add_channel()?;
+        Ok(EventChannel(Arc::new(Channel {
+            device: device.clone(),
+            id,
+            readable,
+        })))
+    }
+
+    /// The next event, if there is one.
+    pub fn poll(&self) -> Option<Event> {
+        let shared = &self.0.device.shared;
+        let mut state = shared.lock();
+        if !state.manager.has_event(self.0.id) {
+            shared.drive(&mut state);
+        }
+        let event = state.manager.pop_event(self.0.id)?;
+        drop(state);
+        Some(self.event(event))
+    }
+
+    /// The next event, asleep until it comes or `timeout` is over.
+    pub fn wait(&self, timeout: Duration) -> Option<Event> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(event) = self.poll() {
+                return Some(event);
+            }
+            let id = self.0.id;
+            let has_event = |state: &crate::verbs::State| state.manager.has_event(id);
+            if !self.0.device.shared.sleep_until(deadline, has_event) {
+                return self.poll();
+            }
+        }
+    }
+
+    /// Reports requests for connections to `service` here, until the listener is dropped.
+    ///
+    /// # Errors
+    /// `AddrInUse` when somebody listens on it already.
+    pub fn listen(&self, service: ServiceId) -> io::Result<Listener> {
+        self.listen_as(service, false)
+    }
+
+    /// The same for the datagram queue pair of `service`.
+    ///
+    /// # Errors
+    /// `AddrInUse` when somebody listens on it already.
+    pub fn listen_datagram(&self, service: ServiceId) -> io::Result<Listener> {
+        self.listen_as(service, true)
+    }
+
+    fn listen_as(&self, service: ServiceId, is_datagram: bool) -> io::Result<Listener> {
+        let mut state = self.0.device.shared.lock();
+        if !state.manager.listen(self.0.id, service, is_datagram) {
+            let taken = format!("service {:#x} is listened on already", service.0);
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, taken));
+        }
+        Ok(Listener {
+            channel: self.clone(),
+            service,
+        })
+    }
+
+    /// Asks `to` (4791 is the port of RoCE) for a connection. [`Event::Established`], `Rejected` or
+    /// `Unreachable` follows.
+    ///
+    /// # Errors
+    /// [`ConnectRefused`] gives the queue pair back.
+    pub fn connect(
+        &self,
+        to: SocketAddr,
+        service: ServiceId,
+        qp: QueuePair,
+        options: &ConnectOptions,
+    ) -> Result<Connection, ConnectRefused> {
+        let device = &self.0.device;
+        let mtu = link_mtu(device, to);
+        let mut state = device.shared.lock();
+        if let Some(error) = self.obstacle(&mut state, &qp, to) {
+            return Err(ConnectRefused { error, qp });
+        }
+        let connecting = ConnectingQp {
+            mtu,
+            timeout: options.ack_timeout.min(31),
+            retry_count: options.retry_count.min(7),
+            ..connecting(&qp, to, options)
+        };
+        let params = ConnectParams {
+            to,
+            service,
+            source_port: source_port(&qp),
+            qp: options.offer(&qp),
+            mtu,
+            retry_count: connecting.retry_count,
+            ack_timeout: connecting.timeout,
+            private_data: &options.private_data,
+        };
+        let now = state.device.now();
+        match state.manager.connect(now, self.0.id, connecting, &params) {
+            Ok(id) => {
+                device.shared.drive(&mut state);
+                drop(state);
+                Ok(self.connection(id, qp))
+            }
+            Err(error) => {
+                let error = ConnectError::Refused(error);
+                Err(ConnectRefused { error, qp })
+            }
+        }
+    }
+
+    /// Asks `to` for the datagram queue pair of a service, with at most [`SIDR_REQ_PRIVATE_MAX`] bytes
+    /// for its program. [`Event::Resolved`], `Unresolved` or `Unreachable` follows.
+    ///
+    /// # Errors
+    /// Too long private data, or too many connections.
+    pub fn resolve(
+        &self,
+        to: SocketAddr,
+        service: ServiceId,
+        private_data: &[u8],
+    ) -> Result<ConnectionId, CmError> {
+        let params = ResolveParams {
+            to,
+            service,
+            source_port: 0xC000,
+            private_data,
+        };
+        let shared = &self.0.device.shared;
+        let mut state = shared.lock();
+        let now = state.device.now();
+        let id = state.manager.resolve(now, self.0.id, &params)?;
+        shared.drive(&mut state);
+        Ok(ConnectionId(id))
+    }
+
+    fn connection(&self, id: CommId, qp: QueuePair) -> Connection {
+        Connection {
+            channel: self.clone(),
+            id,
+            qp: Some(qp),
+        }
+    }
+
+    /// What keeps `qp` from being connected to `peer`.
+    fn obstacle(
+        &self,
+        state: &mut crate::verbs::State,
+        qp: &QueuePair,
+        peer: SocketAddr,
+    ) -> Option<ConnectError> {
+        if !Arc::ptr_eq(&qp.device.shared, &self.0.device.shared) {
+            return Some(ConnectError::OtherDevice);
+        }
+        if state.device.local_addr().is_ipv4() != peer.is_ipv4() {
+            return Some(ConnectError::Family);
+        }
+        let is_in = state.device.qp(qp.id)?.state();
+        (is_in != QpState::Init).then_some(ConnectError::State(is_in))
+    }
+
+    fn event(&self, event: Happening) -> Event {
+        match event {
+            Happening::Request(id, request) => Event::Request(Request {
+                channel: self.clone(),
+                id,
+                request: Some(request),
+            }),
+            Happening::Inquiry(id, inquiry) => Event::Question(Question {
+                channel: self.clone(),
+                id,
+                inquiry,
+                is_answered: false,
+            }),
+            Happening::Established(id, private_data) => Event::Established {
+                id: ConnectionId(id),
+                private_data,
+            },
+            Happening::Rejected(id, reason, private_data) => Event::Rejected {
+                id: ConnectionId(id),
+                reason,
+                private_data,
+            },
+            Happening::Unreachable(id) => Event::Unreachable {
+                id: ConnectionId(id),
+            },
+            Happening::Disconnected(id) => Event::Disconnected {
+                id: ConnectionId(id),
+            },
+            Happening::Resolved(id, qpn, qkey, private_data) => Event::Resolved {
+                id: ConnectionId(id),
+                qpn,
+                qkey,
+                private_data,
+            },
+            Happening::Unresolved(id, status, private_data) => Event::Unresolved {
+                id: ConnectionId(id),
+                status,
+                private_data,
+            },
+        }
+    }
+}
+
+fn connecting(qp: &QueuePair, peer: SocketAddr, options: &ConnectOptions) -> ConnectingQp {
+    ConnectingQp {
+        id: qp.id,
+        psn: qp.psn,
+        mtu: Mtu::B256,
+        peer,
+        timeout: 0,
+        retry_count: 0,
+        responder_resources: options.responder_resources.min(128),
+        initiator_depth: options.initiator_depth.min(128),
+    }
+}
+
+/// The largest MTU that the link to `peer` carries.
+fn link_mtu(device: &Device, peer: SocketAddr) -> Mtu {
+    let link = path_mtu(device.local_addr(), peer).unwrap_or(1500);
+    Mtu::for_link(link).unwrap_or(Mtu::B256)
+}
+
+/// A port of the client in the service's port space, of the range for such ports.
+fn source_port(qp: &QueuePair) -> u16 {
+    0xC000 | qp.qpn.value() as u16 & 0x3FFF
+}
+
+/// Listens until it is dropped; requests that have come stay.
+#[derive(Debug)]
+pub struct Listener {
+    channel: EventChannel,
+    service: ServiceId,
+}
+
+impl Listener {
+    /// What it listens on.
+    pub fn service(&self) -> ServiceId {
+        self.service
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let mut state = self.channel.0.device.shared.lock();
+        state.manager.unlisten(self.service);
+    }
+}
+
+/// Somebody asks for a connection. Dropping it rejects.
+#[derive(Debug)]
+pub struct Request {
+    channel: EventChannel,
+    id: CommId,
+    /// None once it is answered.
+    request: Option<ConnectRequest>,
+}
+
+impl Request {
+    fn asked(&self) -> &ConnectRequest {
+        self.request
+            .as_ref()
+            .expect("an answer consumes the request")
+    }
+
+    /// Its name; the connection that comes of it has the same.
+    pub fn id(&self) -> ConnectionId {
+        ConnectionId(self.id)
+    }
+
+    /// What is asked for.
+    pub fn service(&self) -> ServiceId {
+        self.asked().service
+    }
+
+    /// The client's address.
+    pub fn peer(&self) -> IpAddr {
+        self.asked().from.ip()
+    }
+
+    /// The client's port in the service's port space, if it said so.
+    pub fn peer_port(&self) -> Option<u16> {
+        self.asked().source_port
+    }
+
+    /// What the client's program says: [`REQ_PRIVATE_MAX`] bytes, padded with zeros.
+    pub fn private_data(&self) -> &[u8] {
+        &self.asked().private_data
+    }
+
+    /// READs and atomics that the client serves at once, and wants to have under way at once.
+    pub fn depths(&self) -> (u8, u8) {
+        let qp = &self.asked().qp;
+        (qp.responder_resources, qp.initiator_depth)
+    }
+
+    /// Accepts with a queue pair in INIT. It may be posted to at once; [`Event::Established`] follows.
+    ///
+    /// # Errors
+    /// [`ConnectRefused`] gives the queue pair back; the request is rejected.
+    pub fn accept(
+        mut self,
+        qp: QueuePair,
+        options: &ConnectOptions,
+    ) -> Result<Connection, ConnectRefused> {
+        let device = self.channel.0.device.clone();
+        let asked = self.asked().clone();
+        if asked.mtu > link_mtu(&device, asked.from) {
+            self.refuse(reason::INVALID_MTU, &[]);
+            let error = ConnectError::Mtu;
+            return Err(ConnectRefused { error, qp });
+        }
+        let mut state = device.shared.lock();
+        if let Some(error) = self.channel.obstacle(&mut state, &qp, asked.from) {
+            return Err(ConnectRefused { error, qp });
+        }
+        let connecting = ConnectingQp {
+            mtu: asked.mtu,
+            timeout: asked.ack_timeout,
+            retry_count: asked.retry_count,
+            ..connecting(&qp, asked.from, options)
+        };
+        let state_of = &mut *state;
+        let accepted = state_of.manager.accept(
+            &mut state_of.device,
+            self.id,
+            connecting,
+            options.offer(&qp),
+            (asked.qp, asked.ca_guid),
+            &options.private_data,
+        );
+        if let Err(error) = accepted {
+            let error = ConnectError::Refused(error);
+            return Err(ConnectRefused { error, qp });
+        }
+        self.request = None;
+        device.shared.drive(&mut state);
+        drop(state);
+        Ok(self.channel.connection(self.id, qp))
+    }
+
+    /// Rejects, with at most [`REJ_PRIVATE_MAX`] bytes for the client's program (what is beyond is
+    /// cut off). `reason` is [`reason::CONSUMER`] unless there is a better one.
+    pub fn reject(mut self, reason: u16, private_data: &[u8]) {
+        self.refuse(reason, private_data);
+    }
+
+    fn refuse(&mut self, reason: u16, private_data: &[u8]) {
+        if self.request.take().is_none() {
+            return;
+        }
+        let shared = &self.channel.0.device.shared;
+        let private_data = &private_data[..private_data.len().min(REJ_PRIVATE_MAX)];
+        let mut state = shared.lock();
+        let now = state.device.now();
+        // Withdrawn meanwhile: nobody waits for the answer.
+        let _ = state.manager.reject(now, self.id, reason, private_data);
+        shared.drive(&mut state);
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        self.refuse(reason::CONSUMER, &[]);
+    }
+}
+
+/// A queue pair on its way to a peer, connected, or on its way back. Dropping it disconnects.
+#[derive(Debug)]
+pub struct Connection {
+    channel: EventChannel,
+    id: CommId,
+    /// None only when it has been taken back.
+    qp: Option<QueuePair>,
+}
+
+impl Connection {
+    /// Its name in events.
+    pub fn id(&self) -> ConnectionId {
+        ConnectionId(self.id)
+    }
+
+    /// Its queue pair.
+    pub fn queue_pair(&self) -> &QueuePair {
+        self.qp.as_ref().expect("it is only taken with the handle")
+    }
+
+    /// Ends it, or withdraws the request; its queue pair goes to ERR at once. [`Event::Disconnected`]
+    /// follows.
+    pub fn disconnect(&self) {
+        let shared = &self.channel.0.device.shared;
+        let mut state = shared.lock();
+        let state_of = &mut *state;
+        state_of.manager.disconnect(&mut state_of.device, self.id);
+        shared.drive(&mut state);
+    }
+
+    /// The queue pair, after the connection is ended if it is not yet. A rejected client's is still in
+    /// INIT and may be connected again.
+    pub fn into_queue_pair(mut self) -> QueuePair {
+        self.qp.take().expect("it is only taken here")
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.disconnect();
+        let mut state = self.channel.0.device.shared.lock();
+        state.manager.forget(self.id);
+    }
+}
+
+/// Somebody asks for a datagram queue pair. Dropping it refuses.
+#[derive(Debug)]
+pub struct Question {
+    channel: EventChannel,
+    id: CommId,
+    inquiry: Inquiry,
+    is_answered: bool,
+}
+
+impl Question {
+    /// What is asked for.
+    pub fn service(&self) -> ServiceId {
+        self.inquiry.service
+    }
+
+    /// The client's address.
+    pub fn peer(&self) -> IpAddr {
+        self.inquiry.from.ip()
+    }
+
+    /// The client's port in the service's port space, if it said so.
+    pub fn peer_port(&self) -> Option<u16> {
+        self.inquiry.source_port
+    }
+
+    /// What the client's program says: [`SIDR_REQ_PRIVATE_MAX`] bytes, padded with zeros.
+    pub fn private_data(&self) -> &[u8] {
+        &self.inquiry.private_data
+    }
+
+    /// Answers with a datagram queue pair, and at most [`SIDR_REP_PRIVATE_MAX`] bytes for the client's
+    /// program (what is beyond is cut off).
+    pub fn answer(mut self, qpn: Qpn, qkey: u32, private_data: &[u8]) {
+        self.say(sidr_status::SUCCESS, (qpn, qkey), private_data);
+    }
+
+    /// Refuses, with the same.
+    pub fn refuse(mut self, private_data: &[u8]) {
+        self.say(sidr_status::REJECT, (Qpn::new(0), 0), private_data);
+    }
+
+    fn say(&mut self, status: u8, place: (Qpn, u32), private_data: &[u8]) {
+        if std::mem::replace(&mut self.is_answered, true) {
+            return;
+        }
+        let private_data = &private_data[..private_data.len().min(SIDR_REP_PRIVATE_MAX)];
+        let shared = &self.channel.0.device.shared;
+        let mut state = shared.lock();
+        let now = state.device.now();
+        // Forgotten meanwhile: nobody waits for the answer.
+        let _ = state
+            .manager
+            .answer(now, self.id, status, place, private_data);
+        shared.drive(&mut state);
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        self.say(sidr_status::REJECT, (Qpn::new(0), 0), &[]);
+    }
+}
