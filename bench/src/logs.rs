@@ -243,7 +243,8 @@ fn publish_block(
             .append(record(group, &parts))
             .map_err(Failure::broken)?;
     }
-    shard.publisher.publish(pin, shard.log.end());
+    let end = shard.log.end_batch(group);
+    shard.publisher.publish(pin, end);
     Ok(group)
 }
 

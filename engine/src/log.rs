@@ -56,15 +56,18 @@ pub use recover::Scanned;
 pub use segment::{LogError, SyncHandle};
 pub use verdict::{OpenError, Proof, Recovered, Stop, StopReason};
 
-use crate::medium::{Poison, Volume};
-use record::{ALIGN, FORMAT, KIND_OPEN, KIND_RESERVED, KIND_SEAL, OpenBody};
+use crate::medium::{MediumError, Poison, Volume};
+use record::{ALIGN, FORMAT, KIND_OPEN, KIND_RESERVED, KIND_ROOM, KIND_SEAL, OpenBody};
 use segment::{SEGMENT_START, Segment, Shared};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use teeth::{Tooth, bites};
 
-const _: () = assert!(FORMAT == 2);
+const _: () = assert!(FORMAT == 3);
+
+/// Records of at most so many bytes, header included, are stored in one piece.
+const STORED_AT_ONCE: usize = 512;
 
 /// Shape and limits of a log.
 #[derive(Debug, Clone)]
@@ -270,6 +273,17 @@ pub struct Log {
     reserved: Arc<AtomicU64>,
     /// How often an append had to prepare a segment itself.
     stalls: u64,
+    /// Bytes in the body of a claim, if batches leave room for one.
+    claim_len: Option<usize>,
+}
+
+/// Where a batch of records ends; see [`Log::end_batch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchEnd {
+    /// Everything of the batch lies before it.
+    pub end: Lsn,
+    /// The last record before it is room for a claim.
+    pub has_room: bool,
 }
 
 impl Log {
@@ -335,18 +349,53 @@ impl Log {
             .iter()
             .fold(0, |crc, part| crc32c::crc32c_append(crc, part));
         let header = self.header(&a, body_len as u32, body_crc);
-        let medium = &self.active().medium;
-        let mut at = self.offset;
-        medium
-            .store(at, &header.encode())
+        self.store(&header, a.parts)
             .map_err(|e| self.shared.lost(e))?;
-        at += ALIGN;
-        for part in a.parts {
-            medium.store(at, part).map_err(|e| self.shared.lost(e))?;
-            at += part.len() as u64;
-        }
         self.offset += len;
         Ok(header.lsn)
+    }
+
+    /// Stores a record at the end; a short one is put together first, because each store costs.
+    fn store(&self, header: &RecordHeader, parts: &[&[u8]]) -> Result<(), MediumError> {
+        const HEAD: usize = ALIGN as usize;
+        let medium = &self.active().medium;
+        let mut record = [0; STORED_AT_ONCE];
+        record[..HEAD].copy_from_slice(&header.encode());
+        if header.body_len as usize > STORED_AT_ONCE - HEAD {
+            let mut at = self.offset;
+            medium.store(at, &record[..HEAD])?;
+            at += ALIGN;
+            for part in parts {
+                medium.store(at, part)?;
+                at += part.len() as u64;
+            }
+            return Ok(());
+        }
+        let mut end = HEAD;
+        for part in parts {
+            record[end..end + part.len()].copy_from_slice(part);
+            end += part.len();
+        }
+        medium.store(self.offset, &record[..end])
+    }
+
+    /// Ends a batch that is going to be published in `group`. In a node's first log it leaves room
+    /// behind the batch for the claim that makes the group count, so that one write takes both; if
+    /// there is no space for that, the claim finds another place.
+    pub fn end_batch(&mut self, group: u64) -> BatchEnd {
+        let zeros = [0; claim::ROOM_BODY_MAX];
+        let has_room = self.claim_len.is_some_and(|len| {
+            let room = Append {
+                kind: KIND_ROOM,
+                flags: 0,
+                epoch: 0,
+                group,
+                parts: &[&zeros[..len]],
+            };
+            self.append_any(room).is_ok()
+        });
+        let end = self.end();
+        BatchEnd { end, has_room }
     }
 
     fn header(&self, a: &Append<'_>, body_len: u32, body_crc: u32) -> RecordHeader {

@@ -40,7 +40,8 @@ pub const SECTOR: u64 = 512;
 /// How a file is going to be accessed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Stores go through a shared mapping: fixed length, no system call per store.
+    /// Stores go to memory until a sync writes them: fixed length, no system call per store. A store
+    /// that begins a page may fill the page with zeros, unless it was stored to before.
     Mapped,
     /// Stores are positioned writes: the length may change.
     Positioned,

@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 const OPTIONS: DirOptions = DirOptions {
-    sync: lowtide_engine::medium::dir::SyncMode::Range,
+    sync: lowtide_engine::medium::dir::SyncMode::Direct,
     power_fail: true,
 };
 

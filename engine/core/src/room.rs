@@ -34,8 +34,9 @@ use crate::ids::{NodeId, Seq, ViewId};
 use crate::op::{Change, Update};
 use crate::wire_struct;
 
-/// What the log may add to a record's body: header and padding, in bytes.
-pub const FRAME_BYTES: u64 = 128;
+/// What the log may add to a record's body: header, padding, and room for the claim of its commit
+/// group, in bytes.
+pub const FRAME_BYTES: u64 = 256;
 /// An operation record without participants, writes and carried updates, in bytes. An undo record
 /// is no longer.
 const HEAD_BYTES: u64 = 80;

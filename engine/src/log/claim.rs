@@ -1,25 +1,34 @@
 //! Claims: which commit group is durable, and how far each log reaches in it.
 //!
-//! Owns: the two claim slots of a segment, what stands in them, their reading. A claim has the
-//! form of a record ([`KIND_CLAIM`], body [`ClaimBody`]) and stands in a slot of the node's first
-//! log, in the segment that holds the end of the group's records there. So one sync of that segment
-//! makes both durable, and a node with one log pays one sync per group.
+//! Owns: where a claim is written, and the reading of claim slots. A claim has the form of a record
+//! ([`KIND_CLAIM`], body [`ClaimBody`]) and stands in the node's first log: behind the group's
+//! records there, in the *room* that a batch leaves at its end, so that one write takes both; or, if
+//! that log got no records in the group, in one of the two *slots* of the segment where it ends.
 //!
-//! Invariants: claims of consecutive groups stand in different slots, each a page of its own, so a
-//! torn write of the newest leaves the one before it; a claim carries its slot's position, so one
-//! of an earlier use of the file is not taken for one of this; a segment that holds the newest
-//! durable claim is not recycled, because its log is durable into that segment and no further.
+//! Invariants: a room is used only while nothing of it is durable, so a torn write damages nothing
+//! that counts; claims of consecutive groups never stand in the same slot, each a page of its own,
+//! so a torn write of the newest leaves the one before it; a claim carries its position, so one of
+//! an earlier use of the file is not taken for one of this; a segment that holds the newest durable
+//! claim is not recycled, because its log is durable into that segment and no further.
 //! Deliberately absent: which claims count ([`super::set`]).
 
 use super::record::{ALIGN, ClaimBody, KIND_CLAIM, Lsn, RecordHeader};
 use super::segment::{CLAIM_SLOTS, Segment, SyncHandle};
 use super::teeth::{Tooth, bites};
-use super::{Log, LogConfig, LogError};
+use super::{BatchEnd, Log, LogConfig, LogError, record_len};
 use crate::medium::{Medium, MediumError, PAGE};
 
+/// Bytes in the body of a claim that batches leave room for, at most: more logs than this allows
+/// have their claims in the slots, because every batch would pay for the room.
+pub(super) const ROOM_BODY_MAX: usize = ClaimBody::len(7);
+
 const _: () = assert!(
-    super::record_len(8 * (super::set::LOGS_MAX as u64 + 1)) <= PAGE,
+    record_len(ClaimBody::len(super::set::LOGS_MAX as usize) as u64) <= PAGE,
     "a claim of all logs fits into a slot"
+);
+const _: () = assert!(
+    record_len(ROOM_BODY_MAX as u64) + 2 * ALIGN - 1 <= lowtide_engine_core::room::FRAME_BYTES,
+    "what a source reserves covers a record that is a batch of its own"
 );
 
 /// An intact claim and its group.
@@ -86,7 +95,7 @@ pub(super) fn read(
     })
 }
 
-/// The intact claims of some segments.
+/// The intact claims in the slots of some segments.
 ///
 /// # Errors
 /// The medium failed.
@@ -114,13 +123,18 @@ pub(super) struct Claims {
     generation: u32,
     tag: u64,
     segment_bytes: u64,
+    /// Bytes that a claim takes.
+    len: u64,
     bytes: Vec<u8>,
 }
 
 impl Claims {
-    /// For the node's first log.
-    pub fn of(first: &Log) -> Claims {
+    /// For the node's first log of so many; its batches leave room from now on.
+    pub fn of(first: &mut Log, logs: usize) -> Claims {
+        let len = ClaimBody::len(logs);
+        first.claim_len = (len <= ROOM_BODY_MAX).then_some(len);
         Claims {
+            len: record_len(len as u64),
             first: first.sync_handle(),
             generation: first.generation(),
             tag: first.tag,
@@ -131,17 +145,28 @@ impl Claims {
 
     /// Makes the first log's records before its end durable together with the claim that `group`
     /// reaches these ends, and that `durable_group` is durable already. The log's durable position
-    /// stays, until [`settle`](Self::settle).
+    /// stays, until [`settle`](Self::settle). `first` is the end of the first log.
     ///
     /// # Errors
     /// As [`SyncHandle::sync`].
-    pub fn commit(&mut self, group: u64, durable_group: u64, ends: &[Lsn]) -> Result<(), LogError> {
-        let end = ends.first().copied().unwrap_or_default();
-        let slot = slot_of(group);
+    pub fn commit(
+        &mut self,
+        group: u64,
+        durable_group: u64,
+        first: BatchEnd,
+        ends: &[Lsn],
+    ) -> Result<(), LogError> {
+        let end = first.end;
+        // What lies behind the durable end was never synced.
+        let is_fresh = end > self.first.durable() || bites(Tooth::StaleRoom);
+        let offset = match first.has_room && is_fresh {
+            true => end.0 % self.segment_bytes - self.len,
+            false => slot_of(group),
+        };
         let mut body = Vec::with_capacity(8 * (ends.len() + 1));
         ClaimBody::encode_into(durable_group, ends, &mut body);
         let header = RecordHeader {
-            lsn: Lsn(end.0 / self.segment_bytes * self.segment_bytes + slot),
+            lsn: Lsn(end.0 / self.segment_bytes * self.segment_bytes + offset),
             epoch: 0,
             group,
             durable: self.first.durable(),
@@ -155,7 +180,7 @@ impl Claims {
         self.bytes.clear();
         self.bytes.extend_from_slice(&header.encode());
         self.bytes.extend_from_slice(&body);
-        self.first.flush(end, Some((slot, &self.bytes)))
+        self.first.flush(end, Some((offset, &self.bytes)))
     }
 
     /// The group with this end in the first log is durable on every log.

@@ -4,7 +4,7 @@
 //! two shards carry the same. The committer closes the current group (new operations get the next
 //! one), waits until nobody has it pinned, reads the logs' ends, syncs the logs that grew, the first
 //! one together with a *claim* that says how far each reaches ([`super::claim`]), and reports the
-//! group durable. So a node with one log pays one sync per group. What arrives meanwhile forms the
+//! group durable. So a node with one log pays one write per group. What arrives meanwhile forms the
 //! next group, so batching needs no timer. What a restart makes of the claims stands in
 //! [`super::set`].
 //!
@@ -17,7 +17,7 @@
 use super::claim::Claims;
 use super::set::LogSet;
 use super::teeth::{Tooth, bites};
-use super::{Log, LogError, Lsn, SyncHandle};
+use super::{BatchEnd, Log, LogError, Lsn, SyncHandle};
 use crate::medium::{Call, MediumError, Poison};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -125,6 +125,18 @@ impl Drop for GroupPin {
     }
 }
 
+/// Positions are multiples of [`ALIGN`](super::record::ALIGN): the lowest bit is free.
+fn pack(batch: BatchEnd) -> u64 {
+    batch.end.0 | u64::from(batch.has_room)
+}
+
+fn unpack(packed: u64) -> BatchEnd {
+    BatchEnd {
+        end: Lsn(packed & !1),
+        has_room: packed & 1 == 1,
+    }
+}
+
 /// A shard's way to tell the committer how far its log has come.
 #[derive(Debug, Clone)]
 pub struct Publisher {
@@ -138,10 +150,11 @@ impl Publisher {
         &self.clock
     }
 
-    /// Ends a batch: everything appended under `pin` lies before `end`, the log's end.
-    pub fn publish(&self, pin: GroupPin, end: Lsn) {
+    /// Hands a batch over: everything appended under `pin` lies before `end`, what
+    /// [`Log::end_batch`] said last.
+    pub fn publish(&self, pin: GroupPin, end: BatchEnd) {
         // Release pairs with the committer's Acquire: it may sync what was stored before.
-        self.end.store(end.0, Ordering::Release);
+        self.end.store(pack(end), Ordering::Release);
         // Before the pin goes: when the group is drained, everything about it is known. The first
         // to publish in a group wakes the committer, which then waits for the others.
         let before = self.clock.published.fetch_max(pin.group, Ordering::SeqCst);
@@ -173,9 +186,11 @@ pub struct Committed<'a> {
 
 /// Starts the committer of a set; see [`super::set::LogSet::start`].
 pub(super) fn start(
-    set: LogSet,
+    mut set: LogSet,
     notify: Notify,
 ) -> Result<(Vec<ShardLog>, Committer), MediumError> {
+    let logs = set.logs.len();
+    let claims = Claims::of(&mut set.logs[0], logs);
     let clock = Arc::new(GroupClock::new(set.next_group));
     let durable_group = Arc::new(AtomicU64::new(set.durable_group));
     let stop = Arc::new(AtomicBool::new(false));
@@ -190,7 +205,7 @@ pub(super) fn start(
         preparer: Preparer::start(prepared.collect()).map_err(spawned)?,
         clock: clock.clone(),
         closed: set.next_group - 1,
-        claims: Claims::of(&set.logs[0]),
+        claims,
         others: set.logs[1..].iter().map(Log::sync_handle).collect(),
         ends: ends.clone(),
         poison: set.poison,
@@ -333,11 +348,9 @@ impl Work {
             });
         }
         // Acquire pairs with the Release in `publish`.
-        let ends: Vec<Lsn> = self
-            .ends
-            .iter()
-            .map(|e| Lsn(e.load(Ordering::Acquire)))
-            .collect();
+        let published = self.ends.iter().map(|e| unpack(e.load(Ordering::Acquire)));
+        let published: Vec<BatchEnd> = published.collect();
+        let ends: Vec<Lsn> = published.iter().map(|batch| batch.end).collect();
         // They may include records of the next group: those are void until it is durable as well.
         for (handle, end) in self.others.iter().zip(&ends[1..]) {
             if bites(Tooth::NoticeBeforeDurable) {
@@ -346,7 +359,7 @@ impl Work {
             handle.sync(*end)?;
         }
         let durable = self.durable_group.load(Ordering::Relaxed);
-        self.claims.commit(group, durable, &ends)?;
+        self.claims.commit(group, durable, published[0], &ends)?;
         if let Some(cause) = self.poison.cause() {
             return Err(LogError {
                 cause: cause.to_owned(),

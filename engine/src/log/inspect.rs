@@ -6,8 +6,11 @@
 //! Deliberately absent: formatting; the meaning of bodies; which groups are void (`OPEN` entries
 //! tell).
 
-use super::claim::{self, Slot};
-use super::record::{ALIGN, BadHeader, KIND_OPEN, KIND_SEAL, Lsn, RecordHeader, SegmentHeader};
+use super::claim::{self, Claim, Slot};
+use super::record::{
+    ALIGN, BadHeader, ClaimBody, KIND_CLAIM, KIND_OPEN, KIND_ROOM, KIND_SEAL, Lsn, RecordHeader,
+    SegmentHeader,
+};
 use super::segment::{CLAIM_SLOTS, SEGMENT_START};
 use crate::medium::{Access, Medium, MediumError, Volume, dir::DirVolume};
 use std::path::Path;
@@ -26,7 +29,7 @@ pub enum Entry {
         /// The header; `None` if there is no intact one, and then nothing else is shown.
         header: Option<SegmentHeader>,
     },
-    /// What stands in a claim slot that is not empty.
+    /// What stands in a claim slot that is not empty, or a claim among the records.
     Claim {
         /// File name.
         file: String,
@@ -78,6 +81,8 @@ pub fn own_kind(kind: u8) -> Option<&'static str> {
     match kind {
         KIND_SEAL => Some("seal"),
         KIND_OPEN => Some("open"),
+        KIND_CLAIM => Some("claim"),
+        KIND_ROOM => Some("room for a claim"),
         _ => None,
     }
 }
@@ -241,11 +246,22 @@ impl Entries {
         let mut body = vec![0u8; header.body_len as usize];
         file.medium.read(body_at, &mut body)?;
         let body = (crc32c::crc32c(&body) == header.body_crc).then_some(body);
-        let record = Entry::Record {
-            file: file.name.clone(),
-            offset,
-            header,
-            body,
+        let claim = body.as_deref().filter(|_| header.kind == KIND_CLAIM);
+        let record = match claim.and_then(ClaimBody::decode) {
+            Some(body) => Entry::Claim {
+                file: file.name.clone(),
+                offset,
+                slot: Slot::Claim(Claim {
+                    group: header.group,
+                    body,
+                }),
+            },
+            None => Entry::Record {
+                file: file.name.clone(),
+                offset,
+                header,
+                body,
+            },
         };
         // A seal is followed by nothing: the walk ends behind the file.
         let next = if header.kind == KIND_SEAL {

@@ -1,58 +1,125 @@
-//! The mapping of a log segment: the only place in this crate's storage that is `unsafe`.
+//! A log segment in memory: the only place in this crate's storage that is `unsafe`.
 //!
-//! Owns: a shared mapping of a whole file of fixed, page-multiple length, and the SIGBUS handler.
-//! The mapping is seen as a slice of atomic words, so stores, reads and the kernel's write-back may
+//! Owns: two mappings of the same length. The *view* is the file, mapped for reading. The *window*
+//! is anonymous memory: stores go there, and a sync writes its dirty pages to the file, past the page
+//! cache where the file system can. A page is *resident* from its first store until it was written
+//! and is released; a resident page is read from the window, another from the view.
+//!
+//! Stores to a shared mapping would be simpler, and the kernel would write them. But each sync then
+//! takes the right to write from each page that it finds, with an interrupt to every core that runs
+//! this process, and the next store to the page faults: a megabyte took four times as long. Besides,
+//! an error of the disk is an error here, not a signal.
+//!
+//! Both mappings are seen as slices of atomic words, so stores, reads and writes by the kernel may
 //! overlap without undefined behaviour; ordering between threads comes from whoever publishes
-//! positions, hence `Relaxed` everywhere here.
+//! positions, hence `Relaxed` for the words.
 //!
-//! Invariants: the file is never truncated or grown while mapped; its pages are allocated and
-//! written before it is mapped (`medium::dir`). So a store cannot hit a hole; if the device fails
-//! under a mapped page, the kernel sends SIGBUS, and the handler writes one line and aborts.
+//! Invariants: one thread stores to a page at a time; the bytes of a range are not stored to while it
+//! is synced, but bytes behind it in its last page may be; a store that begins a page which is not
+//! resident gives up what stood in it; only pages that were written are released. The file is never
+//! truncated or grown while mapped. If the device fails under the view, the kernel sends SIGBUS, and
+//! the handler writes one line and aborts.
 //!
-//! Deliberately absent: references into the mapping (callers copy in and out); remapping; use as
-//! an RDMA memory region (the kernel refuses long-term pins of file pages).
+//! Deliberately absent: references into the mappings (callers copy in and out); remapping; use as an
+//! RDMA memory region.
+//!
+//! Source: Crotty et al., "Are You Sure You Want to Use MMAP in Your Database Management System?".
 #![allow(unsafe_code)]
 
 use crate::medium::dir::{DirLock, SyncMode};
-use crate::medium::{Call, Medium, MediumError, PAGE};
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use crate::medium::{Call, Medium, MediumError, PAGE, pages};
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::fs::File;
+use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Once};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
-/// Bytes per word of the mapping.
+/// Bytes per word of a mapping.
 const WORD: u64 = 8;
+const PAGE_WORDS: usize = (PAGE / WORD) as usize;
+/// Bytes at the start of a file that stay resident: what is stored there again and again.
+const KEPT: u64 = 64 << 10;
+/// Bytes that are released together, so that it is rare.
+const RELEASED: u64 = 2 << 20;
 
-/// A file mapped shared and writable.
+/// One bit per page.
+#[derive(Debug)]
+struct Bits(Box<[AtomicU64]>);
+
+impl Bits {
+    fn new(pages: u64) -> Bits {
+        Bits((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn get(&self, page: u64) -> bool {
+        self.0[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    }
+
+    /// Release: who sees the bit sees the stores before it.
+    fn set(&self, page: u64) {
+        if !self.get(page) {
+            self.0[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Release);
+        }
+    }
+
+    /// Clears a bit and says whether it was set.
+    fn take(&self, page: u64) -> bool {
+        let bit = 1 << (page % 64);
+        // Acquire: the stores before the bit are in memory.
+        self.get(page) && self.0[(page / 64) as usize].fetch_and(!bit, Ordering::AcqRel) & bit != 0
+    }
+}
+
+/// A file in memory; see the module's comment.
 #[derive(Debug)]
 pub struct MappedFile {
     name: String,
-    map: MmapRaw,
+    view: MmapRaw,
+    window: MmapRaw,
+    resident: Bits,
+    /// Resident and not written since the last store.
+    dirty: Bits,
     file: File,
-    mode: SyncMode,
+    /// The same file past the page cache.
+    direct: Option<File>,
+    /// The file system took `O_DIRECT` and refused a write.
+    refused: AtomicBool,
+    writer: Mutex<Writer>,
     /// Keeps other processes away while the file is mapped.
     _lock: Arc<DirLock>,
 }
 
+/// What one sync at a time needs.
+#[derive(Debug)]
+struct Writer {
+    /// Where the last page of a range is copied to: what lies behind the range may be stored to.
+    last: MmapRaw,
+    /// Pages from [`KEPT`] up to here were released.
+    released: u64,
+}
+
 impl MappedFile {
-    /// Maps all of `file`, faults its pages in, and installs the SIGBUS handler once.
+    /// Maps all of `file`, which stands at `path`, and installs the SIGBUS handler once.
     ///
     /// # Errors
     /// [`MediumError::OutOfRange`] if the file is empty or no multiple of a page; I/O errors.
     pub(crate) fn map(
-        name: &str,
+        path: &Path,
         file: File,
         mode: SyncMode,
         lock: Arc<DirLock>,
     ) -> Result<MappedFile, MediumError> {
-        let io = |e| MediumError::from_io(name, Call::Open, 0, 0, e);
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let io = |e| MediumError::from_io(&name, Call::Open, 0, 0, e);
         let size = file.metadata().map_err(io)?.len();
         if size == 0 || !size.is_multiple_of(PAGE) {
             return Err(MediumError::OutOfRange {
-                file: name.to_owned(),
+                file: name.into_owned(),
                 call: Call::Open,
                 offset: 0,
                 len: size.next_multiple_of(PAGE).max(PAGE),
@@ -60,31 +127,44 @@ impl MappedFile {
             });
         }
         install_sigbus_handler();
-        let map = MmapOptions::new().populate().map_raw(&file).map_err(io)?;
+        let view = MmapOptions::new().map_raw_read_only(&file).map_err(io)?;
+        let anonymous = |len: u64| {
+            let len = usize::try_from(len).map_err(|_| io(io::ErrorKind::FileTooLarge.into()))?;
+            let map = MmapOptions::new().no_reserve_swap().len(len).map_anon();
+            Ok::<_, MediumError>(MmapRaw::from(map.map_err(io)?))
+        };
+        let window = anonymous(size)?;
+        // Only a hint: the disk is given a few long pieces instead of many pages.
+        let _ = window.advise(Advice::HugePage);
+        let last = anonymous(PAGE)?;
+        let direct = match mode {
+            SyncMode::Direct => open_direct(path),
+            SyncMode::Cached => None,
+        };
         Ok(MappedFile {
-            name: name.to_owned(),
-            map,
+            name: name.into_owned(),
+            view,
+            window,
+            resident: Bits::new(size / PAGE),
+            dirty: Bits::new(size / PAGE),
             file,
-            mode,
+            direct,
+            refused: AtomicBool::new(false),
+            writer: Mutex::new(Writer { last, released: 0 }),
             _lock: lock,
         })
     }
 
-    fn words(&self) -> &[AtomicU64] {
-        // SAFETY: `map` is a live, page-aligned, read-write mapping of `len()` bytes that this
-        // value owns until it is dropped, so the pointer is valid and aligned for the slice's
-        // lifetime. Nobody in this process forms any other kind of reference into it. Other
-        // processes are kept away by the directory's lock, which this value holds.
-        unsafe {
-            std::slice::from_raw_parts(
-                self.map.as_ptr().cast::<AtomicU64>(),
-                self.map.len() / WORD as usize,
-            )
-        }
+    fn view(&self) -> &[AtomicU64] {
+        words(&self.view)
+    }
+
+    fn window(&self) -> &[AtomicU64] {
+        words(&self.window)
     }
 
     fn check(&self, call: Call, offset: u64, len: u64) -> Result<(), MediumError> {
-        let size = self.map.len() as u64;
+        let size = self.view.len() as u64;
         if offset.checked_add(len).is_some_and(|end| end <= size) {
             return Ok(());
         }
@@ -95,6 +175,184 @@ impl MappedFile {
             len,
             size,
         })
+    }
+
+    /// Brings a page into the window, or begins it with zeros if a store begins it.
+    fn settle(&self, page: u64, begins: bool) {
+        if self.resident.get(page) || begins {
+            return;
+        }
+        let words = page_words(page);
+        for (to, from) in self.window()[words.clone()].iter().zip(&self.view()[words]) {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    /// The dirty pages of some, as runs; they are not dirty any more.
+    fn take_dirty(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for page in pages {
+            if !self.dirty.take(page) {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(run) if run.end == page => run.end += 1,
+                _ => runs.push(page..page + 1),
+            }
+        }
+        runs
+    }
+
+    /// Writes pages of the window; of the page that `end` lies in, a copy. Durable with `flags`.
+    fn write(
+        &self,
+        pages: Range<u64>,
+        end: u64,
+        last: &MmapRaw,
+        flags: libc::c_int,
+    ) -> io::Result<()> {
+        let within = (end.div_ceil(PAGE) == pages.end && !end.is_multiple_of(PAGE))
+            .then(|| page_words(pages.end - 1));
+        if let Some(within) = &within {
+            for (to, from) in words(last).iter().zip(&self.window()[within.clone()]) {
+                to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+        }
+        let copied = if within.is_some() { PAGE as usize } else { 0 };
+        let len = ((pages.end - pages.start) * PAGE) as usize;
+        let part = |base: *const u8, len| libc::iovec {
+            iov_base: base.cast_mut().cast(),
+            iov_len: len,
+        };
+        let first = &self.window()[page_words(pages.start)];
+        let mut parts = [
+            part(first.as_ptr().cast(), len - copied),
+            part(last.as_ptr(), copied),
+        ];
+        let mut at = pages.start * PAGE;
+        while parts.iter().any(|p| p.iov_len > 0) {
+            let direct = self.direct.as_ref();
+            let direct = direct.filter(|_| !self.refused.load(Ordering::Relaxed));
+            let file = direct.unwrap_or(&self.file);
+            let offset = at.try_into().map_err(|_| io::ErrorKind::FileTooLarge)?;
+            // SAFETY: the first part lies in the window, `pages` being within the file's length and
+            // `copied` not longer than they are; the second is the whole of `last`. Both mappings
+            // live as long as this call, and the kernel only reads from them.
+            let written =
+                unsafe { libc::pwritev2(file.as_raw_fd(), parts.as_ptr(), 2, offset, flags) };
+            let Ok(mut written) = usize::try_from(written) else {
+                let error = io::Error::last_os_error();
+                match error.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    // A file system may take the flag and refuse the write; the cache always works.
+                    io::ErrorKind::InvalidInput if direct.is_some() => {
+                        self.refused.store(true, Ordering::Relaxed);
+                    }
+                    _ => return Err(error),
+                }
+                continue;
+            };
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            at += written as u64;
+            for part in &mut parts {
+                let taken = written.min(part.iov_len);
+                // SAFETY: within the part or just behind it.
+                part.iov_base = unsafe { part.iov_base.cast::<u8>().add(taken) }.cast();
+                part.iov_len -= taken;
+                written -= taken;
+            }
+        }
+        Ok(())
+    }
+
+    fn sync_pages(&self, range: &Range<u64>, writer: &Writer) -> io::Result<()> {
+        let runs = self.take_dirty(pages(range));
+        if let [run] = &runs[..] {
+            let flags = libc::RWF_DSYNC;
+            return self.write(run.clone(), range.end, &writer.last, flags);
+        }
+        for run in runs {
+            self.write(run, range.end, &writer.last, 0)?;
+        }
+        // Also where nothing was dirty: what an earlier process wrote may be in a cache.
+        self.file.sync_data()
+    }
+
+    /// Gives back the memory of pages before `end`, which were written, a good many at once.
+    fn release(&self, end: u64, writer: &mut Writer) {
+        if end <= KEPT {
+            // The file begins anew.
+            writer.released = 0;
+        }
+        let from = writer.released.max(KEPT);
+        let mut to = end / RELEASED * RELEASED;
+        if to <= from {
+            return;
+        }
+        for page in from / PAGE..to / PAGE {
+            if self.dirty.get(page) {
+                to = page * PAGE;
+                break;
+            }
+            self.resident.take(page);
+        }
+        // Who reads meanwhile sees that the page is not resident any more, and reads the view.
+        // SAFETY: the range lies within the window, whose memory is only seen as atomic words; zeros
+        // are as good as any other value for pages that are not resident.
+        let released = unsafe {
+            let (offset, len) = (from as usize, (to - from) as usize);
+            self.window
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, offset, len)
+        };
+        // Otherwise the memory stays: nothing else depends on it.
+        let _ = released;
+        writer.released = to;
+    }
+}
+
+/// `None` where the file system does not offer it.
+fn open_direct(path: &Path) -> Option<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = File::options();
+    let options = options.write(true).custom_flags(libc::O_DIRECT);
+    options.open(path).ok()
+}
+
+fn words(map: &MmapRaw) -> &[AtomicU64] {
+    // SAFETY: `map` is a live, page-aligned mapping of `len()` bytes that outlives the borrow, so the
+    // pointer is valid and aligned for the slice's lifetime. Nobody in this process forms any other
+    // kind of reference into it, and the view, which is mapped for reading, is only loaded from.
+    // Other processes are kept away by the directory's lock, which the owner holds.
+    unsafe {
+        std::slice::from_raw_parts(map.as_ptr().cast::<AtomicU64>(), map.len() / WORD as usize)
+    }
+}
+
+/// Words of a page.
+fn page_words(page: u64) -> Range<usize> {
+    let first = page as usize * PAGE_WORDS;
+    first..first + PAGE_WORDS
+}
+
+/// The pieces of `offset..offset+len` that lie in a page each, and where they lie in a buffer.
+fn pieces(offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let end = offset + len as u64;
+    pages(&(offset..end)).map(move |page| {
+        let (from, to) = (offset.max(page * PAGE), end.min((page + 1) * PAGE));
+        (page, (from - offset) as usize..(to - offset) as usize)
+    })
+}
+
+/// Copies from words.
+fn load(words: &[AtomicU64], offset: u64, out: &mut [u8]) {
+    let (whole, bytes) = split(offset, out.len(), |index, within, at| {
+        let word = words[index].load(Ordering::Relaxed).to_ne_bytes();
+        out[at].copy_from_slice(&word[within]);
+    });
+    for (word, chunk) in words[whole].iter().zip(out[bytes].chunks_exact_mut(8)) {
+        chunk.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
     }
 }
 
@@ -123,33 +381,50 @@ fn split(
 
 impl Medium for MappedFile {
     fn len(&self) -> Result<u64, MediumError> {
-        Ok(self.map.len() as u64)
+        Ok(self.view.len() as u64)
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), MediumError> {
         self.check(Call::Read, offset, out.len() as u64)?;
-        let words = self.words();
-        let (whole, bytes) = split(offset, out.len(), |index, within, at| {
-            let word = words[index].load(Ordering::Relaxed).to_ne_bytes();
-            out[at].copy_from_slice(&word[within]);
-        });
-        for (word, chunk) in words[whole].iter().zip(out[bytes].chunks_exact_mut(8)) {
-            chunk.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+        for (page, at) in pieces(offset, out.len()) {
+            let from = offset + at.start as u64;
+            loop {
+                let is_resident = self.resident.get(page);
+                let words = if is_resident {
+                    self.window()
+                } else {
+                    self.view()
+                };
+                load(words, from, &mut out[at.clone()]);
+                // If it was released meanwhile, what was read may be zeros.
+                fence(Ordering::Acquire);
+                if self.resident.get(page) == is_resident {
+                    break;
+                }
+            }
         }
         Ok(())
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
         self.check(Call::Store, offset, bytes.len() as u64)?;
-        let words = self.words();
-        // A partial word is read, changed and written: one thread stores to a segment.
-        let (whole, range) = split(offset, bytes.len(), |index, within, at| {
-            let mut word = words[index].load(Ordering::Relaxed).to_ne_bytes();
-            word[within].copy_from_slice(&bytes[at]);
-            words[index].store(u64::from_ne_bytes(word), Ordering::Relaxed);
-        });
-        for (word, chunk) in words[whole].iter().zip(bytes[range].as_chunks::<8>().0) {
-            word.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
+        let words = self.window();
+        for (page, at) in pieces(offset, bytes.len()) {
+            let to = offset + at.start as u64;
+            let bytes = &bytes[at];
+            self.settle(page, to.is_multiple_of(PAGE));
+            // A partial word is read, changed and written: one thread stores to a page.
+            let (whole, range) = split(to, bytes.len(), |index, within, at| {
+                let mut word = words[index].load(Ordering::Relaxed).to_ne_bytes();
+                word[within].copy_from_slice(&bytes[at]);
+                words[index].store(u64::from_ne_bytes(word), Ordering::Relaxed);
+            });
+            for (word, chunk) in words[whole].iter().zip(bytes[range].as_chunks::<8>().0) {
+                word.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
+            }
+            // Behind the stores, so that a sync which clears the bit has seen them.
+            self.resident.set(page);
+            self.dirty.set(page);
         }
         Ok(())
     }
@@ -160,18 +435,19 @@ impl Medium for MappedFile {
         if len == 0 {
             return Ok(());
         }
-        let done = match self.mode {
-            SyncMode::Range => self.map.flush_range(range.start as usize, len as usize),
-            SyncMode::File => self.file.sync_data(),
-        };
-        done.map_err(|e| MediumError::from_io(&self.name, Call::Sync, range.start, len, e))
+        // A panic there left at most pages that are dirty no more, as a failure does.
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        self.sync_pages(&range, &writer)
+            .map_err(|e| MediumError::from_io(&self.name, Call::Sync, range.start, len, e))?;
+        self.release(range.end, &mut writer);
+        Ok(())
     }
 
     fn prefault(&self, range: Range<u64>) {
-        let end = range.end.min(self.map.len() as u64);
+        let end = range.end.min(self.window.len() as u64);
         let start = (range.start / PAGE * PAGE).min(end);
-        // Faults the pages in writable (Linux 5.14); an older kernel refuses, and stores fault then.
-        let _ = self.map.advise_range(
+        // Linux 5.14; an older kernel refuses, and stores fault then.
+        let _ = self.window.advise_range(
             Advice::PopulateWrite,
             start as usize,
             (end - start) as usize,
@@ -179,7 +455,7 @@ impl Medium for MappedFile {
     }
 
     fn resize(&self, len: u64) -> Result<(), MediumError> {
-        let size = self.map.len() as u64;
+        let size = self.view.len() as u64;
         Err(MediumError::OutOfRange {
             file: self.name.clone(),
             call: Call::Resize,
@@ -223,30 +499,167 @@ mod tests {
     use super::*;
     use crate::medium::dir::{DirOptions, DirVolume};
     use crate::medium::{Access, SplitMix, Volume};
+    use std::sync::atomic::AtomicBool;
+
+    /// A file of so many zero bytes, mapped, in a directory that goes with the value.
+    struct Mapped {
+        dir: std::path::PathBuf,
+        _volume: DirVolume,
+        file: MappedFile,
+    }
+
+    impl Mapped {
+        fn new(name: &str, len: u64, mode: SyncMode) -> Mapped {
+            let dir = format!("lowtide-mapped-{}-{name}-{mode:?}", std::process::id());
+            let dir = std::env::temp_dir().join(dir);
+            let volume = DirVolume::open(&dir, DirOptions::default()).unwrap();
+            drop(volume.create("m", len, Access::Mapped).unwrap());
+            let file = Mapped::map(&dir, mode);
+            Mapped {
+                dir,
+                _volume: volume,
+                file,
+            }
+        }
+
+        fn map(dir: &Path, mode: SyncMode) -> MappedFile {
+            let path = dir.join("m");
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            // Not the volume's lock: that one is held already.
+            let lock = Arc::new(DirLock::of(File::open(&path).unwrap()));
+            MappedFile::map(&path, file, mode, lock).unwrap()
+        }
+
+        fn on_disk(&self) -> Vec<u8> {
+            std::fs::read(self.dir.join("m")).unwrap()
+        }
+    }
+
+    impl Drop for Mapped {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+
+    const MODES: [SyncMode; 2] = [SyncMode::Direct, SyncMode::Cached];
 
     #[test]
     fn stores_at_any_alignment_equal_a_plain_copy() {
-        let dir = std::env::temp_dir().join(format!("lowtide-mapped-{}", std::process::id()));
-        let volume = DirVolume::open(&dir, DirOptions::default()).unwrap();
-        let map = volume.create("m", 2 * PAGE, Access::Mapped).unwrap();
-        let path = dir.join("m");
-        let mut model = vec![0u8; 2 * PAGE as usize];
-        let mut rng = SplitMix(7);
-        for _ in 0..4000 {
-            let len = (rng.next_u64() % 70) as usize;
-            let at = (rng.next_u64() as usize) % (model.len() - len + 1);
-            let bytes: Vec<u8> = (0..len).map(|_| rng.next_u64() as u8).collect();
-            map.store(at as u64, &bytes).unwrap();
-            model[at..at + len].copy_from_slice(&bytes);
-            let from = (rng.next_u64() as usize) % (model.len() - len + 1);
-            let mut out = vec![0u8; len];
-            map.read(from as u64, &mut out).unwrap();
-            assert_eq!(out, model[from..from + len]);
+        for mode in MODES {
+            let mapped = Mapped::new("copy", 3 * PAGE, mode);
+            let map = &mapped.file;
+            let mut model = vec![0u8; 3 * PAGE as usize];
+            let mut rng = SplitMix(7);
+            for round in 0..4000 {
+                let len = (rng.next_u64() % 70) as usize;
+                let at = (rng.next_u64() as usize) % (model.len() - len + 1);
+                let bytes: Vec<u8> = (0..len).map(|_| rng.next_u64() as u8).collect();
+                map.store(at as u64, &bytes).unwrap();
+                model[at..at + len].copy_from_slice(&bytes);
+                let from = (rng.next_u64() as usize) % (model.len() - len + 1);
+                let mut out = vec![0u8; len];
+                map.read(from as u64, &mut out).unwrap();
+                assert_eq!(out, model[from..from + len]);
+                if round % 100 == 0 {
+                    map.sync(at as u64..(at + len) as u64).unwrap();
+                    let disk = mapped.on_disk();
+                    assert_eq!(disk[at..at + len], model[at..at + len]);
+                }
+            }
+            map.sync(0..3 * PAGE).unwrap();
+            assert_eq!(mapped.on_disk(), model);
+            assert!(map.store(3 * PAGE - 1, &[0, 0]).is_err());
+            assert!(map.read(u64::MAX, &mut [0]).is_err());
+            assert!(map.sync(PAGE..4 * PAGE).is_err());
         }
-        map.sync(0..2 * PAGE).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), model);
-        assert!(map.store(2 * PAGE - 1, &[0, 0]).is_err());
-        assert!(map.read(u64::MAX, &mut [0]).is_err());
-        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    /// Nothing reaches the file before it is synced, and then only the pages of the range; a store
+    /// into the middle of a page that is not resident keeps what stands before it.
+    #[test]
+    fn a_sync_writes_its_pages_and_no_others() {
+        for mode in MODES {
+            let mapped = Mapped::new("pages", 8 * PAGE, mode);
+            mapped.file.store(0, &[1; 8 * PAGE as usize]).unwrap();
+            assert!(mapped.on_disk().iter().all(|b| *b == 0));
+            mapped.file.sync(PAGE + 5..2 * PAGE + 1).unwrap();
+            let page = |disk: &[u8], n: u64| disk[(n * PAGE) as usize];
+            let disk = mapped.on_disk();
+            let pages: Vec<u8> = (0..8).map(|n| page(&disk, n)).collect();
+            assert_eq!(pages, [0, 1, 1, 0, 0, 0, 0, 0]);
+            // Two stretches with a clean page between them.
+            mapped.file.store(4 * PAGE, &[2; 10]).unwrap();
+            mapped.file.sync(0..PAGE).unwrap();
+            mapped.file.sync(3 * PAGE..8 * PAGE).unwrap();
+            mapped.file.store(0, &[3]).unwrap();
+            mapped.file.store(5 * PAGE, &[3]).unwrap();
+            mapped.file.sync(0..8 * PAGE).unwrap();
+            let disk = mapped.on_disk();
+            assert_eq!((page(&disk, 0), page(&disk, 4), page(&disk, 5)), (3, 2, 3));
+            // Another life: the middle of page 1.
+            let again = Mapped::map(&mapped.dir, mode);
+            again.store(PAGE + 100, &[9; 4]).unwrap();
+            again.sync(PAGE..2 * PAGE).unwrap();
+            let disk = mapped.on_disk();
+            let (at, end) = (PAGE as usize, 2 * PAGE as usize);
+            assert!(disk[at..at + 100].iter().all(|b| *b == 1));
+            assert_eq!(disk[at + 100..at + 104], [9; 4]);
+            assert!(disk[at + 104..end].iter().all(|b| *b == 1));
+        }
+    }
+
+    /// What lies at an offset of a long file in its so manieth use.
+    fn word_at(offset: u64, life: u64) -> [u8; 8] {
+        (offset ^ life << 56).to_le_bytes()
+    }
+
+    /// One thread appends, another syncs, a third reads what was appended, while pages are released;
+    /// then the file begins anew.
+    #[test]
+    fn pages_are_released_under_readers() {
+        const LEN: u64 = 3 * RELEASED;
+        for mode in MODES {
+            let mapped = Mapped::new("release", LEN, mode);
+            for life in 1..3 {
+                let (end, done) = (AtomicU64::new(0), AtomicBool::new(false));
+                std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        for offset in (0..LEN).step_by(8) {
+                            mapped.file.store(offset, &word_at(offset, life)).unwrap();
+                            end.store(offset + 8, Ordering::Release);
+                        }
+                    });
+                    scope.spawn(|| {
+                        let mut synced = 0;
+                        // As a segment's header is.
+                        mapped.file.sync(0..PAGE).unwrap();
+                        while synced < LEN {
+                            let to = end.load(Ordering::Acquire);
+                            mapped.file.sync(synced..to).unwrap();
+                            synced = to;
+                        }
+                        done.store(true, Ordering::Release);
+                    });
+                    scope.spawn(|| {
+                        let mut rng = SplitMix(life);
+                        while !done.load(Ordering::Acquire) {
+                            let words = end.load(Ordering::Acquire) / 8;
+                            let offset = rng.next_u64() % words.max(1) * 8;
+                            let mut out = [0; 8];
+                            mapped.file.read(offset, &mut out).unwrap();
+                            assert!(words == 0 || out == word_at(offset, life), "{offset}");
+                        }
+                    });
+                });
+                let resident = (0..LEN / PAGE)
+                    .filter(|p| mapped.file.resident.get(*p))
+                    .count();
+                assert_eq!(resident as u64, KEPT / PAGE);
+                let disk = mapped.on_disk();
+                for (offset, word) in (0..).step_by(8).zip(disk.as_chunks::<8>().0) {
+                    assert_eq!(*word, word_at(offset, life));
+                }
+            }
+        }
     }
 }

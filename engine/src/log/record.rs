@@ -36,15 +36,17 @@ impl std::fmt::Display for Lsn {
 /// Size of a record header and alignment of records, bytes.
 pub const ALIGN: u64 = 64;
 /// Version of the record and segment formats.
-pub const FORMAT: u8 = 2;
+pub const FORMAT: u8 = 3;
 /// First kind that belongs to the log itself; callers use lower ones.
 pub const KIND_RESERVED: u8 = 0xf0;
 /// The rest of the segment is unused; the log goes on in the next one.
 pub const KIND_SEAL: u8 = 0xf0;
 /// A generation begins here; see [`OpenBody`].
 pub const KIND_OPEN: u8 = 0xf1;
-/// Stands in a claim slot, not among the records; see [`ClaimBody`].
+/// Says how far each log reaches in a commit group; see [`ClaimBody`].
 pub const KIND_CLAIM: u8 = 0xf2;
+/// Room for a claim, of the same length, with a body of zeros.
+pub const KIND_ROOM: u8 = 0xf3;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"LTRC");
 const SEGMENT_MAGIC: u32 = u32::from_le_bytes(*b"LTSG");
@@ -186,8 +188,8 @@ impl OpenBody {
     }
 }
 
-/// Body of a [`KIND_CLAIM`] record in a claim slot: where every log must be valid up to for the
-/// record's group to be durable.
+/// Body of a [`KIND_CLAIM`] record: where every log must be valid up to for the record's group to be
+/// durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClaimBody {
     /// This group was durable on every log when the claim was written: a proof.
@@ -197,6 +199,11 @@ pub struct ClaimBody {
 }
 
 impl ClaimBody {
+    /// Encoded length for so many logs, bytes.
+    pub const fn len(logs: usize) -> usize {
+        8 * (logs + 1)
+    }
+
     /// Appends the encoding to `out`.
     pub fn encode_into(durable_group: u64, ends: &[Lsn], out: &mut Vec<u8>) {
         out.extend_from_slice(&durable_group.to_le_bytes());

@@ -8,7 +8,9 @@
 
 use super::chain::Chain;
 use super::claim::{self, Claim};
-use super::record::{ALIGN, BadHeader, KIND_OPEN, KIND_SEAL, Lsn, OpenBody, RecordHeader};
+use super::record::{
+    ALIGN, BadHeader, ClaimBody, KIND_CLAIM, KIND_OPEN, KIND_SEAL, Lsn, OpenBody, RecordHeader,
+};
 use super::segment::{SEGMENT_START, Segment, Shared, Table};
 use super::teeth::{Tooth, bites};
 use super::verdict::{OpenError, Proof, Recovered, Stop, StopReason};
@@ -106,6 +108,8 @@ pub struct Scanned {
     /// Larger than any generation seen, dead ones included.
     next_generation: u32,
     opens: Vec<OpenBody>,
+    /// Claims among the records.
+    claims: Vec<Claim>,
     /// What the newest generation says of itself; see [`Scanned::settled`].
     settled: Settled,
     report: Recovered,
@@ -159,6 +163,7 @@ impl Scanned {
             end_offset: SEGMENT_START,
             next_generation: 1,
             opens: Vec::new(),
+            claims: Vec::new(),
             settled: Settled::default(),
             report: Recovered {
                 first,
@@ -191,7 +196,9 @@ impl Scanned {
     /// # Errors
     /// The medium failed.
     pub(super) fn claims(&self) -> Result<Vec<Claim>, MediumError> {
-        claim::read_all(self.live.iter().chain(&self.after), &self.config)
+        let mut claims = claim::read_all(self.live.iter().chain(&self.after), &self.config)?;
+        claims.extend_from_slice(&self.claims);
+        Ok(claims)
     }
 
     /// How far records that were appended since the newest `OPEN` say that this log was durable,
@@ -295,7 +302,12 @@ impl Scanned {
                 opened: Lsn(header.lsn.0 + header.total_len()),
                 told: Lsn(0),
             };
-        } else if is_first {
+        } else if header.kind == KIND_CLAIM {
+            let body = ClaimBody::decode(&record.body).ok_or(StopReason::Malformed)?;
+            let group = header.group;
+            self.claims.push(Claim { group, body });
+        }
+        if header.kind != KIND_OPEN && is_first {
             self.settled.generation = header.generation;
         }
         // A seal before an OPEN is of the new generation and speaks of what that found.
@@ -459,6 +471,7 @@ impl Scanned {
             void,
             reserved: Arc::new(AtomicU64::new(0)),
             stalls: 0,
+            claim_len: None,
         };
         if ended_sealed {
             shared.prepare(1)?;

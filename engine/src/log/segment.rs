@@ -20,9 +20,11 @@ pub(super) const SEGMENT_START: u64 = 3 * PAGE;
 /// Ready segments that are kept ahead of the active one.
 const READY_AHEAD: usize = 1;
 
-/// How far ahead of the durable position pages are faulted in, bytes: what a busy core appends
-/// during one sync. Write-back protects pages again, so more would be lost work.
-const PREFAULT_AHEAD: u64 = 8 << 20;
+/// How far ahead of the durable position memory is taken, bytes: what a busy core appends during one
+/// sync.
+const PREFAULT_AHEAD: u64 = 4 << 20;
+/// Bytes that are worth a system call to take.
+const PREFAULT_STEP: u64 = 2 << 20;
 
 /// The log has failed for good: some bytes that were stored may never become durable.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -203,14 +205,13 @@ impl Shared {
         Ok(())
     }
 
-    /// Faults in the pages that appends will reach next. The first store to a clean page of a
-    /// shared file mapping costs a fault in the file system, here rather than in the append.
+    /// Faults in the pages that appends will reach next: memory that is taken from the kernel must be
+    /// cleared first, here rather than in the append.
     fn prefault(&self) {
         let durable = self.durable().0;
         let from = self.prefaulted.load(Ordering::Relaxed).max(durable);
         let to = durable + PREFAULT_AHEAD;
-        // In steps worth a system call.
-        if to < from + PREFAULT_AHEAD / 8 {
+        if to < from + PREFAULT_STEP {
             return;
         }
         let segments: Vec<Segment> = {
@@ -333,7 +334,7 @@ impl SyncHandle {
     }
 
     /// Syncs the pages before `up_to` that are new, and with them a claim that is stored before,
-    /// at an offset of the segment that `up_to` lies in.
+    /// at an offset of the segment that `up_to` lies in, before it.
     pub(super) fn flush(&self, up_to: Lsn, claim: Option<(u64, &[u8])>) -> Result<(), LogError> {
         let shared = &self.shared;
         shared.check()?;
@@ -355,13 +356,13 @@ impl SyncHandle {
             let base = segment.seq * segment_bytes;
             let mut start = from.0.saturating_sub(base).max(SEGMENT_START);
             let end = (up_to.0 - base).min(segment_bytes);
-            if let Some((slot, bytes)) = claim
+            if let Some((at, bytes)) = claim
                 && segment.seq == last
             {
-                let stored = segment.medium.store(slot, bytes);
+                let stored = segment.medium.store(at, bytes);
                 stored.map_err(|e| shared.lost(e))?;
                 // One call: what is clean in between costs nothing.
-                start = slot;
+                start = start.min(at);
             }
             if start < end {
                 let mut done = segment.medium.sync(start..end);

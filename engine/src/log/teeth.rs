@@ -25,6 +25,8 @@ pub(crate) enum Tooth {
     HeaderNotSynced,
     /// Every claim is written over the one before it (found by `commit_crash`).
     OneClaimSlot,
+    /// A claim is written to room that is durable already (found by `commit_crash`).
+    StaleRoom,
 }
 
 #[cfg(feature = "teeth")]

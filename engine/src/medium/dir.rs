@@ -2,8 +2,8 @@
 //!
 //! Owns: the directory's lock file, creation of files that are whole or absent, positioned files.
 //! Invariants: space is allocated (`posix_fallocate`), zero-filled and synced before a file is
-//! mapped, because a store to a hole on a full file system is a SIGBUS, not an error; a new file
-//! gets its name last and the directory is synced; nobody truncates a mapped file.
+//! mapped, so that no later write needs space or changes metadata; a new file gets its name last and
+//! the directory is synced; nobody truncates a mapped file.
 //! Deliberately absent: the mapping itself (`log::mapped`), subdirectories.
 
 use super::power::PowerFailMedium;
@@ -25,20 +25,20 @@ const CHUNK: usize = 1 << 20;
 /// Stores shorter than this go through the page cache, which gathers them.
 const DIRECT_MIN: usize = 256 << 10;
 
-/// How a mapped range is made durable.
+/// How a mapped file is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SyncMode {
-    /// `msync(MS_SYNC)` of the page-rounded range.
+    /// Past the page cache, where the file system can.
     #[default]
-    Range,
-    /// `fdatasync` of the whole file.
-    File,
+    Direct,
+    /// Through the page cache.
+    Cached,
 }
 
 /// Options of a [`DirVolume`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DirOptions {
-    /// How mapped files are synced.
+    /// How mapped files are written.
     pub sync: SyncMode,
     /// Journal the last durable image of each unsynced page, so that
     /// [`apply_power_loss`](super::power::apply_power_loss) can take the pages back. For fault
@@ -58,6 +58,13 @@ pub struct DirVolume {
 /// The directory's lock, held as long as the volume or any file of it is open.
 #[derive(Debug)]
 pub(crate) struct DirLock(File);
+
+#[cfg(test)]
+impl DirLock {
+    pub(crate) fn of(file: File) -> DirLock {
+        DirLock(file)
+    }
+}
 
 impl Drop for DirLock {
     fn drop(&mut self) {
@@ -112,8 +119,9 @@ impl DirVolume {
     fn wrap(&self, name: &str, file: File, access: Access) -> Result<Arc<dyn Medium>, MediumError> {
         let lock = self.lock.clone();
         let inner: Arc<dyn Medium> = match (access, lock) {
-            (Access::Mapped, Some(lock)) => {
-                Arc::new(MappedFile::map(name, file, self.options.sync, lock)?)
+            (Access::Mapped, Some(lock)) if !self.options.power_fail => {
+                let path = self.dir.join(name);
+                Arc::new(MappedFile::map(&path, file, self.options.sync, lock)?)
             }
             (access, lock) => Arc::new(PositionedFile {
                 direct: match access {
@@ -152,10 +160,6 @@ impl Volume for DirVolume {
             .write(self.lock.is_some())
             .open(self.dir.join(name))
             .map_err(|e| MediumError::from_io(name, Call::Open, 0, 0, e))?;
-        if access == Access::Mapped && self.lock.is_some() {
-            // Only a hint: what cannot be read shows itself when it is mapped and read.
-            let _ = read_in(&file);
-        }
         self.wrap(name, file, access)
     }
 
@@ -175,6 +179,11 @@ impl Volume for DirVolume {
                 zero_fill(&file, len)?;
             }
             file.sync_all()?;
+            if access == Access::Mapped {
+                // Only a hint: the cache need not hold zeros that nobody will read.
+                let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+                let _ = nix::fcntl::posix_fadvise(&file, 0, 0, advice);
+            }
             fs::rename(&new, &path)?;
             Ok(file)
         })();
@@ -241,35 +250,15 @@ fn allocate(file: &File, from: u64, to: u64) -> std::io::Result<()> {
 
 /// Turns allocated but unwritten extents into written ones, so that a later sync of a mapped page
 /// changes no metadata.
-///
-/// A page at a time: the kernel keeps what one call writes in one *large folio* (up to megabytes),
-/// and a store to a mapped page makes its whole folio dirty, so each sync of a few bytes would
-/// write all of it.
 fn zero_fill(file: &File, len: u64) -> std::io::Result<()> {
-    let zeros = [0u8; PAGE as usize];
+    let zeros = vec![0u8; CHUNK];
     let mut at = 0;
     while at < len {
-        let n = (len - at).min(PAGE);
+        let n = (len - at).min(CHUNK as u64);
         file.write_all_at(&zeros[..n as usize], at)?;
         at += n;
     }
     Ok(())
-}
-
-/// Reads a file that is going to be mapped to memory, in single pages: see [`zero_fill`]. Read-ahead
-/// of a fault or of a plain read would make large folios, that of a file declared as read at random
-/// does not.
-fn read_in(file: &File) -> std::io::Result<()> {
-    let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM;
-    nix::fcntl::posix_fadvise(file, 0, 0, advice)?;
-    let mut chunk = vec![0u8; CHUNK];
-    let mut at = 0;
-    loop {
-        match file.read_at(&mut chunk, at)? {
-            0 => return Ok(()),
-            n => at += n as u64,
-        }
-    }
 }
 
 /// Stores past the page cache.

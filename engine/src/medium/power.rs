@@ -1,8 +1,9 @@
 //! Power loss on real files: kill the process, then take unsynced pages back.
 //!
-//! A killed process loses nothing, because the page cache survives it; so a kill tests no
-//! durability. [`PowerFailMedium`] wraps a real file and, before the first store to a page since
-//! its last sync, saves that page's image in a side file `<name>.unsynced`. [`apply_power_loss`],
+//! A killed process loses only what it keeps in memory, because the page cache survives it; so a kill
+//! tests little durability. [`PowerFailMedium`] wraps a real file whose stores go to the page cache at
+//! once (those of a mapped file too) and, before the first store to a page since its last sync, saves
+//! that page's image in a side file `<name>.unsynced`. [`apply_power_loss`],
 //! run while the node is down, makes each page that was still unsynced old, new or torn.
 //!
 //! Owns: the side file. Invariants: an image is in the side file (hence in the page cache, which a

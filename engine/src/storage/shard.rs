@@ -203,7 +203,7 @@ impl ShardStorage {
         if !std::mem::take(&mut self.appended) {
             return;
         }
-        let end = self.log.end();
+        let end = self.log.end_batch(pin.group());
         // Once a batch waits for its extents, later ones queue behind it: publishing them would
         // commit the earlier one's records too.
         if std::mem::take(&mut self.placed) || self.bulk_under_way.load(Ordering::Acquire) > 0 {

@@ -33,7 +33,7 @@ pub(super) struct BulkBatch {
     /// The shard's batches that have come here and not gone on.
     pub(super) under_way: Arc<AtomicU64>,
     pub(super) pin: GroupPin,
-    pub(super) end: log::Lsn,
+    pub(super) end: log::BatchEnd,
 }
 
 /// Data of extents that are reserved and not written, by offset. Their sources hold them until they

@@ -17,6 +17,7 @@
 use super::{Change, Store, StoreError};
 use crate::log::Lsn;
 use std::collections::BTreeMap;
+use std::iter::Peekable;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +26,37 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const ENTRY_OVERHEAD: usize = 96;
 
 type Map = BTreeMap<Box<[u8]>, Option<Box<[u8]>>>;
+
+/// What memory knows of a range, in order; where both maps have a key the active one counts. As lazy
+/// as its caller: most scans end at the first key.
+struct Newer<'a> {
+    frozen: Option<Peekable<Entries<'a>>>,
+    active: Peekable<Entries<'a>>,
+}
+
+type Entries<'a> = std::collections::btree_map::Range<'a, Box<[u8]>, Option<Box<[u8]>>>;
+
+impl<'a> Newer<'a> {
+    /// The next entry, if its key is wanted.
+    fn next_if(&mut self, wants: impl Fn(&[u8]) -> bool) -> Option<Change<'a>> {
+        let frozen = self.frozen.as_mut().and_then(Peekable::peek);
+        let frozen = frozen.map(|(key, _)| &***key);
+        let active = self.active.peek().map(|(key, _)| &***key);
+        let is_frozen = match (frozen, active) {
+            (Some(frozen), Some(active)) => frozen < active,
+            (frozen, _) => frozen.is_some(),
+        };
+        let key = if is_frozen { frozen } else { active };
+        if !key.is_some_and(wants) {
+            return None;
+        }
+        let is_both = frozen == active;
+        let older = self.frozen.as_mut().filter(|_| is_frozen || is_both);
+        let older = older.and_then(Iterator::next);
+        let next = if is_frozen { older } else { self.active.next() };
+        next.map(|(key, value)| (&**key, value.as_deref()))
+    }
+}
 
 /// How far the log went when a map was frozen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -233,13 +265,11 @@ impl Overlay {
         if to.is_some_and(|to| to <= from) {
             return Ok(());
         }
-        // What memory knows of the range, newest first wins.
-        let mut newer: BTreeMap<&[u8], Option<&[u8]>> = BTreeMap::new();
-        for map in self.frozen.iter().map(|f| &f.map).chain([&self.active]) {
-            let entries = map.range::<[u8], _>(range);
-            newer.extend(entries.map(|(k, v)| (&**k, v.as_deref())));
-        }
-        let mut newer = newer.into_iter().peekable();
+        let frozen = self.frozen.as_ref().map(|frozen| &frozen.map);
+        let mut newer = Newer {
+            frozen: frozen.map(|map| map.range::<[u8], _>(range).peekable()),
+            active: self.active.range::<[u8], _>(range).peekable(),
+        };
         let mut left = limit;
         let mut go_on = limit > 0;
         let mut show = |key: &[u8], value: Option<&[u8]>, go_on: &mut bool| {
@@ -250,17 +280,17 @@ impl Overlay {
         };
         if go_on {
             self.store.scan(range, usize::MAX, &mut |key, value| {
-                while let Some((k, v)) = newer.next_if(|(k, _)| *k < key) {
+                while go_on && let Some((k, v)) = newer.next_if(|k| k < key) {
                     show(k, v, &mut go_on);
                 }
-                match newer.next_if(|(k, _)| *k == key) {
+                match newer.next_if(|k| k == key) {
                     Some((k, v)) => show(k, v, &mut go_on),
                     None => show(key, Some(value), &mut go_on),
                 }
                 go_on
             })?;
         }
-        for (key, value) in newer {
+        while go_on && let Some((key, value)) = newer.next_if(|_| true) {
             show(key, value, &mut go_on);
         }
         Ok(())

@@ -120,7 +120,8 @@ impl Kv {
                 parts: &parts,
             })?;
             overlay.put(&key, value.as_deref());
-            publisher.publish(pin.clone(), log.end());
+            let end = log.end_batch(group);
+            publisher.publish(pin.clone(), end);
         }
         self.ops = op;
         self.waiting.insert(group, op);

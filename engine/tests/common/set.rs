@@ -105,7 +105,8 @@ pub fn run(
             for shard in [first, 1 - first] {
                 let ShardLog { log, publisher } = &mut node.shards[shard];
                 log.append(append).map_err(|_| ())?;
-                publisher.publish(outer.clone(), log.end());
+                let end = log.end_batch(outer.group());
+                publisher.publish(outer.clone(), end);
             }
         }
         let group = outer.group();

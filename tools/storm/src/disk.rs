@@ -19,7 +19,7 @@ use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::record::{
     Extent, KIND_OP, Objects, OpRecord, Position, Record, Recorded, Storage, Stored, Value, step_of,
 };
-use lowtide_engine_core::room::Space;
+use lowtide_engine_core::room::{FRAME_BYTES, Space};
 use lowtide_engine_core::session::Page;
 
 /// One appended record.
@@ -38,10 +38,10 @@ pub struct Logged {
 }
 
 impl Logged {
-    /// What it takes, in bytes.
+    /// What it takes at most, in bytes: as if each were a batch of its own.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        1 + self.body.len() as u64
+        FRAME_BYTES + self.body.len() as u64
     }
 }
 

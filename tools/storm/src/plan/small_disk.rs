@@ -2,13 +2,13 @@
 
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::op::{Bytes, Change, Key, Update};
-use lowtide_engine_core::room::{Budget, Cost, HomeRule};
+use lowtide_engine_core::room::{Budget, Cost, FRAME_BYTES, HomeRule};
 
 use super::Plan;
 use crate::rng::Rng;
 
 /// What a small log keeps for the records of its front, in bytes.
-const RESERVE: u64 = 1500;
+const RESERVE: u64 = 1500 + 20 * FRAME_BYTES;
 
 /// Disks on which room runs out.
 #[derive(Clone, Copy, Debug)]
