@@ -222,6 +222,17 @@ pub trait Medium: Send + Sync + Debug {
     /// Volatile until a sync of the range returns `Ok`.
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError>;
 
+    /// Stores several stretches one behind the other, as so many calls of [`store`](Self::store)
+    /// would; a medium that can makes one write of them.
+    fn store_all(&self, offset: u64, stretches: &[&[u8]]) -> Result<(), MediumError> {
+        let mut at = offset;
+        for bytes in stretches {
+            self.store(at, bytes)?;
+            at += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
     /// Makes all pages that touch `range` durable.
     fn sync(&self, range: Range<u64>) -> Result<(), MediumError>;
 
@@ -332,6 +343,11 @@ impl Medium for Gated {
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
         self.poison.check(&self.name)?;
         self.guard(self.inner.store(offset, bytes))
+    }
+
+    fn store_all(&self, offset: u64, stretches: &[&[u8]]) -> Result<(), MediumError> {
+        self.poison.check(&self.name)?;
+        self.guard(self.inner.store_all(offset, stretches))
     }
 
     fn sync(&self, range: Range<u64>) -> Result<(), MediumError> {

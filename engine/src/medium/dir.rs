@@ -302,15 +302,15 @@ impl Direct {
             let padded = copied.len().next_multiple_of(PAGE_LEN);
             aligned[..copied.len()].copy_from_slice(copied);
             aligned[copied.len()..padded].fill(0);
-            self.write_all(offset, in_place, &aligned[..padded])?;
+            self.write_all(offset, &[in_place, &aligned[..padded]])?;
             offset += (in_place.len() + padded) as u64;
         }
         Ok(())
     }
 
-    /// Both in one call: each is a command to the disk.
-    fn write_all(&self, mut offset: u64, first: &[u8], second: &[u8]) -> std::io::Result<()> {
-        let parts = &mut [IoSlice::new(first), IoSlice::new(second)];
+    /// All in one call: each waits for the disk.
+    fn write_all(&self, mut offset: u64, parts: &[&[u8]]) -> std::io::Result<()> {
+        let mut parts: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
         let mut parts = &mut parts[..];
         // Takes empty parts off.
         IoSlice::advance_slices(&mut parts, 0);
@@ -389,6 +389,26 @@ impl Medium for PositionedFile {
         }
         .unwrap_or_else(|| self.file.write_all_at(bytes, offset))
         .map_err(|e| self.error(Call::Store, offset, bytes.len() as u64, e))
+    }
+
+    fn store_all(&self, offset: u64, stretches: &[&[u8]]) -> Result<(), MediumError> {
+        let len: usize = stretches.iter().map(|bytes| bytes.len()).sum();
+        let are_pages = stretches.iter().all(|bytes| {
+            let (address, len) = (bytes.as_ptr().addr() as u64, bytes.len() as u64);
+            address.is_multiple_of(PAGE) && len.is_multiple_of(PAGE)
+        });
+        let direct = self.direct.as_ref();
+        let direct =
+            direct.filter(|_| len >= DIRECT_MIN && are_pages && offset.is_multiple_of(PAGE));
+        if let Some(Ok(())) = direct.map(|direct| direct.write_all(offset, stretches)) {
+            return Ok(());
+        }
+        let mut at = offset;
+        for bytes in stretches {
+            self.store(at, bytes)?;
+            at += bytes.len() as u64;
+        }
+        Ok(())
     }
 
     fn sync(&self, range: Range<u64>) -> Result<(), MediumError> {

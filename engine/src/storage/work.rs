@@ -61,19 +61,20 @@ pub(super) struct BulkSync {
 impl BulkSync {
     pub(super) fn run(self, work: &Receiver<Bulk>) {
         let mut waiting: Vec<BulkBatch> = Vec::new();
+        let mut given: Vec<ExtentRef> = Vec::new();
         while let Ok(first) = work.recv() {
-            // One sync serves all batches that wait.
+            // One sync serves all batches that wait, and one write extents that follow each other.
             let rest = work.try_iter().take(BULK_PER_SYNC);
             for bulk in std::iter::once(first).chain(rest) {
                 match bulk {
                     Bulk::Batch(batch) => waiting.push(batch),
-                    Bulk::Write(extent) => {
-                        if let Err(error) = self.write(extent) {
-                            return self.durability.fail(error.to_string());
-                        }
-                    }
+                    Bulk::Write(extent) => given.push(extent),
                 }
             }
+            if let Err(error) = self.write(&given) {
+                return self.durability.fail(error.to_string());
+            }
+            given.clear();
             if waiting.is_empty() {
                 continue;
             }
@@ -87,12 +88,18 @@ impl BulkSync {
         }
     }
 
-    fn write(&self, extent: ExtentRef) -> Result<(), ExtentError> {
-        let data = self.unwritten.get(&extent);
+    fn write(&self, given: &[ExtentRef]) -> Result<(), ExtentError> {
+        let data = given.iter().map(|extent| self.unwritten.get(extent));
+        let data: Option<Vec<Bytes>> = data.collect();
         let data = data.expect("it stays until it is written");
-        self.extents.fill(extent, &data)?;
-        // From here on it is read from the file.
-        self.unwritten.map().remove(&extent.offset);
+        let extents = given.iter().zip(&data).map(|(e, data)| (*e, &**data));
+        let extents: Vec<(ExtentRef, &[u8])> = extents.collect();
+        self.extents.fill_all(&extents)?;
+        // From here on they are read from the file.
+        let mut unwritten = self.unwritten.map();
+        for extent in given {
+            unwritten.remove(&extent.offset);
+        }
         Ok(())
     }
 }
