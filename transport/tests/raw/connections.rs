@@ -186,6 +186,41 @@ fn inline_data_is_taken_when_posting() {
 }
 
 #[test]
+fn each_inline_request_keeps_its_own_bytes_until_it_is_delivered() {
+    let (a, b) = pair(QpType::Rc);
+    let post = |seed: u64| {
+        let text = seed.to_ne_bytes();
+        let list = [Sge {
+            lkey: Lkey(0),
+            addr: text.as_ptr() as u64,
+            len: 8,
+        }];
+        a.try_post(SendWr {
+            flags: match seed % 100 {
+                15 => SendFlags::INLINE | SendFlags::SIGNALED,
+                _ => SendFlags::INLINE,
+            },
+            ..signalled(seed, SendOp::Send, &list)
+        })
+    };
+    // Nothing is posted at the peer, so all of them are sent again later.
+    for round in 0..3u64 {
+        for seed in 0..16 {
+            post(100 * round + seed).unwrap();
+        }
+        assert_eq!(post(99), Err(Error::QueueFull));
+        for seed in 0..16 {
+            b.receive(seed, &[b.sge(seed as usize * 8, 8)]);
+        }
+        for seed in 0..16u64 {
+            assert_eq!(b.succeed().wr_id, seed);
+            assert_eq!(b.pages.word(seed as usize * 8), 100 * round + seed);
+        }
+        assert_eq!(a.succeed().wr_id, 100 * round + 15);
+    }
+}
+
+#[test]
 fn unsignalled_requests_complete_in_silence_and_failures_never_do() {
     let (a, b) = pair(QpType::Rc);
     for round in 0..100u64 {
