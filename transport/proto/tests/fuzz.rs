@@ -153,6 +153,15 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
                 assert!(sent <= 20_000, "unbounded output");
                 assert!(transmit.udp_payload_len() <= 40 + 4096 + 4);
             }
+            while rng.chance(500) && qp.has_local_work() {
+                qp.execute_local(&mut memory);
+            }
+            while qp.poll_event().is_some() {}
+            match (rng.below(50), qp.state()) {
+                (0, QpState::Rts) => qp.to_sqd().unwrap(),
+                (1..10, QpState::Sqd | QpState::Sqe) => qp.resume().unwrap(),
+                _ => {}
+            }
             while let Some(completion) = qp.poll_completion() {
                 completed += 1;
                 assert!(completion.byte_len <= 4096 || !completion.kind.is_recv());
@@ -168,6 +177,56 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
     }
     println!("{accepted} accepted, {dropped} dropped, {failures} of 2000 queue pairs failed");
     assert!(accepted > 1_000 && dropped > 1_000 && failures > 200);
+}
+
+#[test]
+fn mutated_datagrams_never_panic_a_queue_pair() {
+    let corpus: Vec<Vec<u8>> = golden()
+        .iter()
+        .map(|g| g.udp_payload().to_vec())
+        .filter(|bytes| bytes[0] & 0xe0 == 0x60)
+        .collect();
+    assert!(corpus.len() > 10);
+    let mut rng = Rng(5);
+    let (mut accepted, mut dropped) = (0u64, 0u64);
+    let caps = QpCaps {
+        send_wr_max: 8,
+        recv_wr_max: 8,
+        shared_receives: false,
+    };
+    let mut qp = UdQueuePair::new(Qpn::new(7), Mtu::B1024, caps);
+    let init = InitAttr {
+        access: Access::NONE,
+        pkey: PKEY_DEFAULT,
+    };
+    qp.to_init(init, 0x1111_1111).unwrap();
+    qp.to_rtr().unwrap();
+    let mut memory = TestMemory::default();
+    memory.register(REGION, vec![1; 16 << 10]);
+    for id in 0..200_000 {
+        let wr = RecvWr {
+            wr_id: WrId(id),
+            local: piece(REGION, rng.below(1000), 200 + rng.below(1000) as u32),
+        };
+        let _ = qp.post_recv(wr);
+        let mut bytes = corpus[rng.below(corpus.len() as u64) as usize].clone();
+        if rng.chance(900) {
+            bytes[12..16].fill(0x11);
+        }
+        mutate(&mut rng, &mut bytes);
+        if let Ok(packet) = Packet::new_checked(&bytes) {
+            match qp.handle_packet(&packet, &[0; GRH_LEN], &mut memory) {
+                Outcome::Accepted => accepted += 1,
+                Outcome::Dropped(_) => dropped += 1,
+            }
+        }
+        while let Some(completion) = qp.poll_completion() {
+            assert!((GRH_LEN as u32..1200).contains(&completion.byte_len));
+            assert_eq!(completion.status, Status::Success);
+        }
+    }
+    println!("{accepted} accepted, {dropped} dropped");
+    assert!(accepted > 10_000 && dropped > 10_000);
 }
 
 /// Address the packet to `qp` and bring its PSN, keys and addresses near what `qp` expects, so that
@@ -195,7 +254,7 @@ fn aim(rng: &mut Rng, bytes: &mut [u8], qp: &QueuePair) {
 fn post_something(rng: &mut Rng, qp: &mut QueuePair) -> usize {
     let local = piece(REGION, rng.below(1024), rng.below(4096) as u32);
     let place = remote(REGION, 0);
-    let op = match rng.below(7) {
+    let op = match rng.below(11) {
         0 => SendOp::Send,
         1 => SendOp::SendImm(1),
         2 => SendOp::Write(place),
@@ -205,6 +264,24 @@ fn post_something(rng: &mut Rng, qp: &mut QueuePair) -> usize {
             remote: place,
             add: 1,
         },
+        6 => SendOp::AtomicWrite(place),
+        7 => SendOp::Flush(Flush {
+            remote: place,
+            len: 8,
+            global: true,
+            persistent: false,
+            whole_region: rng.chance(500),
+        }),
+        8 => SendOp::LocalInvalidate(Rkey(100)),
+        9 => SendOp::BindWindow(Bind {
+            window: Rkey(99),
+            rkey: Rkey(100),
+            region: Lkey(REGION),
+            addr: base_of(REGION),
+            len: rng.below(20 << 10),
+            access: Access::ALL,
+            zero_based: false,
+        }),
         _ => {
             return usize::from(
                 qp.post_recv(RecvWr {
@@ -215,10 +292,10 @@ fn post_something(rng: &mut Rng, qp: &mut QueuePair) -> usize {
             );
         }
     };
-    let local = if matches!(op, SendOp::FetchAdd { .. }) {
-        piece(REGION, 0, 8)
-    } else {
-        local
+    let local = match op {
+        SendOp::FetchAdd { .. } | SendOp::AtomicWrite(_) => piece(REGION, 0, 8),
+        _ if op.is_local() || matches!(op, SendOp::Flush(_)) => SgList::EMPTY,
+        _ => local,
     };
     usize::from(qp.post_send(SendWr::new(WrId(0), op, local)).is_ok())
 }

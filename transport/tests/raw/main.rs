@@ -21,7 +21,7 @@ use lowtide_transport::raw::{
     AddressHandle, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair, Queues,
     SharedReceiveQueue,
 };
-use lowtide_transport::verbs::DeviceOptions;
+use lowtide_transport::verbs::{DeviceOptions, Faults};
 
 const ALL: AccessFlags = AccessFlags::LOCAL_WRITE
     .with(AccessFlags::REMOTE_WRITE)
@@ -331,4 +331,19 @@ fn bytes(len: usize, seed: usize) -> Vec<u8> {
 fn handle(end: &End, peer: &Context) -> AddressHandle {
     let attr = attr_to(peer, Qpn::new(0));
     end.pd.address_handle(&attr.address).unwrap()
+}
+
+/// Any thread may hold and use any object.
+#[test]
+fn handles_are_send_and_sync() {
+    fn holds<T: Send + Sync>() {}
+    holds::<Context>();
+    holds::<ProtectionDomain>();
+    holds::<CompletionQueue>();
+    holds::<lowtide_transport::raw::CompletionChannel>();
+    holds::<QueuePair>();
+    holds::<SharedReceiveQueue>();
+    holds::<MemoryRegion>();
+    holds::<lowtide_transport::raw::MemoryWindow>();
+    holds::<AddressHandle>();
 }
