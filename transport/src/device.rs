@@ -14,14 +14,16 @@
 //! * payload is staged by reference and sent before the next packet is handled, so no slot changes
 //!   its owner in between.
 //!
-//! Deliberately absent: completion queues (`verbs`), messages and connections (`message`), and any
+//! Deliberately absent: completion queues (`raw`), messages and connections (`message`), and any
 //! wait: this module never blocks.
-//! Input is `input`'s, sending `output`'s.
+//! Input is `input`'s, sending `output`'s; `datagram` has what only datagrams need.
 
 mod budget;
+mod datagram;
 mod identity;
 mod input;
 mod output;
+mod shared_receives;
 #[cfg(test)]
 mod tests;
 mod timers;
@@ -35,14 +37,19 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use lowtide_transport_proto::icrc::{self, Flow, Ip};
-use lowtide_transport_proto::qp::{self, Completion, Lkey, QpCaps, QueuePair};
+use lowtide_transport_proto::qp::{
+    self, Completion, Lkey, QpCaps, QpEvent, QpKind, QueuePair, UdQueuePair,
+};
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::Qpn;
+use lowtide_transport_proto::wire::{Mtu, Qpn};
 
 use self::budget::Budget;
+use self::datagram::Group;
+pub(crate) use self::datagram::{ADDRESSES_MAX, GROUPS_MAX};
 use self::identity::Identities;
 pub(crate) use self::identity::Peers;
 pub(crate) use self::input::Input;
+pub(crate) use self::shared_receives::SharedReceives;
 use self::timers::Timers;
 use crate::faults::{FaultInjector, Faults};
 use crate::memory::Memory;
@@ -138,10 +145,28 @@ pub struct Counters {
     pub violations: u64,
 }
 
+/// Which sort of queue pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Of one peer.
+    Connected(QpKind),
+    /// Of everybody, with messages of at most one packet of this size.
+    Datagram(Mtu),
+}
+
+/// A queue pair's state machine.
+#[allow(clippy::large_enum_variant, reason = "almost all are the large one")]
+enum Machine {
+    Connected(QueuePair),
+    Datagram(UdQueuePair),
+}
+
 struct Slot {
     qpn: Qpn,
     /// None while the slot is free.
-    qp: Option<QueuePair>,
+    machine: Option<Machine>,
+    /// The shared receive queue that it takes from.
+    srq: Option<u32>,
     /// Protection domain of our own work requests.
     domain: u32,
     /// Protection domain of what the peer names.
@@ -196,8 +221,14 @@ pub(crate) struct Device {
     timers: Timers,
     counters: Counters,
     salt: u32,
-    /// Queue pairs that failed while sending; their completions want to be polled.
-    failed: VecDeque<QpId>,
+    /// Queue pairs of which something was finished outside of `handle` and `expire`; their
+    /// completions want to be polled.
+    finished: VecDeque<QpId>,
+    /// Shared receive queues by index.
+    srqs: Vec<Option<SharedReceives>>,
+    /// Destinations of datagrams by handle.
+    addresses: Vec<Option<SocketAddr>>,
+    groups: Vec<Group>,
 }
 
 impl Device {
@@ -232,7 +263,10 @@ impl Device {
             timers: Timers::default(),
             counters: Counters::default(),
             salt,
-            failed: VecDeque::new(),
+            finished: VecDeque::new(),
+            srqs: Vec::new(),
+            addresses: Vec::new(),
+            groups: Vec::new(),
         })
     }
 
@@ -256,10 +290,8 @@ impl Device {
     /// The sum over all queue pairs that ever were, and the device's own.
     pub(crate) fn counters(&self) -> Counters {
         let mut sum = self.counters;
-        for slot in &self.slots {
-            if let Some(qp) = &slot.qp {
-                add_counters(&mut sum, qp.counters());
-            }
+        for machine in self.slots.iter().filter_map(|slot| slot.machine.as_ref()) {
+            add_counters(&mut sum, machine.counters());
         }
         sum
     }
@@ -270,8 +302,20 @@ impl Device {
 
     // Queue pairs.
 
-    /// Creates a queue pair in the Reset state; none when there are too many or it is too deep.
+    /// Creates a reliable connection's queue pair in the Reset state; none when there are too many or
+    /// it is too deep.
     pub(crate) fn create_qp(&mut self, domain: u32, caps: QpCaps) -> Option<(QpId, Qpn)> {
+        self.create(Kind::Connected(QpKind::Rc), domain, caps, None)
+    }
+
+    /// The same of any kind, with or without a shared receive queue.
+    pub(crate) fn create(
+        &mut self,
+        kind: Kind,
+        domain: u32,
+        caps: QpCaps,
+        srq: Option<u32>,
+    ) -> Option<(QpId, Qpn)> {
         if caps.send_wr_max.max(caps.recv_wr_max) > WORK_REQUESTS_MAX {
             return None;
         }
@@ -281,7 +325,8 @@ impl Device {
             None => {
                 self.slots.push(Slot {
                     qpn: Qpn::new(0),
-                    qp: None,
+                    machine: None,
+                    srq: None,
                     domain,
                     peer_domain: domain,
                     peer: None,
@@ -299,7 +344,11 @@ impl Device {
         let slot = &mut self.slots[index as usize];
         let qpn = Qpn::new(self.salt << 16 | (QPN_FIRST + index));
         slot.qpn = qpn;
-        slot.qp = Some(QueuePair::new(qp::QpKind::Rc, qpn, caps));
+        slot.machine = Some(match kind {
+            Kind::Connected(kind) => Machine::Connected(QueuePair::new(kind, qpn, caps)),
+            Kind::Datagram(mtu) => Machine::Datagram(UdQueuePair::new(qpn, mtu, caps)),
+        });
+        slot.srq = srq;
         slot.domain = domain;
         slot.peer_domain = domain;
         slot.peer = None;
@@ -312,6 +361,8 @@ impl Device {
 
     /// Says whose packets the queue pair takes and where its own go: once, before it works.
     pub(crate) fn set_peer(&mut self, id: QpId, address: SocketAddr, budget: Option<u32>) {
+        let before = self.slots[id.0 as usize].peer;
+        assert!(before.is_none(), "a queue pair has one peer at a time");
         let index = match self.peer_index.get(&address) {
             Some(index) => *index,
             None => self.add_peer(address),
@@ -321,8 +372,22 @@ impl Device {
         if let Some(datagrams) = budget {
             peer.budget.learn(datagrams);
         }
-        let before = self.slots[id.0 as usize].peer.replace(index);
-        assert!(before.is_none(), "a queue pair has one peer for life");
+        self.slots[id.0 as usize].peer = Some(index);
+    }
+
+    /// Forgets the peer again: for a queue pair that has been reset.
+    pub(crate) fn clear_peer(&mut self, id: QpId) {
+        let slot = &mut self.slots[id.0 as usize];
+        let Some(peer) = slot.peer.take() else { return };
+        let before = std::mem::take(&mut slot.in_flight);
+        if std::mem::take(&mut slot.is_waiting) {
+            self.peers[peer as usize]
+                .waiting
+                .retain(|index| *index != id.0);
+        }
+        self.peers[peer as usize].budget.update(before, 0);
+        self.wake_waiting(peer);
+        self.release_peer(peer);
     }
 
     fn add_peer(&mut self, address: SocketAddr) -> u32 {
@@ -364,36 +429,39 @@ impl Device {
 
     pub(crate) fn destroy_qp(&mut self, id: QpId) {
         let slot = &mut self.slots[id.0 as usize];
-        let Some(qp) = slot.qp.take() else { return };
-        add_counters(&mut self.counters, qp.counters());
-        if let Some(peer) = slot.peer.take() {
-            let before = std::mem::take(&mut slot.in_flight);
-            if std::mem::take(&mut slot.is_waiting) {
-                self.peers[peer as usize]
-                    .waiting
-                    .retain(|index| *index != id.0);
-            }
-            self.peers[peer as usize].budget.update(before, 0);
-            self.wake_waiting(peer);
-            self.release_peer(peer);
-        }
+        let Some(machine) = slot.machine.take() else {
+            return;
+        };
+        add_counters(&mut self.counters, machine.counters());
+        self.clear_peer(id);
+        self.detach_all(id);
         self.free.push(id.0);
     }
 
-    /// The state machine, to post to or to move; whatever it then wants to send will be sent.
+    /// The state machine of a connection, to post to or to move; whatever it then wants to send will
+    /// be sent.
     pub(crate) fn qp(&mut self, id: QpId) -> Option<&mut QueuePair> {
-        if self.slots.get(id.0 as usize)?.qp.is_some() {
+        if self.slots.get(id.0 as usize)?.machine.is_some() {
             self.mark_ready(id.0);
         }
-        self.slots[id.0 as usize].qp.as_mut()
+        match self.slots[id.0 as usize].machine.as_mut() {
+            Some(Machine::Connected(qp)) => Some(qp),
+            _ => None,
+        }
     }
 
     pub(crate) fn poll_completion(&mut self, id: QpId) -> Option<Completion> {
-        self.slots
-            .get_mut(id.0 as usize)?
-            .qp
-            .as_mut()?
-            .poll_completion()
+        match self.slots.get_mut(id.0 as usize)?.machine.as_mut()? {
+            Machine::Connected(qp) => qp.poll_completion(),
+            Machine::Datagram(qp) => qp.poll_completion(),
+        }
+    }
+
+    pub(crate) fn poll_event(&mut self, id: QpId) -> Option<QpEvent> {
+        match self.slots.get_mut(id.0 as usize)?.machine.as_mut()? {
+            Machine::Connected(qp) => qp.poll_event(),
+            Machine::Datagram(qp) => qp.poll_event(),
+        }
     }
 
     fn mark_ready(&mut self, index: u32) {
@@ -407,7 +475,7 @@ impl Device {
     /// Lets the next queue pair whose timer is due act; the caller polls its completions.
     pub(crate) fn expire(&mut self, now: Nanos) -> Option<QpId> {
         while let Some(index) = self.timers.pop(now) {
-            let Some(qp) = self.slots[index as usize].qp.as_mut() else {
+            let Some(Machine::Connected(qp)) = self.slots[index as usize].machine.as_mut() else {
                 continue;
             };
             match qp.poll_timeout() {
@@ -431,7 +499,7 @@ impl Device {
     /// Brings the peer's budget up to date after the queue pair has changed.
     fn settle(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
-        let (Some(qp), Some(peer)) = (&slot.qp, slot.peer) else {
+        let (Some(Machine::Connected(qp)), Some(peer)) = (&slot.machine, slot.peer) else {
             return;
         };
         let after = qp.packets_in_flight();
@@ -452,9 +520,25 @@ impl Device {
         }
     }
 
-    /// A queue pair that failed in the last `transmit`; the caller polls its completions.
-    pub(crate) fn poll_failed(&mut self) -> Option<QpId> {
-        self.failed.pop_front()
+    /// A queue pair of which something was finished in the last `transmit`, or by a datagram to a
+    /// group; the caller polls its completions.
+    pub(crate) fn poll_finished(&mut self) -> Option<QpId> {
+        self.finished.pop_front()
+    }
+
+    pub(crate) fn note_finished(&mut self, index: u32) {
+        if self.finished.back() != Some(&QpId(index)) {
+            self.finished.push_back(QpId(index));
+        }
+    }
+}
+
+impl Machine {
+    fn counters(&self) -> &qp::Counters {
+        match self {
+            Machine::Connected(qp) => qp.counters(),
+            Machine::Datagram(qp) => qp.counters(),
+        }
     }
 }
 

@@ -30,6 +30,8 @@ pub mod faults;
 pub mod memory;
 pub mod message;
 mod pcap;
+#[allow(unsafe_code)] // its contract is about memory of the caller
+pub mod raw;
 #[allow(unsafe_code)] // system calls that no safe crate offers in this form
 pub mod udp;
 pub mod verbs;

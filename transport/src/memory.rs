@@ -1,7 +1,7 @@
 //! Registered memory: what a queue pair may read and write, and who else may.
 //!
 //! Owns: every byte that leaves by a payload vector or is placed by a peer, and the keys to it.
-//! Four kinds of region:
+//! Five kinds of region:
 //!
 //! * **private** ([`Region::Private`]): plain bytes that only the owning thread touches. No remote
 //!   right can be given to them, so they can be lent as `&[u8]` and sent without a copy.
@@ -12,24 +12,38 @@
 //! * **shared** ([`SharedMemory`]): what a peer may read or change at any time, and what other
 //!   threads of this process may hold meanwhile. Never lent as `&[u8]`: bytes are copied in and out
 //!   by atomic words, so a race yields old or new words and never undefined behaviour.
+//! * **foreign** ([`Foreign`]): what the program registered where it lies. It may be unmapped at any
+//!   time, so only the kernel touches it for us, and an access to what is gone fails.
+//!
+//! A memory window is a key of its own to part of a shared or foreign region.
 //!
 //! Invariants: a key is an index and an 8-bit generation; after deregistration it never matches
 //! again until the generation has wrapped. A key to something lent is a random number instead,
 //! [`LENT_KEY_MIN`] or more, and works for one protection domain: one connection's. A remote access is checked for key, protection domain,
 //! right and range before any byte moves, and a range is checked without overflow.
 //!
-//! Deliberately absent: pinning and page tables (the kernel copies for us), registration of memory
-//! that somebody else owns (a raw layer for a C ABI will need that, with `unsafe` in its contract).
+//! Deliberately absent: pinning and page tables (the kernel copies for us).
 //!
 //! Source: ibverbs' memory regions; Linux `rxe_mr.c` for the checks and the key layout.
 
+#[allow(unsafe_code)] // copies by the kernel, and the probe of what is registered
+mod foreign;
 mod lent;
+mod shared;
+mod window;
 
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use lowtide_transport_proto::qp::AtomicOp;
+
+use self::foreign::Bounce;
+pub use self::foreign::Foreign;
 use self::lent::LentTable;
 pub use self::lent::{LENT_KEY_MIN, Lent, Piece};
+pub use self::shared::SharedMemory;
+use self::window::Window;
+pub use self::window::{WindowKind, WindowPlace};
 
 /// Rights of a region. A private region has none of the remote ones.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -42,6 +56,10 @@ pub struct Access {
     pub remote_read: bool,
     /// Peers may do atomics.
     pub remote_atomic: bool,
+    /// Peers may FLUSH for visibility.
+    pub flush_global: bool,
+    /// Memory windows may be bound here.
+    pub window_bind: bool,
 }
 
 impl Access {
@@ -51,6 +69,8 @@ impl Access {
         remote_write: false,
         remote_read: false,
         remote_atomic: false,
+        flush_global: false,
+        window_bind: false,
     };
     /// Everything.
     pub const ALL: Access = Access {
@@ -58,6 +78,8 @@ impl Access {
         remote_write: true,
         remote_read: true,
         remote_atomic: true,
+        flush_global: true,
+        window_bind: true,
     };
 
     /// Whether all of `wanted` is among these rights.
@@ -66,10 +88,12 @@ impl Access {
             && (self.remote_write || !wanted.remote_write)
             && (self.remote_read || !wanted.remote_read)
             && (self.remote_atomic || !wanted.remote_atomic)
+            && (self.flush_global || !wanted.flush_global)
+            && (self.window_bind || !wanted.window_bind)
     }
 
     fn is_remote(self) -> bool {
-        self.remote_write || self.remote_read || self.remote_atomic
+        self.remote_write || self.remote_read || self.remote_atomic || self.flush_global
     }
 }
 
@@ -115,6 +139,10 @@ pub enum AccessError {
     NoRight,
     /// Part of the range lies outside the region.
     OutOfRange,
+    /// The memory has been unmapped, or is less accessible than it was when registered.
+    Gone,
+    /// An atomic's address is no multiple of eight.
+    Unaligned,
 }
 
 /// The bytes of a region.
@@ -126,6 +154,10 @@ pub enum Region {
     Slab(Arc<[u8]>),
     /// Peers and other threads may touch them.
     Shared(Arc<SharedMemory>),
+    /// They are the program's.
+    Foreign(Foreign),
+    /// They are part of another region.
+    Window(Window),
 }
 
 #[derive(Debug)]
@@ -134,6 +166,10 @@ struct Entry {
     generation: u8,
     domain: u32,
     access: Access,
+    /// The address of the first byte, as work requests and peers name it.
+    base: u64,
+    /// Windows bound here.
+    windows: u32,
 }
 
 /// All regions of one device.
@@ -142,6 +178,8 @@ pub struct Memory {
     entries: Vec<Entry>,
     free: Vec<u32>,
     lent: LentTable,
+    /// Made with the first foreign region.
+    bounce: Option<Bounce>,
 }
 
 impl Memory {
@@ -165,7 +203,7 @@ impl Memory {
     }
 
     fn register(&mut self, domain: u32, region: Region, access: Access) -> Option<Key> {
-        assert!(!access.is_remote() || matches!(region, Region::Shared(_)));
+        assert!(!access.is_remote() || matches!(region, Region::Shared(_) | Region::Foreign(_)));
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.entries.len() >= Self::REGIONS_MAX => return None,
@@ -176,6 +214,8 @@ impl Memory {
                     generation,
                     domain,
                     access,
+                    base: 0,
+                    windows: 0,
                 });
                 self.entries.len() as u32 - 1
             }
@@ -186,6 +226,8 @@ impl Memory {
             generation: entry.generation.wrapping_add(1),
             domain,
             access,
+            base: 0,
+            windows: 0,
         };
         Some(Key(index << 8 | u32::from(entry.generation)))
     }
@@ -250,19 +292,67 @@ impl Memory {
         self.lent.remove(key)
     }
 
+    /// Registers memory where it lies, so that its first byte has the address `base` for work
+    /// requests and peers; none when the table is full.
+    ///
+    /// # Errors
+    /// `OutOfMemory` or whatever else keeps the system from making a buffer to copy through.
+    pub fn register_foreign(
+        &mut self,
+        domain: u32,
+        foreign: Foreign,
+        base: u64,
+        access: Access,
+    ) -> io::Result<Option<Key>> {
+        if self.bounce.is_none() {
+            self.bounce = Some(Bounce::new()?);
+        }
+        let key = self.register(domain, Region::Foreign(foreign), access);
+        if let Some(key) = key {
+            self.entries[key.index()].base = base;
+        }
+        Ok(key)
+    }
+
     /// What a peer may do to its rights: give them up, on memory that is shared with its domain.
     ///
     /// # Errors
     /// As [`check`](Self::check); private memory is not the peer's to deregister.
-    pub fn invalidate(&mut self, domain: u32, key: Key) -> Result<(), AccessError> {
-        self.check(domain, key, 0, 0, Access::default())?;
-        match self.entries.get(key.index()) {
-            Some(entry) if entry.access.is_remote() => self
+    pub fn invalidate(&mut self, domain: u32, qp: u32, key: Key) -> Result<(), AccessError> {
+        let entry = self.entry(domain, key)?;
+        match entry.region {
+            Some(Region::Window(_)) => self.unbind(qp, key),
+            Some(Region::Shared(_)) if entry.access.is_remote() => self
                 .deregister(key)
                 .map(drop)
                 .ok_or(AccessError::UnknownKey),
             _ => Err(AccessError::NoRight),
         }
+    }
+
+    /// The live entry of a key.
+    fn entry(&self, domain: u32, key: Key) -> Result<&Entry, AccessError> {
+        let entry = self.entries.get(key.index());
+        let entry = entry
+            .filter(|entry| entry.region.is_some() && entry.generation == key.generation())
+            .ok_or(AccessError::UnknownKey)?;
+        if entry.domain == domain {
+            Ok(entry)
+        } else {
+            Err(AccessError::WrongDomain)
+        }
+    }
+
+    /// Whether the peer of queue pair `qp` may FLUSH the region or window of this key.
+    pub fn grants_flush(&self, domain: u32, qp: u32, key: Key) -> bool {
+        let Ok(entry) = self.entry(domain, key) else {
+            return false;
+        };
+        entry.access.flush_global
+            && match &entry.region {
+                Some(Region::Window(window)) => window.place(Some(qp)).is_some(),
+                _ => true,
+            }
     }
 
     /// Takes a region out of service; its key is worthless from now on.
@@ -276,7 +366,7 @@ impl Memory {
         Some(region)
     }
 
-    /// Checks an access of `len` bytes at `offset` from the start of the region.
+    /// Checks an access of our own to `len` bytes at address `va` of the region.
     ///
     /// # Errors
     /// The first check that failed, in the order of [`AccessError`].
@@ -284,31 +374,61 @@ impl Memory {
         &self,
         domain: u32,
         key: Key,
-        offset: u64,
+        va: u64,
+        len: u32,
+        wanted: Access,
+    ) -> Result<Span, AccessError> {
+        self.check_for(domain, None, key, va, len, wanted)
+    }
+
+    /// The same for the peer of a queue pair: it may also use windows.
+    ///
+    /// # Errors
+    /// As `check`.
+    pub fn check_peer(
+        &self,
+        domain: u32,
+        qp: u32,
+        key: Key,
+        va: u64,
+        len: u32,
+        wanted: Access,
+    ) -> Result<Span, AccessError> {
+        self.check_for(domain, Some(qp), key, va, len, wanted)
+    }
+
+    fn check_for(
+        &self,
+        domain: u32,
+        peer_of: Option<u32>,
+        key: Key,
+        va: u64,
         len: u32,
         wanted: Access,
     ) -> Result<Span, AccessError> {
         if key.0 >= LENT_KEY_MIN {
-            return self.lent.check(domain, key, offset, len, wanted);
+            return self.lent.check(domain, key, va, len, wanted);
         }
-        let entry = self
-            .entries
-            .get(key.index())
-            .ok_or(AccessError::UnknownKey)?;
-        let region = entry.region.as_ref().ok_or(AccessError::UnknownKey)?;
-        if entry.generation != key.generation() {
-            return Err(AccessError::UnknownKey);
-        }
-        if entry.domain != domain {
-            return Err(AccessError::WrongDomain);
-        }
+        let entry = self.entry(domain, key)?;
+        let (region, start, size) = match entry.region.as_ref() {
+            None => return Err(AccessError::UnknownKey),
+            Some(Region::Window(window)) => {
+                let place = window.place(peer_of).ok_or(AccessError::UnknownKey)?;
+                // Its region may have been deregistered, and another may have its index.
+                self.entry(domain, place.region)?;
+                (place.region.region(), place.offset, place.len)
+            }
+            Some(region) => (key.region(), 0, region.len() as u64),
+        };
         if !entry.access.allows(wanted) {
             return Err(AccessError::NoRight);
         }
+        // An address below the base wraps to one that is far too high.
+        let offset = va.wrapping_sub(entry.base);
         match offset.checked_add(u64::from(len)) {
-            Some(end) if end <= region.len() as u64 => Ok(Span {
-                region: key.index() as u32,
-                offset,
+            Some(end) if end <= size => Ok(Span {
+                region,
+                offset: start + offset,
                 len,
             }),
             _ => Err(AccessError::OutOfRange),
@@ -324,7 +444,7 @@ impl Memory {
         let bytes: &[u8] = match self.entries.get(span.region as usize)?.region.as_ref()? {
             Region::Private(bytes) => bytes,
             Region::Slab(bytes) => bytes,
-            Region::Shared(_) => return None,
+            Region::Shared(_) | Region::Foreign(_) | Region::Window(_) => return None,
         };
         bytes.get(span.offset as usize..)?.get(..span.len as usize)
     }
@@ -333,12 +453,15 @@ impl Memory {
     pub fn private_mut(&mut self, region: u32) -> Option<&mut [u8]> {
         match self.entries.get_mut(region as usize)?.region.as_mut()? {
             Region::Private(bytes) => Some(bytes),
-            Region::Slab(_) | Region::Shared(_) => None,
+            _ => None,
         }
     }
 
     /// Copies `bytes` to the start of a checked span. Does nothing if the region has gone.
-    pub fn place(&mut self, span: Span, bytes: &[u8]) {
+    ///
+    /// # Errors
+    /// [`AccessError::Gone`] if the program has unmapped the memory; part of it may be written.
+    pub fn place(&mut self, span: Span, bytes: &[u8]) -> Result<(), AccessError> {
         assert!(bytes.len() <= span.len as usize);
         let start = span.offset as usize;
         let entry = self.entries.get_mut(span.region as usize);
@@ -349,15 +472,28 @@ impl Memory {
                 to[start..start + bytes.len()].copy_from_slice(bytes);
             }
             Some(Region::Shared(to)) => to.write(start, bytes),
-            None => {}
+            Some(Region::Foreign(to)) => {
+                let bounce = self
+                    .bounce
+                    .as_mut()
+                    .expect("made with the first of its kind");
+                return bounce.write(to, span.offset, bytes);
+            }
+            // A span names what a window is part of.
+            Some(Region::Window(_)) | None => {}
         }
+        Ok(())
     }
 
     /// Copies a checked span out into `into`, which has its length. Zeroes if the region has gone.
-    pub fn fetch(&self, span: Span, into: &mut [u8]) {
+    ///
+    /// # Errors
+    /// [`AccessError::Gone`] if the program has unmapped the memory.
+    pub fn fetch(&mut self, span: Span, into: &mut [u8]) -> Result<(), AccessError> {
         assert_eq!(into.len(), span.len as usize);
         if span.region >= LENT_KEY_MIN {
-            return self.lent.copy(span, into);
+            self.lent.copy(span, into);
+            return Ok(());
         }
         let start = span.offset as usize;
         let entry = self.entries.get(span.region as usize);
@@ -365,15 +501,36 @@ impl Memory {
             Some(Region::Private(from)) => into.copy_from_slice(&from[start..start + into.len()]),
             Some(Region::Slab(from)) => into.copy_from_slice(&from[start..start + into.len()]),
             Some(Region::Shared(from)) => from.read(start, into),
-            None => into.fill(0),
+            Some(Region::Foreign(from)) => {
+                let bounce = self
+                    .bounce
+                    .as_mut()
+                    .expect("made with the first of its kind");
+                return bounce.read(from, span.offset, into);
+            }
+            Some(Region::Window(_)) | None => into.fill(0),
         }
+        Ok(())
     }
 
-    /// The shared memory behind a checked span.
-    pub fn shared(&self, span: Span) -> Option<&SharedMemory> {
-        match self.entries.get(span.region as usize)?.region.as_ref()? {
-            Region::Private(_) | Region::Slab(_) => None,
-            Region::Shared(memory) => Some(memory),
+    /// Performs an atomic on the word of a checked span and returns its old value. On shared memory
+    /// that is one instruction; on foreign memory it is atomic among the queue pairs of this device.
+    ///
+    /// # Errors
+    /// [`AccessError::NoRight`] for memory that no peer reaches, [`AccessError::Unaligned`],
+    /// [`AccessError::Gone`].
+    pub fn atomic(&mut self, span: Span, op: AtomicOp) -> Result<u64, AccessError> {
+        let entry = self.entries.get(span.region as usize);
+        match entry.and_then(|entry| entry.region.as_ref()) {
+            Some(Region::Shared(memory)) => memory.atomic(span.offset as usize, op),
+            Some(Region::Foreign(memory)) => {
+                let bounce = self
+                    .bounce
+                    .as_mut()
+                    .expect("made with the first of its kind");
+                bounce.atomic(memory, span.offset, op)
+            }
+            _ => Err(AccessError::NoRight),
         }
     }
 }
@@ -385,105 +542,14 @@ impl Region {
             Region::Private(bytes) => bytes.len(),
             Region::Slab(bytes) => bytes.len(),
             Region::Shared(memory) => memory.len(),
+            Region::Foreign(memory) => memory.len,
+            Region::Window(window) => window.place_len(),
         }
     }
 
     /// Whether it has no byte at all.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-}
-
-/// Bytes that several threads and peers read and write at once, as whole atomic words.
-///
-/// A read during a write yields, for each aligned eight bytes, either all old or all new ones.
-#[derive(Debug)]
-pub struct SharedMemory {
-    words: Box<[AtomicU64]>,
-    len: usize,
-}
-
-impl SharedMemory {
-    /// `len` zero bytes.
-    pub fn new(len: usize) -> Arc<SharedMemory> {
-        let words = (0..len.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
-        Arc::new(SharedMemory { words, len })
-    }
-
-    /// Length in bytes.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether it has no byte at all.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Copies bytes out from `offset` on. Panics outside the region.
-    pub fn read(&self, offset: usize, into: &mut [u8]) {
-        assert!(offset <= self.len && into.len() <= self.len - offset);
-        let (head, rest) = into.split_at_mut(into.len().min(offset.wrapping_neg() % 8));
-        self.read_within(offset, head);
-        let at = offset + head.len();
-        let (words, tail) = rest.as_chunks_mut();
-        for (word, to) in self.words[at / 8..].iter().zip(&mut *words) {
-            // Relaxed: the words carry no message but themselves; whoever needs an order gets it
-            // from the completion queue.
-            *to = word.load(Ordering::Relaxed).to_ne_bytes();
-        }
-        self.read_within(at + 8 * words.len(), tail);
-    }
-
-    /// Part of one word.
-    fn read_within(&self, offset: usize, into: &mut [u8]) {
-        if !into.is_empty() {
-            let word = self.words[offset / 8].load(Ordering::Relaxed).to_ne_bytes();
-            into.copy_from_slice(&word[offset % 8..][..into.len()]);
-        }
-    }
-
-    /// Copies bytes in from `offset` on. Panics outside the region.
-    pub fn write(&self, offset: usize, bytes: &[u8]) {
-        assert!(offset <= self.len && bytes.len() <= self.len - offset);
-        let (head, rest) = bytes.split_at(bytes.len().min(offset.wrapping_neg() % 8));
-        self.write_within(offset, head);
-        let at = offset + head.len();
-        let (words, tail) = rest.as_chunks();
-        for (word, from) in self.words[at / 8..].iter().zip(words) {
-            word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
-        }
-        self.write_within(at + 8 * words.len(), tail);
-    }
-
-    /// Part of one word: neighbours may change it at the same time.
-    fn write_within(&self, offset: usize, bytes: &[u8]) {
-        if bytes.is_empty() {
-            return;
-        }
-        let update = |old: u64| {
-            let mut whole = old.to_ne_bytes();
-            whole[offset % 8..][..bytes.len()].copy_from_slice(bytes);
-            Some(u64::from_ne_bytes(whole))
-        };
-        let word = &self.words[offset / 8];
-        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
-    }
-
-    /// Compares and swaps the aligned word at `offset`; returns what was there.
-    pub fn compare_swap(&self, offset: usize, compare: u64, swap: u64) -> u64 {
-        assert!(offset.is_multiple_of(8));
-        let word = &self.words[offset / 8];
-        // SeqCst: verbs promise no less between atomics of one device.
-        match word.compare_exchange(compare, swap, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(old) | Err(old) => old,
-        }
-    }
-
-    /// Adds to the aligned word at `offset`, wrapping; returns what was there.
-    pub fn fetch_add(&self, offset: usize, addend: u64) -> u64 {
-        assert!(offset.is_multiple_of(8));
-        self.words[offset / 8].fetch_add(addend, Ordering::SeqCst)
     }
 }
 
@@ -547,42 +613,16 @@ mod tests {
         let shared = memory
             .register_shared(3, SharedMemory::new(100), Access::ALL)
             .unwrap();
-        assert_eq!(memory.invalidate(3, private), Err(AccessError::NoRight));
-        assert_eq!(memory.invalidate(4, shared), Err(AccessError::WrongDomain));
+        assert_eq!(memory.invalidate(3, 0, private), Err(AccessError::NoRight));
+        assert_eq!(
+            memory.invalidate(4, 0, shared),
+            Err(AccessError::WrongDomain)
+        );
         assert!(memory.private_mut(private.region()).is_some());
-        assert_eq!(memory.invalidate(3, shared), Ok(()));
-        assert_eq!(memory.invalidate(3, shared), Err(AccessError::UnknownKey));
-    }
-
-    #[test]
-    fn shared_bytes_are_those_of_a_plain_array_at_any_alignment() {
-        let shared = SharedMemory::new(64);
-        let mut plain = [0u8; 64];
-        for (round, (offset, len)) in (0..64)
-            .flat_map(|o| (0..=64 - o).map(move |l| (o, l)))
-            .enumerate()
-        {
-            let bytes: Vec<u8> = (0..len).map(|i| (round * 31 + i * 7) as u8).collect();
-            shared.write(offset, &bytes);
-            plain[offset..offset + len].copy_from_slice(&bytes);
-            let mut out = vec![0; len];
-            shared.read(offset, &mut out);
-            assert_eq!(out, bytes);
-        }
-        let mut out = [0; 64];
-        shared.read(0, &mut out);
-        assert_eq!(out, plain);
-    }
-
-    #[test]
-    fn atomics_return_what_was_there() {
-        let shared = SharedMemory::new(16);
-        assert_eq!(shared.fetch_add(8, 5), 0);
-        assert_eq!(shared.compare_swap(8, 4, 9), 5);
-        assert_eq!(shared.compare_swap(8, 5, 9), 5);
-        assert_eq!(shared.fetch_add(8, u64::MAX), 9);
-        let mut out = [0; 8];
-        shared.read(8, &mut out);
-        assert_eq!(u64::from_ne_bytes(out), 8);
+        assert_eq!(memory.invalidate(3, 0, shared), Ok(()));
+        assert_eq!(
+            memory.invalidate(3, 0, shared),
+            Err(AccessError::UnknownKey)
+        );
     }
 }

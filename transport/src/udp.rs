@@ -24,7 +24,7 @@ mod transmit;
 
 use std::io;
 use std::mem;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 
 use socket2::{Domain, Protocol, SockAddr, Socket as RawSocket, Type};
@@ -115,14 +115,16 @@ impl Socket {
         force_buffer(fd, libc::SO_SNDBUFFORCE, options.send_buffer_bytes)
             .or_else(|_| raw.set_send_buffer_size(options.send_buffer_bytes))?;
         match local {
-            SocketAddr::V4(_) => {
+            SocketAddr::V4(v4) => {
                 let discover = libc::IP_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discover)?;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
+                raw.set_multicast_if_v4(v4.ip())?;
             }
-            SocketAddr::V6(_) => {
+            SocketAddr::V6(v6) => {
                 raw.set_only_v6(true)?;
+                raw.set_multicast_if_v6(interface_index(*v6.ip()).unwrap_or(0))?;
                 let discover = libc::IPV6_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, discover)?;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
@@ -146,6 +148,48 @@ impl Socket {
             socket,
             local,
             is_segmenting,
+            receive_buffer_bytes,
+        })
+    }
+
+    /// Joins the multicast group `ip` on the interface of `local`: a socket that receives what is
+    /// sent to the group and `local`'s port. Several sockets of one host may; each gets a copy.
+    ///
+    /// # Errors
+    /// `InvalidInput` if `ip` is no group of `local`'s family; whatever the kernel says otherwise.
+    pub fn join(ip: IpAddr, local: SocketAddr) -> io::Result<Socket> {
+        let group = SocketAddr::new(ip, local.port());
+        let raw = RawSocket::new(Domain::for_address(group), Type::DGRAM, Some(Protocol::UDP))?;
+        raw.set_nonblocking(true)?;
+        raw.set_reuse_address(true)?;
+        let fd = raw.as_raw_fd();
+        match (ip, local.ip()) {
+            (IpAddr::V4(group), IpAddr::V4(local)) if group.is_multicast() => {
+                set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
+                set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
+                raw.join_multicast_v4(&group, &local)?;
+            }
+            (IpAddr::V6(group), IpAddr::V6(local)) if group.is_multicast() => {
+                raw.set_only_v6(true)?;
+                set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
+                set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
+                set_option(fd, libc::SOL_UDP, libc::UDP_NO_CHECK6_RX, 1)?;
+                raw.join_multicast_v6(&group, interface_index(local)?)?;
+            }
+            _ => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "not a multicast group of the device's address family",
+                ));
+            }
+        }
+        raw.bind(&SockAddr::from(group))?;
+        let receive_buffer_bytes = raw.recv_buffer_size()?;
+        let socket = UdpSocket::from(raw);
+        Ok(Socket {
+            socket,
+            local: group,
+            is_segmenting: false,
             receive_buffer_bytes,
         })
     }
@@ -273,6 +317,68 @@ pub fn path_mtu(local: SocketAddr, target: SocketAddr) -> io::Result<u32> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// The MTU of the interface that has this address of ours, in bytes.
+///
+/// # Errors
+/// No interface has it, or the kernel does not say.
+pub fn interface_mtu(address: IpAddr) -> io::Result<u32> {
+    let name = match address.is_loopback() {
+        // All of 127.0.0.0/8 is the loopback interface's; it lists but one.
+        true => "lo".into(),
+        false => interface_name(address)?,
+    };
+    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/mtu"))?;
+    text.trim()
+        .parse()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+fn interface_index(address: Ipv6Addr) -> io::Result<u32> {
+    let name = interface_name(address.into())?;
+    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))?;
+    text.trim()
+        .parse()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+/// The name of the interface that has this address.
+fn interface_name(address: IpAddr) -> io::Result<String> {
+    let mut list = std::ptr::null_mut();
+    // SAFETY: the list is stored in `list`, to be freed below.
+    if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut found = None;
+    let mut next = list;
+    // SAFETY: null or an entry of the list, which is valid until freeifaddrs.
+    while let (Some(entry), None) = (unsafe { next.as_ref() }, &found) {
+        // SAFETY: null or a socket address of at least this much.
+        let family = unsafe { entry.ifa_addr.as_ref() }.map(|name| i32::from(name.sa_family));
+        let has = match family {
+            Some(libc::AF_INET) => {
+                // SAFETY: its family says that it is a sockaddr_in.
+                let v4 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
+                Some(IpAddr::from(u32::from_be(v4.sin_addr.s_addr).to_be_bytes()))
+            }
+            Some(libc::AF_INET6) => {
+                // SAFETY: its family says that it is a sockaddr_in6.
+                let v6 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in6>().read_unaligned() };
+                Some(IpAddr::from(v6.sin6_addr.s6_addr))
+            }
+            _ => None,
+        };
+        if has == Some(address) {
+            // SAFETY: the name of an interface is a C string, valid as the entry.
+            let name = unsafe { std::ffi::CStr::from_ptr(entry.ifa_name) };
+            found = Some(name.to_string_lossy().into_owned());
+        }
+        next = entry.ifa_next;
+    }
+    // SAFETY: made by getifaddrs above, and not used after this.
+    unsafe { libc::freeifaddrs(list) };
+    found.ok_or_else(|| io::Error::from_raw_os_error(libc::EADDRNOTAVAIL))
 }
 
 fn is_offload_refusal(error: &io::Error) -> bool {

@@ -1,8 +1,8 @@
 //! The verbs: device, protection domain, memory region, completion queue, queue pair.
 //!
-//! The words and their meaning are those of ibverbs; the calls are safe. Owns: the objects a program
-//! holds, the thread that makes progress while nobody polls, and the way of a buffer through a work
-//! request.
+//! The words and their meaning are those of ibverbs; the calls are safe. It stands on [`crate::raw`],
+//! which has the devices, the queues and the progress; this layer owns what makes the calls safe: the
+//! way of a buffer through a work request.
 //!
 //! Memory comes in two kinds, and neither needs a lifetime or `unsafe`:
 //! * a [`Slot`] is owned by exactly one side. Posting it gives it away, its completion gives it
@@ -11,51 +11,48 @@
 //! * a [`MemoryRegion`] is shared with peers, which may change it at any time. It is only copied
 //!   into and out of, by atomic words. Its addresses count from 0.
 //!
-//! Progress: whoever posts or polls drives the device under its lock, so an acknowledgement that is
-//! owed leaves before its completion is seen. When nobody has for a millisecond, the device's own
-//! thread takes over and sleeps in epoll; idle devices cost nothing.
-//!
 //! Invariant: a completion queue never overflows: the queues of its queue pairs are together no
 //! deeper, and a request counts until its completion has been polled.
 //!
 //! Queue pairs are connected by exchanging [`Address`]es as `ibv_rc_pingpong` does, or by the
 //! connection manager ([`crate::cm`]).
 //!
-//! Deliberately absent: UD and shared receive queues, inline data (copies are cheap here), memory of
-//! the caller's choosing (a raw layer for a C ABI will bring it, with `unsafe` in its contract).
+//! Deliberately absent: UC, UD and shared receive queues, inline data (copies are cheap here), memory
+//! of the caller's choosing, and whatever else takes `unsafe` or has no owner: see [`crate::raw`].
 
-mod progress;
 mod queue_pair;
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use lowtide_transport_proto::qp::{Lkey, QpCaps, Sge};
-use lowtide_transport_proto::wire::Psn;
+use lowtide_transport_proto::qp::{Lkey, SGE_MAX, Sge};
 
 pub use lowtide_transport_proto::qp::{
     CompletionKind, InvalidTransition, PostError, QpState, Remote, Rkey, SendOp, Status,
 };
 pub use lowtide_transport_proto::wire::{Mtu, Qpn};
 
-use self::progress::CqId;
-pub(crate) use self::progress::{Shared, State};
 pub use self::queue_pair::{Address, PostRefused, QueuePair, Reliability};
+use crate::device::WORK_REQUESTS_MAX;
 pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;
 pub use crate::memory::Access;
 use crate::memory::{Key, SharedMemory};
+use crate::raw::types::{Error, QpCap, QpInitAttr, QpType};
+use crate::raw::{self, Context, Queues};
+pub(crate) use crate::raw::{Shared, State};
 pub use crate::udp::SocketOptions;
 
 /// A soft-RoCE device on one address and UDP port. Cloning shares it.
 #[derive(Clone)]
 pub struct Device {
     pub(crate) shared: Arc<Shared>,
-    _progress: Arc<progress::Thread>,
+    context: Context,
 }
 
 impl Device {
@@ -65,10 +62,10 @@ impl Device {
     /// `AddrInUse` when the port is taken, `InvalidInput` for the wildcard address, or whatever the
     /// operating system says.
     pub fn open(address: SocketAddr, options: &DeviceOptions) -> io::Result<Device> {
-        let (shared, thread) = progress::start(address, options)?;
+        let context = Context::open(address, options)?;
         Ok(Device {
-            shared,
-            _progress: Arc::new(thread),
+            shared: context.shared.clone(),
+            context,
         })
     }
 
@@ -77,22 +74,28 @@ impl Device {
         self.shared.lock().device.local_addr()
     }
 
+    /// The same device's raw verbs.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
     /// A new protection domain.
     pub fn protection_domain(&self) -> ProtectionDomain {
-        let mut state = self.shared.lock();
-        state.domains += 1;
         ProtectionDomain {
             device: self.clone(),
-            domain: state.domains,
+            raw: self.context.protection_domain(),
         }
     }
 
-    /// A completion queue for at most `depth` completions.
+    /// A completion queue for at most `depth` completions, or 2^22 if that is less.
     pub fn completion_queue(&self, depth: u32) -> CompletionQueue {
-        let id = self.shared.lock().add_cq(depth);
+        let depth = depth.min(raw::CQE_MAX);
+        let raw = self.context.completion_queue(depth.max(1), None);
         CompletionQueue(Arc::new(CqHandle {
             device: self.clone(),
-            id,
+            raw: raw.expect("its depth is one that the device has"),
+            depth,
+            posts: Mutex::default(),
         }))
     }
 
@@ -112,7 +115,7 @@ impl fmt::Debug for Device {
 #[derive(Debug, Clone)]
 pub struct ProtectionDomain {
     device: Device,
-    domain: u32,
+    raw: raw::ProtectionDomain,
 }
 
 /// Why an object could not be made.
@@ -147,7 +150,13 @@ impl ProtectionDomain {
     /// # Errors
     /// [`CreateError::Exhausted`].
     pub fn slot(&self, len: usize) -> Result<Slot, CreateError> {
-        let key = self.device.shared.lock().device.memory.reserve(self.domain);
+        let key = self
+            .device
+            .shared
+            .lock()
+            .device
+            .memory
+            .reserve(self.raw.domain);
         let key = key.ok_or(CreateError::Exhausted)?;
         let bytes = Some(vec![0; len].into_boxed_slice());
         Ok(Slot {
@@ -167,7 +176,7 @@ impl ProtectionDomain {
         let key = state
             .device
             .memory
-            .register_shared(self.domain, memory.clone(), access);
+            .register_shared(self.raw.domain, memory.clone(), access);
         let key = key.ok_or(CreateError::Exhausted)?;
         Ok(MemoryRegion {
             memory,
@@ -193,20 +202,43 @@ impl ProtectionDomain {
         if !is_ours(send_cq) || !is_ours(recv_cq) {
             return Err(CreateError::OtherDevice);
         }
-        let mut state = shared.lock();
-        let psn = Psn::new(state.draw() as u32);
-        let caps = QpCaps {
-            send_wr_max: send_depth,
-            recv_wr_max: recv_depth,
+        if send_depth.max(recv_depth) > WORK_REQUESTS_MAX {
+            return Err(CreateError::Exhausted);
+        }
+        let [sends, recvs] = [(send_cq, send_depth), (recv_cq, recv_depth)].map(|(cq, depth)| {
+            let has_room = cq.0.posts().promise(depth, cq.0.depth);
+            has_room.then(|| Queue::new(cq, depth))
+        });
+        let (Some(sends), Some(recvs)) = (sends, recvs) else {
+            // The promise that was made is taken back by the queue that is dropped here.
+            return Err(CreateError::CompletionQueueTooShallow);
         };
-        let (id, qpn) = state.add_qp(self.domain, caps, send_cq.0.id, recv_cq.0.id)?;
-        drop(state);
+        let init = QpInitAttr {
+            kind: QpType::Rc,
+            cap: QpCap {
+                max_send_wr: send_depth,
+                max_recv_wr: recv_depth,
+                max_send_sge: SGE_MAX as u32,
+                max_recv_sge: SGE_MAX as u32,
+                max_inline_data: 0,
+            },
+            sq_sig_all: true,
+        };
+        let queues = Queues {
+            send: &send_cq.0.raw,
+            recv: &recv_cq.0.raw,
+            shared: None,
+        };
+        let raw = self.raw.queue_pair(queues, &init);
+        let raw = raw.map_err(|_: Error| CreateError::Exhausted)?;
         Ok(QueuePair {
             device: self.device.clone(),
-            id,
-            qpn,
-            psn,
-            _queues: [send_cq.clone(), recv_cq.clone()],
+            id: raw.id(),
+            qpn: raw.qpn(),
+            psn: raw.random_psn(),
+            raw: Box::new(raw),
+            sends,
+            recvs,
         })
     }
 }
@@ -340,27 +372,143 @@ pub struct CompletionQueue(Arc<CqHandle>);
 #[derive(Debug)]
 struct CqHandle {
     device: Device,
-    id: CqId,
+    raw: raw::CompletionQueue,
+    depth: u32,
+    /// Locked only under the device's lock, or alone.
+    posts: Mutex<Posts>,
+}
+
+/// Work requests whose completions come here, from posting to polling.
+#[derive(Debug, Default)]
+struct Posts {
+    /// By the name that the raw layer knows them under.
+    entries: Vec<Option<Post>>,
+    free: Vec<usize>,
+    /// The depths of the queues served, and what is left of those that are gone.
+    promised: u32,
+}
+
+/// A work request under way, or completed and not polled.
+#[derive(Debug)]
+struct Post {
+    /// The program's name for it.
+    id: u64,
+    slot: Option<Key>,
+    of: Arc<Outstanding>,
+}
+
+/// Requests of one queue of a queue pair that are not polled yet.
+#[derive(Debug, Default)]
+struct Outstanding {
+    count: AtomicU32,
+    /// The queue pair is gone.
+    is_orphaned: AtomicBool,
+}
+
+impl Posts {
+    /// Whether another queue so deep finds room.
+    fn promise(&mut self, depth: u32, of: u32) -> bool {
+        let promised = self.promised.saturating_add(depth);
+        let fits = promised <= of;
+        if fits {
+            self.promised = promised;
+        }
+        fits
+    }
+
+    /// Puts a request in; its name for the raw layer.
+    fn add(&mut self, post: Post) -> u64 {
+        // Relaxed: counted under the lock.
+        post.of.count.fetch_add(1, Ordering::Relaxed);
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.entries.push(None);
+            self.entries.len() - 1
+        });
+        self.entries[index] = Some(post);
+        index as u64
+    }
+
+    /// Takes it out again.
+    fn take(&mut self, name: u64) -> Option<Post> {
+        let post = self.entries.get_mut(name as usize)?.take()?;
+        self.free.push(name as usize);
+        post.of.count.fetch_sub(1, Ordering::Relaxed);
+        if post.of.is_orphaned.load(Ordering::Relaxed) {
+            self.promised -= 1;
+        }
+        Some(post)
+    }
+}
+
+/// A send or receive queue: its place in the completion queue that serves it.
+#[derive(Debug)]
+struct Queue {
+    cq: CompletionQueue,
+    depth: u32,
+    outstanding: Arc<Outstanding>,
+}
+
+impl Queue {
+    /// A queue whose depth has been promised.
+    fn new(cq: &CompletionQueue, depth: u32) -> Queue {
+        Queue {
+            cq: cq.clone(),
+            depth,
+            outstanding: Arc::default(),
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.outstanding.count.load(Ordering::Relaxed) >= self.depth
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let mut posts = self.cq.0.posts();
+        // What is not polled yet keeps its place.
+        posts.promised -= self.depth - self.outstanding.count.load(Ordering::Relaxed);
+        self.outstanding.is_orphaned.store(true, Ordering::Relaxed);
+    }
+}
+
+impl CqHandle {
+    fn posts(&self) -> MutexGuard<'_, Posts> {
+        self.posts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for CqHandle {
     fn drop(&mut self) {
-        self.device.shared.lock().remove_cq(self.id);
+        // Nobody will poll these any more.
+        let posts = std::mem::take(&mut *self.posts());
+        let mut state = self.device.shared.lock();
+        for post in posts.entries.into_iter().flatten() {
+            if let Some(key) = post.slot {
+                state.device.memory.unreserve(key);
+            }
+        }
     }
 }
 
 impl CompletionQueue {
     /// The next completion, if there is one.
     pub fn poll(&self) -> Option<WorkCompletion> {
-        let device = &self.0.device;
+        let handle = &*self.0;
+        let device = &handle.device;
         let mut state = device.shared.lock();
-        if state.is_cq_empty(self.0.id) {
+        if state.tables.is_cq_empty(handle.raw.id()) {
             device.shared.drive(&mut state);
         }
-        let (done, bytes) = state.pop_cq(self.0.id)?;
+        let done = state.tables.pop_cq(handle.raw.id())?;
+        let post = handle.posts().take(done.wr_id);
+        let post = post.expect("what completes has been posted");
+        let bytes = post
+            .slot
+            .and_then(|key| Some((key, state.device.memory.detach(key)?)));
         drop(state);
         Some(WorkCompletion {
-            id: done.id,
+            id: post.id,
             status: done.status,
             kind: done.kind,
             byte_len: done.byte_len,
@@ -381,7 +529,7 @@ impl CompletionQueue {
             if let Some(completion) = self.poll() {
                 return Some(completion);
             }
-            if !self.0.device.shared.sleep(self.0.id, deadline) {
+            if !self.0.raw.wait(deadline) {
                 return self.poll();
             }
         }

@@ -5,10 +5,11 @@
 //! (expected PSN, placement, answers, replay of duplicates), `timers` (one table). [`UdQueuePair`]
 //! is the datagram. `work`, `memory` and `types` hold the vocabulary, that of ibverbs.
 //!
-//! Contract. Application commands: `to_*`, `post_send`, `post_recv`. Inputs: `handle_packet` (its
-//! ICRC and its addresses already checked by the caller), `handle_timeout`,
-//! `handle_transmit_failure`. Outputs: `poll_transmit`, `poll_completion`, `poll_timeout`, to be
-//! drained in this order after any command or input. `now` never goes backwards.
+//! Contract. Application commands: `to_*`, `set_*`, `post_send`, `post_recv`. Inputs:
+//! `handle_packet` (its ICRC and its addresses already checked by the caller), `handle_timeout`,
+//! `handle_transmit_failure`. Outputs: `poll_transmit` (and, when it has nothing,
+//! `execute_local`), `poll_completion`, `poll_event`, `poll_timeout`, to be drained in this order
+//! after any command or input. `now` never goes backwards.
 //!
 //! Payload is never copied here: a [`Transmit`] names the fragments of registered memory that its
 //! payload consists of, and received payload is handed to a [`Memory`] with the place where it
@@ -20,19 +21,19 @@
 //! * a receive is filled by one message, and a duplicate WRITE or atomic is not executed;
 //! * all queues are bounded by what the configuration says; a full queue refuses, never grows.
 //!
-//! Absent: shared receive queues, memory windows, FLUSH and ATOMIC WRITE, automatic path migration,
-//! end-to-end credits, and congestion control (the caller limits data by [`Allow`]).
+//! Absent: automatic path migration, end-to-end credits, and congestion control (the caller limits
+//! data by [`Allow`]). What several queue pairs share (a receive queue, regions, windows) is the
+//! caller's, behind [`Memory`].
 //! Source: IBTA volume 1, chapters 9 and 10; Linux `rxe_req.c`, `rxe_comp.c`, `rxe_resp.c`.
 
 mod memory;
+mod reports;
 mod requester;
 mod responder;
 mod timers;
 mod types;
 mod ud;
 mod work;
-
-use alloc::collections::VecDeque;
 
 pub use memory::{
     Access, AccessError, AtomicOp, Fragment, Fragments, Key, Lkey, Memory, Remote, Rkey, SGE_MAX,
@@ -41,15 +42,18 @@ pub use memory::{
 pub use requester::WINDOW;
 pub use timers::{PROBE_MIN, RTT_INITIAL};
 pub use types::{
-    Allow, Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpKind, QpState,
-    RtrAttr, RtsAttr, Transmit,
+    Allow, Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpEvent, QpKind,
+    QpState, RtrAttr, RtsAttr, Transmit,
 };
 pub use ud::{AddressHandle, GRH_LEN, UdQueuePair, UdSendWr};
 
-pub use work::{Completion, CompletionKind, PostError, RecvWr, SendOp, SendWr, Status, WrId};
+pub use work::{
+    Bind, Completion, CompletionKind, Flush, PostError, RecvWr, SendOp, SendWr, Status, WrId,
+};
 
 use crate::time::Nanos;
 use crate::wire::{Class, Mtu, PKEY_DEFAULT, Packet, Qpn};
+use reports::Reports;
 use requester::{Failure, Requester};
 use responder::Responder;
 use timers::TimerTable;
@@ -63,6 +67,10 @@ pub struct QueuePair {
     responder: Responder,
     out: Reports,
     timers: TimerTable,
+    /// A packet has come in RTR.
+    is_established: bool,
+    /// In SQD: that the send queue has drained was reported.
+    is_drain_told: bool,
 }
 
 /// What both halves know of the connection.
@@ -76,42 +84,17 @@ struct Link {
     access: Access,
 }
 
-/// What the queue pair reports: completions not yet polled, and counters.
-#[derive(Debug)]
-struct Reports {
-    completions: VecDeque<Completion>,
-    /// How many of `completions` are of sends, and of receives.
-    sends: u32,
-    recvs: u32,
-    counters: Counters,
-}
-
-impl Reports {
-    fn complete(&mut self, completion: Completion) {
-        *(if completion.kind.is_recv() {
-            &mut self.recvs
-        } else {
-            &mut self.sends
-        }) += 1;
-        self.completions.push_back(completion);
-    }
-
-    fn poll(&mut self) -> Option<Completion> {
-        let completion = self.completions.pop_front()?;
-        *(if completion.kind.is_recv() {
-            &mut self.recvs
-        } else {
-            &mut self.sends
-        }) -= 1;
-        Some(completion)
-    }
-}
-
 impl QueuePair {
     /// A queue pair in RESET. All memory it will ever need for queues is reserved here, but for the
     /// replay ring, which [`Self::to_rtr`] reserves.
     #[must_use]
     pub fn new(kind: QpKind, qpn: Qpn, caps: QpCaps) -> Self {
+        // Of shared receives one at a time is in use here.
+        let recv_wr_max = if caps.shared_receives {
+            0
+        } else {
+            caps.recv_wr_max
+        };
         Self {
             state: QpState::Reset,
             link: Link {
@@ -123,16 +106,11 @@ impl QueuePair {
                 access: Access::default(),
             },
             requester: Requester::new(caps.send_wr_max),
-            responder: Responder::new(caps.recv_wr_max),
-            out: Reports {
-                completions: VecDeque::with_capacity(
-                    caps.send_wr_max as usize + caps.recv_wr_max as usize,
-                ),
-                sends: 0,
-                recvs: 0,
-                counters: Counters::default(),
-            },
+            responder: Responder::new(recv_wr_max, caps.shared_receives),
+            out: Reports::new(caps.send_wr_max as usize + recv_wr_max as usize + 2),
             timers: TimerTable::default(),
+            is_established: false,
+            is_drain_told: false,
         }
     }
 
@@ -182,14 +160,37 @@ impl QueuePair {
     /// Whether some request or answer waits to be sent, whatever [`Allow`] says.
     #[must_use]
     pub fn has_pending_transmit(&self) -> bool {
-        self.responder.has_answers()
-            || (self.state == QpState::Rts && self.requester.can_send(&self.timers))
+        self.responder.has_answers() || (self.is_sending() && self.requester.can_send(&self.timers))
     }
 
     /// The PSN that the peer's next request must have (`rq_psn` of ibverbs).
     #[must_use]
     pub fn expected_psn(&self) -> crate::wire::Psn {
         self.responder.expected()
+    }
+
+    /// The PSN of our next new request packet (`sq_psn` of ibverbs).
+    #[must_use]
+    pub fn next_psn(&self) -> crate::wire::Psn {
+        self.requester.next_psn()
+    }
+
+    /// What the peer may do.
+    #[must_use]
+    pub const fn access(&self) -> Access {
+        self.link.access
+    }
+
+    /// Whether the state is SQD and requests that had begun are not finished.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.state == QpState::Sqd && !self.requester.is_drained()
+    }
+
+    /// Sends posted and not finished, or finished and not polled.
+    #[must_use]
+    pub fn sends_posted(&self) -> u32 {
+        self.requester.posted() + self.out.sends
     }
 
     /// Receives posted and not yet used.
@@ -229,16 +230,68 @@ impl QueuePair {
     ///
     /// [`InvalidTransition`] from any other state.
     pub fn to_rts(&mut self, attr: RtsAttr) -> Result<(), InvalidTransition> {
-        if self.state == QpState::Rts {
-            // ibverbs lets some attributes change here; this crate has no use for it.
+        if self.state != QpState::Rtr {
             return Err(InvalidTransition {
-                from: QpState::Rts,
+                from: self.state,
                 to: QpState::Rts,
             });
         }
         self.transition(QpState::Rts)?;
         self.requester.start(attr);
         Ok(())
+    }
+
+    /// RTS to SQD: what has begun is finished, then [`QpEvent::SendQueueDrained`] comes.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidTransition`] from any state but RTS and SQD.
+    pub fn to_sqd(&mut self) -> Result<(), InvalidTransition> {
+        if self.state == QpState::Sqd {
+            return Ok(());
+        }
+        self.transition(QpState::Sqd)?;
+        self.requester.drain();
+        self.is_drain_told = false;
+        self.note_drained();
+        Ok(())
+    }
+
+    /// SQD or SQE to RTS: sending goes on. In RTS it changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidTransition`] from any other state.
+    pub fn resume(&mut self) -> Result<(), InvalidTransition> {
+        if self.state == QpState::Rtr {
+            return Err(InvalidTransition {
+                from: self.state,
+                to: QpState::Rts,
+            });
+        }
+        self.transition(QpState::Rts)?;
+        self.requester.resume();
+        Ok(())
+    }
+
+    /// What the peer may do, from now on.
+    pub fn set_access(&mut self, access: Access) {
+        self.link.access = access;
+    }
+
+    /// How long a peer waits that finds no receive posted, from now on.
+    pub fn set_min_rnr_timer(&mut self, timer: crate::wire::RnrTimer) {
+        self.responder.set_rnr_timer(timer);
+    }
+
+    /// Other timeouts, retries and limits of READs, from now on; `sq_psn` is not looked at.
+    pub fn set_rts_attr(&mut self, attr: RtsAttr) {
+        self.requester.retune(attr);
+    }
+
+    /// How many READs and atomics of the peer are remembered, from now on.
+    pub fn set_max_dest_rd_atomic(&mut self, depth: u8) {
+        self.responder.set_replay_depth(depth);
     }
 
     /// Any state to ERR: everything posted is flushed.
@@ -249,26 +302,27 @@ impl QueuePair {
     /// Any state to RESET: everything posted and every completion not polled is forgotten.
     pub fn to_reset(&mut self) {
         self.state = QpState::Reset;
+        self.is_established = false;
         self.timers.stop_all();
         self.requester.clear();
         self.responder.clear();
-        self.out.completions.clear();
-        (self.out.sends, self.out.recvs) = (0, 0);
+        self.out.clear();
     }
 
     /// Append to the send queue.
     ///
-    /// In ERR the request is taken and flushed at once.
+    /// In ERR and SQE the request is taken and flushed at once; in SQD it waits.
     ///
     /// # Errors
     ///
     /// [`PostError`]; the request was not taken.
     pub fn post_send(&mut self, wr: SendWr) -> Result<(), PostError> {
-        if !matches!(self.state, QpState::Rts | QpState::Err) {
-            return Err(PostError::State(self.state));
+        use QpState::{Err, Rts, Sqd, Sqe};
+        if !matches!(self.state, Rts | Sqd | Sqe | Err) {
+            return Result::Err(PostError::State(self.state));
         }
         self.requester.post(wr, &self.link, &self.out)?;
-        if self.state == QpState::Err {
+        if matches!(self.state, Sqe | Err) {
             self.requester.flush(None, &self.link, &mut self.out);
         }
         Ok(())
@@ -314,12 +368,17 @@ impl QueuePair {
                     &mut self.out,
                     &mut self.timers,
                 );
-                if failure.is_some() {
-                    self.enter_error(failure);
+                match failure {
+                    Some(_) => self.enter_error(failure),
+                    None => self.note_drained(),
                 }
                 outcome
             }
             Ok(()) => {
+                if self.state == QpState::Rtr && !self.is_established {
+                    self.is_established = true;
+                    self.out.raise(QpEvent::CommunicationEstablished);
+                }
                 let (outcome, failed) =
                     self.responder
                         .handle_request(packet, memory, &self.link, &mut self.out);
@@ -358,7 +417,26 @@ impl QueuePair {
             self.responder.refuse_read(transmit.psn, &mut self.out);
             self.enter_error(None);
         } else {
-            self.enter_error(Some(self.requester.local_failure(transmit.psn)));
+            self.fail_send(self.requester.local_failure(transmit.psn));
+        }
+    }
+
+    /// Whether a request stands first in line that is carried out at this end.
+    #[must_use]
+    pub fn has_local_work(&self) -> bool {
+        self.is_sending() && self.requester.has_local_work()
+    }
+
+    /// Carry it out.
+    pub fn execute_local(&mut self, memory: &mut impl Memory) {
+        if !self.is_sending() {
+            return;
+        }
+        let done = self
+            .requester
+            .execute_local(memory, &self.link, &mut self.out);
+        if let Err(failure) = done {
+            self.fail_send(failure);
         }
     }
 
@@ -367,7 +445,7 @@ impl QueuePair {
     /// Answers come before requests. In ERR only answers already owed come.
     pub fn poll_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
         let mut transmit = self.responder.poll_transmit(allow, &self.link);
-        if transmit.is_none() && self.state == QpState::Rts {
+        if transmit.is_none() && self.is_sending() {
             transmit = self.requester.poll_transmit(
                 now,
                 allow,
@@ -376,6 +454,7 @@ impl QueuePair {
                 &mut self.timers,
             );
         }
+        self.note_drained();
         self.out.counters.sent_pkts += u64::from(transmit.is_some());
         transmit
     }
@@ -383,6 +462,11 @@ impl QueuePair {
     /// The next completion.
     pub fn poll_completion(&mut self) -> Option<Completion> {
         self.out.poll()
+    }
+
+    /// The next event.
+    pub fn poll_event(&mut self) -> Option<QpEvent> {
+        self.out.poll_event()
     }
 
     /// When [`Self::handle_timeout`] wants to be called, unless something happens before.
@@ -394,7 +478,7 @@ impl QueuePair {
     /// Whether state, class and partition let the packet in.
     fn admit(&self, packet: &Packet<'_>) -> Result<(), DropReason> {
         let working = match self.state {
-            QpState::Rts => true,
+            QpState::Rts | QpState::Sqd | QpState::Sqe => true,
             QpState::Rtr => !packet.opcode().is_response(),
             _ => false,
         };
@@ -425,8 +509,35 @@ impl QueuePair {
         Ok(())
     }
 
+    const fn is_sending(&self) -> bool {
+        matches!(self.state, QpState::Rts | QpState::Sqd)
+    }
+
+    /// Tell that the send queue has drained, once.
+    fn note_drained(&mut self) {
+        if self.state == QpState::Sqd && !self.is_draining() && !self.is_drain_told {
+            self.is_drain_told = true;
+            self.out.raise(QpEvent::SendQueueDrained);
+        }
+    }
+
+    /// A send failed at this end: the end of an RC, a pause for a UC.
+    fn fail_send(&mut self, failure: Failure) {
+        match self.link.kind {
+            QpKind::Rc => self.enter_error(Some(failure)),
+            QpKind::Uc => {
+                self.state = QpState::Sqe;
+                self.requester
+                    .flush(Some(failure), &self.link, &mut self.out);
+            }
+        }
+    }
+
     /// Go to ERR and flush: `failure` names the send that is to blame, if one is.
     fn enter_error(&mut self, failure: Option<Failure>) {
+        if self.responder.is_shared() && self.state != QpState::Err {
+            self.out.raise(QpEvent::LastWqeReached);
+        }
         self.state = QpState::Err;
         self.timers.stop_all();
         self.requester.flush(failure, &self.link, &mut self.out);

@@ -15,6 +15,7 @@ fn pair() -> [(UdQueuePair, TestMemory); 2] {
         let caps = QpCaps {
             send_wr_max: 4,
             recv_wr_max: 4,
+            shared_receives: false,
         };
         let mut qp = UdQueuePair::new(QPNS[i], Mtu::B1024, caps);
         qp.to_init(

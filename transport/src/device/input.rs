@@ -19,7 +19,7 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Class, Extension, Header, Opcode, Packet, Psn, Qpn};
 
 use super::view::View;
-use super::{Device, QPN_FIRST, QpId, flow};
+use super::{Device, Machine, QPN_FIRST, QpId, Slot, flow};
 use crate::udp::{Arrival, HEADER_MAX, Payload, ReceiveBatch};
 
 /// The least time between two congestion notifications of one queue pair; adapters' default.
@@ -40,12 +40,25 @@ pub(crate) enum Input {
     Management(Range<usize>),
     /// A good packet of a connection that does not exist here.
     UnknownQueuePair(Qpn),
+    /// A datagram for a group; `poll_finished` names the queue pairs that took it.
+    Delivered,
 }
 
 impl Device {
     /// Fills `batch` with what has arrived; less than its capacity means that the socket is empty.
     pub(crate) fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
         self.socket.receive(batch)
+    }
+
+    /// The same for the groups joined: 0 means that all their sockets are empty.
+    pub(crate) fn receive_multicast(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
+        for socket in self.group_sockets() {
+            let filled = socket.receive(batch)?;
+            if filled > 0 {
+                return Ok(filled);
+            }
+        }
+        Ok(0)
     }
 
     /// Counts a datagram that was cut short or came from nowhere.
@@ -105,24 +118,43 @@ impl Device {
                 }
             };
         }
-        self.handle_connected(now, source, arrival.is_congested, &packet)
+        if packet.dest() == Qpn::MULTICAST {
+            return self.handle_multicast(arrival, solved, &packet);
+        }
+        self.handle_unicast(now, arrival, solved, &packet)
     }
 
-    fn handle_connected(
+    fn handle_unicast(
         &mut self,
         now: Nanos,
-        source: SocketAddr,
-        is_congested: bool,
+        arrival: &Arrival<'_>,
+        identification: u16,
         packet: &Packet<'_>,
     ) -> Input {
+        let Arrival {
+            source,
+            is_congested,
+            ..
+        } = *arrival;
         let index = (packet.dest().value() & 0xFFFF).wrapping_sub(QPN_FIRST);
         let slot = self
             .slots
             .get_mut(index as usize)
             .filter(|slot| slot.qpn == packet.dest());
+        if let Some(Slot {
+            machine: Some(Machine::Datagram(_)),
+            ..
+        }) = slot
+        {
+            self.handle_datagram(index, arrival, identification, packet);
+            return Input::Taken {
+                id: QpId(index),
+                placed: None,
+            };
+        }
         let Some((slot, peer)) = slot.and_then(|slot| {
             let peer = slot.peer?;
-            slot.qp.is_some().then_some((slot, peer))
+            slot.machine.is_some().then_some((slot, peer))
         }) else {
             self.counters.rx_unknown_qp += 1;
             return match packet.row().class {
@@ -136,14 +168,19 @@ impl Device {
             self.counters.rx_wrong_peer += 1;
             return Input::Dropped;
         }
-        let Some(qp) = slot.qp.as_mut() else {
+        let Some(Machine::Connected(qp)) = slot.machine.as_mut() else {
             return Input::Dropped;
         };
         let mut view = View {
             memory: &mut self.memory,
             domain: slot.domain,
             peer_domain: slot.peer_domain,
+            qp: slot.qpn.value(),
             placed: None,
+            shared: match slot.srq {
+                Some(srq) => self.srqs[srq as usize].as_mut(),
+                None => None,
+            },
         };
         let outcome = qp.handle_packet(now, packet, &mut view);
         let placed = view.placed.map(|offset| (offset, packet.payload_range()));
@@ -170,7 +207,9 @@ impl Device {
     /// just been told.
     fn notify_congestion(&mut self, now: Nanos, index: u32, peer: u32) {
         let slot = &mut self.slots[index as usize];
-        let Some(qp) = &slot.qp else { return };
+        let Some(Machine::Connected(qp)) = &slot.machine else {
+            return;
+        };
         if slot
             .notified
             .is_some_and(|last| now.since(last) < CNP_INTERVAL)

@@ -7,14 +7,14 @@ use std::net::SocketAddr;
 use std::ops::ControlFlow;
 
 use lowtide_transport_proto::icrc::Icrc;
-use lowtide_transport_proto::qp::{self, Allow, Transmit};
+use lowtide_transport_proto::qp::{self, Allow, Lkey, QpKind, Rkey, Transmit};
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
-use super::view::{key_of, wanted};
-use super::{Device, QpId, Slot, flow};
+use super::view::{View, wanted};
+use super::{Device, Machine, Slot, flow};
 use crate::faults::Fate;
-use crate::memory::{self, Access, Memory, Span};
+use crate::memory::{self, Access, Key, Memory, Span};
 use crate::udp::{Frame, HEADER_MAX, Payload, TRAILER_MAX};
 
 /// Frames one queue pair sends before the next has its turn: one UDP_SEGMENT send.
@@ -51,6 +51,10 @@ impl Device {
 
     /// One turn of one queue pair; `Break` if it has answered enough for now.
     fn transmit_from(&mut self, index: u32, now: Nanos) -> ControlFlow<()> {
+        if let Some(Machine::Datagram(_)) = self.slots[index as usize].machine {
+            self.transmit_datagrams(index);
+            return ControlFlow::Continue(());
+        }
         let Some(peer) = self.slots[index as usize].peer else {
             return ControlFlow::Continue(());
         };
@@ -69,10 +73,14 @@ impl Device {
             // ACK that waits behind one must not wait for the ACKs that we wait for.
             let allow = if room > 0 { Allow::All } else { Allow::Answers };
             let slot = &mut self.slots[index as usize];
-            let Some(qp) = slot.qp.as_mut() else {
+            let Some(Machine::Connected(qp)) = slot.machine.as_mut() else {
                 return ControlFlow::Continue(());
             };
             let Some(transmit) = qp.poll_transmit(now, allow) else {
+                if qp.has_local_work() {
+                    self.execute_local(index);
+                    continue;
+                }
                 if room == 0 && qp.has_pending_transmit() && !slot.is_waiting {
                     slot.is_waiting = true;
                     self.peers[peer as usize].waiting.push_back(index);
@@ -81,6 +89,7 @@ impl Device {
                 break;
             };
             slot.responses += u32::from(transmit.is_response);
+            let is_unreliable = qp.kind() == QpKind::Uc;
             let counters = qp.counters();
             let losses = counters.retransmitted_pkts - counters.probes;
             if losses > std::mem::replace(&mut slot.losses, losses) {
@@ -91,20 +100,42 @@ impl Device {
             match self.gather(index, &transmit) {
                 Ok(payload) => self.push(address, transmit.header(), payload, is_last),
                 Err(_) => {
-                    // Memory that was deregistered under a posted request, or a peer's READ.
-                    if let Some(qp) = &mut self.slots[index as usize].qp {
+                    // Memory that went away under a posted request, or a peer's READ.
+                    if let Some(Machine::Connected(qp)) = &mut self.slots[index as usize].machine {
                         qp.handle_transmit_failure(&transmit);
                     }
                     self.settle(index);
-                    self.failed.push_back(QpId(index));
+                    self.note_finished(index);
                 }
+            }
+            if is_unreliable {
+                // What is sent is finished.
+                self.note_finished(index);
             }
         }
         let slot = &self.slots[index as usize];
-        if let Some(qp) = &slot.qp {
+        if let Some(Machine::Connected(qp)) = &slot.machine {
             self.timers.set(index, qp.poll_timeout());
         }
         ControlFlow::Continue(())
+    }
+
+    /// Carries out the request at the head of a send queue that needs no packet.
+    fn execute_local(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        let Some(Machine::Connected(qp)) = slot.machine.as_mut() else {
+            return;
+        };
+        qp.execute_local(&mut View {
+            memory: &mut self.memory,
+            domain: slot.domain,
+            peer_domain: slot.peer_domain,
+            qp: slot.qpn.value(),
+            placed: None,
+            shared: None,
+        });
+        self.settle(index);
+        self.note_finished(index);
     }
 
     /// Sends one management datagram of queue pair 1: headers and payload.
@@ -132,22 +163,32 @@ impl Device {
     }
 
     /// Finds a packet's payload: by reference where nobody else can change it, else as a copy.
-    fn gather(&mut self, index: u32, transmit: &Transmit) -> Result<Payload, memory::AccessError> {
+    pub(super) fn gather(
+        &mut self,
+        index: u32,
+        transmit: &Transmit,
+    ) -> Result<Payload, memory::AccessError> {
         let Slot {
             domain,
             peer_domain,
+            qpn,
             ..
         } = self.slots[index as usize];
         let fragments = transmit.payload.as_slice();
         let mut payload = Payload::EMPTY;
         for fragment in fragments {
-            let (domain, right) = match fragment.key {
-                qp::Key::Local(_) => (domain, Access::default()),
-                qp::Key::Remote(_) => (peer_domain, wanted(qp::Access::READ)),
-            };
-            let span =
-                self.memory
-                    .check(domain, key_of(fragment), fragment.addr, fragment.len, right)?;
+            let (va, len) = (fragment.addr, fragment.len);
+            let span = match fragment.key {
+                qp::Key::Local(Lkey(key)) => {
+                    self.memory
+                        .check(domain, Key(key), va, len, Access::default())
+                }
+                qp::Key::Remote(Rkey(key)) => {
+                    let (qp, right) = (qpn.value(), wanted(qp::Access::READ));
+                    self.memory
+                        .check_peer(peer_domain, qp, Key(key), va, len, right)
+                }
+            }?;
             if fragments.len() == 1 && self.memory.stable(span).is_some() {
                 return Ok(Payload {
                     region: span.region,
@@ -157,7 +198,7 @@ impl Device {
             }
             let (copied, _) = self.scratch_space(span.len as usize);
             let into = &mut self.scratch[copied.offset as usize..][..span.len as usize];
-            self.memory.fetch(span, into);
+            self.memory.fetch(span, into)?;
             match payload.len {
                 0 => payload = copied,
                 _ => payload.len += span.len,

@@ -52,6 +52,7 @@ fn connect(device: &mut Device, domain: u32, address: SocketAddr) -> (QpId, Qpn)
     let caps = QpCaps {
         send_wr_max: 16,
         recv_wr_max: 16,
+        shared_receives: false,
     };
     let (id, qpn) = device.create_qp(domain, caps).unwrap();
     let qp = device.qp(id).unwrap();
@@ -494,7 +495,7 @@ impl Bystander {
         for (domain, key) in [(ATTACKED, self.local), (OTHER, self.foreign)] {
             let span = device.memory.check(domain, key, 0, 64, Access::default());
             let mut bytes = [0; 64];
-            device.memory.fetch(span.unwrap(), &mut bytes);
+            device.memory.fetch(span.unwrap(), &mut bytes).unwrap();
             assert_eq!(bytes, [6; 64]);
         }
     }

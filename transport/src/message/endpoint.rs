@@ -477,6 +477,7 @@ impl EndpointCtx {
         let caps = QpCaps {
             send_wr_max: u32::from(SENDS_MAX + RESERVE) + READS_MAX as u32,
             recv_wr_max: depth,
+            shared_receives: false,
         };
         let (qp, qpn) = self.device.create_qp(DOMAIN, caps)?;
         let state = self.device.qp(qp)?;

@@ -8,15 +8,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use lowtide_transport_proto::qp::{
-    InitAttr, InvalidTransition, Lkey, PostError, QpState, RecvWr, RtrAttr, RtsAttr, SendOp,
-    SendWr, SgList, Sge, WrId,
+    self, InitAttr, InvalidTransition, Lkey, PostError, QpState, RecvWr, RtrAttr, RtsAttr, SendOp,
+    SgList, Sge, WrId,
 };
 use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
 
-use super::progress::{self, Posted, QpEntry};
-use super::{Buffer, CompletionQueue, Device};
+use super::{Buffer, Device, Post, Queue};
 use crate::device::QpId;
 use crate::memory::Access;
+use crate::raw::types::{Error, SendFlags, SendWr};
+use crate::raw::{self, State};
 use crate::udp::path_mtu;
 
 /// READs and atomics a queue pair serves, and has under way, at once.
@@ -87,8 +88,9 @@ pub struct QueuePair {
     pub(crate) id: QpId,
     pub(crate) qpn: Qpn,
     pub(crate) psn: Psn,
-    /// Keeps them alive.
-    pub(super) _queues: [CompletionQueue; 2],
+    pub(super) raw: Box<raw::QueuePair>,
+    pub(super) sends: Queue,
+    pub(super) recvs: Queue,
 }
 
 impl QueuePair {
@@ -108,12 +110,13 @@ impl QueuePair {
     /// # Errors
     /// [`InvalidTransition`] from any state but Reset and Init.
     pub fn to_init(&self, access: Access) -> Result<(), InvalidTransition> {
-        let access = lowtide_transport_proto::qp::Access {
+        let access = qp::Access {
             remote_write: access.remote_write,
             remote_read: access.remote_read,
             remote_atomic: access.remote_atomic,
+            ..qp::Access::NONE
         };
-        self.with(|qp, _| {
+        self.with(|qp| {
             qp.to_init(InitAttr {
                 access,
                 pkey: PKEY_DEFAULT,
@@ -169,22 +172,20 @@ impl QueuePair {
 
     /// To ERR: everything posted completes as flushed.
     pub fn to_error(&self) {
-        self.with(|qp, _| qp.to_error());
+        self.with(|qp| qp.to_error());
         let shared = &self.device.shared;
         shared.drive(&mut shared.lock());
     }
 
     /// State.
     pub fn state(&self) -> QpState {
-        self.with(|qp, _| qp.state())
+        self.with(|qp| qp.state())
     }
 
-    fn with<R>(
-        &self,
-        act: impl FnOnce(&mut lowtide_transport_proto::qp::QueuePair, &mut QpEntry) -> R,
-    ) -> R {
+    fn with<R>(&self, act: impl FnOnce(&mut qp::QueuePair) -> R) -> R {
         let mut state = self.device.shared.lock();
-        let result = state.with_qp(self.id, act);
+        let qp = state.device.qp(self.id);
+        let result = act(qp.expect("it lives as long as its handle"));
         state.collect(self.id);
         result
     }
@@ -195,12 +196,16 @@ impl QueuePair {
     /// # Errors
     /// [`PostRefused`] gives the memory back.
     pub fn post_send(&self, id: u64, op: SendOp, buffer: Buffer) -> Result<(), PostRefused> {
-        self.post(
-            id,
-            buffer,
-            |entry| &mut entry.sends,
-            |qp, list| qp.post_send(SendWr::new(WrId(0), op, list)),
-        )
+        self.post(id, buffer, &self.sends, |state, wr_id, list| {
+            let wr = SendWr {
+                wr_id,
+                op,
+                sg_list: &[],
+                flags: SendFlags::NONE,
+                to: None,
+            };
+            self.raw.post_list(state, &wr, list)
+        })
     }
 
     /// Posts to the receive queue.
@@ -208,27 +213,20 @@ impl QueuePair {
     /// # Errors
     /// [`PostRefused`] gives the memory back.
     pub fn post_recv(&self, id: u64, buffer: Buffer) -> Result<(), PostRefused> {
-        self.post(
-            id,
-            buffer,
-            |entry| &mut entry.recvs,
-            |qp, list| {
-                qp.post_recv(RecvWr {
-                    wr_id: WrId(0),
-                    local: list,
-                })
-            },
-        )
+        self.post(id, buffer, &self.recvs, |state, wr_id, local| {
+            let wr_id = WrId(wr_id);
+            self.raw.post_receive(state, RecvWr { wr_id, local })
+        })
     }
 
     fn post(
         &self,
         id: u64,
         buffer: Buffer,
-        queue: impl FnOnce(&mut QpEntry) -> &mut progress::Queue,
-        post: impl FnOnce(&mut lowtide_transport_proto::qp::QueuePair, SgList) -> Result<(), PostError>,
+        queue: &Queue,
+        post: impl FnOnce(&mut State, u64, SgList) -> Result<(), Error>,
     ) -> Result<(), PostRefused> {
-        let (sge, key) = match &buffer {
+        let (sge, slot) = match &buffer {
             Buffer::Empty => (None, None),
             Buffer::Slot(slot, len) => (
                 Some(Sge {
@@ -246,44 +244,45 @@ impl QueuePair {
             Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.device.shared, shared),
             _ => true,
         };
+        let refuse = |error, buffer| Err(PostRefused { error, buffer });
         let (Ok(list), true) = (SgList::new(sge.as_slice()), is_ours) else {
-            return Err(PostRefused {
-                error: PostError::Invalid,
-                buffer,
-            });
+            return refuse(PostError::Invalid, buffer);
         };
         let mut state = shared.lock();
-        let result = state.with_qp(self.id, |qp, entry| {
-            let queue = queue(entry);
-            if queue.is_full() {
-                return Err(PostError::QueueFull);
-            }
-            post(qp, list)?;
-            queue.push(Posted { id, slot: key });
-            Ok(())
-        });
-        match result {
-            Err(error) => {
-                drop(state);
-                Err(PostRefused { error, buffer })
-            }
-            Ok(()) => {
-                if let Buffer::Slot(mut slot, _) = buffer {
-                    // From here on the key belongs to the request, and dropping the rest is nothing.
-                    let bytes = slot.bytes.take().unwrap_or_default();
-                    state.device.memory.attach(slot.key, bytes);
-                }
-                state.collect(self.id);
-                state.transmit();
-                shared.note_deadline(&mut state);
-                Ok(())
-            }
+        if queue.is_full() {
+            drop(state);
+            return refuse(PostError::QueueFull, buffer);
         }
+        let of = queue.outstanding.clone();
+        let name = queue.cq.0.posts().add(Post { id, slot, of });
+        if let Err(error) = post(&mut state, name, list) {
+            queue.cq.0.posts().take(name);
+            drop(state);
+            return refuse(post_error(error), buffer);
+        }
+        if let Buffer::Slot(mut slot, _) = buffer {
+            // From here on the key belongs to the request, and dropping the rest is nothing.
+            let bytes = slot.bytes.take().unwrap_or_default();
+            state.device.memory.attach(slot.key, bytes);
+        }
+        state.collect(self.id);
+        state.transmit();
+        shared.note_deadline(&mut state);
+        Ok(())
+    }
+}
+
+fn post_error(error: Error) -> PostError {
+    match error {
+        Error::QueueFull => PostError::QueueFull,
+        Error::State(state) => PostError::State(state),
+        _ => PostError::Invalid,
     }
 }
 
 impl Drop for QueuePair {
     fn drop(&mut self) {
-        self.device.shared.lock().remove_qp(self.id);
+        // What is posted comes back flushed; then the queues give up the rest of their promise.
+        self.to_error();
     }
 }

@@ -1,6 +1,8 @@
 //! Registered memory as queue pairs see it: keys, pieces, lists of pieces, and the [`Memory`] that
 //! the caller brings. No byte is touched here.
 
+use super::work::{Bind, RecvWr};
+
 /// Scatter/gather elements per work request, and so fragments per packet.
 pub const SGE_MAX: usize = 4;
 
@@ -198,33 +200,53 @@ pub struct Access {
     pub remote_read: bool,
     /// Atomics.
     pub remote_atomic: bool,
+    /// FLUSH for visibility.
+    pub flush_global: bool,
+    /// FLUSH for persistence.
+    pub flush_persistent: bool,
 }
 
 impl Access {
-    /// All three.
+    /// Nothing.
+    pub const NONE: Self = Self {
+        remote_write: false,
+        remote_read: false,
+        remote_atomic: false,
+        flush_global: false,
+        flush_persistent: false,
+    };
+    /// WRITE, READ and atomics.
     pub const ALL: Self = Self {
         remote_write: true,
         remote_read: true,
         remote_atomic: true,
+        ..Self::NONE
     };
     /// READ alone.
     pub const READ: Self = Self {
-        remote_write: false,
         remote_read: true,
-        remote_atomic: false,
+        ..Self::NONE
     };
     /// WRITE alone.
     pub const WRITE: Self = Self {
         remote_write: true,
-        remote_read: false,
-        remote_atomic: false,
+        ..Self::NONE
     };
     /// Atomics alone.
     pub const ATOMIC: Self = Self {
-        remote_write: false,
-        remote_read: false,
         remote_atomic: true,
+        ..Self::NONE
     };
+
+    /// Whether all of `wanted` is among these rights.
+    #[must_use]
+    pub const fn allows(self, wanted: Self) -> bool {
+        (self.remote_write || !wanted.remote_write)
+            && (self.remote_read || !wanted.remote_read)
+            && (self.remote_atomic || !wanted.remote_atomic)
+            && (self.flush_global || !wanted.flush_global)
+            && (self.flush_persistent || !wanted.flush_persistent)
+    }
 }
 
 /// Memory is not registered, not long enough, or not granted.
@@ -246,13 +268,18 @@ pub enum AtomicOp {
         /// The addend.
         add: u64,
     },
+    /// Store `value`, whatever was there.
+    Write {
+        /// The eight bytes, as they lie in memory.
+        value: [u8; 8],
+    },
 }
 
 /// Registered memory, as a queue pair needs it: implemented by the hands over their regions, by the
 /// tests over vectors. One protection domain.
 pub trait Memory {
     /// Whether the peer may do `access` to `len` bytes at `va` under `rkey`. Called once per WRITE
-    /// message and READ request, with `len > 0`, before the first byte moves.
+    /// message, READ request and FLUSH, with `len > 0`, before the first byte moves.
     ///
     /// # Errors
     ///
@@ -273,7 +300,8 @@ pub trait Memory {
     fn place(&mut self, target: Fragment, payload: &[u8]) -> Result<(), AccessError>;
 
     /// Perform `op` on the native-order 64-bit word at `va` (a multiple of 8) and return its old
-    /// value, atomically with regard to all other queue pairs.
+    /// value, atomically with regard to all other queue pairs. [`AtomicOp::Write`] needs the right
+    /// to WRITE, the others that of atomics.
     ///
     /// # Errors
     ///
@@ -286,4 +314,28 @@ pub trait Memory {
     ///
     /// [`AccessError`] if there is no such key, or it may not be invalidated.
     fn invalidate(&mut self, rkey: Rkey) -> Result<(), AccessError>;
+
+    /// Make the key invalid because its owner says so.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`] if there is no such key, or it may not be invalidated.
+    fn invalidate_local(&mut self, rkey: Rkey) -> Result<(), AccessError>;
+
+    /// Give a memory window its place.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`] if window or region do not admit that.
+    fn bind(&mut self, bind: &Bind) -> Result<(), AccessError>;
+
+    /// Make what has been placed under `rkey` visible to everybody, or persistent.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`] if there is no such key, or it does not grant that.
+    fn flush(&mut self, rkey: Rkey, access: Access) -> Result<(), AccessError>;
+
+    /// The next receive of the shared receive queue, for a queue pair that was made with one.
+    fn shared_receive(&mut self) -> Option<RecvWr>;
 }

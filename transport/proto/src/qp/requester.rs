@@ -5,14 +5,19 @@
 //! from its sequence number alone, so retransmission is only a change of `next`.
 //!
 //! Invariants: `una <= next <= high <= end` but for `next`, which falls back to `una` when a loss
-//! is noticed; the work request at the queue's front contains `una`; `cursor` indexes the one that
-//! contains `next`.
+//! is noticed; the work request at the queue's front contains `una`, unless it is one to be done at
+//! this end that waits for its turn; `cursor` indexes the one that contains `next`, or such a one.
+//!
+//! What is done at this end (an invalidation, the binding of a window) has no packet and no sequence
+//! number. It is done when `cursor` comes to it, so before anything posted after it is sent, and it
+//! completes in its place.
 //!
 //! Loss is noticed by a sequence NAK, by an answer beyond a READ or atomic that has none (both go
 //! back once per `una`), by an ACK of just the probe, or by the ACK timeout.
 //!
 //! Source: Linux `rxe_req.c`, `rxe_comp.c`; the probe is ours, modelled on RFC 8985's.
 
+mod local;
 mod segment;
 
 use alloc::collections::VecDeque;
@@ -39,6 +44,19 @@ const RETRY_FOREVER: u8 = 7;
 pub(super) struct Failure {
     seq: u64,
     status: Status,
+    /// Not a packet is to blame, but the first request at or behind `seq` that waits to be done at
+    /// this end.
+    is_local: bool,
+}
+
+impl Failure {
+    const fn of_packet(seq: u64, status: Status) -> Self {
+        Self {
+            seq,
+            status,
+            is_local: false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -70,6 +88,8 @@ pub(super) struct Requester {
     round_trip: RoundTrip,
     /// A packet being timed, and when it went.
     timed: Option<(u64, Nanos)>,
+    /// Draining: no request starts here or beyond.
+    drain_at: Option<u64>,
 }
 
 impl Requester {
@@ -99,6 +119,7 @@ impl Requester {
             probed: None,
             round_trip: RoundTrip::new(),
             timed: None,
+            drain_at: None,
         }
     }
 
@@ -120,6 +141,10 @@ impl Requester {
         };
     }
 
+    pub fn posted(&self) -> u32 {
+        self.queue.len() as u32
+    }
+
     pub fn in_flight(&self) -> u32 {
         // Bounded by the window and one READ of 2^23 packets.
         self.next.saturating_sub(self.una) as u32
@@ -133,40 +158,75 @@ impl Requester {
                 && !self.is_held_back())
     }
 
+    /// The PSN of the next new packet.
+    pub fn next_psn(&self) -> Psn {
+        self.psn(self.high)
+    }
+
+    /// Other timeouts and limits from now on; the first PSN stays.
+    pub fn retune(&mut self, attr: RtsAttr) {
+        let sq_psn = self.attr.sq_psn;
+        self.attr = RtsAttr { sq_psn, ..attr };
+        self.retries_left = attr.retry_cnt;
+        self.rnr_left = attr.rnr_retry;
+    }
+
+    /// Start no request that has not begun.
+    pub fn drain(&mut self) {
+        let begun = self.queue.iter().rfind(|wqe| wqe.first < self.high);
+        self.drain_at = Some(begun.map_or(self.una, Wqe::end));
+    }
+
+    /// Start again.
+    pub fn resume(&mut self) {
+        self.drain_at = None;
+    }
+
+    /// Whether all that had begun when draining started is finished.
+    pub fn is_drained(&self) -> bool {
+        self.drain_at.is_some_and(|end| self.una >= end)
+    }
+
     pub fn post(&mut self, wr: SendWr, link: &Link, out: &Reports) -> Result<(), PostError> {
-        let atomic = matches!(wr.op, SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. });
-        let reliable_only = atomic || matches!(wr.op, SendOp::Read(_) | SendOp::SendInvalidate(_));
-        if (atomic && wr.local.total() != 8) || (reliable_only && link.kind == QpKind::Uc) {
+        let total = wr.local.total();
+        let (packets, len) = match wr.op {
+            SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. } | SendOp::AtomicWrite(_) => (1, 8),
+            SendOp::Flush(_) => (1, 0),
+            SendOp::LocalInvalidate(_) | SendOp::BindWindow(_) => (0, 0),
+            _ => (link.mtu.packets(total), total),
+        };
+        let reliable_only = wr.op.wants_response() || matches!(wr.op, SendOp::SendInvalidate(_));
+        if total != len || (reliable_only && link.kind == QpKind::Uc) {
             return Err(PostError::Invalid);
         }
         if self.queue.len() as u32 + out.sends >= self.depth {
             return Err(PostError::QueueFull);
         }
-        let packets = if atomic {
-            1
-        } else {
-            link.mtu.packets(wr.local.total())
-        };
         self.queue.push_back(Wqe {
             wr,
             first: self.end,
             packets,
+            is_done: false,
         });
         self.end += u64::from(packets);
         Ok(())
     }
 
     /// Complete everything: up to the packet to blame as flushed, that one with its status.
-    pub fn flush(&mut self, failure: Option<Failure>, link: &Link, out: &mut Reports) {
+    pub fn flush(&mut self, mut failure: Option<Failure>, link: &Link, out: &mut Reports) {
         while let Some(wqe) = self.queue.pop_front() {
             let status = match failure {
-                Some(f) if (wqe.first..wqe.end()).contains(&f.seq) => f.status,
+                Some(f) if f.is_local && wqe.is_waiting() && wqe.first >= f.seq => f.status,
+                Some(f) if !f.is_local && (wqe.first..wqe.end()).contains(&f.seq) => f.status,
                 _ => Status::Flushed,
             };
+            failure = failure.filter(|_| status == Status::Flushed);
             out.complete(wqe.completion(status, link));
         }
         self.una = self.end;
         self.next = self.end;
+        self.high = self.end;
+        self.reads_out = 0;
         self.cursor = 0;
         self.probe_due = false;
     }
@@ -174,10 +234,7 @@ impl Requester {
     /// The failure of a packet whose payload cannot be found.
     pub fn local_failure(&self, psn: Psn) -> Failure {
         let seq = self.una + u64::from(psn.offset_from(self.psn(self.una)));
-        Failure {
-            seq,
-            status: Status::LocalProtection,
-        }
+        Failure::of_packet(seq, Status::LocalProtection)
     }
 
     // Sending.
@@ -190,6 +247,10 @@ impl Requester {
         out: &mut Reports,
         timers: &mut TimerTable,
     ) -> Option<Transmit> {
+        if link.kind == QpKind::Uc {
+            // What was polled before has been sent, and nobody will acknowledge it.
+            self.acknowledge(self.next, link, out);
+        }
         if core::mem::take(&mut self.probe_due) && self.una < self.next {
             let wqe = self.queue.front()?;
             let (mut transmit, _) = self.build(wqe, self.una, true, link);
@@ -208,6 +269,9 @@ impl Requester {
             return None;
         }
         let wqe = *self.queue.get(self.cursor)?;
+        if wqe.is_waiting() {
+            return None;
+        }
         let ack_req = self.next + 1 == wqe.end()
             || self.since_ack_req + 1 >= ACK_REQ_INTERVAL
             || self.in_flight() + 1 >= WINDOW
@@ -225,21 +289,21 @@ impl Requester {
         self.high = self.high.max(self.next);
         if self.next == wqe.end() {
             self.cursor += 1;
+            self.skip_done();
         }
-        if link.kind == QpKind::Uc {
-            self.acknowledge(self.next, link, out);
-        } else {
+        if link.kind == QpKind::Rc {
             self.arm(now, timers);
         }
         Some(transmit)
     }
 
-    /// Whether the request at the cursor must wait for READs or atomics before it.
+    /// Whether the request at the cursor must wait for READs or atomics before it, or may not start.
     fn is_held_back(&self) -> bool {
         let Some(wqe) = self.queue.get(self.cursor) else {
             return false;
         };
-        (wqe.wants_response() && self.reads_out >= u32::from(self.attr.max_rd_atomic.max(1)))
+        self.drain_at.is_some_and(|end| wqe.first >= end)
+            || (wqe.wants_response() && self.reads_out >= u32::from(self.attr.max_rd_atomic.max(1)))
             || (wqe.wr.fence && self.next == wqe.first && self.reads_out > 0)
     }
 
@@ -295,10 +359,7 @@ impl Requester {
             Timer::AckTimeout => {
                 out.counters.ack_timeout += 1;
                 if self.retries_left == 0 {
-                    return Some(Failure {
-                        seq: self.una,
-                        status: Status::RetryExceeded,
-                    });
+                    return Some(Failure::of_packet(self.una, Status::RetryExceeded));
                 }
                 if self.attr.retry_cnt != RETRY_FOREVER {
                     self.retries_left -= 1;
@@ -405,10 +466,7 @@ impl Requester {
                 out.counters.rcvd_rnr_err += 1;
                 if self.una == seq && !timers.is_set(Timer::RnrWait) {
                     if self.rnr_left == 0 {
-                        return Err(Failure {
-                            seq,
-                            status: Status::RnrRetryExceeded,
-                        });
+                        return Err(Failure::of_packet(seq, Status::RnrRetryExceeded));
                     }
                     if self.attr.rnr_retry != RETRY_FOREVER {
                         self.rnr_left -= 1;
@@ -428,7 +486,7 @@ impl Requester {
             Syndrome::Nak(NakCode::RemoteOperational) => Status::RemoteOperation,
         };
         self.acknowledge(seq, link, out);
-        Err(Failure { seq, status })
+        Err(Failure::of_packet(seq, status))
     }
 
     /// A READ response packet or an atomic's old value, for sequence number `seq`.
@@ -445,30 +503,19 @@ impl Requester {
         let Some(wqe) = self.queue.front().copied().filter(|_| self.una == seq) else {
             return Ok(Outcome::Accepted);
         };
-        let is_read = matches!(wqe.wr.op, SendOp::Read(_));
-        if !wqe.wants_response() || is_read == atomic {
-            return Err(Failure {
-                seq,
-                status: Status::BadResponse,
-            });
-        }
         let index = (seq - wqe.first) as u32;
+        let Some((len, _)) = wqe
+            .answer(index, link)
+            .filter(|answer| *answer == (payload.len() as u32, atomic))
+        else {
+            return Err(Failure::of_packet(seq, Status::BadResponse));
+        };
         let offset = index * link.mtu.bytes();
-        let len = (wqe.wr.local.total() - offset).min(link.mtu.bytes());
-        if payload.len() != len as usize {
-            return Err(Failure {
-                seq,
-                status: Status::BadResponse,
-            });
-        }
         let mut rest = payload;
         for fragment in wqe.wr.local.slice(offset, len).as_slice() {
             let (piece, tail) = rest.split_at(fragment.len as usize);
             if memory.place(*fragment, piece).is_err() {
-                return Err(Failure {
-                    seq,
-                    status: Status::LocalProtection,
-                });
+                return Err(Failure::of_packet(seq, Status::LocalProtection));
             }
             rest = tail;
         }
@@ -479,6 +526,7 @@ impl Requester {
         self.una += 1;
         if self.una == wqe.end() {
             self.finish_front(link, out);
+            self.finish_done(link, out);
         }
         self.catch_up();
         Ok(Outcome::Accepted)
@@ -489,12 +537,13 @@ impl Requester {
         let una = self.una;
         while self.una < end {
             let Some(wqe) = self.queue.front() else { break };
-            if wqe.wants_response() {
+            if wqe.wants_response() || wqe.is_waiting() {
                 break;
             }
             self.una = wqe.end().min(end);
             if self.una == wqe.end() {
                 self.finish_front(link, out);
+                self.finish_done(link, out);
             }
         }
         if self.una > una {

@@ -14,18 +14,18 @@
 //! 64 packets.
 
 mod answers;
+mod one_sided;
 
 use alloc::collections::VecDeque;
 
 use answers::Answers;
 
 use super::memory::{Access, AccessError, AtomicOp, Fragment, Key, Memory, Rkey};
-use super::types::{Allow, DropReason, Outcome, QpKind, RtrAttr, Transmit};
+use super::types::{Allow, DropReason, Outcome, QpEvent, QpKind, RtrAttr, Transmit};
 use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
 use super::{Link, Reports};
 use crate::wire::{
-    AtomicEth, Extension, Kind, MESSAGE_LEN_MAX, NakCode, Packet, Position, Psn, Reth, RnrTimer,
-    Syndrome,
+    Extension, Kind, MESSAGE_LEN_MAX, NakCode, Packet, Position, Psn, Reth, RnrTimer, Syndrome,
 };
 
 /// Packets after which an ACK goes out that nobody asked for.
@@ -73,8 +73,11 @@ pub(super) struct Responder {
     /// A NAK says what is expected; nothing more is said until it comes.
     nak_sent: bool,
     open: Open,
+    /// With a shared receive queue: at most one, taken from there and not used yet.
     recv: VecDeque<RecvWr>,
     recv_depth: u32,
+    /// Receives come from a shared receive queue.
+    is_shared: bool,
     rnr_timer: RnrTimer,
     answers: Answers,
     /// Packets executed since the last ACK was put in line.
@@ -82,7 +85,8 @@ pub(super) struct Responder {
 }
 
 impl Responder {
-    pub fn new(recv_depth: u32) -> Self {
+    /// `recv_depth` is 0 with a shared receive queue.
+    pub fn new(recv_depth: u32, is_shared: bool) -> Self {
         Self {
             expected: Psn::new(0),
             msn: 0,
@@ -90,6 +94,7 @@ impl Responder {
             open: Open::None,
             recv: VecDeque::with_capacity(recv_depth as usize),
             recv_depth,
+            is_shared,
             rnr_timer: RnrTimer::new(0),
             answers: Answers::new(),
             unacknowledged: 0,
@@ -109,6 +114,19 @@ impl Responder {
         (self.msn, self.nak_sent, self.unacknowledged) = (0, false, 0);
     }
 
+    pub fn set_rnr_timer(&mut self, timer: RnrTimer) {
+        self.rnr_timer = timer;
+    }
+
+    /// Other numbers of READs and atomics to be remembered from now on.
+    pub fn set_replay_depth(&mut self, depth: u8) {
+        self.answers.start(depth);
+    }
+
+    pub fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
     pub fn expected(&self) -> Psn {
         self.expected
     }
@@ -122,6 +140,9 @@ impl Responder {
     }
 
     pub fn post(&mut self, wr: RecvWr, out: &Reports) -> Result<(), PostError> {
+        if self.is_shared {
+            return Err(PostError::Invalid);
+        }
         let in_use = u32::from(matches!(self.open, Open::Send { .. }));
         if self.receives_posted() + in_use + out.recvs >= self.recv_depth {
             return Err(PostError::QueueFull);
@@ -189,6 +210,10 @@ impl Responder {
             }
             Err(Refusal::Nak(code)) => {
                 self.nak(psn, Syndrome::Nak(code), out);
+                out.raise(match code {
+                    NakCode::RemoteAccess => QpEvent::AccessError,
+                    _ => QpEvent::RequestError,
+                });
                 (Outcome::Accepted, true)
             }
             Err(Refusal::NakRecv(code, status)) => {
@@ -266,9 +291,22 @@ impl Responder {
                 let op = AtomicOp::FetchAdd { add: eth.swap_add };
                 self.execute_atomic(eth, op, memory, link)
             }
-            // FLUSH and ATOMIC WRITE.
+            (Kind::AtomicWrite, Extension::Reth(reth)) => {
+                self.execute_atomic_write(reth, packet.payload(), memory, link)
+            }
+            (Kind::Flush, Extension::FethReth(feth, reth)) => {
+                self.execute_flush(feth, reth, memory, link)
+            }
             _ => Err(INVALID),
         }
+    }
+
+    /// Have a receive at the front of `recv`, if there is any.
+    fn fetch_receive(&mut self, memory: &mut impl Memory) -> bool {
+        if self.recv.is_empty() && self.is_shared {
+            self.recv.extend(memory.shared_receive());
+        }
+        !self.recv.is_empty()
     }
 
     fn execute_send(
@@ -281,6 +319,7 @@ impl Responder {
         let (payload, position) = (packet.payload(), packet.row().position);
         check_segment(payload.len(), position, link)?;
         if position.starts() {
+            self.fetch_receive(memory);
             let wr = self.recv.pop_front().ok_or(Refusal::Rnr)?;
             self.open = Open::Send { wr, filled: 0 };
         }
@@ -336,7 +375,7 @@ impl Responder {
         out: &mut Reports,
     ) -> Result<u32, Refusal> {
         let (payload, position) = (packet.payload(), packet.row().position);
-        if packet.imm().is_some() && self.recv.is_empty() {
+        if packet.imm().is_some() && !self.fetch_receive(memory) {
             return Err(Refusal::Rnr);
         }
         if let Some(reth) = packet.reth() {
@@ -384,40 +423,6 @@ impl Responder {
         Ok(1)
     }
 
-    fn execute_read(
-        &mut self,
-        reth: Reth,
-        memory: &mut impl Memory,
-        link: &Link,
-    ) -> Result<u32, Refusal> {
-        if !link.access.remote_read || reth.len > MESSAGE_LEN_MAX || !self.answers.can_replay() {
-            return Err(INVALID);
-        }
-        if reth.len > 0 {
-            memory.check_remote(Rkey(reth.rkey), reth.va, reth.len, Access::READ)?;
-        }
-        let packets = link.mtu.packets(reth.len);
-        self.count_message();
-        self.answers.read(self.expected, packets, reth, self.msn);
-        Ok(packets)
-    }
-
-    fn execute_atomic(
-        &mut self,
-        eth: AtomicEth,
-        op: AtomicOp,
-        memory: &mut impl Memory,
-        link: &Link,
-    ) -> Result<u32, Refusal> {
-        if !link.access.remote_atomic || !eth.va.is_multiple_of(8) || !self.answers.can_replay() {
-            return Err(INVALID);
-        }
-        let original = memory.atomic(Rkey(eth.rkey), eth.va, op)?;
-        self.count_message();
-        self.answers.atomic(self.expected, original, self.msn);
-        Ok(1)
-    }
-
     /// A request behind the expected PSN: answered again, never executed again (a READ is, which
     /// harms nobody).
     fn handle_duplicate(
@@ -436,6 +441,7 @@ impl Responder {
                 self.answers.repeat_read(psn, reth, self.msn, memory, link)
             }
             (Kind::CompareSwap | Kind::FetchAdd, _) => self.answers.repeat_atomic(psn, self.msn),
+            (Kind::AtomicWrite | Kind::Flush, _) => self.answers.repeat_done(psn, self.msn),
             _ => false,
         };
         if is_known {
@@ -452,7 +458,11 @@ impl Responder {
     fn acknowledge_if_due(&mut self, packet: &Packet<'_>) {
         if matches!(
             packet.row().kind,
-            Kind::ReadRequest | Kind::CompareSwap | Kind::FetchAdd
+            Kind::ReadRequest
+                | Kind::CompareSwap
+                | Kind::FetchAdd
+                | Kind::AtomicWrite
+                | Kind::Flush
         ) {
             return; // answered by its response
         }

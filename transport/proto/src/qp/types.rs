@@ -26,30 +26,37 @@ pub enum QpState {
     Rtr,
     /// Ready to send: the working state.
     Rts,
-    /// Send queue drained; part of ibverbs' vocabulary, never entered here.
+    /// Send queue drained: what has begun is finished, nothing new begins. Receiving goes on.
     Sqd,
-    /// Send queue error; part of ibverbs' vocabulary, never entered here.
+    /// Send queue error: a send failed at this end, and what is posted after it is flushed.
+    /// Receiving goes on. Not for RC, which goes to ERR instead.
     Sqe,
     /// Everything posted is flushed.
     Err,
 }
 
 impl QpState {
-    /// Whether a queue pair may go from `self` to `next`:
+    /// Whether a queue pair may be told to go from `self` to `next` (it enters SQE by itself):
     ///
-    /// | from \ to | Reset | Init | Rtr | Rts | Err |
-    /// |-----------|-------|------|-----|-----|-----|
-    /// | Reset     | yes   | yes  |     |     | yes |
-    /// | Init      | yes   | yes  | yes |     | yes |
-    /// | Rtr       | yes   |      |     | yes | yes |
-    /// | Rts       | yes   |      |     |     | yes |
-    /// | Err       | yes   |      |     |     | yes |
+    /// | from \ to | Reset | Init | Rtr | Rts | Sqd | Err |
+    /// |-----------|-------|------|-----|-----|-----|-----|
+    /// | Reset     | yes   | yes  |     |     |     | yes |
+    /// | Init      | yes   | yes  | yes |     |     | yes |
+    /// | Rtr       | yes   |      |     | yes |     | yes |
+    /// | Rts       | yes   |      |     | yes | yes | yes |
+    /// | Sqd       | yes   |      |     | yes | yes | yes |
+    /// | Sqe       | yes   |      |     | yes |     | yes |
+    /// | Err       | yes   |      |     |     |     | yes |
     #[must_use]
     pub const fn legal(self, next: Self) -> bool {
-        use QpState::{Err, Init, Reset, Rtr, Rts};
+        use QpState::{Err, Init, Reset, Rtr, Rts, Sqd, Sqe};
         matches!(
             (self, next),
-            (_, Reset | Err) | (Reset | Init, Init) | (Init, Rtr) | (Rtr, Rts)
+            (_, Reset | Err)
+                | (Reset | Init, Init)
+                | (Init, Rtr)
+                | (Rtr | Rts | Sqd | Sqe, Rts)
+                | (Rts | Sqd, Sqd)
         )
     }
 }
@@ -80,8 +87,10 @@ impl core::error::Error for InvalidTransition {}
 pub struct QpCaps {
     /// Send work requests that may be outstanding or completed but not polled.
     pub send_wr_max: u32,
-    /// The same for receives.
+    /// The same for receives; not looked at with shared receives.
     pub recv_wr_max: u32,
+    /// Receives come from a queue shared with other queue pairs.
+    pub shared_receives: bool,
 }
 
 /// RESET to INIT.
@@ -178,6 +187,32 @@ impl Transmit {
             + usize::from(self.pad)
             + crate::wire::ICRC_LEN
     }
+}
+
+macro_rules! events {
+    ($($(#[$doc:meta])* $name:ident)*) => {
+        /// What a queue pair reports besides completions; each at most once until polled.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum QpEvent { $($(#[$doc])* $name),* }
+
+        impl QpEvent {
+            pub(super) const ALL: &[Self] = &[$(Self::$name),*];
+        }
+    };
+}
+
+events! {
+    /// The first packet of the peer came in RTR.
+    CommunicationEstablished
+    /// The send queue has drained.
+    SendQueueDrained
+    /// The peer's request broke a rule; the queue pair is in ERR.
+    RequestError
+    /// The peer touched memory that it may not; the queue pair is in ERR.
+    AccessError
+    /// In ERR, and no more is taken from the shared receive queue.
+    LastWqeReached
 }
 
 /// What became of a packet.

@@ -7,7 +7,7 @@ use alloc::collections::VecDeque;
 
 use super::memory::{AccessError, Memory, SgList};
 use super::types::{
-    Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpState, Transmit,
+    Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpEvent, QpState, Transmit,
 };
 use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
 use super::{Reports, pkeys_match, transmit};
@@ -56,13 +56,19 @@ pub struct UdQueuePair {
     sends: VecDeque<UdSendWr>,
     recvs: VecDeque<RecvWr>,
     out: Reports,
+    /// The datagram polled last.
+    last: Option<UdSendWr>,
 }
 
 impl UdQueuePair {
     /// A datagram queue pair in RESET; `mtu` is the port's.
     #[must_use]
     pub fn new(qpn: Qpn, mtu: Mtu, caps: QpCaps) -> Self {
-        let (sends, recvs) = (caps.send_wr_max as usize, caps.recv_wr_max as usize);
+        let sends = caps.send_wr_max as usize;
+        let recvs = match caps.shared_receives {
+            true => 0,
+            false => caps.recv_wr_max as usize,
+        };
         Self {
             qpn,
             state: QpState::Reset,
@@ -70,15 +76,11 @@ impl UdQueuePair {
             pkey: PKEY_DEFAULT,
             qkey: 0,
             psn: Psn::new(0),
+            last: None,
             caps,
             sends: VecDeque::with_capacity(sends),
             recvs: VecDeque::with_capacity(recvs),
-            out: Reports {
-                completions: VecDeque::with_capacity(sends + recvs),
-                sends: 0,
-                recvs: 0,
-                counters: Counters::default(),
-            },
+            out: Reports::new(sends + recvs + 2),
         }
     }
 
@@ -126,17 +128,76 @@ impl UdQueuePair {
     ///
     /// [`InvalidTransition`] from any other state.
     pub fn to_rts(&mut self, sq_psn: Psn) -> Result<(), InvalidTransition> {
+        if self.state != QpState::Rtr {
+            return Err(self.invalid(QpState::Rts));
+        }
         self.transition(QpState::Rts)?;
         self.psn = sq_psn;
         Ok(())
     }
 
+    /// RTS to SQD. A datagram has no answer to wait for, so the queue is drained at once.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidTransition`] from any state but RTS and SQD.
+    pub fn to_sqd(&mut self) -> Result<(), InvalidTransition> {
+        let is_new = self.state != QpState::Sqd;
+        self.transition(QpState::Sqd)?;
+        if is_new {
+            self.out.raise(QpEvent::SendQueueDrained);
+        }
+        Ok(())
+    }
+
+    /// SQD or SQE to RTS: sending goes on. In RTS it changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidTransition`] from any other state.
+    pub fn resume(&mut self) -> Result<(), InvalidTransition> {
+        if self.state == QpState::Rtr {
+            return Err(self.invalid(QpState::Rts));
+        }
+        self.transition(QpState::Rts)
+    }
+
+    /// What senders must know, from now on.
+    pub fn set_qkey(&mut self, qkey: u32) {
+        self.qkey = qkey;
+    }
+
+    /// What senders must know.
+    #[must_use]
+    pub const fn qkey(&self) -> u32 {
+        self.qkey
+    }
+
+    /// The PSN of the next datagram.
+    #[must_use]
+    pub const fn next_psn(&self) -> Psn {
+        self.psn
+    }
+
+    /// Sends posted and not sent, or sent and not polled.
+    #[must_use]
+    pub fn sends_posted(&self) -> u32 {
+        self.sends.len() as u32 + self.out.sends
+    }
+
+    /// Receives posted and not yet used.
+    #[must_use]
+    pub fn receives_posted(&self) -> u32 {
+        self.recvs.len() as u32
+    }
+
     /// Any state to ERR: everything posted is flushed.
     pub fn to_error(&mut self) {
-        self.state = QpState::Err;
-        while let Some(wr) = self.sends.pop_front() {
-            self.out.complete(send_completion(&wr, Status::Flushed));
+        if self.caps.shared_receives && self.state != QpState::Err {
+            self.out.raise(QpEvent::LastWqeReached);
         }
+        self.state = QpState::Err;
+        self.flush_sends();
         while let Some(wr) = self.recvs.pop_front() {
             self.out
                 .complete(recv_completion(wr.wr_id, Status::Flushed));
@@ -148,8 +209,7 @@ impl UdQueuePair {
         self.state = QpState::Reset;
         self.sends.clear();
         self.recvs.clear();
-        self.out.completions.clear();
-        (self.out.sends, self.out.recvs) = (0, 0);
+        self.out.clear();
     }
 
     /// Append to the send queue.
@@ -158,18 +218,19 @@ impl UdQueuePair {
     ///
     /// [`PostError`]; the request was not taken.
     pub fn post_send(&mut self, wr: UdSendWr) -> Result<(), PostError> {
-        if !matches!(self.state, QpState::Rts | QpState::Err) {
-            return Err(PostError::State(self.state));
+        use QpState::{Err, Rts, Sqd, Sqe};
+        if !matches!(self.state, Rts | Sqd | Sqe | Err) {
+            return Result::Err(PostError::State(self.state));
         }
         if wr.local.total() > self.mtu.bytes() {
-            return Err(PostError::Invalid);
+            return Result::Err(PostError::Invalid);
         }
         if self.sends.len() as u32 + self.out.sends >= self.caps.send_wr_max {
-            return Err(PostError::QueueFull);
+            return Result::Err(PostError::QueueFull);
         }
         self.sends.push_back(wr);
-        if self.state == QpState::Err {
-            self.to_error();
+        if matches!(self.state, Sqe | Err) {
+            self.flush_sends();
         }
         Ok(())
     }
@@ -182,6 +243,9 @@ impl UdQueuePair {
     pub fn post_recv(&mut self, wr: RecvWr) -> Result<(), PostError> {
         if self.state == QpState::Reset {
             return Err(PostError::State(self.state));
+        }
+        if self.caps.shared_receives {
+            return Err(PostError::Invalid);
         }
         if self.recvs.len() as u32 + self.out.recvs >= self.caps.recv_wr_max {
             return Err(PostError::QueueFull);
@@ -214,7 +278,8 @@ impl UdQueuePair {
         }
     }
 
-    /// The next packet to send and where to. Its work request is complete then.
+    /// The next packet to send and where to. Its work request is complete then, or failed by
+    /// [`Self::handle_transmit_failure`] before anything else is called.
     pub fn poll_transmit(&mut self) -> Option<(Transmit, AddressHandle)> {
         if self.state != QpState::Rts {
             return None;
@@ -233,6 +298,7 @@ impl UdQueuePair {
         header.solicited = wr.solicited;
         self.psn = self.psn.plus(1);
         self.out.counters.sent_pkts += 1;
+        self.last = Some(wr);
         if wr.signalled {
             self.out.complete(send_completion(&wr, Status::Success));
         }
@@ -240,6 +306,37 @@ impl UdQueuePair {
             transmit(header, wr.local.slice(0, wr.local.total())),
             wr.address,
         ))
+    }
+
+    /// The caller could not find the memory of the datagram that it just polled: its request fails,
+    /// those behind it are flushed, and the state is SQE.
+    pub fn handle_transmit_failure(&mut self) {
+        let Some(wr) = self.last.take() else { return };
+        if wr.signalled && self.out.completions.pop_back().is_some() {
+            self.out.sends -= 1;
+        }
+        self.out.counters.sent_pkts -= 1;
+        self.out
+            .complete(send_completion(&wr, Status::LocalProtection));
+        self.state = QpState::Sqe;
+        self.flush_sends();
+    }
+
+    fn flush_sends(&mut self) {
+        while let Some(wr) = self.sends.pop_front() {
+            self.out.complete(send_completion(&wr, Status::Flushed));
+        }
+    }
+
+    /// Whether some datagram waits to be sent.
+    #[must_use]
+    pub fn has_pending_transmit(&self) -> bool {
+        self.state == QpState::Rts && !self.sends.is_empty()
+    }
+
+    /// The next event.
+    pub fn poll_event(&mut self) -> Option<QpEvent> {
+        self.out.poll_event()
     }
 
     /// The next completion.
@@ -253,7 +350,8 @@ impl UdQueuePair {
         grh: &[u8; GRH_LEN],
         memory: &mut impl Memory,
     ) -> Result<Completion, DropReason> {
-        if !matches!(self.state, QpState::Rtr | QpState::Rts) {
+        use QpState::{Rtr, Rts, Sqd, Sqe};
+        if !matches!(self.state, Rtr | Rts | Sqd | Sqe) {
             return Err(DropReason::State(self.state));
         }
         if packet.row().class != Class::Ud {
@@ -267,6 +365,9 @@ impl UdQueuePair {
         };
         if deth.qkey != self.qkey {
             return Err(DropReason::Qkey);
+        }
+        if self.recvs.is_empty() && self.caps.shared_receives {
+            self.recvs.extend(memory.shared_receive());
         }
         let wr = self.recvs.front().ok_or(DropReason::NoReceive)?;
         let len = (GRH_LEN + packet.payload().len()) as u32;
@@ -292,12 +393,18 @@ impl UdQueuePair {
     }
 
     fn transition(&mut self, to: QpState) -> Result<(), InvalidTransition> {
-        let from = self.state;
-        if !from.legal(to) {
-            return Err(InvalidTransition { from, to });
+        if !self.state.legal(to) {
+            return Err(self.invalid(to));
         }
         self.state = to;
         Ok(())
+    }
+
+    const fn invalid(&self, to: QpState) -> InvalidTransition {
+        InvalidTransition {
+            from: self.state,
+            to,
+        }
     }
 }
 

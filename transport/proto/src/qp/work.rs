@@ -1,6 +1,6 @@
 //! Work requests and completions. Names and meanings are those of ibverbs.
 
-use super::memory::{Remote, Rkey, SgList};
+use super::memory::{Access, Lkey, Remote, Rkey, SgList};
 use super::types::QpState;
 use crate::wire::Qpn;
 
@@ -40,6 +40,70 @@ pub enum SendOp {
         /// The addend.
         add: u64,
     },
+    /// The eight bytes of the request replace the word at once; its address must be a multiple
+    /// of 8. Finished when they are there, as a READ is.
+    AtomicWrite(Remote),
+    /// What was written before is visible, or persistent, when this has finished.
+    Flush(Flush),
+    /// A key of ours becomes invalid. Nothing is sent.
+    LocalInvalidate(Rkey),
+    /// A memory window gets a place and a key. Nothing is sent.
+    BindWindow(Bind),
+}
+
+impl SendOp {
+    /// Whether the request is carried out at this end, without a packet.
+    #[must_use]
+    pub const fn is_local(&self) -> bool {
+        matches!(self, Self::LocalInvalidate(_) | Self::BindWindow(_))
+    }
+
+    /// Whether only a response of its own, not a plain ACK, finishes it.
+    #[must_use]
+    pub const fn wants_response(&self) -> bool {
+        matches!(
+            self,
+            Self::Read(_)
+                | Self::CompareSwap { .. }
+                | Self::FetchAdd { .. }
+                | Self::AtomicWrite(_)
+                | Self::Flush(_)
+        )
+    }
+}
+
+/// What a FLUSH asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flush {
+    /// Where the range starts.
+    pub remote: Remote,
+    /// Its length, bytes.
+    pub len: u32,
+    /// Visible to everybody there.
+    pub global: bool,
+    /// Kept over a power loss.
+    pub persistent: bool,
+    /// The whole region of the key, whatever the range.
+    pub whole_region: bool,
+}
+
+/// A window's place: part of a region, under a key of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bind {
+    /// The window's key so far.
+    pub window: Rkey,
+    /// Its key from now on; only the low eight bits may differ.
+    pub rkey: Rkey,
+    /// The region.
+    pub region: Lkey,
+    /// Address of the first byte.
+    pub addr: u64,
+    /// Length, bytes; 0 takes the place away.
+    pub len: u64,
+    /// What peers may do there.
+    pub access: Access,
+    /// Peers count addresses from the start of the window.
+    pub zero_based: bool,
 }
 
 /// A send work request.
@@ -96,49 +160,96 @@ pub enum PostError {
     Invalid,
 }
 
-/// How a work request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Status {
-    /// Done.
-    Success,
-    /// The message was longer than the receive.
-    LocalLength,
-    /// The request's memory was not registered as needed.
-    LocalProtection,
-    /// The responder's answer made no sense.
-    BadResponse,
-    /// Another request failed first, or the queue pair was moved to the error state.
-    Flushed,
-    /// The peer refused: invalid request.
-    RemoteInvalidRequest,
-    /// The peer refused: key, range or rights.
-    RemoteAccess,
-    /// The peer failed.
-    RemoteOperation,
-    /// No answer after all retries.
-    RetryExceeded,
-    /// The peer had no receive posted after all retries.
-    RnrRetryExceeded,
+macro_rules! statuses {
+    ($($(#[$doc:meta])* $name:ident = $code:literal)*) => {
+        /// How a work request ended. The numbers are those of ibverbs.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[non_exhaustive]
+        #[repr(u8)]
+        pub enum Status { $($(#[$doc])* $name = $code),* }
+
+        impl Status {
+            /// The status with this number; none for one that no soft-RoCE device reports.
+            #[must_use]
+            pub const fn from_code(code: u8) -> Option<Self> {
+                match code {
+                    $($code => Some(Self::$name),)*
+                    _ => None,
+                }
+            }
+
+            /// The number.
+            #[must_use]
+            pub const fn code(self) -> u8 {
+                self as u8
+            }
+        }
+    };
 }
 
-/// Which kind of work completed.
+statuses! {
+    /// Done.
+    Success = 0
+    /// The message was longer than the receive.
+    LocalLength = 1
+    /// The queue pair cannot do what was asked.
+    LocalOperation = 2
+    /// The request's memory was not registered as needed, or has gone.
+    LocalProtection = 4
+    /// Another request failed first, or the queue pair was moved to the error state.
+    Flushed = 5
+    /// A memory window could not be bound.
+    WindowBind = 6
+    /// The responder's answer made no sense.
+    BadResponse = 7
+    /// The memory of a receive that a WRITE with immediate data used was not as needed.
+    LocalAccess = 8
+    /// The peer refused: invalid request.
+    RemoteInvalidRequest = 9
+    /// The peer refused: key, range or rights.
+    RemoteAccess = 10
+    /// The peer failed.
+    RemoteOperation = 11
+    /// No answer after all retries.
+    RetryExceeded = 12
+    /// The peer had no receive posted after all retries.
+    RnrRetryExceeded = 13
+    /// The operation was aborted by the peer.
+    RemoteAbort = 16
+    /// The device failed.
+    Fatal = 19
+    /// Too late.
+    ResponseTimeout = 20
+    /// Something else.
+    General = 21
+}
+
+/// Which kind of work completed. The numbers are those of ibverbs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum CompletionKind {
     /// A SEND of any sort.
-    Send,
+    Send = 0,
     /// A WRITE of any sort.
-    Write,
+    Write = 1,
     /// A READ.
-    Read,
+    Read = 2,
     /// Compare and swap.
-    CompareSwap,
+    CompareSwap = 3,
     /// Fetch and add.
-    FetchAdd,
+    FetchAdd = 4,
+    /// A memory window was bound.
+    BindWindow = 5,
+    /// A key was invalidated at this end.
+    LocalInvalidate = 6,
+    /// FLUSH.
+    Flush = 8,
+    /// ATOMIC WRITE.
+    AtomicWrite = 9,
     /// A receive, filled by a SEND.
-    Recv,
+    Recv = 128,
     /// A receive, consumed by a WRITE with immediate data.
-    RecvWriteImm,
+    RecvWriteImm = 129,
 }
 
 impl CompletionKind {

@@ -72,6 +72,53 @@ pub struct Feth {
     pub bits: u32,
 }
 
+impl Feth {
+    const GLOBAL: u32 = 1;
+    const PERSISTENT: u32 = 1 << 1;
+    const WHOLE_REGION: u32 = 1 << 4;
+    const KNOWN: u32 = Self::GLOBAL | Self::PERSISTENT | Self::WHOLE_REGION;
+
+    /// Visible to everybody, kept over a power loss, for the whole region and not a range.
+    #[must_use]
+    pub const fn new(global: bool, persistent: bool, whole_region: bool) -> Self {
+        let mut bits = 0;
+        if global {
+            bits |= Self::GLOBAL;
+        }
+        if persistent {
+            bits |= Self::PERSISTENT;
+        }
+        if whole_region {
+            bits |= Self::WHOLE_REGION;
+        }
+        Self { bits }
+    }
+
+    /// Whether it asks for something, and for nothing that has no meaning yet.
+    #[must_use]
+    pub const fn is_valid(self) -> bool {
+        self.bits & (Self::GLOBAL | Self::PERSISTENT) != 0 && self.bits & 0x3f & !Self::KNOWN == 0
+    }
+
+    /// Asks for visibility.
+    #[must_use]
+    pub const fn global(self) -> bool {
+        self.bits & Self::GLOBAL != 0
+    }
+
+    /// Asks for persistence.
+    #[must_use]
+    pub const fn persistent(self) -> bool {
+        self.bits & Self::PERSISTENT != 0
+    }
+
+    /// Means the whole region of the key.
+    #[must_use]
+    pub const fn whole_region(self) -> bool {
+        self.bits & Self::WHOLE_REGION != 0
+    }
+}
+
 /// A receiver-not-ready timer code: 5 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RnrTimer(u8);

@@ -37,9 +37,9 @@ pub enum Kind {
     CompareSwap,
     /// 64-bit fetch and add.
     FetchAdd,
-    /// FLUSH (IBTA 1.5); decoded, not served.
+    /// FLUSH (IBTA 1.5).
     Flush,
-    /// ATOMIC WRITE (IBTA 1.5); decoded, not served.
+    /// ATOMIC WRITE (IBTA 1.5).
     AtomicWrite,
     /// Congestion notification.
     Cnp,

@@ -4,7 +4,7 @@
 pub mod pcap;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::net::Ipv4Addr;
 
 use lowtide_transport_proto::icrc::{self, Flow};
@@ -48,6 +48,9 @@ pub struct Region {
 pub struct TestMemory {
     pub regions: BTreeMap<u32, Region>,
     pub atomics: u32,
+    pub flushes: u32,
+    /// A shared receive queue.
+    pub shared: VecDeque<RecvWr>,
 }
 
 impl TestMemory {
@@ -95,10 +98,11 @@ impl Memory for TestMemory {
     ) -> Result<(), AccessError> {
         self.range(rkey.0, va, len)?;
         let granted = self.regions[&rkey.0].access;
-        let enough = (!access.remote_read || granted.remote_read)
-            && (!access.remote_write || granted.remote_write)
-            && (!access.remote_atomic || granted.remote_atomic);
-        if enough { Ok(()) } else { Err(AccessError) }
+        if granted.allows(access) {
+            Ok(())
+        } else {
+            Err(AccessError)
+        }
     }
 
     fn place(&mut self, target: Fragment, payload: &[u8]) -> Result<(), AccessError> {
@@ -116,7 +120,11 @@ impl Memory for TestMemory {
     }
 
     fn atomic(&mut self, rkey: Rkey, va: u64, op: AtomicOp) -> Result<u64, AccessError> {
-        self.check_remote(rkey, va, 8, Access::ATOMIC)?;
+        let right = match op {
+            AtomicOp::Write { .. } => Access::WRITE,
+            _ => Access::ATOMIC,
+        };
+        self.check_remote(rkey, va, 8, right)?;
         let range = self.range(rkey.0, va, 8)?;
         self.atomics += 1;
         let word = &mut self.regions.get_mut(&rkey.0).ok_or(AccessError)?.bytes[range];
@@ -125,6 +133,7 @@ impl Memory for TestMemory {
             AtomicOp::CompareSwap { compare, swap } if compare == old => swap,
             AtomicOp::CompareSwap { .. } => old,
             AtomicOp::FetchAdd { add } => old.wrapping_add(add),
+            AtomicOp::Write { value } => u64::from_ne_bytes(value),
         };
         word.copy_from_slice(&new.to_ne_bytes());
         Ok(old)
@@ -132,6 +141,35 @@ impl Memory for TestMemory {
 
     fn invalidate(&mut self, rkey: Rkey) -> Result<(), AccessError> {
         self.regions.remove(&rkey.0).map(|_| ()).ok_or(AccessError)
+    }
+
+    fn invalidate_local(&mut self, rkey: Rkey) -> Result<(), AccessError> {
+        self.invalidate(rkey)
+    }
+
+    /// A window is a copy here: enough to see when it is bound, and to where.
+    fn bind(&mut self, bind: &Bind) -> Result<(), AccessError> {
+        let range = self.range(bind.region.0, bind.addr, bind.len as u32)?;
+        let bytes = self.regions[&bind.region.0].bytes[range].to_vec();
+        let window = Region {
+            base: bind.addr,
+            bytes,
+            access: bind.access,
+            local_write: true,
+        };
+        self.regions.insert(bind.rkey.0, window);
+        Ok(())
+    }
+
+    fn flush(&mut self, rkey: Rkey, access: Access) -> Result<(), AccessError> {
+        let region = self.regions.get(&rkey.0).ok_or(AccessError)?;
+        let granted = region.access.allows(access);
+        self.flushes += u32::from(granted);
+        granted.then_some(()).ok_or(AccessError)
+    }
+
+    fn shared_receive(&mut self) -> Option<RecvWr> {
+        self.shared.pop_front()
     }
 }
 
@@ -207,6 +245,7 @@ pub struct Setup {
     pub read_chunk_packets: u16,
     pub access: Access,
     pub depth: u32,
+    pub shared_receives: bool,
 }
 
 impl Default for Setup {
@@ -223,6 +262,7 @@ impl Default for Setup {
             read_chunk_packets: 0,
             access: Access::ALL,
             depth: 64,
+            shared_receives: false,
         }
     }
 }
@@ -357,6 +397,7 @@ pub fn connected(i: usize, setup: Setup) -> QueuePair {
     let caps = QpCaps {
         send_wr_max: setup.depth,
         recv_wr_max: setup.depth,
+        shared_receives: setup.shared_receives,
     };
     let mut qp = QueuePair::new(setup.kind, QPNS[i], caps);
     qp.to_init(InitAttr {

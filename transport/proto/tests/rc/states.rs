@@ -6,7 +6,17 @@ use super::*;
 fn the_transition_table_holds() {
     use QpState::*;
     let all = [Reset, Init, Rtr, Rts, Sqd, Sqe, Err];
-    let legal = [(Reset, Init), (Init, Init), (Init, Rtr), (Rtr, Rts)];
+    let legal = [
+        (Reset, Init),
+        (Init, Init),
+        (Init, Rtr),
+        (Rtr, Rts),
+        (Rts, Rts),
+        (Rts, Sqd),
+        (Sqd, Sqd),
+        (Sqd, Rts),
+        (Sqe, Rts),
+    ];
     for from in all {
         for to in all {
             let expected = matches!(to, Reset | Err) || legal.contains(&(from, to));
@@ -35,6 +45,7 @@ fn posting_needs_the_right_state_and_room() {
     let caps = QpCaps {
         send_wr_max: 2,
         recv_wr_max: 2,
+        shared_receives: false,
     };
     let mut qp = QueuePair::new(QpKind::Rc, QPNS[0], caps);
     let send = SendWr::new(WrId(1), SendOp::Send, SgList::EMPTY);
@@ -200,6 +211,7 @@ fn in_rtr_requests_are_served_but_answers_are_not_expected() {
         QpCaps {
             send_wr_max: 4,
             recv_wr_max: 4,
+            shared_receives: false,
         },
     );
     qp.to_init(InitAttr {

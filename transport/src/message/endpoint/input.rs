@@ -23,7 +23,8 @@ impl EndpointCtx {
             .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
         for datagram in arrival.bytes.chunks(arrival.segment) {
             match self.device.handle(now, arrival, datagram) {
-                Input::Dropped => {}
+                // Nobody here is in a multicast group.
+                Input::Dropped | Input::Delivered => {}
                 Input::Taken { id, placed } => {
                     let placed = placed.map(|(offset, range)| (offset, &datagram[range]));
                     self.note_heard(id, now);

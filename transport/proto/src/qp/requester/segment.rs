@@ -2,11 +2,11 @@
 //!
 //! Any packet is built from its sequence number alone: sending again needs no memory of sending.
 
-use super::super::memory::{Fragments, Remote};
+use super::super::memory::{Fragments, Remote, Rkey};
 use super::super::types::{QpKind, Transmit};
-use super::super::work::{Completion, CompletionKind, SendOp, SendWr, Status};
+use super::super::work::{Completion, CompletionKind, Flush, SendOp, SendWr, Status};
 use super::super::{Link, transmit};
-use crate::wire::{AtomicEth, Extension, Header, Opcode, Position, Psn, Reth};
+use crate::wire::{AtomicEth, Extension, Feth, Header, Opcode, Position, Psn, Reth};
 
 /// A posted send work request.
 #[derive(Clone, Copy, Debug)]
@@ -14,8 +14,10 @@ pub(super) struct Wqe {
     pub wr: SendWr,
     /// Sequence number of its first packet.
     pub first: u64,
-    /// How many packets, or response packets, it takes.
+    /// How many packets, or response packets, it takes; none for what is done at this end.
     pub packets: u32,
+    /// It is done at this end, and that has happened.
+    pub is_done: bool,
 }
 
 impl Wqe {
@@ -25,10 +27,26 @@ impl Wqe {
 
     /// Whether only a response of its own, not a plain ACK, finishes it.
     pub const fn wants_response(&self) -> bool {
-        matches!(
-            self.wr.op,
-            SendOp::Read(_) | SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. }
-        )
+        self.wr.op.wants_response()
+    }
+
+    /// Whether it is to be done at this end, still.
+    pub const fn is_waiting(&self) -> bool {
+        self.packets == 0 && !self.is_done
+    }
+
+    /// Bytes of the answer's packet `index`, and whether the answer is an atomic's; none if an
+    /// answer makes no sense.
+    pub fn answer(&self, index: u32, link: &Link) -> Option<(u32, bool)> {
+        match self.wr.op {
+            SendOp::Read(_) => {
+                let left = self.wr.local.total() - index * link.mtu.bytes();
+                Some((left.min(link.mtu.bytes()), false))
+            }
+            SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. } => Some((8, true)),
+            SendOp::AtomicWrite(_) | SendOp::Flush(_) => Some((0, false)),
+            _ => None,
+        }
     }
 
     const fn kind(&self) -> CompletionKind {
@@ -38,13 +56,19 @@ impl Wqe {
             SendOp::Read(_) => CompletionKind::Read,
             SendOp::CompareSwap { .. } => CompletionKind::CompareSwap,
             SendOp::FetchAdd { .. } => CompletionKind::FetchAdd,
+            SendOp::AtomicWrite(_) => CompletionKind::AtomicWrite,
+            SendOp::Flush(_) => CompletionKind::Flush,
+            SendOp::LocalInvalidate(_) => CompletionKind::LocalInvalidate,
+            SendOp::BindWindow(_) => CompletionKind::BindWindow,
         }
     }
 
     pub fn completion(&self, status: Status, link: &Link) -> Completion {
         let byte_len = match self.kind() {
-            CompletionKind::Send | CompletionKind::Write => 0,
-            _ => self.wr.local.total(),
+            CompletionKind::Read | CompletionKind::CompareSwap | CompletionKind::FetchAdd => {
+                self.wr.local.total()
+            }
+            _ => 0,
         };
         Completion {
             wr_id: self.wr.wr_id,
@@ -97,24 +121,17 @@ impl Wqe {
                 swap,
             } => {
                 payload = Fragments::EMPTY;
-                let atomic = AtomicEth {
-                    va: remote.va,
-                    rkey: remote.rkey.0,
-                    swap_add: swap,
-                    compare,
-                };
-                (Opcode::RcCompareSwap, Extension::Atomic(atomic))
+                (Opcode::RcCompareSwap, atomic(remote, swap, compare))
             }
             SendOp::FetchAdd { remote, add } => {
                 payload = Fragments::EMPTY;
-                let atomic = AtomicEth {
-                    va: remote.va,
-                    rkey: remote.rkey.0,
-                    swap_add: add,
-                    compare: 0,
-                };
-                (Opcode::RcFetchAdd, Extension::Atomic(atomic))
+                (Opcode::RcFetchAdd, atomic(remote, add, 0))
             }
+            SendOp::AtomicWrite(remote) => {
+                let extension = Extension::Reth(reth(remote, 8));
+                (Opcode::RcAtomicWrite, extension)
+            }
+            SendOp::Flush(flush) => (Opcode::RcFlush, flush_header(flush)),
             op => message_header(op, position, self.wr.local.total(), link.kind),
         };
         let mut header = Header::new(opcode, link.dest, psn, extension);
@@ -135,14 +152,33 @@ impl Wqe {
     }
 }
 
+const fn reth(remote: Remote, len: u32) -> Reth {
+    let Rkey(rkey) = remote.rkey;
+    Reth {
+        va: remote.va,
+        rkey,
+        len,
+    }
+}
+
+const fn atomic(remote: Remote, swap_add: u64, compare: u64) -> Extension {
+    Extension::Atomic(AtomicEth {
+        va: remote.va,
+        rkey: remote.rkey.0,
+        swap_add,
+        compare,
+    })
+}
+
+fn flush_header(flush: Flush) -> Extension {
+    let feth = Feth::new(flush.global, flush.persistent, flush.whole_region);
+    Extension::FethReth(feth, reth(flush.remote, flush.len))
+}
+
 /// Opcode and extension of a SEND or WRITE packet.
 fn message_header(op: SendOp, position: Position, total: u32, kind: QpKind) -> (Opcode, Extension) {
     use Position::{First, Last, Middle, Only};
-    let reth = |remote: Remote| Reth {
-        va: remote.va,
-        rkey: remote.rkey.0,
-        len: total,
-    };
+    let reth = |remote: Remote| reth(remote, total);
     let (opcode, extension) = match (op, position) {
         (SendOp::SendImm(imm), Last) => (Opcode::RcSendLastImm, Extension::Imm(imm)),
         (SendOp::SendImm(imm), Only) => (Opcode::RcSendOnlyImm, Extension::Imm(imm)),

@@ -13,14 +13,31 @@ use crate::wire::{Aeth, Extension, Header, Opcode, Position, Psn, Reth, Syndrome
 
 /// Deepest replay ring.
 const REPLAY_MAX: usize = 128;
+/// What an ATOMIC WRITE or FLUSH returns.
+const NOTHING: Reth = Reth {
+    va: 0,
+    rkey: 0,
+    len: 0,
+};
 /// Answers besides those to READs and atomics that may wait.
 const OTHER_ANSWERS_MAX: usize = 8;
 
 /// What is remembered of a READ or atomic.
 #[derive(Clone, Copy, Debug)]
 enum Replay {
-    Read { psn: Psn, packets: u32, reth: Reth },
-    Atomic { psn: Psn, original: u64 },
+    Read {
+        psn: Psn,
+        packets: u32,
+        reth: Reth,
+    },
+    Atomic {
+        psn: Psn,
+        original: u64,
+    },
+    /// An ATOMIC WRITE or FLUSH, answered by a READ response without payload.
+    Done {
+        psn: Psn,
+    },
 }
 
 /// A READ being answered.
@@ -133,6 +150,27 @@ impl Answers {
         self.line.push_back(Answer::Atomic { psn, msn, original });
     }
 
+    /// The response to an ATOMIC WRITE or FLUSH: that of a READ of nothing.
+    pub fn done(&mut self, psn: Psn, msn: u32) {
+        self.remember(Replay::Done { psn });
+        self.line
+            .push_back(Answer::Read(ReadAnswer::new(psn, NOTHING, msn, false)));
+    }
+
+    /// The same again, if it is remembered. False if not.
+    pub fn repeat_done(&mut self, psn: Psn, msn: u32) -> bool {
+        let is_it = |replay: &Replay| matches!(replay, Replay::Done { psn: at } if *at == psn);
+        if !self.replay.iter().any(is_it) {
+            return false;
+        }
+        let is_it = |a: &Answer| matches!(a, Answer::Read(waiting) if waiting.psn == psn);
+        if !self.line.iter().any(is_it) {
+            self.line
+                .push_back(Answer::Read(ReadAnswer::new(psn, NOTHING, msn, true)));
+        }
+        true
+    }
+
     /// Answer a repeated READ request again, if it lies within one that is remembered and its
     /// memory still is readable. False if not.
     pub fn repeat_read(
@@ -156,7 +194,7 @@ impl Answers {
                     && bytes + u64::from(asked.len) <= u64::from(reth.len)
                     && asked.rkey == reth.rkey
             }
-            Replay::Atomic { .. } => false,
+            Replay::Atomic { .. } | Replay::Done { .. } => false,
         });
         let rkey = Rkey(asked.rkey);
         let readable = asked.len == 0

@@ -1,30 +1,27 @@
 //! The device under its lock, and the thread that drives it when nobody else does.
 //!
-//! Owns: the lock, work requests between posting and polling, completion queues, the thread.
+//! Owns: the lock, the round of work (receive, expire, manage, send), the thread.
 //!
 //! The thread sleeps in epoll. Threads that post or poll drive the device themselves and note the
 //! time; as long as that is less than [`TICK`] ago the thread only looks again after another
-//! [`TICK`], and no packet wakes it meanwhile. A thread that is going to sleep until a completion comes says so, and the device's
-//! thread takes over at once. No thread that drives the device blocks on anything but its lock.
+//! [`TICK`], and no packet wakes it meanwhile. A thread that is going to sleep until a completion comes
+//! says so, and the device's thread takes over at once. No thread that drives the device blocks on
+//! anything but its lock.
 
-use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use lowtide_transport_proto::qp::{Completion, CompletionKind, QpCaps, QueuePair, Status};
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::Qpn;
 
-use super::CreateError;
+use super::tables::Tables;
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
-use crate::memory::Key;
 use crate::udp::{ReceiveBatch, block_signals};
 
 /// Nobody has driven the device for so long: its thread does.
@@ -36,81 +33,17 @@ const NEVER: u64 = u64::MAX;
 const TOKEN_SOCKET: mio::Token = mio::Token(0);
 const TOKEN_WAKER: mio::Token = mio::Token(1);
 
-/// Index of a completion queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct CqId(usize);
-
-/// A work request under way.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Posted {
-    pub(super) id: u64,
-    pub(super) slot: Option<Key>,
-}
-
-/// One of a queue pair's two queues.
-#[derive(Debug)]
-pub(super) struct Queue {
-    posted: VecDeque<Posted>,
-    /// Completions not polled yet; they count too.
-    unpolled: u32,
-    depth: u32,
-    cq: CqId,
-}
-
-impl Queue {
-    pub(super) fn is_full(&self) -> bool {
-        self.posted.len() as u32 + self.unpolled >= self.depth
-    }
-
-    pub(super) fn push(&mut self, posted: Posted) {
-        self.posted.push_back(posted);
-    }
-}
-
-/// What is known of a queue pair besides its state machine.
-#[derive(Debug)]
-pub(super) struct QpEntry {
-    qpn: Qpn,
-    /// Tells lives of one id apart.
-    life: u64,
-    pub(super) sends: Queue,
-    pub(super) recvs: Queue,
-}
-
-/// A completion on its way to the program.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Done {
-    pub(super) id: u64,
-    pub(super) status: Status,
-    pub(super) kind: CompletionKind,
-    pub(super) byte_len: u32,
-    pub(super) imm: Option<u32>,
-    pub(super) qpn: Qpn,
-    slot: Option<Key>,
-    qp: QpId,
-    life: u64,
-}
-
-#[derive(Debug, Default)]
-struct Cq {
-    done: VecDeque<Done>,
-    depth: u32,
-    /// The depth that its queue pairs' queues may fill.
-    promised: u32,
-    is_live: bool,
-}
-
 /// Everything under the lock.
 pub(crate) struct State {
     pub(crate) device: Device,
     /// The connections that its connection manager makes.
     pub(crate) manager: Manager,
+    /// What the device does not know: completion queues, and whom they belong to.
+    pub(crate) tables: Tables,
     batch: ReceiveBatch,
-    qps: Vec<Option<QpEntry>>,
-    cqs: Vec<Cq>,
     /// Protection domains made so far.
     pub(super) domains: u32,
-    lives: u64,
+    drawn: u64,
     random: RandomState,
 }
 
@@ -126,6 +59,8 @@ pub(crate) struct Shared {
     sleeps_until: AtomicU64,
     is_stopping: AtomicBool,
     waker: mio::Waker,
+    /// Where more sockets can be registered to wake the thread.
+    registry: mio::Registry,
     /// The device's thread, to be woken from a nap.
     thread: OnceLock<std::thread::Thread>,
 }
@@ -156,11 +91,10 @@ pub(super) fn start(
     let state = State {
         device,
         manager,
+        tables: Tables::new()?,
         batch: ReceiveBatch::default(),
-        qps: Vec::new(),
-        cqs: Vec::new(),
         domains: 0,
-        lives: 0,
+        drawn: 0,
         random,
     };
     let shared = Arc::new(Shared {
@@ -171,6 +105,7 @@ pub(super) fn start(
         sleeps_until: AtomicU64::new(NEVER),
         is_stopping: AtomicBool::new(false),
         waker,
+        registry: poll.registry().try_clone()?,
         thread: OnceLock::new(),
     });
     let ours = shared.clone();
@@ -221,7 +156,7 @@ impl Shared {
     }
 
     /// Wakes the device's thread if it would oversleep a timer.
-    pub(super) fn note_deadline(&self, state: &mut MutexGuard<'_, State>) {
+    pub(crate) fn note_deadline(&self, state: &mut MutexGuard<'_, State>) {
         let due = match state.next_timeout() {
             _ if state.device.has_output() => 0,
             due => due.map_or(NEVER, |due| due.0),
@@ -242,15 +177,22 @@ impl Shared {
         self.waker.wake()
     }
 
-    /// Sleeps until something completes on `cq`; false when `deadline` has passed.
-    pub(super) fn sleep(&self, cq: CqId, deadline: Instant) -> bool {
-        self.sleep_until(deadline, |state| !state.is_cq_empty(cq))
+    /// Nobody here will drive the device for a while: its thread does, at once.
+    pub(super) fn hand_over(&self) {
+        self.driven_at.store(0, Ordering::Relaxed);
+        let _ = self.wake();
+    }
+
+    /// Has another socket wake the thread, for as long as it exists.
+    pub(super) fn watch(&self, fd: RawFd) -> io::Result<()> {
+        let mut source = mio::unix::SourceFd(&fd);
+        self.registry
+            .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)
     }
 
     /// Sleeps until `is_done`; false when `deadline` has passed.
     pub(crate) fn sleep_until(&self, deadline: Instant, is_done: impl Fn(&State) -> bool) -> bool {
-        self.driven_at.store(0, Ordering::Relaxed);
-        let _ = self.wake();
+        self.hand_over();
         let mut state = self.lock();
         while !is_done(&state) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -296,8 +238,8 @@ impl Shared {
 
 impl State {
     pub(super) fn draw(&mut self) -> u64 {
-        self.lives += 1;
-        self.random.hash_one(self.lives)
+        self.drawn += 1;
+        self.random.hash_one(self.drawn)
     }
 
     /// Receives, expires timers, sends. Returns whether the socket is empty.
@@ -315,6 +257,7 @@ impl State {
                 break;
             }
         }
+        is_drained &= self.receive_multicast();
         let now = self.device.now();
         while let Some(id) = self.device.expire(now) {
             self.collect(id);
@@ -322,6 +265,22 @@ impl State {
         self.manage();
         self.transmit();
         is_drained
+    }
+
+    /// The same for the groups joined.
+    fn receive_multicast(&mut self) -> bool {
+        for _ in 0..BATCHES_MAX {
+            let now = self.device.now();
+            let filled = self.device.receive_multicast(&mut self.batch).unwrap_or(0);
+            if filled == 0 {
+                return true;
+            }
+            for slot in 0..filled {
+                self.take(now, slot);
+            }
+            self.collect_finished();
+        }
+        false
     }
 
     /// Lets the connection manager act, and takes what its moves flush.
@@ -358,203 +317,34 @@ impl State {
             match input {
                 Input::Taken { id, .. } => {
                     self.manager.note_communication(id);
-                    collect(&mut self.device, &mut self.qps, &mut self.cqs, id);
+                    self.tables.collect(&mut self.device, id);
                 }
                 Input::Management(range) => {
                     self.manager.handle(now, arrival.source, &datagram[range]);
                 }
                 // What is for nobody is dropped in silence.
                 Input::Dropped | Input::UnknownQueuePair(_) => {}
+                // `receive_multicast` collects.
+                Input::Delivered => {}
             }
         }
     }
 
     /// Sends what may be sent.
-    pub(super) fn transmit(&mut self) {
+    pub(crate) fn transmit(&mut self) {
         let now = self.device.now();
         self.device.transmit(now);
-        while let Some(id) = self.device.poll_failed() {
+        self.collect_finished();
+    }
+
+    fn collect_finished(&mut self) {
+        while let Some(id) = self.device.poll_finished() {
             self.collect(id);
         }
     }
 
-    /// Moves a queue pair's completions to their queues.
-    pub(super) fn collect(&mut self, id: QpId) {
-        collect(&mut self.device, &mut self.qps, &mut self.cqs, id);
-    }
-
-    pub(super) fn with_qp<R>(
-        &mut self,
-        id: QpId,
-        act: impl FnOnce(&mut QueuePair, &mut QpEntry) -> R,
-    ) -> R {
-        let entry = self.qps[id.0 as usize]
-            .as_mut()
-            .expect("it lives as long as its handle");
-        act(self.device.qp(id).expect("as its entry"), entry)
-    }
-
-    pub(super) fn add_qp(
-        &mut self,
-        domain: u32,
-        caps: QpCaps,
-        send_cq: CqId,
-        recv_cq: CqId,
-    ) -> Result<(QpId, Qpn), CreateError> {
-        let wanted = [(send_cq, caps.send_wr_max), (recv_cq, caps.recv_wr_max)];
-        let fits = |cq: &Cq, extra: u32| cq.promised.saturating_add(extra) <= cq.depth;
-        let fit = match send_cq == recv_cq {
-            true => fits(
-                &self.cqs[send_cq.0],
-                caps.send_wr_max.saturating_add(caps.recv_wr_max),
-            ),
-            false => wanted
-                .iter()
-                .all(|(cq, depth)| fits(&self.cqs[cq.0], *depth)),
-        };
-        if !fit {
-            return Err(CreateError::CompletionQueueTooShallow);
-        }
-        let (id, qpn) = self
-            .device
-            .create_qp(domain, caps)
-            .ok_or(CreateError::Exhausted)?;
-        let [sends, recvs] = wanted.map(|(cq, depth)| {
-            self.cqs[cq.0].promised += depth;
-            Queue {
-                posted: VecDeque::new(),
-                unpolled: 0,
-                depth,
-                cq,
-            }
-        });
-        self.lives += 1;
-        if self.qps.len() <= id.0 as usize {
-            self.qps.resize_with(id.0 as usize + 1, || None);
-        }
-        self.qps[id.0 as usize] = Some(QpEntry {
-            qpn,
-            life: self.lives,
-            sends,
-            recvs,
-        });
-        Ok((id, qpn))
-    }
-
-    /// Destroys a queue pair; what was posted is forgotten, completions stay to be polled.
-    pub(super) fn remove_qp(&mut self, id: QpId) {
-        self.collect(id);
-        self.transmit();
-        self.device.destroy_qp(id);
-        let Some(entry) = self.qps[id.0 as usize].take() else {
-            return;
-        };
-        for queue in [entry.sends, entry.recvs] {
-            // Completions left in the queue keep their place until they are polled.
-            self.cqs[queue.cq.0].promised -= queue.depth - queue.unpolled;
-            for posted in queue.posted {
-                self.free_slot(posted.slot);
-            }
-        }
-    }
-
-    fn free_slot(&mut self, slot: Option<Key>) {
-        if let Some(key) = slot {
-            self.device.memory.unreserve(key);
-        }
-    }
-
-    pub(super) fn add_cq(&mut self, depth: u32) -> CqId {
-        let cq = Cq {
-            depth,
-            is_live: true,
-            ..Cq::default()
-        };
-        match self.cqs.iter().position(|cq| !cq.is_live) {
-            Some(index) => {
-                self.cqs[index] = cq;
-                CqId(index)
-            }
-            None => {
-                self.cqs.push(cq);
-                CqId(self.cqs.len() - 1)
-            }
-        }
-    }
-
-    /// No queue pair uses it any more: their handles keep it alive.
-    pub(super) fn remove_cq(&mut self, id: CqId) {
-        let cq = std::mem::take(&mut self.cqs[id.0]);
-        for done in cq.done {
-            self.free_slot(done.slot);
-        }
-    }
-
-    pub(super) fn is_cq_empty(&self, id: CqId) -> bool {
-        self.cqs[id.0].done.is_empty()
-    }
-
-    /// Takes a completion, and its slot's bytes out of the device.
-    #[allow(
-        clippy::type_complexity,
-        reason = "a completion and what its slot is made of"
-    )]
-    pub(super) fn pop_cq(&mut self, id: CqId) -> Option<(Done, Option<(Key, Box<[u8]>)>)> {
-        let done = self.cqs[id.0].done.pop_front()?;
-        match self.qps[done.qp.0 as usize]
-            .as_mut()
-            .filter(|entry| entry.life == done.life)
-        {
-            Some(entry) => {
-                let is_recv = done.kind.is_recv();
-                let queue = if is_recv {
-                    &mut entry.recvs
-                } else {
-                    &mut entry.sends
-                };
-                queue.unpolled -= 1;
-            }
-            None => self.cqs[id.0].promised -= 1,
-        }
-        let bytes = done
-            .slot
-            .and_then(|key| Some((key, self.device.memory.detach(key)?)));
-        Some((done, bytes))
-    }
-}
-
-fn collect(device: &mut Device, qps: &mut [Option<QpEntry>], cqs: &mut [Cq], id: QpId) {
-    let Some(entry) = qps.get_mut(id.0 as usize).and_then(Option::as_mut) else {
-        return;
-    };
-    while let Some(completion) = device.poll_completion(id) {
-        let Completion {
-            status,
-            kind,
-            byte_len,
-            imm,
-            ..
-        } = completion;
-        let queue = if kind.is_recv() {
-            &mut entry.recvs
-        } else {
-            &mut entry.sends
-        };
-        let posted = queue
-            .posted
-            .pop_front()
-            .expect("completions come in the order posted");
-        queue.unpolled += 1;
-        cqs[queue.cq.0].done.push_back(Done {
-            id: posted.id,
-            status,
-            kind,
-            byte_len,
-            imm,
-            qpn: entry.qpn,
-            slot: posted.slot,
-            qp: id,
-            life: entry.life,
-        });
+    /// Moves a queue pair's completions to their queues, and its events to theirs.
+    pub(crate) fn collect(&mut self, id: QpId) {
+        self.tables.collect(&mut self.device, id);
     }
 }

@@ -1,0 +1,153 @@
+//! Memory of our own that peers and other threads may touch at any time, in atomic words.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lowtide_transport_proto::qp::AtomicOp;
+
+use super::AccessError;
+
+/// Bytes that several threads and peers read and write at once, as whole atomic words.
+///
+/// A read during a write yields, for each aligned eight bytes, either all old or all new ones.
+#[derive(Debug)]
+pub struct SharedMemory {
+    words: Box<[AtomicU64]>,
+    len: usize,
+}
+
+impl SharedMemory {
+    /// `len` zero bytes.
+    pub fn new(len: usize) -> Arc<SharedMemory> {
+        let words = (0..len.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(SharedMemory { words, len })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no byte at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies bytes out from `offset` on. Panics outside the region.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        assert!(offset <= self.len && into.len() <= self.len - offset);
+        let (head, rest) = into.split_at_mut(into.len().min(offset.wrapping_neg() % 8));
+        self.read_within(offset, head);
+        let at = offset + head.len();
+        let (words, tail) = rest.as_chunks_mut();
+        for (word, to) in self.words[at / 8..].iter().zip(&mut *words) {
+            // Relaxed: the words carry no message but themselves; whoever needs an order gets it
+            // from the completion queue.
+            *to = word.load(Ordering::Relaxed).to_ne_bytes();
+        }
+        self.read_within(at + 8 * words.len(), tail);
+    }
+
+    /// Part of one word.
+    fn read_within(&self, offset: usize, into: &mut [u8]) {
+        if !into.is_empty() {
+            let word = self.words[offset / 8].load(Ordering::Relaxed).to_ne_bytes();
+            into.copy_from_slice(&word[offset % 8..][..into.len()]);
+        }
+    }
+
+    /// Copies bytes in from `offset` on. Panics outside the region.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset <= self.len && bytes.len() <= self.len - offset);
+        let (head, rest) = bytes.split_at(bytes.len().min(offset.wrapping_neg() % 8));
+        self.write_within(offset, head);
+        let at = offset + head.len();
+        let (words, tail) = rest.as_chunks();
+        for (word, from) in self.words[at / 8..].iter().zip(words) {
+            word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
+        }
+        self.write_within(at + 8 * words.len(), tail);
+    }
+
+    /// Part of one word: neighbours may change it at the same time.
+    fn write_within(&self, offset: usize, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let update = |old: u64| {
+            let mut whole = old.to_ne_bytes();
+            whole[offset % 8..][..bytes.len()].copy_from_slice(bytes);
+            Some(u64::from_ne_bytes(whole))
+        };
+        let word = &self.words[offset / 8];
+        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
+    }
+
+    /// Performs `op` on the word at `offset` and returns what was there.
+    ///
+    /// # Errors
+    /// [`AccessError::Unaligned`] if `offset` is no multiple of eight.
+    pub fn atomic(&self, offset: usize, op: AtomicOp) -> Result<u64, AccessError> {
+        if !offset.is_multiple_of(8) {
+            return Err(AccessError::Unaligned);
+        }
+        let word = &self.words[offset / 8];
+        // SeqCst: verbs promise no less between atomics of one device.
+        Ok(match op {
+            AtomicOp::CompareSwap { compare, swap } => {
+                match word.compare_exchange(compare, swap, Ordering::SeqCst, Ordering::SeqCst) {
+                    Ok(old) | Err(old) => old,
+                }
+            }
+            AtomicOp::FetchAdd { add } => word.fetch_add(add, Ordering::SeqCst),
+            AtomicOp::Write { value } => word.swap(u64::from_ne_bytes(value), Ordering::SeqCst),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_bytes_are_those_of_a_plain_array_at_any_alignment() {
+        let shared = SharedMemory::new(64);
+        let mut plain = [0u8; 64];
+        for (round, (offset, len)) in (0..64)
+            .flat_map(|o| (0..=64 - o).map(move |l| (o, l)))
+            .enumerate()
+        {
+            let bytes: Vec<u8> = (0..len).map(|i| (round * 31 + i * 7) as u8).collect();
+            shared.write(offset, &bytes);
+            plain[offset..offset + len].copy_from_slice(&bytes);
+            let mut out = vec![0; len];
+            shared.read(offset, &mut out);
+            assert_eq!(out, bytes);
+        }
+        let mut out = [0; 64];
+        shared.read(0, &mut out);
+        assert_eq!(out, plain);
+    }
+
+    #[test]
+    fn atomics_return_what_was_there() {
+        let shared = SharedMemory::new(16);
+        let add = |add| AtomicOp::FetchAdd { add };
+        let swap = |compare, swap| AtomicOp::CompareSwap { compare, swap };
+        let value = 17u64.to_ne_bytes();
+        let ops = [
+            (add(5), 0),
+            (swap(4, 9), 5),
+            (swap(5, 9), 5),
+            (add(u64::MAX), 9),
+            (AtomicOp::Write { value }, 8),
+        ];
+        for (op, old) in ops {
+            assert_eq!(shared.atomic(8, op), Ok(old));
+        }
+        let mut out = [0; 8];
+        shared.read(8, &mut out);
+        assert_eq!(out, value);
+        assert_eq!(shared.atomic(4, add(1)), Err(AccessError::Unaligned));
+    }
+}
