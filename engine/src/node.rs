@@ -116,6 +116,8 @@ pub struct NodeConfig {
     /// Shards of a persistent server, 1 to 64; each but a single one has a thread of its own. May
     /// differ from the last start.
     pub shards: u32,
+    /// A pcap file to be written, of what the node sends and accepts.
+    pub capture: Option<PathBuf>,
 }
 
 impl NodeConfig {
@@ -137,6 +139,7 @@ impl NodeConfig {
             evict_after_ms: 30_000,
             carry_bytes: 64 << 10,
             shards: default_shards(),
+            capture: None,
         }
     }
 

@@ -15,8 +15,12 @@
 //! * `device`: the soft-RoCE device: queue pairs, timers, budgets, the ICRC.
 //! * [`faults`]: seeded loss, duplication, reordering, corruption and partition, on every device.
 //! * [`memory`]: what may be sent, placed and reached by peers.
-//! * `pcap`: a capture of what a device sends and accepts.
-//! * [`udp`]: the socket; the only module with system calls of its own, and with `unsafe`.
+//! * [`pcap`]: capture files, written by devices and read again.
+//! * [`udp`]: the socket; the only module with system calls of its own.
+//!
+//! Beside them, with the same words:
+//!
+//! * [`ibv`]: the verbs on libibverbs, loaded at run time: adapters, and the kernel's rxe and siw.
 //!
 //! The state machines and formats are in the crate `lowtide_transport_proto`, which knows no socket
 //! and no clock. On the wire this is RoCEv2 as the Linux kernel's rxe and adapters speak it.
@@ -27,9 +31,11 @@
 pub mod cm;
 mod device;
 pub mod faults;
+#[allow(unsafe_code)] // calls into libibverbs
+pub mod ibv;
 pub mod memory;
 pub mod message;
-mod pcap;
+pub mod pcap;
 #[allow(unsafe_code)] // its contract is about memory of the caller
 pub mod raw;
 #[allow(unsafe_code)] // system calls that no safe crate offers in this form

@@ -1,6 +1,8 @@
-//! A capture file of what a device sends and accepts, for Wireshark, tshark and scapy.
+//! Capture files: what a device sends and accepts, for Wireshark, tshark, scapy and
+//! `lowtide dissect`; and files of anybody's read again.
 //!
-//! Owns: the file and the IP and UDP headers in it, which are rebuilt: a socket does not see them.
+//! Owns: the file that a device writes and the IP and UDP headers in it, which are rebuilt: a socket
+//! does not see them. [`Reader`] reads pcap and pcapng, [`merge`] makes one file of several.
 //! Sent packets have the Identification they are sealed for, received ones the one their ICRC was
 //! solved for, so an independent check of the ICRC holds. A packet that the fault injector spoils
 //! is in the file as it was sent; one that it loses is not.
@@ -9,11 +11,17 @@
 //!
 //! Source: the classic pcap format, link type 101 (raw IP).
 
+mod merge;
+mod read;
+
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+pub use self::merge::{Merged, Piece, merge};
+pub use self::read::{Datagram, FRAME_MAX, Frame, NoDatagram, ReadError, Reader};
 
 const MAGIC_MICROSECONDS: u32 = 0xA1B2_C3D4;
 const LINK_TYPE_RAW_IP: u32 = 101;
@@ -29,10 +37,7 @@ pub(crate) struct Capture {
 impl Capture {
     pub(crate) fn create(path: &Path) -> io::Result<Capture> {
         let mut out = BufWriter::new(File::create(path)?);
-        out.write_all(&MAGIC_MICROSECONDS.to_le_bytes())?;
-        for word in [4 << 16 | 2u32, 0, 0, u32::from(u16::MAX), LINK_TYPE_RAW_IP] {
-            out.write_all(&word.to_le_bytes())?;
-        }
+        write_head(&mut out)?;
         Ok(Capture { out: Some(out) })
     }
 
@@ -50,6 +55,14 @@ impl Capture {
             self.out = None;
         }
     }
+}
+
+fn write_head(out: &mut impl Write) -> io::Result<()> {
+    out.write_all(&MAGIC_MICROSECONDS.to_le_bytes())?;
+    let words = [4 << 16 | 2u32, 0, 0, u32::from(u16::MAX), LINK_TYPE_RAW_IP];
+    words
+        .iter()
+        .try_for_each(|word| out.write_all(&word.to_le_bytes()))
 }
 
 fn write(

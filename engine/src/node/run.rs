@@ -88,6 +88,7 @@ impl Engine {
             loss_percent: config.loss_percent,
             ..Faults::default()
         };
+        endpoint_config.capture = config.capture.clone();
         let endpoint = Endpoint::bind(endpoint_config)?;
         let core = make_core(&config, root, nonce, endpoint.waker())?;
         let peers = config.peers.iter().map(|p| (p.id, p.addr));

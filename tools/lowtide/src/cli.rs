@@ -2,6 +2,7 @@
 //!
 //! Deliberately absent: what the subcommands do (`commands`).
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -62,6 +63,10 @@ pub enum Command {
     Status(StatusArgs),
     /// Print and verify log segments
     Log(LogArgs),
+    /// Write a capture file of the packets that another lowtide command sends and receives
+    Capture(CaptureArgs),
+    /// Explain the RoCEv2 packets of a capture file
+    Dissect(DissectArgs),
 }
 
 /// Options of `run`.
@@ -356,6 +361,50 @@ pub struct LogArgs {
     /// Only verify; print one line per log
     #[arg(long)]
     pub verify: bool,
+}
+
+/// Options of `capture`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every process of the command writes what its device sends and accepts; in FILE each packet is once,
+as its sender saw it. What the fault injector loses is not in it. No rights are needed. Nodes that are
+killed lose the last few KiB. In a configuration of your own, start nodes with LOWTIDE_CAPTURE=DIR in
+the environment: each writes DIR/ADDRESS.PID.pcap.
+
+Examples:
+  lowtide capture --to run.pcap -- run --input ~/src --fault loss:5
+  lowtide capture --to put.pcap -- put --cluster cluster.toml notes.txt /notes.txt
+  lowtide dissect run.pcap")]
+pub struct CaptureArgs {
+    /// The pcap file to write
+    #[arg(long, value_name = "FILE")]
+    pub to: PathBuf,
+    /// The lowtide command, such as run, node, put or get, with its options
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// Options of `dissect`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Tells opcode, queue pair, PSN, the headers that follow, what management datagrams say, and whether the
+invariant CRC is right. Reads pcap and pcapng files of any program. UDP port 4791 is RoCEv2; so is what
+parses and has a right ICRC on any other port. Exit status 1 if an ICRC is wrong, a packet is malformed
+or the file is damaged. With --json one object a line, the last one with the sums.
+
+Examples:
+  lowtide dissect run.pcap
+  tcpdump -i eth0 -w wire.pcap udp port 4791; lowtide dissect wire.pcap
+  lowtide dissect --json run.pcap | jq 'select(.aeth.kind == \"NAK\")'")]
+pub struct DissectArgs {
+    /// The capture file
+    pub file: PathBuf,
+    /// Another UDP port of RoCEv2; may be repeated
+    #[arg(long, value_name = "PORT")]
+    pub port: Vec<u16>,
+    /// JSON, one line per packet
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[cfg(test)]

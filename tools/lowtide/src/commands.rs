@@ -6,6 +6,7 @@ use std::io;
 use crate::cli::{Cli, Command, RunArgs};
 use crate::control::{FileJob, RawPath};
 
+mod dissect;
 mod files;
 mod log;
 mod node;
@@ -28,6 +29,22 @@ pub enum Kind {
     Interrupted = 130,
     /// Whoever read our output went away; as if SIGPIPE had ended us, and nobody to tell.
     Unread = 141,
+}
+
+impl Kind {
+    /// The kind that an exit status stands for.
+    fn from_status(status: i32) -> Option<Kind> {
+        [
+            Kind::Verification,
+            Kind::Usage,
+            Kind::Cluster,
+            Kind::Unreadable,
+            Kind::Interrupted,
+            Kind::Unread,
+        ]
+        .into_iter()
+        .find(|kind| *kind as i32 == status)
+    }
 }
 
 /// A command's failure, in words for the user.
@@ -79,6 +96,8 @@ pub fn execute(cli: Cli) -> Result<(), Failure> {
         Some(Command::Verify(args)) => offline::verify(&args),
         Some(Command::Status(args)) => status::status(&args),
         Some(Command::Log(args)) => log::log(&args),
+        Some(Command::Capture(args)) => dissect::capture(&args),
+        Some(Command::Dissect(args)) => dissect::dissect(&args),
         Some(Command::Node(args)) => node::node(&args),
         Some(Command::Put(args)) => {
             let (from, to) = (files::local(&args.from)?, RawPath(args.to));

@@ -2,7 +2,8 @@
 //!
 //! A node's [`Status`] travels unchanged over the control socket and into reports.
 
-use std::path::Path;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
 use lowtide_engine::medium::power::apply_power_loss;
 use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, StartError};
@@ -10,6 +11,22 @@ pub use lowtide_engine::status::{NodeCounters, Status};
 use lowtide_engine_core::ids::NodeId;
 
 use crate::config::{Cluster, NodeFile, Provider};
+
+/// In the environment: a directory where every device of the process writes a capture file.
+pub const CAPTURE_VARIABLE: &str = "LOWTIDE_CAPTURE";
+
+/// The capture file of a device on `addr` of this process, where one is asked for.
+fn capture_file(addr: SocketAddr) -> Option<PathBuf> {
+    let dir = std::env::var_os(CAPTURE_VARIABLE).filter(|dir| !dir.is_empty())?;
+    Some(Path::new(&dir).join(format!("{addr}.{}.pcap", std::process::id())))
+}
+
+/// The address of the device that wrote a capture file, from the file's name.
+#[must_use]
+pub fn capture_owner(file: &Path) -> Option<SocketAddr> {
+    let name = file.file_name()?.to_str()?.strip_suffix(".pcap")?;
+    name.rsplit_once('.')?.0.parse().ok()
+}
 
 /// Starts the node that a file describes.
 ///
@@ -59,6 +76,7 @@ fn config(cluster: &Cluster, name: &str) -> NodeConfig {
             .map(|route| (id_of(&route.home), id_of(&route.proxy)))
             .collect(),
         parent: me.parent.as_deref().map(id_of),
+        capture: capture_file(me.address),
         ..NodeConfig::new(NodeId(me.id), me.role, me.address)
     }
 }

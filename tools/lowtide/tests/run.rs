@@ -387,3 +387,71 @@ fn mistakes_are_usage_errors() {
         assert!(said.contains(message), "{args:?}: {said}");
     }
 }
+
+#[test]
+fn a_captured_run_is_explained_packet_by_packet() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (input, file) = (tmp.path().join("in"), tmp.path().join("run.pcap"));
+    fs::create_dir(&input).unwrap();
+    make_input(&input, 10);
+    let captured = lowtide(&[
+        "capture",
+        "--to",
+        text(&file),
+        "--",
+        "run",
+        "--clients",
+        "1",
+    ])
+    .args(["--fault", "loss:3", "--input", text(&input)])
+    .output();
+    check(&captured.unwrap(), 0);
+    let dissect = |args: &[&str]| {
+        lowtide(&["dissect"])
+            .args(args)
+            .arg(&file)
+            .output()
+            .unwrap()
+    };
+    let output = dissect(&["--json"]);
+    check(&output, 0);
+    let lines: Vec<Value> = String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let (sums, packets) = lines.split_last().unwrap();
+    let sums = &sums["summary"];
+    assert_eq!(sums["frames"], packets.len());
+    assert_eq!(sums["icrc_right"], packets.len());
+    for kind in ["ConnectRequest", "ConnectReply", "ReadyToUse"] {
+        assert!(packets.iter().any(|p| p["mad"]["attribute"] == kind));
+    }
+    for name in ["RC Send Only", "RC Acknowledge"] {
+        assert!(packets.iter().any(|p| p["name"] == name), "{name}");
+    }
+
+    // A damaged packet and a cut end are told, and what is before them.
+    let mut bytes = fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    let output = dissect(&[]);
+    check(&output, 1);
+    let all = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        all.contains("icrc WRONG") && all.contains("wrong 1,"),
+        "{all}"
+    );
+    bytes.pop();
+    fs::write(&file, &bytes).unwrap();
+    let output = dissect(&[]);
+    check(&output, 1);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let expected = format!(
+        "ends in the middle of what follows frame {}",
+        packets.len() - 1
+    );
+    assert!(error.contains(&expected), "{error}");
+    fs::write(&file, "no capture").unwrap();
+    check(&dissect(&[]), 2);
+}
