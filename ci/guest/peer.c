@@ -1,6 +1,7 @@
 /*
- * One end of ci/guest/matrix.job: the kernel's rxe through libibverbs. The other end, Lowtide's, tells it
- * over a Unix socket what to do, cell by cell; see transport/examples/matrix for the conversation.
+ * One end of ci/guest/matrix.job: the kernel's rxe through libibverbs. The other end, Lowtide's,
+ * tells it over a Unix socket what to do, cell by cell; see transport/examples/matrix for the
+ * conversation.
  *
  *   peer DEVICE GID-INDEX-OF-IPV4 GID-INDEX-OF-IPV6 SOCKET
  *
@@ -178,7 +179,11 @@ static int has_imm(const struct cell *c) { return strstr(c->op, "imm") != NULL; 
 /* We ask; what comes back is looked at here, what arrives there by the other end. */
 static int initiate(const struct cell *c, struct ibv_qp *qp, int size, int round)
 {
-    static const struct { const char *op; enum ibv_wr_opcode opcode; enum ibv_wc_opcode done; } ops[] = {
+    static const struct {
+        const char *op;
+        enum ibv_wr_opcode opcode;
+        enum ibv_wc_opcode done;
+    } ops[] = {
         { "send", IBV_WR_SEND, IBV_WC_SEND }, { "rnr", IBV_WR_SEND, IBV_WC_SEND },
         { "send-imm", IBV_WR_SEND_WITH_IMM, IBV_WC_SEND },
         { "send-inv", IBV_WR_SEND_WITH_INV, IBV_WC_SEND },
@@ -264,8 +269,9 @@ static int serve(const struct cell *c, struct ibv_qp *qp, struct ibv_mw *mw, int
         return fail("%u bytes came, not %d", wc.byte_len, head + size);
     if (has_imm(c) && (!(wc.wc_flags & IBV_WC_WITH_IMM) || wc.imm_data != htonl(round)))
         return fail("immediate data %#x, not %#x", ntohl(wc.imm_data), round);
-    /* The kernel sets the bit that it calls IB_WC_WITH_INVALIDATE, which libibverbs calls IP_CSUM_OK. */
-    if (mw && (!(wc.wc_flags & (IBV_WC_WITH_INV | IBV_WC_IP_CSUM_OK)) || wc.invalidated_rkey != key))
+    /* The kernel sets the bit of IB_WC_WITH_INVALIDATE, which libibverbs calls IP_CSUM_OK. */
+    int is_inv = wc.wc_flags & (IBV_WC_WITH_INV | IBV_WC_IP_CSUM_OK);
+    if (mw && (!is_inv || wc.invalidated_rkey != key))
         return fail("key %#x invalidated, not %#x", wc.invalidated_rkey, key);
     if (expect("done"))
         return -1;
@@ -291,18 +297,20 @@ static int connect_qp(const struct cell *c, struct ibv_qp *qp)
         return fail("INIT");
     if (ibv_query_gid(context, 1, index, &gid) || !inet_ntop(AF_INET6, &gid, text, sizeof text))
         return fail("no GID %d", index);
-    if (say("at %x %x %llx %x %s\n", qp->qp_num, psn, (unsigned long long)(uintptr_t)area, mr->rkey, text))
+    unsigned long long va = (uintptr_t)area;
+    if (say("at %x %x %llx %x %s\n", qp->qp_num, psn, va, mr->rkey, text))
         return -1;
-    unsigned long long va;
     if (hear(line, sizeof line))
         return -1;
-    if (sscanf(line, "at %x %x %llx %x %45s", &theirs.qpn, &theirs.psn, &va, &theirs.rkey, text) != 5
+    if (sscanf(line, "at %x %x %llx %x %45s", &theirs.qpn, &theirs.psn, &va, &theirs.rkey,
+               text) != 5
         || inet_pton(AF_INET6, text, &theirs.gid) != 1)
         return fail("heard %s", line);
     theirs.va = va;
     struct ibv_ah_attr path = { .grh = { .dgid = theirs.gid, .sgid_index = index, .hop_limit = 64 },
                                 .is_global = 1, .port_num = 1 };
-    attr = (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTR, .dest_qp_num = theirs.qpn, .ah_attr = path,
+    attr = (struct ibv_qp_attr){
+        .qp_state = IBV_QPS_RTR, .dest_qp_num = theirs.qpn, .ah_attr = path,
         .path_mtu = c->mtu == 256 ? IBV_MTU_256 : c->mtu == 512 ? IBV_MTU_512 : c->mtu == 1024 ?
                     IBV_MTU_1024 : c->mtu == 2048 ? IBV_MTU_2048 : IBV_MTU_4096,
         .rq_psn = theirs.psn, .max_dest_rd_atomic = 8, .min_rnr_timer = 12 };
@@ -331,7 +339,8 @@ static int run(const struct cell *c)
     if (!(cq = ibv_create_cq(context, 64, NULL, channel, 0)))
         return fail("no completion queue");
     struct ibv_qp_init_attr init = { .send_cq = cq, .recv_cq = cq, .cap = { 8, 8, 1, 1, 0 },
-                                     .qp_type = is_ud(c) ? IBV_QPT_UD : is_rc(c) ? IBV_QPT_RC : IBV_QPT_UC };
+                                     .qp_type = is_ud(c) ? IBV_QPT_UD :
+                                                is_rc(c) ? IBV_QPT_RC : IBV_QPT_UC };
     struct ibv_qp *qp = ibv_create_qp(pd, &init);
     struct ibv_mw *mw = NULL;
     if (!qp)
@@ -358,8 +367,8 @@ static int parse(const char *line, struct cell *c)
 {
     int used = 0, n;
     memset(c, 0, sizeof *c);
-    if (sscanf(line, "cell %c %c %15s %d %d %d %d%n", &c->family, &c->role, c->op, &c->mtu, &c->rounds,
-               &c->timeout, &c->retry, &used) != 7)
+    if (sscanf(line, "cell %c %c %15s %d %d %d %d%n", &c->family, &c->role, c->op, &c->mtu,
+               &c->rounds, &c->timeout, &c->retry, &used) != 7)
         return -1;
     if (c->op[0] == 'u' && c->op[2] == '-') {
         c->kind = c->op[1];
@@ -377,7 +386,8 @@ static int listen_on(const char *path)
     int listener = socket(AF_UNIX, SOCK_STREAM, 0);
     strncpy(address.sun_path, path, sizeof address.sun_path - 1);
     unlink(path);
-    if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 1))
+    if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address)
+        || listen(listener, 1))
         return -1;
     return accept(listener, NULL, NULL);
 }

@@ -1,12 +1,12 @@
-//! The other end of perftest's programs: their exchange over TCP port 18515, then what they measure,
-//! against any RoCEv2 adapter, the kernel's rxe among them.
+//! The other end of perftest's programs: their exchange over TCP port 18515, then what they
+//! measure, against any RoCEv2 adapter, the kernel's rxe among them.
 //!
 //! `cargo run --example perftest_peer -- TEST OWN-ADDRESS [SERVER] [ITERATIONS] [BYTES]`
 //!
-//! TEST is send_lat, write_bw, read_bw, atomic_bw or send_bw_ud (`ib_send_bw -c UD`). Without SERVER ("-"
-//! stands for none) it waits for a client, `ib_write_bw -x 1 -n ITERATIONS -s BYTES …`; all of its
-//! options that are not named here at their defaults. SERVER is reached over TCP, and may be another
-//! address of the host than the one that RoCE uses.
+//! TEST is send_lat, write_bw, read_bw, atomic_bw or send_bw_ud (`ib_send_bw -c UD`). Without
+//! SERVER ("-" stands for none) it waits for a client, `ib_write_bw -x 1 -n ITERATIONS -s BYTES …`;
+//! all of its options that are not named here at their defaults. SERVER is reached over TCP, and
+//! may be another address of the host than the one that RoCE uses.
 //!
 //! Source: perftest 4.5, `perftest_communication.c`.
 

@@ -3,9 +3,9 @@
 //!
 //! `matrix SOCKET IPV4-ADDRESS IPV6-ADDRESS [CAPTURE] < CELLS`
 //!
-//! A cell is a line "NAME FAMILY ROLE OPERATION MTU ROUNDS TIMEOUT RETRY SIZE…": family 4 or 6, role i
-//! if we ask and t if we are asked; operations on unreliable queue pairs begin with "uc-" or "ud-". For
-//! each the two ends talk over the Unix socket SOCKET:
+//! A cell is a line "NAME FAMILY ROLE OPERATION MTU ROUNDS TIMEOUT RETRY SIZE…": family 4 or 6,
+//! role i if we ask and t if we are asked; operations on unreliable queue pairs begin with "uc-" or
+//! "ud-". For each the two ends talk over the Unix socket SOCKET:
 //!
 //! ```text
 //! ours                      theirs
@@ -18,9 +18,8 @@
 //!     ok         what the target got is right
 //! end <-> end
 //! ```
-//! A side that finds something wrong says "fail WORDS" at any time. CAPTURE is how the names of two pcap
-//! files begin. Prints "ok CELL" or "FAIL CELL: WHY"
-//! for each cell.
+//! A side that finds something wrong says "fail WORDS" at any time. CAPTURE is how the names of two
+//! pcap files begin. Prints "ok CELL" or "FAIL CELL: WHY" for each cell.
 
 mod end;
 
