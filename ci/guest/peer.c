@@ -1,6 +1,7 @@
 /*
- * One end of ci/guest/matrix.job: the kernel's rxe through libibverbs. The other end, Lowtide's, tells it
- * over a Unix socket what to do, cell by cell; see transport/examples/matrix.rs for the conversation.
+ * One end of ci/guest/matrix.job: the kernel's rxe through libibverbs. The other end, Lowtide's,
+ * tells it over a Unix socket what to do, cell by cell; see transport/examples/matrix for the
+ * conversation.
  *
  *   peer DEVICE GID-INDEX-OF-IPV4 GID-INDEX-OF-IPV6 SOCKET
  *
@@ -19,12 +20,12 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LIMIT = 8 << 20, GRH = 40, PATIENCE = 20, QKEY = 0x11111111, WORD = 64 };
+enum { LIMIT = 8 << 20, GRH = 40, PATIENCE = 20, QKEY = 0x11111111 };
 enum { RIGHTS = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ |
                 IBV_ACCESS_REMOTE_ATOMIC | IBV_ACCESS_MW_BIND };
 
 struct cell {
-    char family, role, op[16];
+    char family, role, kind, op[16]; /* kind: c for UC, d for UD, else RC */
     int mtu, rounds, timeout, retry, sizes, size[32];
 };
 
@@ -170,18 +171,22 @@ static int post_send(struct ibv_qp *qp, enum ibv_wr_opcode opcode, int size, int
 }
 
 static int is(const struct cell *c, const char *op) { return !strcmp(c->op, op); }
-static int is_ud(const struct cell *c) { return c->op[0] == 'u'; }
+static int is_ud(const struct cell *c) { return c->kind == 'd'; }
+static int is_rc(const struct cell *c) { return !c->kind; }
 static int is_atomic(const struct cell *c) { return is(c, "swap") || is(c, "add"); }
 static int has_imm(const struct cell *c) { return strstr(c->op, "imm") != NULL; }
 
 /* We ask; what comes back is looked at here, what arrives there by the other end. */
 static int initiate(const struct cell *c, struct ibv_qp *qp, int size, int round)
 {
-    static const struct { const char *op; enum ibv_wr_opcode opcode; enum ibv_wc_opcode done; } ops[] = {
+    static const struct {
+        const char *op;
+        enum ibv_wr_opcode opcode;
+        enum ibv_wc_opcode done;
+    } ops[] = {
         { "send", IBV_WR_SEND, IBV_WC_SEND }, { "rnr", IBV_WR_SEND, IBV_WC_SEND },
         { "send-imm", IBV_WR_SEND_WITH_IMM, IBV_WC_SEND },
         { "send-inv", IBV_WR_SEND_WITH_INV, IBV_WC_SEND },
-        { "ud-send", IBV_WR_SEND, IBV_WC_SEND }, { "ud-imm", IBV_WR_SEND_WITH_IMM, IBV_WC_SEND },
         { "write", IBV_WR_RDMA_WRITE, IBV_WC_RDMA_WRITE },
         { "write-imm", IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WC_RDMA_WRITE },
         { "read", IBV_WR_RDMA_READ, IBV_WC_RDMA_READ },
@@ -226,7 +231,10 @@ static int bind_window(struct ibv_qp *qp, struct ibv_mw *mw, unsigned *key)
     wr.bind_mw.rkey = *key;
     wr.bind_mw.bind_info = (struct ibv_mw_bind_info){ mr, (uintptr_t)area, LIMIT,
                                                       IBV_ACCESS_REMOTE_WRITE };
-    return (ibv_post_send(qp, &wr, &bad) ? fail("binding a window") : 0) || await(IBV_WC_BIND_MW, &wc);
+    if (ibv_post_send(qp, &wr, &bad))
+        return fail("binding a window");
+    mw->rkey = *key;
+    return await(IBV_WC_BIND_MW, &wc);
 }
 
 static int serve(const struct cell *c, struct ibv_qp *qp, struct ibv_mw *mw, int size, int round)
@@ -234,7 +242,7 @@ static int serve(const struct cell *c, struct ibv_qp *qp, struct ibv_mw *mw, int
     static unsigned key;
     struct ibv_wc wc = { 0 };
     int head = is_ud(c) ? GRH : 0;
-    int takes = !strncmp(c->op, "send", 4) || is_ud(c) || is(c, "rnr") || is(c, "write-imm");
+    int takes = !strncmp(c->op, "send", 4) || is(c, "rnr") || is(c, "write-imm");
     uint64_t word = round;
     if (mw && !round)
         key = mw->rkey;
@@ -261,7 +269,9 @@ static int serve(const struct cell *c, struct ibv_qp *qp, struct ibv_mw *mw, int
         return fail("%u bytes came, not %d", wc.byte_len, head + size);
     if (has_imm(c) && (!(wc.wc_flags & IBV_WC_WITH_IMM) || wc.imm_data != htonl(round)))
         return fail("immediate data %#x, not %#x", ntohl(wc.imm_data), round);
-    if (mw && (!(wc.wc_flags & IBV_WC_WITH_INV) || wc.invalidated_rkey != key))
+    /* The kernel sets the bit of IB_WC_WITH_INVALIDATE, which libibverbs calls IP_CSUM_OK. */
+    int is_inv = wc.wc_flags & (IBV_WC_WITH_INV | IBV_WC_IP_CSUM_OK);
+    if (mw && (!is_inv || wc.invalidated_rkey != key))
         return fail("key %#x invalidated, not %#x", wc.invalidated_rkey, key);
     if (expect("done"))
         return -1;
@@ -287,28 +297,36 @@ static int connect_qp(const struct cell *c, struct ibv_qp *qp)
         return fail("INIT");
     if (ibv_query_gid(context, 1, index, &gid) || !inet_ntop(AF_INET6, &gid, text, sizeof text))
         return fail("no GID %d", index);
-    if (say("at %x %x %llx %x %s\n", qp->qp_num, psn, (unsigned long long)(uintptr_t)area, mr->rkey, text))
+    unsigned long long va = (uintptr_t)area;
+    if (say("at %x %x %llx %x %s\n", qp->qp_num, psn, va, mr->rkey, text))
         return -1;
-    unsigned long long va;
     if (hear(line, sizeof line))
         return -1;
-    if (sscanf(line, "at %x %x %llx %x %45s", &theirs.qpn, &theirs.psn, &va, &theirs.rkey, text) != 5
+    if (sscanf(line, "at %x %x %llx %x %45s", &theirs.qpn, &theirs.psn, &va, &theirs.rkey,
+               text) != 5
         || inet_pton(AF_INET6, text, &theirs.gid) != 1)
         return fail("heard %s", line);
     theirs.va = va;
     struct ibv_ah_attr path = { .grh = { .dgid = theirs.gid, .sgid_index = index, .hop_limit = 64 },
                                 .is_global = 1, .port_num = 1 };
-    attr = (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTR, .dest_qp_num = theirs.qpn, .ah_attr = path,
+    attr = (struct ibv_qp_attr){
+        .qp_state = IBV_QPS_RTR, .dest_qp_num = theirs.qpn, .ah_attr = path,
         .path_mtu = c->mtu == 256 ? IBV_MTU_256 : c->mtu == 512 ? IBV_MTU_512 : c->mtu == 1024 ?
                     IBV_MTU_1024 : c->mtu == 2048 ? IBV_MTU_2048 : IBV_MTU_4096,
         .rq_psn = theirs.psn, .max_dest_rd_atomic = 8, .min_rnr_timer = 12 };
-    if (ibv_modify_qp(qp, &attr, is_ud(c) ? IBV_QP_STATE : IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU
-            | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER))
+    mask = IBV_QP_STATE;
+    if (!is_ud(c))
+        mask |= IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
+    if (is_rc(c))
+        mask |= IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
+    if (ibv_modify_qp(qp, &attr, mask))
         return fail("RTR");
     attr = (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTS, .sq_psn = psn, .timeout = c->timeout,
                                  .retry_cnt = c->retry, .rnr_retry = 7, .max_rd_atomic = 8 };
-    if (ibv_modify_qp(qp, &attr, IBV_QP_STATE | IBV_QP_SQ_PSN | (is_ud(c) ? 0 : IBV_QP_TIMEOUT
-            | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC)))
+    mask = IBV_QP_STATE | IBV_QP_SQ_PSN;
+    if (is_rc(c))
+        mask |= IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
+    if (ibv_modify_qp(qp, &attr, mask))
         return fail("RTS");
     if (is_ud(c) && !(ah = ibv_create_ah(pd, &path)))
         return fail("no address handle");
@@ -321,7 +339,8 @@ static int run(const struct cell *c)
     if (!(cq = ibv_create_cq(context, 64, NULL, channel, 0)))
         return fail("no completion queue");
     struct ibv_qp_init_attr init = { .send_cq = cq, .recv_cq = cq, .cap = { 8, 8, 1, 1, 0 },
-                                     .qp_type = is_ud(c) ? IBV_QPT_UD : IBV_QPT_RC };
+                                     .qp_type = is_ud(c) ? IBV_QPT_UD :
+                                                is_rc(c) ? IBV_QPT_RC : IBV_QPT_UC };
     struct ibv_qp *qp = ibv_create_qp(pd, &init);
     struct ibv_mw *mw = NULL;
     if (!qp)
@@ -348,9 +367,13 @@ static int parse(const char *line, struct cell *c)
 {
     int used = 0, n;
     memset(c, 0, sizeof *c);
-    if (sscanf(line, "cell %c %c %15s %d %d %d %d%n", &c->family, &c->role, c->op, &c->mtu, &c->rounds,
-               &c->timeout, &c->retry, &used) != 7)
+    if (sscanf(line, "cell %c %c %15s %d %d %d %d%n", &c->family, &c->role, c->op, &c->mtu,
+               &c->rounds, &c->timeout, &c->retry, &used) != 7)
         return -1;
+    if (c->op[0] == 'u' && c->op[2] == '-') {
+        c->kind = c->op[1];
+        memmove(c->op, c->op + 3, sizeof c->op - 3);
+    }
     for (line += used; c->sizes < 32 && sscanf(line, "%d%n", &c->size[c->sizes], &n) == 1; line += n)
         if (c->size[c->sizes++] > LIMIT)
             return -1;
@@ -363,7 +386,8 @@ static int listen_on(const char *path)
     int listener = socket(AF_UNIX, SOCK_STREAM, 0);
     strncpy(address.sun_path, path, sizeof address.sun_path - 1);
     unlink(path);
-    if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 1))
+    if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address)
+        || listen(listener, 1))
         return -1;
     return accept(listener, NULL, NULL);
 }

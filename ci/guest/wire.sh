@@ -1,5 +1,6 @@
-# What the jobs in the guest share. To be sourced there: makes a wire with the kernel's rxe (device rxa on
-# va, in the first network namespace) at one end, and namespace "ours" (vb) for Lowtide at the other.
+# What the jobs in the guest share. To be sourced there: makes a wire with the kernel's rxe (device
+# rxa on va, in the first network namespace) at one end, and namespace "ours" (vb) for Lowtide at
+# the other.
 #
 #   KERNEL4 KERNEL6 OURS4 OURS6   the addresses
 #   EXAMPLES                      where the transport's examples are

@@ -3,8 +3,8 @@
 //!
 //! `cargo run --example rping -- OWN-ADDRESS [SERVER] [PINGS] [BYTES]`
 //!
-//! Without SERVER ("-" stands for none) it serves one client: `rping -c -V -C 10 -a OWN-ADDRESS`. With
-//! one, it is the client of `rping -s -V`, which checks what it gets.
+//! Without SERVER ("-" stands for none) it serves one client: `rping -c -V -C 10 -a OWN-ADDRESS`.
+//! With one, it is the client of `rping -s -V`, which checks what it gets.
 
 use std::error::Error;
 use std::net::IpAddr;

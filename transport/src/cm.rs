@@ -17,35 +17,35 @@
 //! on. It is moved to RTS for the program, and to ERR when the connection ends: what is posted then
 //! comes back flushed. The device's thread answers while the program sleeps.
 //!
-//! Datagram services have no connections: a server [answers](Question::answer) where its datagram queue
-//! pair is, a client [asks](EventChannel::resolve).
+//! Datagram services have no connections: a server [answers](Question::answer) where its datagram
+//! queue pair is, a client [asks](EventChannel::resolve).
 //!
-//! Lost datagrams are sent again: at first after 50 ms, then after twice that and so on. A peer that
-//! has not answered for 30 s is [`Event::Unreachable`]; one that asks for patience (MRA) is given it,
-//! and a request that the program has not answered asks for it, for 30 s at most.
+//! Lost datagrams are sent again: at first after 50 ms, then after twice that and so on. A peer
+//! that has not answered for 30 s is [`Event::Unreachable`]; one that asks for patience (MRA) is
+//! given it, and a request that the program has not answered asks for it, for 30 s at most.
 //!
 //! Dropping a handle is an answer too: a [`Listener`] stops listening, a [`Request`] is rejected, a
 //! [`Connection`] disconnects.
 //!
-//! Deliberately absent: address and route resolution (sockets have both), alternate paths, multicast
-//! groups, UC. There is no authentication in this protocol: any process of any host that reaches the
-//! port may ask, and whoever can send from a peer's address can disconnect it.
+//! Deliberately absent: address and route resolution (sockets have both), alternate paths,
+//! multicast groups, UC. There is no authentication in this protocol: any process of any host that
+//! reaches the port may ask, and whoever can send from a peer's address can disconnect it.
 //!
-//! The messages of [`crate::message`] stand on the same state machine, with queue pairs of their own.
+//! The messages of [`crate::message`] stand on the same state machine, with queue pairs of their
+//! own.
 
 mod gsi;
+mod handles;
 mod manager;
 
 use std::fmt;
 use std::io::{self, PipeReader};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lowtide_transport_proto::cm::{
-    CommId, ConnectParams, ConnectRequest, Inquiry, QpOffer, ResolveParams, sidr_status,
-};
+use lowtide_transport_proto::cm::{CommId, ConnectParams, QpOffer, ResolveParams};
 use lowtide_transport_proto::wire::Mtu;
 
 pub use lowtide_transport_proto::cm::{
@@ -54,13 +54,14 @@ pub use lowtide_transport_proto::cm::{
 };
 
 pub(crate) use self::gsi::Gsi;
+pub use self::handles::{Connection, Listener, Question, Request};
 pub(crate) use self::manager::Manager;
 use self::manager::{ChannelId, ConnectingQp, Happening};
 use crate::udp::path_mtu;
 use crate::verbs::{Device, QpState, Qpn, QueuePair};
 
-/// Names a connection, request or question; never used twice in the life of a device, but for a wrap
-/// of 32 bits.
+/// Names a connection, request or question; never used twice in the life of a device, but for a
+/// wrap of 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnectionId(CommId);
 
@@ -72,7 +73,8 @@ pub struct ConnectOptions {
     pub private_data: Vec<u8>,
     /// READs and atomics of the peer that are served at once, at most 128.
     pub responder_resources: u8,
-    /// READs and atomics that may be under way at once, at most 128, and at most what the peer serves.
+    /// READs and atomics that may be under way at once, at most 128, and at most what the peer
+    /// serves.
     pub initiator_depth: u8,
     /// Timeouts without progress before a queue pair fails; 7 is without limit. A client's word
     /// counts for both sides.
@@ -364,8 +366,8 @@ impl EventChannel {
         }
     }
 
-    /// Asks `to` for the datagram queue pair of a service, with at most [`SIDR_REQ_PRIVATE_MAX`] bytes
-    /// for its program. [`Event::Resolved`], `Unresolved` or `Unreachable` follows.
+    /// Asks `to` for the datagram queue pair of a service, with at most [`SIDR_REQ_PRIVATE_MAX`]
+    /// bytes for its program. [`Event::Resolved`], `Unresolved` or `Unreachable` follows.
     ///
     /// # Errors
     /// Too long private data, or too many connections.
@@ -479,251 +481,4 @@ fn link_mtu(device: &Device, peer: SocketAddr) -> Mtu {
 /// A port of the client in the service's port space, of the range for such ports.
 fn source_port(qp: &QueuePair) -> u16 {
     0xC000 | qp.qpn.value() as u16 & 0x3FFF
-}
-
-/// Listens until it is dropped; requests that have come stay.
-#[derive(Debug)]
-pub struct Listener {
-    channel: EventChannel,
-    service: ServiceId,
-}
-
-impl Listener {
-    /// What it listens on.
-    pub fn service(&self) -> ServiceId {
-        self.service
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let mut state = self.channel.0.device.shared.lock();
-        state.manager.unlisten(self.service);
-    }
-}
-
-/// Somebody asks for a connection. Dropping it rejects.
-#[derive(Debug)]
-pub struct Request {
-    channel: EventChannel,
-    id: CommId,
-    /// None once it is answered.
-    request: Option<ConnectRequest>,
-}
-
-impl Request {
-    fn asked(&self) -> &ConnectRequest {
-        self.request
-            .as_ref()
-            .expect("an answer consumes the request")
-    }
-
-    /// Its name; the connection that comes of it has the same.
-    pub fn id(&self) -> ConnectionId {
-        ConnectionId(self.id)
-    }
-
-    /// What is asked for.
-    pub fn service(&self) -> ServiceId {
-        self.asked().service
-    }
-
-    /// The client's address.
-    pub fn peer(&self) -> IpAddr {
-        self.asked().from.ip()
-    }
-
-    /// The client's port in the service's port space, if it said so.
-    pub fn peer_port(&self) -> Option<u16> {
-        self.asked().source_port
-    }
-
-    /// What the client's program says: [`REQ_PRIVATE_MAX`] bytes, padded with zeros.
-    pub fn private_data(&self) -> &[u8] {
-        &self.asked().private_data
-    }
-
-    /// READs and atomics that the client serves at once, and wants to have under way at once.
-    pub fn depths(&self) -> (u8, u8) {
-        let qp = &self.asked().qp;
-        (qp.responder_resources, qp.initiator_depth)
-    }
-
-    /// Accepts with a queue pair in INIT. It may be posted to at once; [`Event::Established`] follows.
-    ///
-    /// # Errors
-    /// [`ConnectRefused`] gives the queue pair back; the request is rejected.
-    pub fn accept(
-        mut self,
-        qp: QueuePair,
-        options: &ConnectOptions,
-    ) -> Result<Connection, ConnectRefused> {
-        let device = self.channel.0.device.clone();
-        let asked = self.asked().clone();
-        if asked.mtu > link_mtu(&device, asked.from) {
-            self.refuse(reason::INVALID_MTU, &[]);
-            let error = ConnectError::Mtu;
-            return Err(ConnectRefused { error, qp });
-        }
-        let mut state = device.shared.lock();
-        if let Some(error) = self.channel.obstacle(&mut state, &qp, asked.from) {
-            return Err(ConnectRefused { error, qp });
-        }
-        let connecting = ConnectingQp {
-            mtu: asked.mtu,
-            timeout: asked.ack_timeout,
-            retry_count: asked.retry_count,
-            ..connecting(&qp, asked.from, options)
-        };
-        let state_of = &mut *state;
-        let accepted = state_of.manager.accept(
-            &mut state_of.device,
-            self.id,
-            connecting,
-            options.offer(&qp),
-            (asked.qp, asked.ca_guid),
-            &options.private_data,
-        );
-        if let Err(error) = accepted {
-            let error = ConnectError::Refused(error);
-            return Err(ConnectRefused { error, qp });
-        }
-        self.request = None;
-        device.shared.drive(&mut state);
-        drop(state);
-        Ok(self.channel.connection(self.id, qp))
-    }
-
-    /// Rejects, with at most [`REJ_PRIVATE_MAX`] bytes for the client's program (what is beyond is
-    /// cut off). `reason` is [`reason::CONSUMER`] unless there is a better one.
-    pub fn reject(mut self, reason: u16, private_data: &[u8]) {
-        self.refuse(reason, private_data);
-    }
-
-    fn refuse(&mut self, reason: u16, private_data: &[u8]) {
-        if self.request.take().is_none() {
-            return;
-        }
-        let shared = &self.channel.0.device.shared;
-        let private_data = &private_data[..private_data.len().min(REJ_PRIVATE_MAX)];
-        let mut state = shared.lock();
-        let now = state.device.now();
-        // Withdrawn meanwhile: nobody waits for the answer.
-        let _ = state.manager.reject(now, self.id, reason, private_data);
-        shared.drive(&mut state);
-    }
-}
-
-impl Drop for Request {
-    fn drop(&mut self) {
-        self.refuse(reason::CONSUMER, &[]);
-    }
-}
-
-/// A queue pair on its way to a peer, connected, or on its way back. Dropping it disconnects.
-#[derive(Debug)]
-pub struct Connection {
-    channel: EventChannel,
-    id: CommId,
-    /// None only when it has been taken back.
-    qp: Option<QueuePair>,
-}
-
-impl Connection {
-    /// Its name in events.
-    pub fn id(&self) -> ConnectionId {
-        ConnectionId(self.id)
-    }
-
-    /// Its queue pair.
-    pub fn queue_pair(&self) -> &QueuePair {
-        self.qp.as_ref().expect("it is only taken with the handle")
-    }
-
-    /// Ends it, or withdraws the request; its queue pair goes to ERR at once. [`Event::Disconnected`]
-    /// follows.
-    pub fn disconnect(&self) {
-        let shared = &self.channel.0.device.shared;
-        let mut state = shared.lock();
-        let state_of = &mut *state;
-        state_of.manager.disconnect(&mut state_of.device, self.id);
-        shared.drive(&mut state);
-    }
-
-    /// The queue pair, after the connection is ended if it is not yet. A rejected client's is still in
-    /// INIT and may be connected again.
-    pub fn into_queue_pair(mut self) -> QueuePair {
-        self.qp.take().expect("it is only taken here")
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.disconnect();
-        let mut state = self.channel.0.device.shared.lock();
-        state.manager.forget(self.id);
-    }
-}
-
-/// Somebody asks for a datagram queue pair. Dropping it refuses.
-#[derive(Debug)]
-pub struct Question {
-    channel: EventChannel,
-    id: CommId,
-    inquiry: Inquiry,
-    is_answered: bool,
-}
-
-impl Question {
-    /// What is asked for.
-    pub fn service(&self) -> ServiceId {
-        self.inquiry.service
-    }
-
-    /// The client's address.
-    pub fn peer(&self) -> IpAddr {
-        self.inquiry.from.ip()
-    }
-
-    /// The client's port in the service's port space, if it said so.
-    pub fn peer_port(&self) -> Option<u16> {
-        self.inquiry.source_port
-    }
-
-    /// What the client's program says: [`SIDR_REQ_PRIVATE_MAX`] bytes, padded with zeros.
-    pub fn private_data(&self) -> &[u8] {
-        &self.inquiry.private_data
-    }
-
-    /// Answers with a datagram queue pair, and at most [`SIDR_REP_PRIVATE_MAX`] bytes for the client's
-    /// program (what is beyond is cut off).
-    pub fn answer(mut self, qpn: Qpn, qkey: u32, private_data: &[u8]) {
-        self.say(sidr_status::SUCCESS, (qpn, qkey), private_data);
-    }
-
-    /// Refuses, with the same.
-    pub fn refuse(mut self, private_data: &[u8]) {
-        self.say(sidr_status::REJECT, (Qpn::new(0), 0), private_data);
-    }
-
-    fn say(&mut self, status: u8, place: (Qpn, u32), private_data: &[u8]) {
-        if std::mem::replace(&mut self.is_answered, true) {
-            return;
-        }
-        let private_data = &private_data[..private_data.len().min(SIDR_REP_PRIVATE_MAX)];
-        let shared = &self.channel.0.device.shared;
-        let mut state = shared.lock();
-        let now = state.device.now();
-        // Forgotten meanwhile: nobody waits for the answer.
-        let _ = state
-            .manager
-            .answer(now, self.id, status, place, private_data);
-        shared.drive(&mut state);
-    }
-}
-
-impl Drop for Question {
-    fn drop(&mut self) {
-        self.say(sidr_status::REJECT, (Qpn::new(0), 0), &[]);
-    }
 }

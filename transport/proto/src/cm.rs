@@ -23,10 +23,10 @@
 //!
 //! Every message that waits for an answer is sent again, at first after [`CmConfig::resend_after`],
 //! then after twice that and so on, until [`CmConfig::give_up_after`]. Duplicates are answered as
-//! the first was, also for a while after the end ([`CmConfig::time_wait`]), and a duplicate that the
-//! caller has not decided about yet by MRA, which asks for patience. A request from a queue pair that
-//! already has a connection here is of that host's next life: the old connection ends. Ids count up
-//! from what the caller chooses; there is no random source here.
+//! the first was, also for a while after the end ([`CmConfig::time_wait`]), and a duplicate that
+//! the caller has not decided about yet by MRA, which asks for patience. A request from a queue
+//! pair that already has a connection here is of that host's next life: the old connection ends.
+//! Ids count up from what the caller chooses; there is no random source here.
 //!
 //! Contract: commands, `handle_mad`, `handle_timeout`; then drain `poll_transmit`, `poll_event`,
 //! and ask `poll_timeout`.
@@ -283,7 +283,8 @@ impl Cm {
     }
 
     /// Either side: end the connection. [`CmEvent::Disconnected`] follows, at the latest when the
-    /// peer has not answered for [`CmConfig::give_up_after`]. A request not answered yet is withdrawn.
+    /// peer has not answered for [`CmConfig::give_up_after`]. A request not answered yet is
+    /// withdrawn.
     ///
     /// # Errors
     ///

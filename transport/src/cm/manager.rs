@@ -7,13 +7,13 @@
 //! * a client's queue pair goes to RTS when the server has accepted, and only then RTU leaves; a
 //!   server's goes to RTS before REP leaves;
 //! * the queue pair of a connection that has ended is in ERR before the event says so;
-//! * a byte is in a channel's pipe exactly as long as an event is in its queue, so neither end of the
-//!   pipe ever blocks.
+//! * a byte is in a channel's pipe exactly as long as an event is in its queue, so neither end of
+//!   the pipe ever blocks.
 //!
-//! Answers go to the sender's UDP port 4791, because kernels and adapters send from other ports than
-//! they listen on. Our own ends may listen elsewhere: the transaction ids they choose begin with a
-//! mark and their port. Their CA GUID begins with another mark and how many full datagrams their
-//! receive buffer holds; nobody else reads either.
+//! Answers go to the sender's UDP port 4791, because kernels and adapters send from other ports
+//! than they listen on. Our own ends may listen elsewhere: the transaction ids they choose begin
+//! with a mark and their port. Their CA GUID begins with another mark and how many full datagrams
+//! their receive buffer holds; nobody else reads either.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -32,8 +32,8 @@ use crate::device::{Device, QpId};
 
 /// Mark of our own ends: the high half of a transaction id is this and the UDP port.
 const PORT_MARK: [u8; 2] = *b"LT";
-/// Mark of our own ends: a CA GUID begins with this (of the locally administered range), then 16 bits
-/// of budget.
+/// Mark of our own ends: a CA GUID begins with this (of the locally administered range), then 16
+/// bits of budget.
 const GUID_MARK: u64 = 0x0E_4C54;
 /// Response packets asked for by one READ request at most: as in `verbs`.
 const READ_CHUNK: u32 = 33;
@@ -411,8 +411,8 @@ impl Manager {
         has_room
     }
 
-    /// The server has accepted: the queue pair is moved before the server hears that it is. False if
-    /// the program has moved or destroyed it meanwhile.
+    /// The server has accepted: the queue pair is moved before the server hears that it is. False
+    /// if the program has moved or destroyed it meanwhile.
     fn accepted(
         &mut self,
         now: Nanos,

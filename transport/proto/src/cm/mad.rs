@@ -1,8 +1,8 @@
 //! The connection manager's messages: 256-byte management datagrams of class 7.
 //!
 //! [`Message::decode`] borrows from the datagram, [`Message::encode`] fills one; fields that Linux
-//! leaves zero or constant on RoCEv2 (LIDs, alternate paths, end-to-end contexts) are emitted so and
-//! ignored when read. Where each field lies is `layout`'s.
+//! leaves zero or constant on RoCEv2 (LIDs, alternate paths, end-to-end contexts) are emitted so
+//! and ignored when read. Where each field lies is `layout`'s.
 //!
 //! Absent: path migration (LAP, APR), private data of RTU, DREQ, DREP and MRA (rdma_cm puts none).
 //! Source: Linux `ibta_vol1_c12.h`, `cm_msgs.h`, `cma.c`.
