@@ -389,7 +389,8 @@ pub struct CaptureArgs {
 #[command(after_help = "\
 Tells opcode, queue pair, PSN, the headers that follow, what management datagrams say, and whether the
 invariant CRC is right. Reads pcap and pcapng files of any program. UDP port 4791 is RoCEv2; so is what
-parses and has a right ICRC on any other port. Exit status 1 if an ICRC is wrong, a packet is malformed
+parses and has a right ICRC on any other port. Runs that segmentation offload had not cut up yet are
+taken apart. Exit status 1 if an ICRC is wrong, a packet is malformed
 or the file is damaged. With --json one object a line, the last one with the sums.
 
 Examples:
