@@ -24,7 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 struct End {
     domain: ProtectionDomain,
-    queue: CompletionQueue,
+    /// One for what is sent and one for what comes: an answer may overtake the acknowledgement.
+    queues: [CompletionQueue; 2],
     buffer: MemoryRegion,
     bytes: u32,
 }
@@ -33,7 +34,7 @@ impl End {
     fn new(device: &Device, bytes: u32) -> Outcome<End> {
         let domain = device.protection_domain();
         Ok(End {
-            queue: device.completion_queue(8),
+            queues: [device.completion_queue(4), device.completion_queue(4)],
             buffer: domain.memory_region(bytes as usize, Access::ALL)?,
             domain,
             bytes,
@@ -42,7 +43,8 @@ impl End {
 
     /// A queue pair that one advertisement may be sent to.
     fn queue_pair(&self) -> Outcome<QueuePair> {
-        let qp = self.domain.queue_pair(&self.queue, &self.queue, 4, 4)?;
+        let [sends, recvs] = &self.queues;
+        let qp = self.domain.queue_pair(sends, recvs, 4, 4)?;
         qp.to_init(Access::ALL)?;
         self.expect(&qp)?;
         Ok(qp)
@@ -54,7 +56,8 @@ impl End {
     }
 
     fn next(&self, kind: CompletionKind) -> Outcome<WorkCompletion> {
-        let done = self.queue.wait(PATIENCE).ok_or("silence for 20 s")?;
+        let queue = &self.queues[usize::from(kind == CompletionKind::Recv)];
+        let done = queue.wait(PATIENCE).ok_or("silence for 20 s")?;
         if (done.status, done.kind) == (Status::Success, kind) {
             return Ok(done);
         }
@@ -104,7 +107,10 @@ impl End {
 
     fn ping(&self, qp: &QueuePair, pings: u32) -> Outcome<()> {
         for ping in 0..pings {
-            let ball: Vec<u8> = (0..self.bytes).map(|i| (ping + i) as u8).collect();
+            // A string of C: rping's server sends no more back than that.
+            let letter = |i| b'A' + ((ping + i) % 58) as u8;
+            let mut ball: Vec<u8> = (0..self.bytes).map(letter).collect();
+            ball[self.bytes as usize - 1] = 0;
             self.buffer.write(0, &ball);
             self.advertise(qp)?;
             self.learn(qp)?;
@@ -124,7 +130,7 @@ fn main() -> Outcome<()> {
     let own: IpAddr = args.next().ok_or("say the own address")?.parse()?;
     let server = args.next().filter(|server| server != "-");
     let mut number = |or| args.next().map_or(Ok(or), |n| n.parse::<u32>());
-    let (pings, bytes) = (number(10)?, number(64)?);
+    let (pings, bytes) = (number(10)?, number(64)?.max(1));
     let device = Device::open((own, 4791).into(), &DeviceOptions::default())?;
     let (channel, end) = (EventChannel::new(&device)?, End::new(&device, bytes)?);
     let (service, options) = (ServiceId::tcp(7174), ConnectOptions::default());

@@ -464,36 +464,6 @@ impl Device {
         }
     }
 
-    // Shared receive queues.
-
-    /// Makes a shared receive queue; none when it is too deep or there are too many.
-    pub(crate) fn create_srq(&mut self, depth: u32) -> Option<u32> {
-        if depth > WORK_REQUESTS_MAX {
-            return None;
-        }
-        let index = match self.srqs.iter().position(Option::is_none) {
-            Some(index) => index,
-            None if self.srqs.len() >= QUEUE_PAIRS_MAX => return None,
-            None => {
-                self.srqs.push(None);
-                self.srqs.len() - 1
-            }
-        };
-        self.srqs[index] = Some(SharedReceives::new(depth));
-        Some(index as u32)
-    }
-
-    pub(crate) fn srq(&mut self, index: u32) -> Option<&mut SharedReceives> {
-        self.srqs.get_mut(index as usize)?.as_mut()
-    }
-
-    /// No queue pair uses it any more.
-    pub(crate) fn destroy_srq(&mut self, index: u32) {
-        if let Some(srq) = self.srqs.get_mut(index as usize) {
-            *srq = None;
-        }
-    }
-
     fn mark_ready(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         if !slot.is_ready {

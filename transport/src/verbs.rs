@@ -35,9 +35,9 @@ use lowtide_transport_proto::qp::{Lkey, SGE_MAX, Sge};
 pub use lowtide_transport_proto::qp::{
     CompletionKind, InvalidTransition, PostError, QpState, Remote, Rkey, SendOp, Status,
 };
-pub use lowtide_transport_proto::wire::Qpn;
+pub use lowtide_transport_proto::wire::{Mtu, Qpn};
 
-pub use self::queue_pair::{Address, PostRefused, QueuePair};
+pub use self::queue_pair::{Address, PostRefused, QueuePair, Reliability};
 use crate::device::WORK_REQUESTS_MAX;
 pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;

@@ -22,7 +22,7 @@ pub const LOCK_FILE: &str = "LOCK";
 const NEW: &str = ".new";
 /// Bytes read at a time to bring a file to memory, and written at a time past the page cache.
 const CHUNK: usize = 1 << 20;
-/// Stores shorter than this go through the page cache, which gathers them.
+/// Stores and reads shorter than this go through the page cache, which gathers them.
 const DIRECT_MIN: usize = 256 << 10;
 
 /// How a mapped file is written.
@@ -261,10 +261,11 @@ fn zero_fill(file: &File, len: u64) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Stores past the page cache.
+/// Stores and reads past the page cache.
 ///
 /// The kernel would copy each byte to pages that it has to find first, and write them when the sync
 /// asks for it. Here the disk takes what the store was given, while the next bytes are received.
+/// The same on the way back: nobody is expected to read the same soon.
 #[derive(Debug)]
 struct Direct {
     file: File,
@@ -276,6 +277,7 @@ impl Direct {
     /// `None` where the file system does not offer it.
     fn open(path: &Path) -> Option<Direct> {
         let file = OpenOptions::new()
+            .read(true)
             .write(true)
             .custom_flags(nix::fcntl::OFlag::O_DIRECT.bits())
             .open(path)
@@ -354,18 +356,26 @@ impl Medium for PositionedFile {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), MediumError> {
-        self.file
-            .read_exact_at(out, offset)
-            .map_err(|e| match e.kind() {
-                std::io::ErrorKind::UnexpectedEof => MediumError::OutOfRange {
-                    file: self.name.clone(),
-                    call: Call::Read,
-                    offset,
-                    len: out.len() as u64,
-                    size: self.len().unwrap_or(0),
-                },
-                _ => self.error(Call::Read, offset, out.len() as u64, e),
-            })
+        let is_aligned = [offset, out.len() as u64, out.as_ptr().addr() as u64]
+            .iter()
+            .all(|n| n.is_multiple_of(PAGE));
+        let direct = self.direct.as_ref();
+        let direct = direct.filter(|_| out.len() >= DIRECT_MIN && is_aligned);
+        match direct.map(|direct| direct.file.read_exact_at(out, offset)) {
+            // A file system may take the flag and refuse the read; the cache always works.
+            None | Some(Err(_)) => self.file.read_exact_at(out, offset),
+            Some(Ok(())) => Ok(()),
+        }
+        .map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => MediumError::OutOfRange {
+                file: self.name.clone(),
+                call: Call::Read,
+                offset,
+                len: out.len() as u64,
+                size: self.len().unwrap_or(0),
+            },
+            _ => self.error(Call::Read, offset, out.len() as u64, e),
+        })
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {

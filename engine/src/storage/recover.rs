@@ -193,7 +193,7 @@ impl Objects for Replay {
                 let extent = extent_ref(extent);
                 self.read.push(extent);
                 let read = self.extents.read_verify(extent);
-                self.keep(read.map_err(StorageError::from)).map(Bytes::from)
+                self.keep(read.map_err(StorageError::from))
             }
         }
     }

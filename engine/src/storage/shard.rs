@@ -270,8 +270,7 @@ impl Objects for ShardStorage {
                     return Some(bytes);
                 }
                 let read = self.common.extents.read_verify(extent_ref(extent));
-                let read = self.keep(read.map_err(StorageError::from));
-                read.map(Bytes::from)
+                self.keep(read.map_err(StorageError::from))
             }
         }
     }

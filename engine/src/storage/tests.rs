@@ -76,7 +76,7 @@ fn closing_writes_what_is_still_to_be_written() {
     drop(storage);
     node.close();
     for extent in extents {
-        assert_eq!(file.read_verify(extent_ref(&extent)).unwrap(), *value);
+        assert_eq!(file.read_verify(extent_ref(&extent)).unwrap()[..], *value);
     }
 }
 

@@ -13,6 +13,7 @@
 //! Source: design D2 ("Bulk data").
 
 use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
+use lowtide_engine_core::op::Bytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -320,18 +321,28 @@ impl ExtentFile {
         Ok(self.medium.sync(0..len)?)
     }
 
-    /// Reads an extent and checks its CRC.
+    /// Reads an extent and checks its CRC. It is read whole pages at a time to an address that is one
+    /// of a page, as the disk itself could do it.
     ///
     /// # Errors
     /// [`ExtentError::Damaged`], [`ExtentError::BadReference`], or the medium's.
-    pub fn read_verify(&self, extent: ExtentRef) -> Result<Vec<u8>, ExtentError> {
+    pub fn read_verify(&self, extent: ExtentRef) -> Result<Bytes, ExtentError> {
+        const PAGE_LEN: usize = PAGE as usize;
         let file_len = self.map().file_len;
-        let inside = extent.range().is_some_and(|r| r.end <= file_len);
-        if !inside || u64::from(extent.len) > EXTENT_MAX {
+        let range = extent.range().filter(|range| range.end <= file_len);
+        let range = range.filter(|_| u64::from(extent.len) <= EXTENT_MAX);
+        let Some(range) = range else {
             return Err(ExtentError::BadReference(extent));
-        }
-        let mut data = vec![0u8; extent.len as usize];
-        self.medium.read(extent.offset, &mut data)?;
+        };
+        let padded = (range.end - range.start) as usize;
+        let zeros = std::iter::repeat_n(0, padded + PAGE_LEN - 1);
+        let mut owner: Arc<[u8]> = zeros.collect();
+        let begin = owner.as_ptr().align_offset(PAGE_LEN);
+        let pages = Arc::get_mut(&mut owner).and_then(|all| all.get_mut(begin..begin + padded));
+        self.medium
+            .read(extent.offset, pages.expect("nobody else has it"))?;
+        let data = Bytes::part_of(&owner, begin..begin + extent.len as usize);
+        let data = data.expect("it lies within");
         let found = crc32c::crc32c(&data);
         if found != extent.crc32c {
             let ExtentRef {
@@ -346,7 +357,7 @@ impl ExtentFile {
                 expected,
             });
         }
-        Ok(data)
+        Ok(data.with_checksum(found))
     }
 
     /// Gives the space of an extent back. Nothing durable may refer to it any more.

@@ -27,14 +27,13 @@
 //! Source: IBTA volume 1, chapters 9 and 10; Linux `rxe_req.c`, `rxe_comp.c`, `rxe_resp.c`.
 
 mod memory;
+mod reports;
 mod requester;
 mod responder;
 mod timers;
 mod types;
 mod ud;
 mod work;
-
-use alloc::collections::VecDeque;
 
 pub use memory::{
     Access, AccessError, AtomicOp, Fragment, Fragments, Key, Lkey, Memory, Remote, Rkey, SGE_MAX,
@@ -54,6 +53,7 @@ pub use work::{
 
 use crate::time::Nanos;
 use crate::wire::{Class, Mtu, PKEY_DEFAULT, Packet, Qpn};
+use reports::Reports;
 use requester::{Failure, Requester};
 use responder::Responder;
 use timers::TimerTable;
@@ -82,67 +82,6 @@ struct Link {
     mtu: Mtu,
     pkey: u16,
     access: Access,
-}
-
-/// What the queue pair reports: completions not yet polled, and counters.
-#[derive(Debug)]
-struct Reports {
-    completions: VecDeque<Completion>,
-    /// How many of `completions` are of sends, and of receives.
-    sends: u32,
-    recvs: u32,
-    counters: Counters,
-    /// One bit per [`QpEvent`].
-    events: u8,
-}
-
-impl Reports {
-    fn new(depth: usize) -> Self {
-        Self {
-            completions: VecDeque::with_capacity(depth),
-            sends: 0,
-            recvs: 0,
-            counters: Counters::default(),
-            events: 0,
-        }
-    }
-
-    fn raise(&mut self, event: QpEvent) {
-        self.events |= 1 << event as u8;
-    }
-
-    fn poll_event(&mut self) -> Option<QpEvent> {
-        let events = self.events;
-        let is_raised = |event: &QpEvent| events & (1 << *event as u8) != 0;
-        let event = QpEvent::ALL.iter().copied().find(is_raised)?;
-        self.events &= !(1 << event as u8);
-        Some(event)
-    }
-
-    /// Forget all but the counters.
-    fn clear(&mut self) {
-        self.completions.clear();
-        (self.sends, self.recvs, self.events) = (0, 0, 0);
-    }
-
-    fn complete(&mut self, completion: Completion) {
-        *(if completion.kind.is_recv() {
-            &mut self.recvs
-        } else {
-            &mut self.sends
-        }) += 1;
-        self.completions.push_back(completion);
-    }
-
-    fn poll(&mut self) -> Option<Completion> {
-        let completion = self.completions.pop_front()?;
-        *(if completion.kind.is_recv() {
-            &mut self.recvs
-        } else {
-            &mut self.sends
-        }) -= 1;
-        Some(completion)
-    }
 }
 
 impl QueuePair {

@@ -96,6 +96,7 @@ struct Entry {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ConnectingQp {
     pub(crate) id: QpId,
+    /// The first that the peer shall send.
     pub(crate) psn: Psn,
     pub(crate) mtu: Mtu,
     pub(crate) peer: SocketAddr,
@@ -453,12 +454,13 @@ fn bring_up(device: &mut Device, qp: &ConnectingQp, theirs: QpOffer, budget: Opt
     let rtr = RtrAttr {
         dest: theirs.qpn,
         path_mtu: qp.mtu,
-        rq_psn: theirs.psn,
+        rq_psn: qp.psn,
         max_dest_rd_atomic: qp.responder_resources,
         min_rnr_timer: RnrTimer::new(RNR_TIMER),
     };
     let rts = RtsAttr {
-        sq_psn: qp.psn,
+        // Each side says at which number the other begins.
+        sq_psn: theirs.psn,
         timeout: qp.timeout,
         retry_cnt: qp.retry_count,
         rnr_retry: theirs.rnr_retry,

@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use lowtide_transport_proto::qp::RecvWr;
 
+use super::{Device, QUEUE_PAIRS_MAX, WORK_REQUESTS_MAX};
+
 /// The queue. It is bounded; each receive goes to one queue pair.
 #[derive(Debug)]
 pub(crate) struct SharedReceives {
@@ -60,6 +62,36 @@ impl SharedReceives {
     /// Whether the limit was reached since this was last asked.
     pub(crate) fn poll_limit(&mut self) -> bool {
         std::mem::take(&mut self.is_limit_reached)
+    }
+}
+
+impl Device {
+    /// Makes a shared receive queue; none when it is too deep or there are too many.
+    pub(crate) fn create_srq(&mut self, depth: u32) -> Option<u32> {
+        if depth > WORK_REQUESTS_MAX {
+            return None;
+        }
+        let index = match self.srqs.iter().position(Option::is_none) {
+            Some(index) => index,
+            None if self.srqs.len() >= QUEUE_PAIRS_MAX => return None,
+            None => {
+                self.srqs.push(None);
+                self.srqs.len() - 1
+            }
+        };
+        self.srqs[index] = Some(SharedReceives::new(depth));
+        Some(index as u32)
+    }
+
+    pub(crate) fn srq(&mut self, index: u32) -> Option<&mut SharedReceives> {
+        self.srqs.get_mut(index as usize)?.as_mut()
+    }
+
+    /// No queue pair uses it any more.
+    pub(crate) fn destroy_srq(&mut self, index: u32) {
+        if let Some(srq) = self.srqs.get_mut(index as usize) {
+            *srq = None;
+        }
     }
 }
 

@@ -240,13 +240,13 @@ mod tests {
     const LEN: usize = 4 * 4096;
 
     impl Pages {
+        /// Where the kernel puts nothing by itself, so that what is unmapped stays unmapped.
         fn new() -> Pages {
-            // SAFETY: a new private mapping.
-            let at = unsafe {
-                let rights = libc::PROT_READ | libc::PROT_WRITE;
-                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-                libc::mmap(std::ptr::null_mut(), LEN, rights, flags, -1, 0)
-            };
+            let wish = std::ptr::without_provenance_mut(0x2000_0000_0000);
+            let rights = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+            // SAFETY: a new private mapping, or none.
+            let at = unsafe { libc::mmap(wish, LEN, rights, flags, -1, 0) };
             assert_ne!(at, libc::MAP_FAILED);
             Pages(at)
         }

@@ -25,9 +25,6 @@ const RD_ATOMIC: u8 = 8;
 /// Response packets asked for by one READ request at most, so that no READ floods its requester: with
 /// the last of the request before, two full runs of segments.
 const READ_CHUNK: u32 = 33;
-/// Local ACK timeout: 4.096 us times 2^14, 67 ms.
-const ACK_TIMEOUT: u8 = 14;
-const RETRY_COUNT: u8 = 7;
 
 /// A work request that was not taken, and its memory.
 #[derive(Debug)]
@@ -57,6 +54,31 @@ pub struct Address {
     pub psn: u32,
     /// Full datagrams that its receive buffer holds; 0 if it did not say.
     pub budget: u32,
+}
+
+/// How a reliable connection behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reliability {
+    /// Path MTU, the same on both sides; none takes the largest that the link carries.
+    pub mtu: Option<Mtu>,
+    /// Local ACK timeout: 4.096 us times 2 to this power; 0 means that no timeout fails.
+    pub ack_timeout: u8,
+    /// Timeouts without progress before the queue pair fails; 7 is without limit.
+    pub retry_count: u8,
+    /// The same for a peer that has posted no receive.
+    pub rnr_retry: u8,
+}
+
+impl Default for Reliability {
+    /// The link's MTU, 67 ms, and patience without limit.
+    fn default() -> Self {
+        Reliability {
+            mtu: None,
+            ack_timeout: 14,
+            retry_count: 7,
+            rnr_retry: 7,
+        }
+    }
 }
 
 /// A reliable connection's end.
@@ -107,10 +129,21 @@ impl QueuePair {
     /// # Errors
     /// [`InvalidTransition`] from any state but Init.
     pub fn connect(&self, peer: &Address) -> Result<(), InvalidTransition> {
-        let link = path_mtu(self.device.local_addr(), peer.socket).unwrap_or(1500);
+        self.connect_as(peer, &Reliability::default())
+    }
+
+    /// The same, with a say in how.
+    ///
+    /// # Errors
+    /// [`InvalidTransition`] from any state but Init.
+    pub fn connect_as(&self, peer: &Address, how: &Reliability) -> Result<(), InvalidTransition> {
+        let link = || {
+            let link = path_mtu(self.device.local_addr(), peer.socket).unwrap_or(1500);
+            Mtu::for_link(link).unwrap_or(Mtu::B256)
+        };
         let rtr = RtrAttr {
             dest: peer.qpn,
-            path_mtu: Mtu::for_link(link).unwrap_or(Mtu::B256),
+            path_mtu: how.mtu.unwrap_or_else(link),
             rq_psn: Psn::new(peer.psn),
             max_dest_rd_atomic: RD_ATOMIC,
             min_rnr_timer: RnrTimer::new(12),
@@ -119,9 +152,9 @@ impl QueuePair {
         let budget = self.device.shared.lock().device.receive_budget();
         let rts = RtsAttr {
             sq_psn: self.psn,
-            timeout: ACK_TIMEOUT,
-            retry_cnt: RETRY_COUNT,
-            rnr_retry: RETRY_COUNT,
+            timeout: how.ack_timeout.min(31),
+            retry_cnt: how.retry_count.min(7),
+            rnr_retry: how.rnr_retry.min(7),
             max_rd_atomic: RD_ATOMIC,
             read_chunk_packets: READ_CHUNK.min(budget / 2).max(1) as u16,
         };

@@ -124,7 +124,7 @@ pub struct Req<'a> {
     pub remote_response_timeout: u8,
     /// How fast the client answers.
     pub local_response_timeout: u8,
-    /// Its first PSN.
+    /// The first PSN that the server shall send.
     pub psn: Psn,
     /// For the server's queue pair: transport retries.
     pub retry_count: u8,
@@ -171,7 +171,7 @@ pub struct Rep<'a> {
     pub remote: CommId,
     /// The server's queue pair.
     pub qpn: Qpn,
-    /// Its first PSN.
+    /// The first PSN that the client shall send.
     pub psn: Psn,
     /// READs and atomics it will serve at once.
     pub responder_resources: u8,

@@ -54,7 +54,8 @@ impl CmConfig {
 pub struct QpOffer {
     /// The queue pair.
     pub qpn: Qpn,
-    /// The first PSN it sends.
+    /// The first PSN that the *peer* shall send to it (IBTA 12.7.31). Two ends that both take it for
+    /// the first one sent understand each other, too, but no kernel.
     pub psn: Psn,
     /// READs and atomics it serves at once: bounds the peer's `max_rd_atomic`.
     pub responder_resources: u8,

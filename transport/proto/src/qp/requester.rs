@@ -17,13 +17,14 @@
 //!
 //! Source: Linux `rxe_req.c`, `rxe_comp.c`; the probe is ours, modelled on RFC 8985's.
 
+mod local;
 mod segment;
 
 use alloc::collections::VecDeque;
 
 use segment::Wqe;
 
-use super::memory::{AccessError, Memory};
+use super::memory::Memory;
 use super::timers::{RoundTrip, Timer, TimerTable};
 use super::types::{Allow, DropReason, Outcome, QpKind, RtsAttr, Transmit};
 use super::work::{PostError, SendOp, SendWr, Status};
@@ -236,52 +237,6 @@ impl Requester {
         Failure::of_packet(seq, Status::LocalProtection)
     }
 
-    // What is done at this end.
-
-    /// Whether a request that is done at this end has its turn.
-    pub fn has_local_work(&self) -> bool {
-        let next = self.queue.get(self.cursor);
-        next.is_some_and(|wqe| wqe.is_waiting() && !self.is_held_back())
-    }
-
-    /// Do it.
-    pub fn execute_local(
-        &mut self,
-        memory: &mut impl Memory,
-        link: &Link,
-        out: &mut Reports,
-    ) -> Result<(), Failure> {
-        if !self.has_local_work() {
-            return Ok(());
-        }
-        let Some(wqe) = self.queue.get_mut(self.cursor) else {
-            return Ok(());
-        };
-        let (result, status) = match &wqe.wr.op {
-            SendOp::BindWindow(bind) => (memory.bind(bind), Status::WindowBind),
-            SendOp::LocalInvalidate(rkey) => {
-                (memory.invalidate_local(*rkey), Status::LocalOperation)
-            }
-            _ => return Ok(()),
-        };
-        result.map_err(|AccessError| Failure {
-            seq: wqe.first,
-            status,
-            is_local: true,
-        })?;
-        wqe.is_done = true;
-        self.cursor += 1;
-        self.finish_done(link, out);
-        Ok(())
-    }
-
-    /// Complete what was done at this end and stands at the front.
-    fn finish_done(&mut self, link: &Link, out: &mut Reports) {
-        while self.queue.front().is_some_and(|wqe| wqe.is_done) {
-            self.finish_front(link, out);
-        }
-    }
-
     // Sending.
 
     pub fn poll_transmit(
@@ -292,6 +247,10 @@ impl Requester {
         out: &mut Reports,
         timers: &mut TimerTable,
     ) -> Option<Transmit> {
+        if link.kind == QpKind::Uc {
+            // What was polled before has been sent, and nobody will acknowledge it.
+            self.acknowledge(self.next, link, out);
+        }
         if core::mem::take(&mut self.probe_due) && self.una < self.next {
             let wqe = self.queue.front()?;
             let (mut transmit, _) = self.build(wqe, self.una, true, link);
@@ -332,19 +291,10 @@ impl Requester {
             self.cursor += 1;
             self.skip_done();
         }
-        if link.kind == QpKind::Uc {
-            self.acknowledge(self.next, link, out);
-        } else {
+        if link.kind == QpKind::Rc {
             self.arm(now, timers);
         }
         Some(transmit)
-    }
-
-    /// What is sent again passes what need not be done again.
-    fn skip_done(&mut self) {
-        while self.queue.get(self.cursor).is_some_and(|wqe| wqe.is_done) {
-            self.cursor += 1;
-        }
     }
 
     /// Whether the request at the cursor must wait for READs or atomics before it, or may not start.

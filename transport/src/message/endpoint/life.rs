@@ -210,6 +210,8 @@ impl EndpointCtx {
         let rtr = RtrAttr {
             dest: theirs.qpn,
             path_mtu: theirs.mtu,
+            // Both ends of this protocol tell the PSN they begin with; the IBTA has it the other way
+            // round, and `cm`, which kernels must understand, too.
             rq_psn: theirs.psn,
             max_dest_rd_atomic: READS_SERVED,
             min_rnr_timer: RnrTimer::new(1),

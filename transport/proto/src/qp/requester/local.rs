@@ -1,0 +1,59 @@
+//! Requests that are carried out at this end.
+
+use super::super::memory::{AccessError, Memory};
+use super::super::work::{SendOp, Status};
+use super::super::{Link, Reports};
+use super::{Failure, Requester};
+
+impl Requester {
+    /// Whether a request that is done at this end has its turn.
+    pub fn has_local_work(&self) -> bool {
+        let next = self.queue.get(self.cursor);
+        next.is_some_and(|wqe| wqe.is_waiting() && !self.is_held_back())
+    }
+
+    /// Do it.
+    pub fn execute_local(
+        &mut self,
+        memory: &mut impl Memory,
+        link: &Link,
+        out: &mut Reports,
+    ) -> Result<(), Failure> {
+        if !self.has_local_work() {
+            return Ok(());
+        }
+        let Some(wqe) = self.queue.get_mut(self.cursor) else {
+            return Ok(());
+        };
+        let (result, status) = match &wqe.wr.op {
+            SendOp::BindWindow(bind) => (memory.bind(bind), Status::WindowBind),
+            SendOp::LocalInvalidate(rkey) => {
+                (memory.invalidate_local(*rkey), Status::LocalOperation)
+            }
+            _ => return Ok(()),
+        };
+        result.map_err(|AccessError| Failure {
+            seq: wqe.first,
+            status,
+            is_local: true,
+        })?;
+        wqe.is_done = true;
+        self.cursor += 1;
+        self.finish_done(link, out);
+        Ok(())
+    }
+
+    /// Complete what was done at this end and stands at the front.
+    pub(super) fn finish_done(&mut self, link: &Link, out: &mut Reports) {
+        while self.queue.front().is_some_and(|wqe| wqe.is_done) {
+            self.finish_front(link, out);
+        }
+    }
+
+    /// What is sent again passes what need not be done again.
+    pub(super) fn skip_done(&mut self) {
+        while self.queue.get(self.cursor).is_some_and(|wqe| wqe.is_done) {
+            self.cursor += 1;
+        }
+    }
+}

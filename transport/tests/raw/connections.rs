@@ -1,0 +1,285 @@
+//! What RC and UC carry.
+
+use super::*;
+
+#[test]
+fn messages_are_gathered_and_scattered() {
+    for kind in [QpType::Rc, QpType::Uc] {
+        let (a, b) = pair(kind);
+        for (round, len) in [0usize, 3, 64, 1024, 1025, 50_000].into_iter().enumerate() {
+            let text = bytes(len, round);
+            a.pages.write(100, &text);
+            // Three pieces there, two here, cut at different places.
+            let (x, y) = (len / 3, len / 2);
+            let cut = [
+                a.sge(100, x as u32),
+                a.sge(100 + x, (y - x) as u32),
+                a.sge(100 + y, (len - y) as u32),
+            ];
+            let into = [b.sge(0, (len / 5) as u32), b.sge(200_000, len as u32)];
+            b.receive(7, &into);
+            a.post(8, SendOp::SendImm(round as u32), &cut);
+            let got = b.succeed();
+            let expected = (7, CompletionKind::Recv, len as u32, Some(round as u32));
+            assert_eq!((got.wr_id, got.kind, got.byte_len, got.imm), expected);
+            assert_eq!((got.qpn, got.flags), (b.qp.qpn(), WcFlags::WITH_IMM));
+            let mut whole = b.pages.read(0, len / 5);
+            whole.extend(b.pages.read(200_000, len - len / 5));
+            assert_eq!(whole, text);
+            let sent = a.succeed();
+            assert_eq!((sent.wr_id, sent.kind), (8, CompletionKind::Send));
+
+            b.receive(9, &[]);
+            a.post(10, SendOp::WriteImm(b.remote(400_000), 5), &cut);
+            let got = b.succeed();
+            let expected = (9, CompletionKind::RecvWriteImm, len as u32, Some(5));
+            assert_eq!((got.wr_id, got.kind, got.byte_len, got.imm), expected);
+            assert_eq!(b.pages.read(400_000, len), text);
+            assert_eq!(a.succeed().kind, CompletionKind::Write);
+        }
+    }
+}
+
+#[test]
+fn one_sided_operations_do_what_they_say() {
+    let (a, b) = pair(QpType::Rc);
+    b.pages.write(0, &bytes(30_000, 1));
+    let into = [a.sge(500, 10_000), a.sge(100_000, 20_000)];
+    a.post(1, SendOp::Read(b.remote(0)), &into);
+    assert_eq!(a.succeed().byte_len, 30_000);
+    let mut whole = a.pages.read(500, 10_000);
+    whole.extend(a.pages.read(100_000, 20_000));
+    assert_eq!(whole, bytes(30_000, 1));
+
+    b.pages.write(64, &5u64.to_ne_bytes());
+    let remote = b.remote(64);
+    let old = [a.sge(0, 8)];
+    a.post(2, SendOp::FetchAdd { remote, add: 7 }, &old);
+    assert_eq!(
+        (a.succeed().kind, a.pages.word(0)),
+        (CompletionKind::FetchAdd, 5)
+    );
+    let swap = |compare, swap| SendOp::CompareSwap {
+        remote,
+        compare,
+        swap,
+    };
+    for (compare, new, was, is) in [(11, 1, 12, 12), (12, 99, 12, 99)] {
+        a.post(3, swap(compare, new), &old);
+        a.succeed();
+        assert_eq!((a.pages.word(0), b.pages.word(64)), (was, is));
+    }
+
+    a.pages.write(8, &0x0102_0304_0506_0708u64.to_ne_bytes());
+    a.post(4, SendOp::AtomicWrite(remote), &[a.sge(8, 8)]);
+    assert_eq!(a.succeed().kind, CompletionKind::AtomicWrite);
+    assert_eq!(b.pages.word(64), 0x0102_0304_0506_0708);
+
+    for whole_region in [false, true] {
+        let flush = Flush {
+            remote: b.remote(0),
+            len: 4096,
+            global: true,
+            persistent: false,
+            whole_region,
+        };
+        a.post(5, SendOp::Flush(flush), &[]);
+        assert_eq!(a.succeed().kind, CompletionKind::Flush);
+    }
+}
+
+#[test]
+fn what_makes_no_sense_or_is_not_granted_is_refused() {
+    let flush = |remote, persistent, global| {
+        SendOp::Flush(Flush {
+            remote,
+            len: 8,
+            global,
+            persistent,
+            whole_region: false,
+        })
+    };
+    for case in 0..6 {
+        let (a, b) = pair(QpType::Rc);
+        let (odd, beyond) = (b.remote(4), b.remote(LEN));
+        let list = [a.sge(0, 8)];
+        let (op, list, status) = match case {
+            0 => (
+                flush(b.remote(0), true, false),
+                &[][..],
+                Status::RemoteInvalidRequest,
+            ),
+            1 => (
+                flush(b.remote(0), false, false),
+                &[][..],
+                Status::RemoteInvalidRequest,
+            ),
+            2 => (flush(beyond, false, true), &[][..], Status::RemoteAccess),
+            3 => (
+                SendOp::AtomicWrite(odd),
+                &list[..],
+                Status::RemoteInvalidRequest,
+            ),
+            4 => (SendOp::AtomicWrite(beyond), &list[..], Status::RemoteAccess),
+            _ => {
+                let add = SendOp::FetchAdd {
+                    remote: odd,
+                    add: 1,
+                };
+                (add, &list[..], Status::RemoteInvalidRequest)
+            }
+        };
+        a.pages.write(0, &[7; 8]);
+        a.post(1, op, list);
+        assert_eq!(a.next().status, status, "case {case}");
+        assert_eq!(b.qp.query().state, QpState::Err);
+        assert_eq!(b.pages.word(0), 0);
+        assert_eq!(
+            b.event(),
+            match status {
+                Status::RemoteAccess => AsyncEvent::QpAccessError(b.qp.qpn()),
+                _ => AsyncEvent::QpRequestError(b.qp.qpn()),
+            }
+        );
+    }
+}
+
+#[test]
+fn inline_data_is_taken_when_posting() {
+    for kind in [QpType::Rc, QpType::Uc] {
+        let (a, b) = pair(kind);
+        for round in 0..40usize {
+            b.receive(1, &[b.sge(0, 128)]);
+            let mut text = bytes(round * 3, round);
+            let (head, tail) = text.split_at_mut(round);
+            // Neither piece is registered, and both change at once.
+            let list = [&*head, &*tail].map(|piece| Sge {
+                lkey: Lkey(0xBAD),
+                addr: piece.as_ptr() as u64,
+                len: piece.len() as u32,
+            });
+            let wr = SendWr {
+                flags: SendFlags::INLINE | SendFlags::SIGNALED,
+                ..signalled(2, SendOp::Send, &list)
+            };
+            a.try_post(wr).unwrap();
+            text.fill(0xEE);
+            assert_eq!(b.succeed().byte_len as usize, round * 3);
+            assert_eq!(b.pages.read(0, round * 3), bytes(round * 3, round));
+            a.succeed();
+        }
+        let long = bytes(129, 1);
+        let list = [Sge {
+            lkey: Lkey(0),
+            addr: long.as_ptr() as u64,
+            len: 129,
+        }];
+        let inline = |op| SendWr {
+            flags: SendFlags::INLINE,
+            ..signalled(2, op, &list)
+        };
+        let refused = a.try_post(inline(SendOp::Send));
+        assert_eq!(refused, Err(Error::Limit("inline data")));
+        let refused = a.try_post(inline(SendOp::Read(b.remote(0))));
+        assert!(matches!(refused, Err(Error::Argument(_))));
+    }
+}
+
+#[test]
+fn unsignalled_requests_complete_in_silence_and_failures_never_do() {
+    let (a, b) = pair(QpType::Rc);
+    for round in 0..100u64 {
+        let list = [a.sge(0, 8)];
+        let wr = SendWr {
+            flags: if round % 10 == 9 {
+                SendFlags::SIGNALED
+            } else {
+                SendFlags::NONE
+            },
+            ..signalled(round, SendOp::Write(b.remote(0)), &list)
+        };
+        a.try_post(wr).unwrap();
+        if round % 10 == 9 {
+            assert_eq!(a.succeed().wr_id, round);
+        }
+    }
+    let list = [a.sge(0, 8)];
+    let wr = SendWr {
+        flags: SendFlags::NONE,
+        ..signalled(1000, SendOp::Write(b.remote(LEN)), &list)
+    };
+    a.try_post(wr).unwrap();
+    let failed = a.next();
+    assert_eq!((failed.wr_id, failed.status), (1000, Status::RemoteAccess));
+}
+
+#[test]
+fn a_fence_waits_for_reads() {
+    let (a, b) = pair(QpType::Rc);
+    b.pages.write(0, &bytes(200_000, 3));
+    // The SEND's payload is what the READ brings.
+    for round in 0..5 {
+        a.pages.write(0, &vec![0; 200_000]);
+        b.receive(1, &[b.sge(300_000, 200_000)]);
+        a.post(2, SendOp::Read(b.remote(0)), &[a.sge(0, 200_000)]);
+        let list = [a.sge(0, 200_000)];
+        let wr = SendWr {
+            flags: SendFlags::FENCE | SendFlags::SIGNALED,
+            ..signalled(3, SendOp::Send, &list)
+        };
+        a.try_post(wr).unwrap();
+        assert_eq!((a.succeed().wr_id, a.succeed().wr_id), (2, 3));
+        b.succeed();
+        let got = b.pages.read(300_000, 200_000);
+        assert!(got == bytes(200_000, 3), "round {round}");
+    }
+}
+
+#[test]
+fn a_queue_pair_talks_to_itself_and_to_another_of_its_device() {
+    for kind in [QpType::Rc, QpType::Uc] {
+        let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+        let alone = end_on(context.clone(), kind, None);
+        alone.connect(&context, alone.qp.qpn());
+        let (a, b) = (
+            end_on(context.clone(), kind, None),
+            end_on(context, kind, None),
+        );
+        a.connect(&b.context, b.qp.qpn());
+        b.connect(&a.context, a.qp.qpn());
+        for (from, onto) in [(&alone, &alone), (&a, &b), (&b, &a)] {
+            let text = bytes(10_000, 9);
+            from.pages.write(0, &text);
+            onto.receive(1, &[onto.sge(500_000, 10_000)]);
+            from.post(2, SendOp::Send, &[from.sge(0, 10_000)]);
+            let mut ids = [from.succeed().wr_id, onto.succeed().wr_id];
+            ids.sort_unstable();
+            assert_eq!(ids, [1, 2]);
+            assert_eq!(onto.pages.read(500_000, 10_000), text);
+            if kind == QpType::Rc {
+                from.post(
+                    3,
+                    SendOp::Read(onto.remote(500_000)),
+                    &[from.sge(700_000, 10_000)],
+                );
+                from.succeed();
+                assert_eq!(from.pages.read(700_000, 10_000), text);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_list_is_taken_up_to_the_bad_request() {
+    let (a, b) = pair(QpType::Uc);
+    let list = [a.sge(0, 8)];
+    let good = signalled(1, SendOp::Write(b.remote(0)), &list);
+    let bad = signalled(2, SendOp::Read(b.remote(0)), &list);
+    // SAFETY: the pages are only copied.
+    let refused = unsafe { a.qp.post_send(&[good, good, bad, good]) }.unwrap_err();
+    assert_eq!(refused.index, 2);
+    assert_eq!((a.succeed().wr_id, a.succeed().wr_id), (1, 1));
+    let many = [a.sge(0, 1); 5];
+    let refused = a.try_post(signalled(1, SendOp::Send, &many));
+    assert!(matches!(refused, Err(Error::Limit(_))));
+}

@@ -1,0 +1,298 @@
+//! The state table from outside.
+
+use super::*;
+
+#[test]
+fn query_tells_the_truth_in_every_state() {
+    for kind in [QpType::Rc, QpType::Uc, QpType::Ud] {
+        let (a, b) = (end(kind), end(kind));
+        let cap = a.qp.init_attr().cap;
+        let state = |end: &End| end.qp.query().state;
+        assert_eq!(
+            a.qp.query(),
+            QpAttr {
+                cap,
+                ..QpAttr::default()
+            }
+        );
+        a.to_init();
+        let attr = a.qp.query();
+        assert_eq!(
+            (attr.state, attr.port, attr.pkey_index),
+            (QpState::Init, 1, 0)
+        );
+        if kind == QpType::Ud {
+            assert_eq!(attr.qkey, QKEY);
+        } else {
+            assert_eq!(attr.access, ALL);
+        }
+        a.to_rtr(&b.context, b.qp.qpn());
+        let attr = a.qp.query();
+        assert_eq!(attr.state, QpState::Rtr);
+        if kind != QpType::Ud {
+            assert_eq!((attr.dest, attr.path_mtu), (b.qp.qpn(), Mtu::B1024));
+            assert_eq!(attr.rq_psn, Psn::new(0xFF_FFFE));
+            assert_eq!(attr.address.dgid, b.context.gid().gid);
+        }
+        a.to_rts();
+        let attr = a.qp.query();
+        assert_eq!(
+            (attr.state, attr.sq_psn),
+            (QpState::Rts, Psn::new(0xFF_FFFE))
+        );
+        if kind == QpType::Rc {
+            let retries = (
+                attr.timeout,
+                attr.retry_cnt,
+                attr.rnr_retry,
+                attr.max_rd_atomic,
+            );
+            assert_eq!(retries, (14, 7, 7, 4));
+        }
+        let sqd = to(attr, QpState::Sqd);
+        a.qp.modify(&sqd, QpAttrMask::STATE).unwrap();
+        assert_eq!((state(&a), a.qp.query().sq_draining), (QpState::Sqd, false));
+        a.qp.modify(&to(attr, QpState::Rts), QpAttrMask::STATE)
+            .unwrap();
+        assert_eq!(state(&a), QpState::Rts);
+        a.qp.modify(&to(attr, QpState::Err), QpAttrMask::STATE)
+            .unwrap();
+        assert_eq!(state(&a), QpState::Err);
+        a.qp.modify(&to(attr, QpState::Reset), QpAttrMask::STATE)
+            .unwrap();
+        assert_eq!(
+            a.qp.query(),
+            QpAttr {
+                cap,
+                ..QpAttr::default()
+            }
+        );
+        // And once more, all the way.
+        a.connect(&b.context, b.qp.qpn());
+        assert_eq!(state(&a), QpState::Rts);
+    }
+}
+
+#[test]
+fn wrong_moves_and_wrong_attributes_change_nothing() {
+    let (a, b) = (end(QpType::Rc), end(QpType::Rc));
+    let attr = attr_to(&b.context, b.qp.qpn());
+    let modify = |state, mask| a.qp.modify(&to(attr, state), mask);
+    let (from, rts) = (QpState::Reset, QpState::Rts);
+    assert_eq!(
+        modify(rts, QpAttrMask::STATE),
+        Err(Error::Transition(InvalidTransition { from, to: rts }))
+    );
+    assert_eq!(
+        modify(QpState::Init, INIT),
+        Err(Error::MissingAttributes(QpAttrMask::ACCESS))
+    );
+    let excess = INIT | QpAttrMask::ACCESS | QpAttrMask::SQ_PSN;
+    assert_eq!(
+        modify(QpState::Init, excess),
+        Err(Error::ExcessAttributes(QpAttrMask::SQ_PSN))
+    );
+    assert_eq!(a.qp.query().state, QpState::Reset);
+    a.to_init();
+    type Change = fn(&mut QpAttr);
+    let changes: [(Change, QpAttrMask); 5] = [
+        (|attr| attr.address.port = 2, RTR_RC),
+        (
+            |attr| attr.address.dgid = Gid::from_ip("::1".parse().unwrap()),
+            RTR_RC,
+        ),
+        (
+            |attr| attr.address.dgid = Gid::from_ip("224.0.0.9".parse().unwrap()),
+            RTR_RC,
+        ),
+        (|attr| attr.max_dest_rd_atomic = 129, RTR_RC),
+        (|attr| attr.pkey_index = 1, RTR_RC | QpAttrMask::PKEY_INDEX),
+    ];
+    for (change, mask) in changes {
+        let mut attr = to(attr, QpState::Rtr);
+        change(&mut attr);
+        let refused = a.qp.modify(&attr, mask).unwrap_err();
+        assert!(
+            matches!(refused, Error::Limit(_) | Error::Argument(_)),
+            "{refused}"
+        );
+        assert_eq!(a.qp.query().state, QpState::Init);
+    }
+    let wrong = QpAttr {
+        current_state: QpState::Rts,
+        ..to(attr, QpState::Rtr)
+    };
+    assert!(
+        a.qp.modify(&wrong, RTR_RC | QpAttrMask::CURRENT_STATE)
+            .is_err()
+    );
+    a.to_rtr(&b.context, b.qp.qpn());
+    assert!(matches!(
+        modify(QpState::Init, INIT | QpAttrMask::ACCESS),
+        Err(Error::Transition(_))
+    ));
+    assert_eq!(a.qp.query().state, QpState::Rtr);
+    let refused = a.try_post(signalled(1, SendOp::Send, &[]));
+    assert_eq!(refused, Err(Error::State(QpState::Rtr)));
+}
+
+#[test]
+fn a_drained_queue_keeps_what_is_posted_until_it_is_resumed() {
+    for kind in [QpType::Rc, QpType::Uc, QpType::Ud] {
+        let (a, b) = pair(kind);
+        let ah = handle(&a, &b.context);
+        let to_b = Destination {
+            ah: ah.id(),
+            qpn: b.qp.qpn(),
+            qkey: QKEY,
+        };
+        let send = |id| SendWr {
+            to: Some(to_b),
+            ..signalled(id, SendOp::Send, &[])
+        };
+        for id in 0..4 {
+            b.receive(id, &[b.sge(0, 100)]);
+        }
+        a.try_post(send(1)).unwrap();
+        let attr = QpAttr::default();
+        let move_to = |state| a.qp.modify(&to(attr, state), QpAttrMask::STATE).unwrap();
+        move_to(QpState::Sqd);
+        assert_eq!(a.succeed().wr_id, 1, "what has begun is finished");
+        assert_eq!(a.event(), AsyncEvent::SendQueueDrained(a.qp.qpn()));
+        b.succeed();
+        a.try_post(send(2)).unwrap();
+        a.try_post(send(3)).unwrap();
+        assert!(a.is_silent() && b.is_silent());
+        move_to(QpState::Rts);
+        assert_eq!((a.succeed().wr_id, a.succeed().wr_id), (2, 3));
+        assert_eq!((b.succeed().wr_id, b.succeed().wr_id), (1, 2));
+    }
+}
+
+#[test]
+fn attributes_change_while_drained() {
+    let (a, b) = pair(QpType::Rc);
+    let mask = QpAttrMask::TIMEOUT | QpAttrMask::RETRY_CNT | QpAttrMask::MAX_RD_ATOMIC;
+    let attr = QpAttr {
+        timeout: 10,
+        retry_cnt: 1,
+        max_rd_atomic: 1,
+        ..QpAttr::default()
+    };
+    let in_rts = a.qp.modify(&attr, mask);
+    assert_eq!(in_rts, Err(Error::ExcessAttributes(mask)));
+    a.qp.modify(&to(attr, QpState::Sqd), QpAttrMask::STATE)
+        .unwrap();
+    a.qp.modify(&to(attr, QpState::Sqd), mask | QpAttrMask::STATE)
+        .unwrap();
+    a.qp.modify(&to(attr, QpState::Rts), QpAttrMask::STATE)
+        .unwrap();
+    let now = a.qp.query();
+    assert_eq!((now.timeout, now.retry_cnt, now.max_rd_atomic), (10, 1, 1));
+    // The new patience is short: the peer is gone, and that is known soon.
+    drop(b);
+    a.post(1, SendOp::Send, &[]);
+    assert_eq!(a.next().status, Status::RetryExceeded);
+}
+
+#[test]
+fn rights_change_while_working() {
+    let (a, b) = pair(QpType::Rc);
+    a.post(1, SendOp::Write(b.remote(0)), &[a.sge(0, 8)]);
+    a.succeed();
+    let attr = QpAttr {
+        access: AccessFlags::REMOTE_READ,
+        ..QpAttr::default()
+    };
+    b.qp.modify(&attr, QpAttrMask::ACCESS).unwrap();
+    a.post(2, SendOp::Read(b.remote(0)), &[a.sge(0, 8)]);
+    a.succeed();
+    a.post(3, SendOp::Write(b.remote(0)), &[a.sge(0, 8)]);
+    assert_eq!(a.next().status, Status::RemoteInvalidRequest);
+    assert_eq!(b.event(), AsyncEvent::QpRequestError(b.qp.qpn()));
+}
+
+#[test]
+fn error_flushes_and_reset_forgets() {
+    for kind in [QpType::Rc, QpType::Uc, QpType::Ud] {
+        let (a, _b) = pair(kind);
+        let attr = QpAttr::default();
+        let move_to = |state| a.qp.modify(&to(attr, state), QpAttrMask::STATE).unwrap();
+        for id in 0..3 {
+            a.receive(id, &[a.sge(0, 100)]);
+        }
+        move_to(QpState::Err);
+        for id in 0..3 {
+            let flushed = a.next();
+            assert_eq!((flushed.wr_id, flushed.status), (id, Status::Flushed));
+        }
+        a.receive(9, &[]);
+        assert_eq!(a.next().status, Status::Flushed, "posted in ERR");
+        a.receive(10, &[]);
+        move_to(QpState::Reset);
+        assert!(a.is_silent(), "completions of a reset queue pair are gone");
+        // SAFETY: nothing is named.
+        let refused = unsafe {
+            a.qp.post_recv(&[RecvWr {
+                wr_id: 1,
+                sg_list: &[],
+            }])
+        };
+        assert_eq!(refused.unwrap_err().error, Error::State(QpState::Reset));
+    }
+}
+
+#[test]
+fn a_failed_send_ends_an_rc_and_pauses_the_others() {
+    for kind in [QpType::Rc, QpType::Uc, QpType::Ud] {
+        let (a, b) = pair(kind);
+        let ah = handle(&a, &b.context);
+        let to_b = Destination {
+            ah: ah.id(),
+            qpn: b.qp.qpn(),
+            qkey: QKEY,
+        };
+        let nowhere = [Sge {
+            lkey: Lkey(0xFFF_FF00),
+            addr: 0,
+            len: 8,
+        }];
+        let post = |id, list| {
+            let wr = SendWr {
+                to: Some(to_b),
+                ..signalled(id, SendOp::Send, list)
+            };
+            a.try_post(wr).unwrap();
+        };
+        post(1, &nowhere);
+        let failed = a.next();
+        assert_eq!((failed.wr_id, failed.status), (1, Status::LocalProtection));
+        if kind == QpType::Rc {
+            assert_eq!(a.qp.query().state, QpState::Err);
+            continue;
+        }
+        assert_eq!(a.qp.query().state, QpState::Sqe);
+        post(2, &[]);
+        assert_eq!(a.next().status, Status::Flushed);
+        // Receiving goes on meanwhile.
+        let back = handle(&b, &a.context);
+        let to_a = Destination {
+            ah: back.id(),
+            qpn: a.qp.qpn(),
+            qkey: QKEY,
+        };
+        a.receive(3, &[a.sge(0, 100)]);
+        b.try_post(SendWr {
+            to: Some(to_a),
+            ..signalled(4, SendOp::Send, &[])
+        })
+        .unwrap();
+        assert_eq!(a.succeed().wr_id, 3);
+        let attr = to(QpAttr::default(), QpState::Rts);
+        a.qp.modify(&attr, QpAttrMask::STATE).unwrap();
+        b.receive(5, &[b.sge(0, 100)]);
+        post(6, &[]);
+        assert_eq!((a.succeed().wr_id, b.next().wr_id), (6, 4));
+        assert_eq!(b.succeed().wr_id, 5);
+    }
+}
