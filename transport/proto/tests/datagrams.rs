@@ -189,6 +189,38 @@ fn datagram_queues_are_bounded_and_flushed() {
 }
 
 #[test]
+fn a_datagram_without_memory_pauses_the_queue_and_draining_keeps_it() {
+    let mut ends = pair();
+    let qp = &mut ends[0].0;
+    for id in 0..3 {
+        qp.post_send(datagram(id, 1)).unwrap();
+    }
+    let _ = qp.poll_transmit().unwrap();
+    let _ = qp.poll_transmit().unwrap();
+    qp.handle_transmit_failure();
+    assert_eq!(qp.state(), QpState::Sqe);
+    let done: Vec<_> = std::iter::from_fn(|| qp.poll_completion())
+        .map(|c| (c.wr_id.0, c.status))
+        .collect();
+    let expected = [
+        (0, Status::Success),
+        (1, Status::LocalProtection),
+        (2, Status::Flushed),
+    ];
+    assert_eq!(done, expected);
+    qp.post_send(datagram(3, 1)).unwrap();
+    assert_eq!(qp.poll_completion().unwrap().status, Status::Flushed);
+    qp.resume().unwrap();
+    qp.to_sqd().unwrap();
+    assert_eq!(qp.poll_event(), Some(QpEvent::SendQueueDrained));
+    qp.post_send(datagram(4, 1)).unwrap();
+    assert!(qp.poll_transmit().is_none() && !qp.has_pending_transmit());
+    qp.resume().unwrap();
+    assert!(qp.poll_transmit().is_some());
+    assert_eq!(qp.poll_completion().unwrap().wr_id, WrId(4));
+}
+
+#[test]
 fn an_unreliable_connection_delivers_whole_messages_in_order_or_nothing() {
     let mut whole = [0; 3];
     for (i, loss) in [0, 20, 200].into_iter().enumerate() {

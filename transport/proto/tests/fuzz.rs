@@ -153,6 +153,15 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
                 assert!(sent <= 20_000, "unbounded output");
                 assert!(transmit.udp_payload_len() <= 40 + 4096 + 4);
             }
+            while rng.chance(500) && qp.has_local_work() {
+                qp.execute_local(&mut memory);
+            }
+            while qp.poll_event().is_some() {}
+            match (rng.below(50), qp.state()) {
+                (0, QpState::Rts) => qp.to_sqd().unwrap(),
+                (1..10, QpState::Sqd | QpState::Sqe) => qp.resume().unwrap(),
+                _ => {}
+            }
             while let Some(completion) = qp.poll_completion() {
                 completed += 1;
                 assert!(completion.byte_len <= 4096 || !completion.kind.is_recv());
@@ -195,7 +204,7 @@ fn aim(rng: &mut Rng, bytes: &mut [u8], qp: &QueuePair) {
 fn post_something(rng: &mut Rng, qp: &mut QueuePair) -> usize {
     let local = piece(REGION, rng.below(1024), rng.below(4096) as u32);
     let place = remote(REGION, 0);
-    let op = match rng.below(7) {
+    let op = match rng.below(11) {
         0 => SendOp::Send,
         1 => SendOp::SendImm(1),
         2 => SendOp::Write(place),
@@ -205,6 +214,24 @@ fn post_something(rng: &mut Rng, qp: &mut QueuePair) -> usize {
             remote: place,
             add: 1,
         },
+        6 => SendOp::AtomicWrite(place),
+        7 => SendOp::Flush(Flush {
+            remote: place,
+            len: 8,
+            global: true,
+            persistent: false,
+            whole_region: rng.chance(500),
+        }),
+        8 => SendOp::LocalInvalidate(Rkey(100)),
+        9 => SendOp::BindWindow(Bind {
+            window: Rkey(99),
+            rkey: Rkey(100),
+            region: Lkey(REGION),
+            addr: base_of(REGION),
+            len: rng.below(20 << 10),
+            access: Access::ALL,
+            zero_based: false,
+        }),
         _ => {
             return usize::from(
                 qp.post_recv(RecvWr {
@@ -215,10 +242,10 @@ fn post_something(rng: &mut Rng, qp: &mut QueuePair) -> usize {
             );
         }
     };
-    let local = if matches!(op, SendOp::FetchAdd { .. }) {
-        piece(REGION, 0, 8)
-    } else {
-        local
+    let local = match op {
+        SendOp::FetchAdd { .. } | SendOp::AtomicWrite(_) => piece(REGION, 0, 8),
+        _ if op.is_local() || matches!(op, SendOp::Flush(_)) => SgList::EMPTY,
+        _ => local,
     };
     usize::from(qp.post_send(SendWr::new(WrId(0), op, local)).is_ok())
 }

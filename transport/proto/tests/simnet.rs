@@ -13,6 +13,7 @@ const TARGET: u32 = 2; // what the peer writes to
 const RETURN: u32 = 3; // where READs and atomics put their bytes
 const RECEIVE: u32 = 4; // receives, one slot each
 const WORDS: u32 = 5; // atomics
+const WINDOWS: u32 = 1000; // and beyond: what is bound
 
 const SLOT: u32 = 24_000;
 const SLOTS: u32 = 12;
@@ -33,7 +34,7 @@ fn plan(rng: &mut Rng) -> Vec<Op> {
     let mut ops = Vec::new();
     let (mut total, mut to) = (0, 0);
     while total < TRAFFIC {
-        let kind = rng.below(8) as u8;
+        let kind = rng.below(11) as u8;
         let len = match rng.below(6) {
             0 => 0,
             1 => rng.below(8) as u32,
@@ -41,7 +42,11 @@ fn plan(rng: &mut Rng) -> Vec<Op> {
             3 => rng.below(1025) as u32,
             _ => rng.below(SLOT.into()) as u32,
         };
-        let len = if kind >= 6 { 8 } else { len };
+        let len = match kind {
+            6..=8 => 8,
+            9 | 10 => 0,
+            _ => len,
+        };
         ops.push(Op {
             kind,
             len,
@@ -81,9 +86,32 @@ fn work_request(i: usize, ops: &[Op]) -> SendWr {
             },
             back,
         ),
+        8 => (SendOp::AtomicWrite(target), source()),
+        9 => {
+            let flush = Flush {
+                remote: target,
+                len: 64,
+                global: true,
+                persistent: false,
+                whole_region: i.is_multiple_of(2),
+            };
+            (SendOp::Flush(flush), SgList::EMPTY)
+        }
+        10 => {
+            let bind = Bind {
+                window: Rkey(0),
+                rkey: Rkey(WINDOWS + i as u32),
+                region: Lkey(WORDS),
+                addr: base_of(WORDS),
+                len: 8,
+                access: Access::ALL,
+                zero_based: false,
+            };
+            (SendOp::BindWindow(bind), SgList::EMPTY)
+        }
         _ => {
             // A chain: each one finds what the one before stored.
-            let compare = ops[..i].iter().filter(|op| op.kind > 6).count() as u64;
+            let compare = ops[..i].iter().filter(|op| op.kind == 7).count() as u64;
             let swap = compare + 1;
             let remote = remote(WORDS, 8);
             (
@@ -109,7 +137,11 @@ struct Run {
 
 impl Run {
     fn new(setup: Setup, faults: Faults, seed: u64) -> Self {
-        let mut net = SimNet::new(setup, faults, seed);
+        let access = Access {
+            flush_global: true,
+            ..Access::ALL
+        };
+        let mut net = SimNet::new(Setup { access, ..setup }, faults, seed);
         let ops = [plan(&mut net.rng), plan(&mut net.rng)];
         for end in 0..2 {
             let memory = &mut net.ends[end].memory;
@@ -123,6 +155,9 @@ impl Run {
             }
             memory.register(RECEIVE, vec![0; (SLOT * SLOTS) as usize]);
             memory.register(WORDS, vec![0; 16]);
+            for region in memory.regions.values_mut() {
+                region.access = access;
+            }
         }
         let mut run = Self {
             net,
@@ -211,7 +246,7 @@ impl Run {
         let op = self.ops[end][i];
         let before = |kind: u8| self.ops[end][..i].iter().filter(|o| o.kind == kind).count() as u64;
         match op.kind {
-            3 => assert_eq!(
+            3 | 8 => assert_eq!(
                 self.slice(1 - end, TARGET, op.to, op.len),
                 self.slice(end, SOURCE, op.from, op.len)
             ),
@@ -223,6 +258,10 @@ impl Run {
                 let old = self.slice(end, RETURN, op.to, 8).try_into().unwrap();
                 let step = if op.kind == 6 { 3 } else { 1 };
                 assert_eq!(u64::from_ne_bytes(old), step * before(op.kind));
+            }
+            10 => {
+                let bound = &self.net.ends[end].memory.regions;
+                assert!(bound.contains_key(&(WINDOWS + i as u32)));
             }
             _ => {}
         }
@@ -250,6 +289,18 @@ impl Run {
             self.net.pump();
             steps += 1;
             assert!(steps < 2_000_000, "livelock: {self:?}");
+        }
+        for end in 0..2 {
+            // However often they were sent.
+            let count = |kinds: std::ops::RangeInclusive<u8>| {
+                let mine = self.ops[1 - end].iter();
+                mine.filter(|op| kinds.contains(&op.kind)).count() as u32
+            };
+            let memory = &self.net.ends[end].memory;
+            assert_eq!(
+                (memory.atomics, memory.flushes),
+                (count(6..=8), count(9..=9))
+            );
         }
     }
 }

@@ -293,9 +293,16 @@ impl SimNet {
     /// Send what the ends have to send, collect completions.
     pub fn pump(&mut self) {
         for from in 0..2 {
-            while let Some(transmit) = self.ends[from].qp.poll_transmit(self.now, Allow::All) {
-                let bytes = assemble(&transmit, &self.ends[from].memory, &flow(from));
-                self.carry(from, bytes);
+            loop {
+                while let Some(transmit) = self.ends[from].qp.poll_transmit(self.now, Allow::All) {
+                    let bytes = assemble(&transmit, &self.ends[from].memory, &flow(from));
+                    self.carry(from, bytes);
+                }
+                let End { qp, memory, .. } = &mut self.ends[from];
+                if !qp.has_local_work() {
+                    break;
+                }
+                qp.execute_local(memory);
             }
             while let Some(completion) = self.ends[from].qp.poll_completion() {
                 self.ends[from].completions.push(completion);
