@@ -605,7 +605,8 @@ side!(verbs, ibv, |context| context.protection_domain()?, |cq| cq
 
 /// Every other message has immediate data.
 fn imm(seed: u8) -> Option<u32> {
-    (seed % 2 == 0).then_some(0xC0DE_0000 | u32::from(seed))
+    seed.is_multiple_of(2)
+        .then_some(0xC0DE_0000 | u32::from(seed))
 }
 
 trait MinCode {

@@ -63,6 +63,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Print and verify log segments
     Log(LogArgs),
+    /// List what this machine has for RDMA, and why something is not usable
+    Devices(DevicesArgs),
     /// Write a capture file of the packets that another lowtide command sends and receives
     Capture(CaptureArgs),
     /// Explain the RoCEv2 packets of a capture file
@@ -361,6 +363,21 @@ pub struct LogArgs {
     /// Only verify; print one line per log
     #[arg(long)]
     pub verify: bool,
+}
+
+/// Options of `devices`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Adapters and the kernel's rxe and siw as libibverbs shows them (it is loaded when it is there), and the
+addresses that softroce can serve; with the package, right or sysctl that would help.
+
+Examples:
+  lowtide devices
+  lowtide devices --json | jq '.softroce[] | select(.unusable | not) | .address'")]
+pub struct DevicesArgs {
+    /// JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `capture`.
