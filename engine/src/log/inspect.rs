@@ -11,6 +11,7 @@ use super::record::{
     ALIGN, BadHeader, ClaimBody, KIND_CLAIM, KIND_OPEN, KIND_ROOM, KIND_SEAL, Lsn, RecordHeader,
     SegmentHeader,
 };
+use super::recover;
 use super::segment::{CLAIM_SLOTS, SEGMENT_START};
 use crate::medium::{Access, Medium, MediumError, Volume, dir::DirVolume};
 use std::path::Path;
@@ -29,7 +30,7 @@ pub enum Entry {
         /// The header; `None` if there is no intact one, and then nothing else is shown.
         header: Option<SegmentHeader>,
     },
-    /// What stands in a claim slot that is not empty, or a claim among the records.
+    /// What stands in a claim slot that is not empty.
     Claim {
         /// File name.
         file: String,
@@ -57,6 +58,8 @@ pub enum Entry {
         offset: u64,
         /// Why.
         verdict: Verdict,
+        /// How far intact records behind it, of any generation, say that their log was durable.
+        told: Lsn,
     },
 }
 
@@ -85,6 +88,13 @@ pub fn own_kind(kind: u8) -> Option<&'static str> {
         KIND_ROOM => Some("room for a claim"),
         _ => None,
     }
+}
+
+/// The claim that an intact record is, if it is one.
+pub fn claim_of(header: &RecordHeader, body: &[u8]) -> Option<Claim> {
+    let body = ClaimBody::decode(body).filter(|_| header.kind == KIND_CLAIM)?;
+    let group = header.group;
+    Some(Claim { group, body })
 }
 
 /// Walks all segment files of a directory, or one file: by log, then by sequence number.
@@ -219,49 +229,47 @@ impl Entries {
         segment: SegmentHeader,
         offset: u64,
     ) -> Result<Entry, MediumError> {
-        let end = |verdict| Entry::End {
-            file: file.name.clone(),
-            offset,
-            verdict,
+        let end = |verdict| {
+            let mut told = Lsn(0);
+            let place = (segment.identity.tag(), position(&segment, 0));
+            let medium = &*file.medium;
+            recover::headers(medium, offset..file.len, place, &mut |header| {
+                told = told.max(header.durable);
+            })?;
+            Ok(Entry::End {
+                file: file.name.clone(),
+                offset,
+                verdict,
+                told,
+            })
         };
         let Some(bytes) = read_slot(&*file.medium, offset, file.len)? else {
-            return Ok(end(match file.len == segment.segment_bytes {
+            return end(match file.len == segment.segment_bytes {
                 true => Verdict::Sealed,
                 false => Verdict::WrongLength,
-            }));
+            });
         };
         let header = match RecordHeader::decode(&bytes) {
             Ok(header) => header,
-            Err(BadHeader::Unwritten) => return Ok(end(Verdict::Unwritten)),
-            Err(BadHeader::Damaged) => return Ok(end(Verdict::Damaged)),
-            Err(BadHeader::Version(v)) => return Ok(end(Verdict::Version(u32::from(v)))),
+            Err(BadHeader::Unwritten) => return end(Verdict::Unwritten),
+            Err(BadHeader::Damaged) => return end(Verdict::Damaged),
+            Err(BadHeader::Version(v)) => return end(Verdict::Version(u32::from(v))),
         };
         if header.lsn != position(&segment, offset) || header.tag != segment.identity.tag() {
-            return Ok(end(Verdict::Unwritten));
+            return end(Verdict::Unwritten);
         }
         let body_at = offset + ALIGN;
         if u64::from(header.body_len) > file.len.saturating_sub(body_at) {
-            return Ok(end(Verdict::Damaged));
+            return end(Verdict::Damaged);
         }
         let mut body = vec![0u8; header.body_len as usize];
         file.medium.read(body_at, &mut body)?;
         let body = (crc32c::crc32c(&body) == header.body_crc).then_some(body);
-        let claim = body.as_deref().filter(|_| header.kind == KIND_CLAIM);
-        let record = match claim.and_then(ClaimBody::decode) {
-            Some(body) => Entry::Claim {
-                file: file.name.clone(),
-                offset,
-                slot: Slot::Claim(Claim {
-                    group: header.group,
-                    body,
-                }),
-            },
-            None => Entry::Record {
-                file: file.name.clone(),
-                offset,
-                header,
-                body,
-            },
+        let record = Entry::Record {
+            file: file.name.clone(),
+            offset,
+            header,
+            body,
         };
         // A seal is followed by nothing: the walk ends behind the file.
         let next = if header.kind == KIND_SEAL {

@@ -91,6 +91,34 @@ pub(super) fn read_record(
     Ok(Record { header, body })
 }
 
+/// Shows each intact record header at any possible position of a range of a segment: of the log with
+/// this tag, the segment beginning at this position of it.
+pub(super) fn headers(
+    medium: &dyn Medium,
+    range: Range<u64>,
+    (tag, base): (u64, Lsn),
+    each: &mut dyn FnMut(&RecordHeader),
+) -> Result<(), MediumError> {
+    let mut buffer = vec![0u8; PROBE_CHUNK];
+    let mut at = range.start.next_multiple_of(ALIGN);
+    while at < range.end {
+        let len = PROBE_CHUNK.min((range.end - at) as usize);
+        medium.read(at, &mut buffer[..len])?;
+        let (slots, _) = buffer[..len].as_chunks::<{ ALIGN as usize }>();
+        for (slot, offset) in slots.iter().zip((at..).step_by(ALIGN as usize)) {
+            let Ok(header) = RecordHeader::decode(slot) else {
+                continue;
+            };
+            let is_here = header.lsn.0 == base.0.wrapping_add(offset);
+            if header.tag == tag && is_here && header.generation != u32::MAX {
+                each(&header);
+            }
+        }
+        at += len as u64;
+    }
+    Ok(())
+}
+
 /// A log that was scanned and not changed; [`open`](Self::open) begins its next generation.
 #[derive(Debug)]
 pub struct Scanned {
@@ -332,30 +360,19 @@ impl Scanned {
         let tag = self.config.identity.tag();
         let mut durable = Lsn(0);
         let mut from = offset;
-        let mut buffer = vec![0u8; PROBE_CHUNK];
         for segment in chain {
-            let base = segment.seq * self.config.segment_bytes;
-            for at in (from..self.config.segment_bytes).step_by(PROBE_CHUNK) {
-                let len = PROBE_CHUNK.min((self.config.segment_bytes - at) as usize);
-                segment.medium.read(at, &mut buffer[..len])?;
-                let (slots, _) = buffer[..len].as_chunks::<{ ALIGN as usize }>();
-                for (slot, lsn) in slots.iter().zip((base + at..).step_by(ALIGN as usize)) {
-                    let Ok(header) = RecordHeader::decode(slot) else {
-                        continue;
-                    };
-                    if header.tag != tag || header.lsn.0 != lsn || header.generation == u32::MAX {
-                        continue;
-                    }
-                    // The record at the stop itself counts as well: its header may be intact.
-                    stop.intact_beyond += u64::from(header.lsn > stop.lsn);
-                    durable = durable.max(header.durable);
-                    if header.generation == self.settled.generation {
-                        self.settled.told = self.settled.told.max(header.durable);
-                    }
-                    self.next_generation = self.next_generation.max(header.generation + 1);
-                    self.report.group_max = self.report.group_max.max(header.group);
+            let base = Lsn(segment.seq * self.config.segment_bytes);
+            let range = from..self.config.segment_bytes;
+            headers(&*segment.medium, range, (tag, base), &mut |header| {
+                // The record at the stop itself counts as well: its header may be intact.
+                stop.intact_beyond += u64::from(header.lsn > stop.lsn);
+                durable = durable.max(header.durable);
+                if header.generation == self.settled.generation {
+                    self.settled.told = self.settled.told.max(header.durable);
                 }
-            }
+                self.next_generation = self.next_generation.max(header.generation + 1);
+                self.report.group_max = self.report.group_max.max(header.group);
+            })?;
             from = SEGMENT_START;
         }
         Ok((durable > stop.lsn).then_some(Proof::LaterRecord(durable)))

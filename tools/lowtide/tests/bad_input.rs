@@ -221,10 +221,16 @@ fn a_log_that_lost_committed_records_is_refused_and_says_where() {
     let log = || lowtide(&["log", "--verify", text(&data)]).output().unwrap();
     check(&log(), 0);
 
-    // One bit of a record in the middle, behind the mark by which a record is known.
+    // One bit of the newest record that a later one says was durable, behind the mark by which a
+    // record is known. What came last is in no other record's words.
     let is_record = |at: &usize| whole[*at..].starts_with(b"LTRC");
-    let records: Vec<usize> = (4096..whole.len()).step_by(64).filter(is_record).collect();
-    let at = records[records.len() / 2] + 20;
+    let word = |at: usize| u64::from_le_bytes(whole[at..at + 8].try_into().unwrap());
+    let records = (12288..whole.len()).step_by(64).filter(is_record);
+    let records: Vec<usize> = records.collect();
+    let (lsn, durable) = (|at: usize| word(at + 8), |at: usize| word(at + 32));
+    let told = records.iter().map(|at| durable(*at)).max().unwrap();
+    let vouched = records.iter().rfind(|at| lsn(**at) < told);
+    let at = vouched.expect("several groups were committed") + 20;
     let file = fs::File::options().write(true).open(&segment).unwrap();
     file.write_all_at(&[whole[at] ^ 1], at as u64).unwrap();
     let output = log();

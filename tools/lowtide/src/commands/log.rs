@@ -68,7 +68,8 @@ fn line(entry: &Entry) -> String {
         } => {
             let what = match (inspect::own_kind(header.kind), body) {
                 (_, None) => "BODY DAMAGED".to_owned(),
-                (Some(kind), Some(_)) => kind.to_owned(),
+                (Some(kind), Some(body)) => inspect::claim_of(header, body)
+                    .map_or_else(|| kind.to_owned(), |c| words_of_slot(&Slot::Claim(c))),
                 (None, Some(body)) => meaning(header.kind, body),
             };
             format!(
@@ -80,6 +81,7 @@ fn line(entry: &Entry) -> String {
             file,
             offset,
             verdict,
+            ..
         } => format!("  {offset:>10}  {file} ends here: {}", words(*verdict)),
         _ => String::new(),
     }
@@ -220,10 +222,21 @@ impl Audit {
                 }
                 let proof = self.proofs.entry(key.0).or_default();
                 *proof = (*proof).max(header.durable.0);
+                let claim = body.as_deref().and_then(|b| inspect::claim_of(header, b));
+                if let Some(claim) = claim {
+                    self.claims.insert(claim.group, claim.body);
+                }
             }
             Entry::End {
-                offset, verdict, ..
+                offset,
+                verdict,
+                told,
+                ..
             } => {
+                if let Some((key, _)) = self.current() {
+                    let proof = self.proofs.entry(key.0).or_default();
+                    *proof = (*proof).max(told.0);
+                }
                 if let Some((_, segment)) = self.current() {
                     if segment.verdict.is_none() {
                         segment.end = *offset;
