@@ -4,9 +4,10 @@
 //!
 //! * [`message`]: an [`Endpoint`](message::Endpoint) with connections that carry whole messages, for
 //!   an engine that owns its threads.
+//! * [`raw`]: ibverbs' objects and meaning exactly, on memory of the caller, with `unsafe` in the
+//!   contract: RC, UC, UD, shared receives, windows, multicast, events.
 //! * [`verbs`]: device, protection domain, memory region, completion queue and queue pair with the
 //!   meaning of ibverbs, for RDMA software that wants to run anywhere.
-//!
 //! * [`cm`]: connections as rdma_cm makes them, for queue pairs of [`verbs`]: listen, connect, accept,
 //!   events. It speaks to any rdma_cm program.
 //!

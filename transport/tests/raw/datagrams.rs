@@ -172,3 +172,24 @@ fn datagrams_and_a_connection_share_a_device() {
         }
     }
 }
+
+#[test]
+fn ipv6_has_its_header_whole() {
+    // There is one loopback address, so both ends are of one device.
+    let address = "[::1]:0".parse().unwrap();
+    let context = Context::open(address, &DeviceOptions::default()).unwrap();
+    let (a, b) = (
+        end_on(context.clone(), QpType::Ud, None),
+        end_on(context.clone(), QpType::Ud, None),
+    );
+    a.connect(&context, Qpn::new(0));
+    b.connect(&context, Qpn::new(0));
+    let ah = handle(&a, &context);
+    b.receive(1, &[b.sge(0, 200)]);
+    post(&a, &ah, b.qp.qpn(), QKEY, SendOp::Send, 100);
+    assert_eq!(b.succeed().byte_len, 140);
+    let header: [u8; GRH] = b.pages.read(0, GRH).try_into().unwrap();
+    assert_eq!(header[0] >> 4, 6);
+    let back = AhAttr::from_grh(&header).unwrap();
+    assert_eq!(back.dgid, context.gid().gid);
+}

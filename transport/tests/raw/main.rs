@@ -332,3 +332,18 @@ fn handle(end: &End, peer: &Context) -> AddressHandle {
     let attr = attr_to(peer, Qpn::new(0));
     end.pd.address_handle(&attr.address).unwrap()
 }
+
+/// Any thread may hold and use any object.
+#[test]
+fn handles_are_send_and_sync() {
+    fn holds<T: Send + Sync>() {}
+    holds::<Context>();
+    holds::<ProtectionDomain>();
+    holds::<CompletionQueue>();
+    holds::<lowtide_transport::raw::CompletionChannel>();
+    holds::<QueuePair>();
+    holds::<SharedReceiveQueue>();
+    holds::<MemoryRegion>();
+    holds::<lowtide_transport::raw::MemoryWindow>();
+    holds::<AddressHandle>();
+}
