@@ -368,8 +368,8 @@ pub struct LogArgs {
 /// Options of `devices`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Adapters and the kernel's rxe and siw as libibverbs shows them (it is loaded when it is there), and the
-addresses that softroce can serve; with the package, right or sysctl that would help.
+Adapters and the kernel's rxe and siw as libibverbs shows them (it is loaded when it is there), and
+the addresses that softroce can serve; with the package, right or sysctl that would help.
 
 Examples:
   lowtide devices
@@ -384,9 +384,9 @@ pub struct DevicesArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Every process of the command writes what its device sends and accepts; in FILE each packet is once,
-as its sender saw it. What the fault injector loses is not in it. No rights are needed. Nodes that are
-killed lose the last few KiB. In a configuration of your own, start nodes with LOWTIDE_CAPTURE=DIR in
-the environment: each writes DIR/ADDRESS.PID.pcap.
+as its sender saw it. What the fault injector loses is not in it. No rights are needed. Nodes that
+are killed lose the last few KiB. In a configuration of your own, start nodes with
+LOWTIDE_CAPTURE=DIR in the environment: each writes DIR/ADDRESS.PID.pcap.
 
 Examples:
   lowtide capture --to run.pcap -- run --input ~/src --fault loss:5
@@ -404,9 +404,9 @@ pub struct CaptureArgs {
 /// Options of `dissect`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Tells opcode, queue pair, PSN, the headers that follow, what management datagrams say, and whether the
-invariant CRC is right. Reads pcap and pcapng files of any program. UDP port 4791 is RoCEv2; so is what
-parses and has a right ICRC on any other port. Runs that segmentation offload had not cut up yet are
+Tells opcode, queue pair, PSN, the headers that follow, what management datagrams say, and whether
+the invariant CRC is right. Reads pcap and pcapng files of any program. UDP port 4791 is RoCEv2; so
+is what parses and has a right ICRC on any other port. Runs that segmentation offload had not cut up yet are
 taken apart. Exit status 1 if an ICRC is wrong, a packet is malformed
 or the file is damaged. With --json one object a line, the last one with the sums.
 

@@ -1,4 +1,5 @@
-//! What this machine has for RDMA: devices of libibverbs, and the addresses that softroce can serve.
+//! What this machine has for RDMA: devices of libibverbs, and the addresses that softroce can
+//! serve.
 //!
 //! Owns the survey and the advice: why something cannot be used or is slower than it need be, and
 //! which package, right or sysctl helps.
@@ -138,8 +139,8 @@ fn advice_without_verbs(error: &NoDevices) -> Option<String> {
             )
         }
         _ => format!(
-            "the kernel has device {name}, libibverbs does not find it: install ibverbs-providers, and \
-             look for /dev/infiniband/uverbs0 (modprobe ib_uverbs)"
+            "the kernel has device {name}, libibverbs does not find it: install ibverbs-providers, \
+             and look for /dev/infiniband/uverbs0 (modprobe ib_uverbs)"
         ),
     })
 }

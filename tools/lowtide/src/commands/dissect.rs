@@ -149,7 +149,8 @@ fn conclude(out: &mut impl Write, summary: &Summary, is_json: bool) -> std::io::
     }
     writeln!(
         out,
-        "{} frames: {} RoCEv2 packets (ICRC right {}, wrong {}, unknown {}), {} malformed, {} other",
+        "{} frames: {} RoCEv2 packets (ICRC right {}, wrong {}, unknown {}), {} malformed, \
+         {} other",
         summary.frames,
         summary.packets,
         summary.icrc_right,
