@@ -3,12 +3,13 @@
 //! `providers softroce:ADDRESS | verbs:DEVICE [SERVER-ADDRESS]`
 //!
 //! Without a server it waits on TCP port 18516. The client drives: SEND (plain, inline, with
-//! immediate data), WRITE, READ, both atomics, datagrams, and at last what must be refused; the
-//! server says what it saw. Both wait for completions in a channel under mio. Exit status 0 only if
-//! all was as it must be. `ci/guest/verbs` runs it against the kernel's rxe.
+//! immediate data; into a shared receive queue with a limit), WRITE, READ, both atomics, datagrams,
+//! and at last what must be refused; the server says what it saw. Both wait for completions in a
+//! channel under mio. Exit status 0 only if all was as it must be. `ci/guest/verbs` runs it against
+//! the kernel's rxe.
 
 use std::error::Error;
-use std::io::{BufRead, BufReader, Write};
+use std::io::BufReader;
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -19,6 +20,10 @@ use lowtide_transport::raw::{self};
 use lowtide_transport::verbs::DeviceOptions;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
+
+mod parts;
+
+use parts::{Half, Line, Room};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -32,118 +37,6 @@ const GRH: u32 = 40;
 const LONGEST: u32 = 60_000;
 const SIZES: [u32; 8] = [1, 3, 63, 1023, 1024, 1025, 4097, LONGEST];
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// What each side tells the other.
-#[derive(Clone, Copy, Debug)]
-struct Half {
-    qpn: u32,
-    datagram_qpn: u32,
-    mtu: u8,
-    gid: u128,
-    va: u64,
-    rkey: u32,
-}
-
-impl Half {
-    fn line(&self) -> String {
-        let Half {
-            qpn,
-            datagram_qpn,
-            mtu,
-            gid,
-            va,
-            rkey,
-        } = self;
-        format!("{qpn} {datagram_qpn} {mtu} {gid} {va} {rkey}\n")
-    }
-
-    fn parse(line: &str) -> Result<Half> {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [qpn, datagram_qpn, mtu, gid, va, rkey] = words[..] else {
-            return Err(format!("the peer says {line:?}").into());
-        };
-        Ok(Half {
-            qpn: qpn.parse()?,
-            datagram_qpn: datagram_qpn.parse()?,
-            mtu: mtu.parse()?,
-            gid: gid.parse()?,
-            va: va.parse()?,
-            rkey: rkey.parse()?,
-        })
-    }
-}
-
-/// Lines over TCP.
-struct Line(BufReader<TcpStream>);
-
-impl Line {
-    fn tell(&mut self, text: &str) -> Result<()> {
-        Ok(self.0.get_mut().write_all(text.as_bytes())?)
-    }
-
-    fn hear(&mut self) -> Result<String> {
-        let mut text = String::new();
-        match self.0.read_line(&mut text)? {
-            0 => Err("the peer has left".into()),
-            _ => Ok(text),
-        }
-    }
-
-    /// The server's verdict, or its "ready".
-    fn expect(&mut self, word: &str) -> Result<()> {
-        let heard = self.hear()?;
-        (heard.trim() == word)
-            .then_some(())
-            .ok_or_else(|| heard.into())
-    }
-}
-
-/// Registered memory that is only reached by raw pointers.
-#[derive(Clone, Copy)]
-struct Room(*mut u8);
-
-impl Room {
-    fn new() -> Room {
-        let words = vec![0u64; ROOM / 8].into_boxed_slice();
-        Room(Box::leak(words).as_mut_ptr().cast())
-    }
-
-    fn address(self) -> u64 {
-        self.0.expose_provenance() as u64
-    }
-
-    fn byte(seed: u8, i: u64) -> u8 {
-        seed.wrapping_add((i as u8).wrapping_mul(7))
-            .wrapping_add((i >> 8) as u8)
-    }
-
-    fn fill(self, at: u64, len: u32, seed: u8) {
-        for i in 0..u64::from(len) {
-            // SAFETY: callers stay inside the room, which is never freed.
-            unsafe {
-                self.0
-                    .add((at + i) as usize)
-                    .write_volatile(Room::byte(seed, i))
-            };
-        }
-    }
-
-    fn check(self, at: u64, len: u32, seed: u8) -> Result<()> {
-        for i in 0..u64::from(len) {
-            // SAFETY: as above.
-            let byte = unsafe { self.0.add((at + i) as usize).read_volatile() };
-            if byte != Room::byte(seed, i) {
-                return Err(format!("byte {i} of {len} is {byte:#x}").into());
-            }
-        }
-        Ok(())
-    }
-
-    fn word(self, at: u64) -> *mut u64 {
-        // SAFETY: as above; the room and `at` are aligned.
-        unsafe { self.0.add(at as usize).cast() }
-    }
-}
 
 /// The same source for both providers: their calls have the same names and meaning, not the same
 /// types.
@@ -159,6 +52,8 @@ macro_rules! side {
                 rc: $api::QueuePair,
                 ud: $api::QueuePair,
                 cq: $api::CompletionQueue,
+                srq: $api::SharedReceiveQueue,
+                context: $api::Context,
                 channel: $api::CompletionChannel,
                 poll: Poll,
                 gid: GidEntry,
@@ -179,7 +74,12 @@ macro_rules! side {
                     let mr = unsafe { pd.register(va, ROOM as u64, va, rights) }?;
                     let channel = $c.completion_channel()?;
                     let cq = $c.completion_queue(64, Some(&channel))?;
-                    let make = |kind| {
+                    let srq = pd.shared_receive_queue(SrqAttr {
+                        max_wr: 8,
+                        max_sge: 1,
+                        limit: 0,
+                    })?;
+                    let make = |kind, shared| {
                         let cap = QpCap {
                             max_send_wr: 8,
                             max_recv_wr: 8,
@@ -190,7 +90,7 @@ macro_rules! side {
                         let queues = $api::Queues {
                             send: &cq,
                             recv: &cq,
-                            shared: None,
+                            shared,
                         };
                         pd.queue_pair(
                             queues,
@@ -201,7 +101,7 @@ macro_rules! side {
                             },
                         )
                     };
-                    let (rc, ud) = (make(QpType::Rc)?, make(QpType::Ud)?);
+                    let (rc, ud) = (make(QpType::Rc, Some(&srq))?, make(QpType::Ud, None)?);
                     let poll = Poll::new()?;
                     let fd = channel.as_fd().as_raw_fd();
                     let wish = Interest::READABLE;
@@ -216,6 +116,8 @@ macro_rules! side {
                         rc,
                         ud,
                         cq,
+                        srq,
+                        context: $c.clone(),
                         channel,
                         poll,
                         gid,
@@ -292,15 +194,19 @@ macro_rules! side {
                 }
 
                 fn receive(&self, is_datagram: bool) -> Result<()> {
-                    let qp = if is_datagram { &self.ud } else { &self.rc };
                     let list = [self.sge(0, LONGEST + GRH)];
                     let wr = RecvWr {
                         wr_id: 7,
                         sg_list: &list,
                     };
                     // SAFETY: the room is reached by raw pointers only.
-                    unsafe { qp.post_recv(&[wr]) }.map_err(|bad| bad.error)?;
-                    Ok(())
+                    let posted = unsafe {
+                        match is_datagram {
+                            true => self.ud.post_recv(&[wr]),
+                            false => self.srq.post_recv(&[wr]),
+                        }
+                    };
+                    posted.map_err(|bad| bad.error.into())
                 }
 
                 fn post(&self, op: SendOp, list: &[Sge], flags: SendFlags) -> Result<()> {
@@ -391,6 +297,10 @@ macro_rules! side {
                 ) -> Result<()> {
                     let is_datagram = words[0] == "datagram";
                     self.receive(is_datagram)?;
+                    let is_watched = !is_datagram && seed == 1;
+                    if is_watched {
+                        self.srq.set_limit(1)?;
+                    }
                     line.tell("ready\n")?;
                     let work = self.finish(CompletionKind::Recv)?;
                     let start = if is_datagram { GRH } else { 0 };
@@ -402,7 +312,28 @@ macro_rules! side {
                     if is_datagram && !has_grh {
                         return Err(format!("{work:?}").into());
                     }
+                    if is_watched {
+                        self.expect_event(AsyncEvent::SrqLimitReached(self.srq.id()))?;
+                    }
                     self.room.check(start.into(), len, seed)
+                }
+
+                /// Others may come before.
+                fn expect_event(&self, expected: AsyncEvent) -> Result<()> {
+                    let mut poll = Poll::new()?;
+                    let (fd, wish) = (self.context.as_fd().as_raw_fd(), Interest::READABLE);
+                    poll.registry()
+                        .register(&mut SourceFd(&fd), Token(0), wish)?;
+                    let (end, mut events) = (Instant::now() + PATIENCE, Events::with_capacity(4));
+                    while Instant::now() < end {
+                        while let Some(event) = self.context.async_event() {
+                            if event == expected {
+                                return Ok(());
+                            }
+                        }
+                        poll.poll(&mut events, Some(PATIENCE))?;
+                    }
+                    Err(format!("{expected:?} never came").into())
                 }
 
                 fn expect_write(&mut self, line: &mut Line, len: u32, seed: u8) -> Result<()> {
@@ -576,16 +507,12 @@ macro_rules! side {
                     if work.status != Status::RemoteAccess {
                         return Err(format!("a wrong key: {work:?}").into());
                     }
-                    self.receive(false)?;
-                    // The kernel's rxe flushes what is posted in ERR only when told so again.
-                    let state = QpState::Err;
-                    self.rc.modify(
-                        &QpAttr {
-                            state,
-                            ..QpAttr::default()
-                        },
-                        QpAttrMask::STATE,
-                    )?;
+                    self.receive(true)?;
+                    let attr = QpAttr {
+                        state: QpState::Err,
+                        ..QpAttr::default()
+                    };
+                    self.ud.modify(&attr, QpAttrMask::STATE)?;
                     let work = self.next()?;
                     match work.status {
                         Status::Flushed => Ok(()),
