@@ -228,6 +228,7 @@ pub(crate) struct Device {
     srqs: Vec<Option<SharedReceives>>,
     /// Destinations of datagrams by handle.
     addresses: Vec<Option<SocketAddr>>,
+    free_addresses: Vec<u32>,
     groups: Vec<Group>,
 }
 
@@ -266,6 +267,7 @@ impl Device {
             finished: VecDeque::new(),
             srqs: Vec::new(),
             addresses: Vec::new(),
+            free_addresses: Vec::new(),
             groups: Vec::new(),
         })
     }

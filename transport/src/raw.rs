@@ -24,8 +24,9 @@
 //! listens on, [`lowtide_transport_proto::wire::UDP_PORT`] unless the caller chose another.
 //!
 //! Deliberately absent: alternate paths, several ports and GIDs of one device (a device is one
-//! address), automatic resizing of anything, on-demand paging (there is no paging: the kernel
-//! copies), persistent memory.
+//! address), traffic class, hop limit and flow label of an address (they are the socket's),
+//! automatic resizing of anything, on-demand paging (there is no paging: the kernel copies),
+//! persistent memory.
 
 mod address;
 mod completion;

@@ -179,6 +179,56 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
     assert!(accepted > 1_000 && dropped > 1_000 && failures > 200);
 }
 
+#[test]
+fn mutated_datagrams_never_panic_a_queue_pair() {
+    let corpus: Vec<Vec<u8>> = golden()
+        .iter()
+        .map(|g| g.udp_payload().to_vec())
+        .filter(|bytes| bytes[0] & 0xe0 == 0x60)
+        .collect();
+    assert!(corpus.len() > 10);
+    let mut rng = Rng(5);
+    let (mut accepted, mut dropped) = (0u64, 0u64);
+    let caps = QpCaps {
+        send_wr_max: 8,
+        recv_wr_max: 8,
+        shared_receives: false,
+    };
+    let mut qp = UdQueuePair::new(Qpn::new(7), Mtu::B1024, caps);
+    let init = InitAttr {
+        access: Access::NONE,
+        pkey: PKEY_DEFAULT,
+    };
+    qp.to_init(init, 0x1111_1111).unwrap();
+    qp.to_rtr().unwrap();
+    let mut memory = TestMemory::default();
+    memory.register(REGION, vec![1; 16 << 10]);
+    for id in 0..200_000 {
+        let wr = RecvWr {
+            wr_id: WrId(id),
+            local: piece(REGION, rng.below(1000), 200 + rng.below(1000) as u32),
+        };
+        let _ = qp.post_recv(wr);
+        let mut bytes = corpus[rng.below(corpus.len() as u64) as usize].clone();
+        if rng.chance(900) {
+            bytes[12..16].fill(0x11);
+        }
+        mutate(&mut rng, &mut bytes);
+        if let Ok(packet) = Packet::new_checked(&bytes) {
+            match qp.handle_packet(&packet, &[0; GRH_LEN], &mut memory) {
+                Outcome::Accepted => accepted += 1,
+                Outcome::Dropped(_) => dropped += 1,
+            }
+        }
+        while let Some(completion) = qp.poll_completion() {
+            assert!((GRH_LEN as u32..1200).contains(&completion.byte_len));
+            assert_eq!(completion.status, Status::Success);
+        }
+    }
+    println!("{accepted} accepted, {dropped} dropped");
+    assert!(accepted > 10_000 && dropped > 10_000);
+}
+
 /// Address the packet to `qp` and bring its PSN, keys and addresses near what `qp` expects, so that
 /// it gets past the first checks.
 fn aim(rng: &mut Rng, bytes: &mut [u8], qp: &QueuePair) {

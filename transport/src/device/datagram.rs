@@ -43,8 +43,8 @@ pub(super) struct Group {
 impl Device {
     /// Makes a handle for a destination; none when there are too many.
     pub(crate) fn create_address(&mut self, target: SocketAddr) -> Option<AddressHandle> {
-        let index = match self.addresses.iter().position(Option::is_none) {
-            Some(index) => index,
+        let index = match self.free_addresses.pop() {
+            Some(index) => index as usize,
             None if self.addresses.len() >= ADDRESSES_MAX => return None,
             None => {
                 self.addresses.push(None);
@@ -56,8 +56,9 @@ impl Device {
     }
 
     pub(crate) fn destroy_address(&mut self, handle: AddressHandle) {
-        if let Some(address) = self.addresses.get_mut(handle.0 as usize) {
-            *address = None;
+        let address = self.addresses.get_mut(handle.0 as usize);
+        if address.and_then(Option::take).is_some() {
+            self.free_addresses.push(handle.0 as u32);
         }
     }
 

@@ -28,7 +28,7 @@ use super::AccessError;
 /// Bytes of the buffer: more than any packet's payload.
 const BOUNCE_LEN: usize = 64 << 10;
 
-/// Memory of the program. Only the kernel ever touches it, so having one promises nothing.
+/// Memory of the program. Only the kernel ever touches it for us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Foreign {
     /// Address of the first byte.
@@ -42,8 +42,14 @@ impl Foreign {
     ///
     /// # Errors
     /// EFAULT if they are not; EINVAL for an empty range or one that wraps.
-    pub fn probe(address: u64, len: u64, is_writable: bool) -> io::Result<Foreign> {
-        let foreign = Foreign::unprobed(address, len)?;
+    ///
+    /// # Safety
+    /// Whoever registers it lets the device, and peers as far as its rights go, read and change the
+    /// memory at any time. No reference of Rust's may stand in the way of that. (The memory need not
+    /// stay mapped.)
+    pub unsafe fn probe(address: u64, len: u64, is_writable: bool) -> io::Result<Foreign> {
+        // SAFETY: the caller's promise.
+        let foreign = unsafe { Foreign::unprobed(address, len) }?;
         let advice = match is_writable {
             true => libc::MADV_POPULATE_WRITE,
             false => libc::MADV_POPULATE_READ,
@@ -66,7 +72,10 @@ impl Foreign {
     ///
     /// # Errors
     /// EINVAL for an empty range or one that wraps.
-    pub fn unprobed(address: u64, len: u64) -> io::Result<Foreign> {
+    ///
+    /// # Safety
+    /// As of `probe`.
+    pub unsafe fn unprobed(address: u64, len: u64) -> io::Result<Foreign> {
         let is_sound =
             len > 0 && address.checked_add(len).is_some() && isize::try_from(len).is_ok();
         if !is_sound {
@@ -268,7 +277,9 @@ mod tests {
     fn bytes_go_both_ways_and_what_is_gone_is_an_error() {
         let pages = Pages::new();
         let address = pages.0 as u64;
-        let memory = Foreign::probe(address, LEN as u64, true).unwrap();
+        // SAFETY: there is no reference to the pages, here and below.
+        let probe = |len, is_writable| unsafe { Foreign::probe(address, len, is_writable) };
+        let memory = probe(LEN as u64, true).unwrap();
         let mut bounce = Bounce::new().unwrap();
         let bytes: Vec<u8> = (0..9000u32).map(|i| (i * 7) as u8).collect();
         bounce.write(&memory, 3, &bytes).unwrap();
@@ -286,15 +297,15 @@ mod tests {
         pages.protect(libc::PROT_READ);
         assert_eq!(bounce.write(&memory, 3, &bytes), Err(AccessError::Gone));
         assert_eq!(bounce.read(&memory, 3, &mut back), Ok(()));
-        let refused = Foreign::probe(address, 1, true).unwrap_err();
+        let refused = probe(1, true).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::EFAULT));
-        assert!(Foreign::probe(address, LEN as u64, false).is_ok());
+        assert!(probe(LEN as u64, false).is_ok());
 
         drop(pages);
         assert_eq!(bounce.read(&memory, 3, &mut back), Err(AccessError::Gone));
         assert_eq!(bounce.write(&memory, 3, &bytes), Err(AccessError::Gone));
         assert_eq!(bounce.atomic(&memory, 9008, add), Err(AccessError::Gone));
-        let gone = Foreign::probe(address, 1, false).unwrap_err();
+        let gone = probe(1, false).unwrap_err();
         assert_eq!(gone.raw_os_error(), Some(libc::EFAULT));
     }
 
@@ -306,7 +317,8 @@ mod tests {
             (4096, u64::MAX - 4096),
             (8, 1 << 63),
         ] {
-            let error = Foreign::probe(address, len, false).unwrap_err();
+            // SAFETY: nothing is registered.
+            let error = unsafe { Foreign::probe(address, len, false) }.unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
         }
     }

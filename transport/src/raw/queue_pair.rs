@@ -105,6 +105,7 @@ impl ProtectionDomain {
             attr: attr_of(cap),
             inline,
             sends_posted: 0,
+            tells_drained: false,
         };
         state.tables.add_qp(id, entry);
         drop(state);

@@ -59,8 +59,10 @@ impl ProtectionDomain {
             return Err(Error::Argument(what));
         }
         let found = match flags.contains(AccessFlags::ON_DEMAND) {
-            true => Foreign::unprobed(address, len),
-            false => Foreign::probe(address, len, is_writable),
+            // SAFETY: the caller's promise.
+            true => unsafe { Foreign::unprobed(address, len) },
+            // SAFETY: as above.
+            false => unsafe { Foreign::probe(address, len, is_writable) },
         };
         let foreign = found.map_err(|error| match error.raw_os_error() {
             Some(libc::EFAULT) => Error::Fault { addr: address, len },

@@ -41,6 +41,8 @@ pub(crate) struct QpEntry {
     /// Room for inline data: a region of as many places as the send queue has.
     pub(super) inline: Option<Key>,
     pub(super) sends_posted: u64,
+    /// Its owner wants to know when the send queue has drained.
+    pub(super) tells_drained: bool,
 }
 
 /// A line of things to be told and the eventfd that says that there are some.
@@ -248,6 +250,9 @@ impl Tables {
             }
         }
         while let Some(event) = device.poll_event(id) {
+            if event == QpEvent::SendQueueDrained && !entry.tells_drained {
+                continue;
+            }
             self.events.push(match event {
                 QpEvent::CommunicationEstablished => AsyncEvent::CommunicationEstablished(qpn),
                 QpEvent::SendQueueDrained => AsyncEvent::SendQueueDrained(qpn),

@@ -186,6 +186,41 @@ fn inline_data_is_taken_when_posting() {
 }
 
 #[test]
+fn each_inline_request_keeps_its_own_bytes_until_it_is_delivered() {
+    let (a, b) = pair(QpType::Rc);
+    let post = |seed: u64| {
+        let text = seed.to_ne_bytes();
+        let list = [Sge {
+            lkey: Lkey(0),
+            addr: text.as_ptr() as u64,
+            len: 8,
+        }];
+        a.try_post(SendWr {
+            flags: match seed % 100 {
+                15 => SendFlags::INLINE | SendFlags::SIGNALED,
+                _ => SendFlags::INLINE,
+            },
+            ..signalled(seed, SendOp::Send, &list)
+        })
+    };
+    // Nothing is posted at the peer, so all of them are sent again later.
+    for round in 0..3u64 {
+        for seed in 0..16 {
+            post(100 * round + seed).unwrap();
+        }
+        assert_eq!(post(99), Err(Error::QueueFull));
+        for seed in 0..16 {
+            b.receive(seed, &[b.sge(seed as usize * 8, 8)]);
+        }
+        for seed in 0..16u64 {
+            assert_eq!(b.succeed().wr_id, seed);
+            assert_eq!(b.pages.word(seed as usize * 8), 100 * round + seed);
+        }
+        assert_eq!(a.succeed().wr_id, 100 * round + 15);
+    }
+}
+
+#[test]
 fn unsignalled_requests_complete_in_silence_and_failures_never_do() {
     let (a, b) = pair(QpType::Rc);
     for round in 0..100u64 {
@@ -282,4 +317,57 @@ fn a_list_is_taken_up_to_the_bad_request() {
     let many = [a.sge(0, 1); 5];
     let refused = a.try_post(signalled(1, SendOp::Send, &many));
     assert!(matches!(refused, Err(Error::Limit(_))));
+}
+
+#[test]
+fn over_a_bad_network_everything_is_done_once() {
+    let options = |seed| DeviceOptions {
+        faults: Faults {
+            seed,
+            loss_percent: 5.0,
+            duplicate_percent: 5.0,
+            reorder_percent: 5.0,
+            ..Faults::default()
+        },
+        ..DeviceOptions::default()
+    };
+    let open = |seed| Context::open(common::address(), &options(seed)).unwrap();
+    let (a, b) = (
+        end_on(open(1), QpType::Rc, None),
+        end_on(open(2), QpType::Rc, None),
+    );
+    a.connect(&b.context, b.qp.qpn());
+    b.connect(&a.context, a.qp.qpn());
+    for round in 0..150u64 {
+        let text = bytes(3000, round as usize);
+        a.pages.write(100, &text);
+        a.pages.write(0, &round.to_ne_bytes());
+        b.receive(round, &[b.sge(5000, 4000)]);
+        let add = SendOp::FetchAdd {
+            remote: b.remote(0),
+            add: 3,
+        };
+        let flush = Flush {
+            remote: b.remote(0),
+            len: 8,
+            global: true,
+            persistent: false,
+            whole_region: false,
+        };
+        let (word, old, list) = ([a.sge(0, 8)], [a.sge(8, 8)], [a.sge(100, 3000)]);
+        let requests = [
+            signalled(1, add, &old),
+            signalled(2, SendOp::AtomicWrite(b.remote(8)), &word),
+            signalled(3, SendOp::Flush(flush), &[]),
+            signalled(4, SendOp::Send, &list),
+        ];
+        // SAFETY: the pages are only copied.
+        unsafe { a.qp.post_send(&requests) }.unwrap();
+        assert_eq!([0; 4].map(|_| a.succeed().wr_id), [1, 2, 3, 4]);
+        assert_eq!(b.succeed().wr_id, round);
+        assert_eq!((a.pages.word(8), b.pages.word(8)), (3 * round, round));
+        assert_eq!(b.pages.read(5000, 3000), text);
+    }
+    assert_eq!(b.pages.word(0), 450);
+    assert!(a.context.counters().retransmitted_pkts > 0);
 }

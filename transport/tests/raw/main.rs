@@ -21,7 +21,7 @@ use lowtide_transport::raw::{
     AddressHandle, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair, Queues,
     SharedReceiveQueue,
 };
-use lowtide_transport::verbs::DeviceOptions;
+use lowtide_transport::verbs::{DeviceOptions, Faults};
 
 const ALL: AccessFlags = AccessFlags::LOCAL_WRITE
     .with(AccessFlags::REMOTE_WRITE)

@@ -155,16 +155,19 @@ fn a_drained_queue_keeps_what_is_posted_until_it_is_resumed() {
         }
         a.try_post(send(1)).unwrap();
         let attr = QpAttr::default();
-        let move_to = |state| a.qp.modify(&to(attr, state), QpAttrMask::STATE).unwrap();
-        move_to(QpState::Sqd);
+        let mask = QpAttrMask::STATE | QpAttrMask::SQD_NOTIFY;
+        a.qp.modify(&to(attr, QpState::Sqd), mask).unwrap();
         assert_eq!(a.succeed().wr_id, 1, "what has begun is finished");
         assert_eq!(a.event(), AsyncEvent::SendQueueDrained(a.qp.qpn()));
         b.succeed();
         a.try_post(send(2)).unwrap();
         a.try_post(send(3)).unwrap();
         assert!(a.is_silent() && b.is_silent());
+        let move_to = |state| a.qp.modify(&to(attr, state), QpAttrMask::STATE).unwrap();
         move_to(QpState::Rts);
         assert_eq!((a.succeed().wr_id, a.succeed().wr_id), (2, 3));
+        move_to(QpState::Sqd);
+        assert_eq!(a.context.async_event(), None, "nobody has asked");
         assert_eq!((b.succeed().wr_id, b.succeed().wr_id), (1, 2));
     }
 }

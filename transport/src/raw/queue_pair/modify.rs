@@ -38,7 +38,11 @@ impl QueuePair {
         }
         let merged = merge(&state.tables.qp(self.id).attr, attr, mask);
         self.apply(&mut state, from, to, &merged, mask)?;
-        state.tables.qp(self.id).attr = merged;
+        let entry = state.tables.qp(self.id);
+        entry.attr = merged;
+        if from != QpState::Sqd {
+            entry.tells_drained = mask.contains(QpAttrMask::SQD_NOTIFY);
+        }
         state.collect(self.id);
         shared.drive(&mut state);
         Ok(())
