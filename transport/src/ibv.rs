@@ -1,11 +1,12 @@
 //! The provider on libibverbs: hardware adapters and the kernel's own soft devices.
 //!
-//! The words are those of [`crate::raw`] and mean the same there, here and in C; what differs between
-//! devices is said by [`Context::query_device`]. The library is loaded when it is first asked for, so
-//! a program that has this in it starts on every machine, and [`devices`] says why there are none.
+//! The words are those of [`crate::raw`] and mean the same there, here and in C; what differs
+//! between devices is said by [`Context::query_device`]. The library is loaded when it is first
+//! asked for, so a program that has this in it starts on every machine, and [`devices`] says why
+//! there are none.
 //!
-//! Owns: the C types (`ffi`), the library (`library`), and handles that keep what they need alive, so
-//! that nothing is destroyed under something that uses it. Posting and polling go through the
+//! Owns: the C types (`ffi`), the library (`library`), and handles that keep what they need alive,
+//! so that nothing is destroyed under something that uses it. Posting and polling go through the
 //! function pointers in the device's context, as C's inline functions do, and allocate nothing.
 //!
 //! Deliberately absent, each refused with [`Error::Unsupported`]: memory windows, ATOMIC WRITE and

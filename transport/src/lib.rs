@@ -22,6 +22,7 @@
 //! Beside them, with the same words:
 //!
 //! * [`ibv`]: the verbs on libibverbs, loaded at run time: adapters, and the kernel's rxe and siw.
+//! * [`provider`]: which of the two serves.
 //!
 //! The state machines and formats are in the crate `lowtide_transport_proto`, which knows no socket
 //! and no clock. On the wire this is RoCEv2 as the Linux kernel's rxe and adapters speak it.
@@ -37,6 +38,7 @@ pub mod ibv;
 pub mod memory;
 pub mod message;
 pub mod pcap;
+pub mod provider;
 #[allow(unsafe_code)] // its contract is about memory of the caller
 pub mod raw;
 #[allow(unsafe_code)] // system calls that no safe crate offers in this form

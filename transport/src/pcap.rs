@@ -1,8 +1,8 @@
 //! Capture files: what a device sends and accepts, for Wireshark, tshark, scapy and
 //! `lowtide dissect`; and files of anybody's read again.
 //!
-//! Owns: the file that a device writes and the IP and UDP headers in it, which are rebuilt: a socket
-//! does not see them. [`Reader`] reads pcap and pcapng, [`merge`] makes one file of several.
+//! Owns: the file that a device writes and the IP and UDP headers in it, which are rebuilt, since a
+//! socket does not see them. [`Reader`] reads pcap and pcapng, [`merge`] makes one file of several.
 //! Sent packets have the Identification they are sealed for, received ones the one their ICRC was
 //! solved for, so an independent check of the ICRC holds. A packet that the fault injector spoils
 //! is in the file as it was sent; one that it loses is not.

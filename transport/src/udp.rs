@@ -210,6 +210,11 @@ impl Socket {
         self.receive_buffer_bytes / DATAGRAM_TRUESIZE
     }
 
+    /// Bytes of the receive buffer that the kernel granted.
+    pub fn receive_buffer_bytes(&self) -> usize {
+        self.receive_buffer_bytes
+    }
+
     /// Whether runs still go out by `UDP_SEGMENT`.
     pub fn is_segmenting(&self) -> bool {
         self.is_segmenting
@@ -345,18 +350,29 @@ fn interface_index(address: Ipv6Addr) -> io::Result<u32> {
 
 /// The name of the interface that has this address.
 fn interface_name(address: IpAddr) -> io::Result<String> {
+    let has_it = |(_, each): &(String, IpAddr)| *each == address;
+    let found = interface_addresses()?.into_iter().find(has_it);
+    let (name, _) = found.ok_or_else(|| io::Error::from_raw_os_error(libc::EADDRNOTAVAIL))?;
+    Ok(name)
+}
+
+/// The IP addresses of this host, each with the name of its interface.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn interface_addresses() -> io::Result<Vec<(String, IpAddr)>> {
     let mut list = std::ptr::null_mut();
     // SAFETY: the list is stored in `list`, to be freed below.
     if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    let mut found = None;
+    let mut found = Vec::new();
     let mut next = list;
     // SAFETY: null or an entry of the list, which is valid until freeifaddrs.
-    while let (Some(entry), None) = (unsafe { next.as_ref() }, &found) {
+    while let Some(entry) = unsafe { next.as_ref() } {
         // SAFETY: null or a socket address of at least this much.
         let family = unsafe { entry.ifa_addr.as_ref() }.map(|name| i32::from(name.sa_family));
-        let has = match family {
+        let address = match family {
             Some(libc::AF_INET) => {
                 // SAFETY: its family says that it is a sockaddr_in.
                 let v4 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
@@ -369,16 +385,16 @@ fn interface_name(address: IpAddr) -> io::Result<String> {
             }
             _ => None,
         };
-        if has == Some(address) {
+        if let Some(address) = address {
             // SAFETY: the name of an interface is a C string, valid as the entry.
             let name = unsafe { std::ffi::CStr::from_ptr(entry.ifa_name) };
-            found = Some(name.to_string_lossy().into_owned());
+            found.push((name.to_string_lossy().into_owned(), address));
         }
         next = entry.ifa_next;
     }
     // SAFETY: made by getifaddrs above, and not used after this.
     unsafe { libc::freeifaddrs(list) };
-    found.ok_or_else(|| io::Error::from_raw_os_error(libc::EADDRNOTAVAIL))
+    Ok(found)
 }
 
 fn is_offload_refusal(error: &io::Error) -> bool {

@@ -63,6 +63,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Print and verify log segments
     Log(LogArgs),
+    /// List what this machine has for RDMA, and why something is not usable
+    Devices(DevicesArgs),
     /// Write a capture file of the packets that another lowtide command sends and receives
     Capture(CaptureArgs),
     /// Explain the RoCEv2 packets of a capture file
@@ -363,13 +365,28 @@ pub struct LogArgs {
     pub verify: bool,
 }
 
+/// Options of `devices`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Adapters and the kernel's rxe and siw as libibverbs shows them (it is loaded when it is there), and
+the addresses that softroce can serve; with the package, right or sysctl that would help.
+
+Examples:
+  lowtide devices
+  lowtide devices --json | jq '.softroce[] | select(.unusable | not) | .address'")]
+pub struct DevicesArgs {
+    /// JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Options of `capture`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Every process of the command writes what its device sends and accepts; in FILE each packet is once,
-as its sender saw it. What the fault injector loses is not in it. No rights are needed. Nodes that are
-killed lose the last few KiB. In a configuration of your own, start nodes with LOWTIDE_CAPTURE=DIR in
-the environment: each writes DIR/ADDRESS.PID.pcap.
+as its sender saw it. What the fault injector loses is not in it. No rights are needed. Nodes that
+are killed lose the last few KiB. In a configuration of your own, start nodes with
+LOWTIDE_CAPTURE=DIR in the environment: each writes DIR/ADDRESS.PID.pcap.
 
 Examples:
   lowtide capture --to run.pcap -- run --input ~/src --fault loss:5
@@ -387,9 +404,10 @@ pub struct CaptureArgs {
 /// Options of `dissect`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Tells opcode, queue pair, PSN, the headers that follow, what management datagrams say, and whether the
-invariant CRC is right. Reads pcap and pcapng files of any program. UDP port 4791 is RoCEv2; so is what
-parses and has a right ICRC on any other port. Exit status 1 if an ICRC is wrong, a packet is malformed
+Tells opcode, queue pair, PSN, the headers that follow, what management datagrams say, and whether
+the invariant CRC is right. Reads pcap and pcapng files of any program. UDP port 4791 is RoCEv2; so
+is what parses and has a right ICRC on any other port. Runs that segmentation offload had not cut up yet are
+taken apart. Exit status 1 if an ICRC is wrong, a packet is malformed
 or the file is damaged. With --json one object a line, the last one with the sums.
 
 Examples:

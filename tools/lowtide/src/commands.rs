@@ -6,6 +6,7 @@ use std::io;
 use crate::cli::{Cli, Command, RunArgs};
 use crate::control::{FileJob, RawPath};
 
+mod devices;
 mod dissect;
 mod files;
 mod log;
@@ -97,6 +98,7 @@ pub fn execute(cli: Cli) -> Result<(), Failure> {
         Some(Command::Status(args)) => status::status(&args),
         Some(Command::Log(args)) => log::log(&args),
         Some(Command::Capture(args)) => dissect::capture(&args),
+        Some(Command::Devices(args)) => devices::devices(&args),
         Some(Command::Dissect(args)) => dissect::dissect(&args),
         Some(Command::Node(args)) => node::node(&args),
         Some(Command::Put(args)) => {

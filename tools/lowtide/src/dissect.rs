@@ -13,15 +13,17 @@ use std::fmt::{self, Write as _};
 use std::net::SocketAddr;
 
 use lowtide_transport::pcap::{Datagram, Frame};
-use lowtide_transport_proto::icrc;
+use lowtide_transport_proto::icrc::{self, Ip};
 use lowtide_transport_proto::wire::{
-    Aeth, BTH_LEN, Extension, Malformed, NakCode, Packet, Qpn, Reth, Syndrome, UDP_PORT,
+    Aeth, BTH_LEN, Extension, ICRC_LEN, Malformed, NakCode, Packet, Qpn, Reth, Syndrome, UDP_PORT,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
 
 /// The longest RoCEv2 packet, bytes of UDP payload: longest header, 4096 bytes, ICRC.
 const PACKET_MAX: usize = 40 + 4096 + 4;
+/// The shortest: BTH and ICRC.
+const SEGMENT_MIN: usize = BTH_LEN + ICRC_LEN;
 
 /// What a frame is.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,16 +107,66 @@ pub enum IcrcVerdict {
     Unknown,
 }
 
-/// Looks into a frame; `ports` are those of RoCEv2 besides 4791.
+/// Looks into a frame; `ports` are those of RoCEv2 besides 4791. Several findings are the datagrams
+/// of a run that segmentation offload had not cut up yet when it was captured.
 #[must_use]
-pub fn explain(frame: &Frame, ports: &[u16]) -> Finding {
+pub fn explain(frame: &Frame, ports: &[u16]) -> Vec<Finding> {
     let Ok(datagram) = frame.datagram() else {
-        return Finding::Other;
+        return vec![Finding::Other];
     };
+    match explain_datagram(&datagram, ports) {
+        Finding::Malformed { .. } | Finding::Other => {
+            let run = segments(&datagram);
+            let packets = run.iter().filter_map(|segment| packet(segment).ok());
+            let findings: Vec<Finding> = packets
+                .map(|packet| Finding::Packet(Box::new(packet)))
+                .collect();
+            match run.is_empty() || findings.len() != run.len() {
+                true => vec![explain_datagram(&datagram, ports)],
+                false => findings,
+            }
+        }
+        packet @ Finding::Packet(_) => vec![packet],
+    }
+}
+
+/// The datagrams that a run will be cut into, found by the ICRC of the first; empty if it is none.
+/// All but the last are of one length, and along them the Identification counts up.
+fn segments<'a>(datagram: &Datagram<'a>) -> Vec<Datagram<'a>> {
+    let bytes = datagram.payload;
+    if datagram.missing > 0 || bytes.len() <= SEGMENT_MIN {
+        return Vec::new();
+    }
+    let is_right = |len: usize| {
+        let packet = Packet::new_checked(&bytes[..len]);
+        packet.is_ok_and(|packet| icrc::check(&datagram.flow, &packet))
+    };
+    let longest = PACKET_MAX.min(bytes.len() - 1);
+    let Some(len) = (SEGMENT_MIN..=longest)
+        .step_by(4)
+        .find(|&len| is_right(len))
+    else {
+        return Vec::new();
+    };
+    let start = match datagram.flow.ip {
+        Ip::V4 { identification, .. } => identification,
+        Ip::V6 { .. } => 0,
+    };
+    (0u16..)
+        .zip(bytes.chunks(len))
+        .map(|(i, payload)| Datagram {
+            flow: datagram.flow.with_identification(start.wrapping_add(i)),
+            payload,
+            ..*datagram
+        })
+        .collect()
+}
+
+fn explain_datagram(datagram: &Datagram<'_>, ports: &[u16]) -> Finding {
     let (from, to) = (datagram.source.port(), datagram.target.port());
     let is_named = |port| port == UDP_PORT || ports.contains(&port);
     let is_roce = is_named(from) || is_named(to);
-    match packet(&datagram) {
+    match packet(datagram) {
         Ok(packet) if is_roce || matches!(packet.icrc, IcrcVerdict::Right { .. }) => {
             Finding::Packet(Box::new(packet))
         }
@@ -179,11 +231,7 @@ fn packet(datagram: &Datagram<'_>) -> Result<Explained, String> {
 
 fn words_of(error: Malformed, bytes: &[u8]) -> String {
     match error {
-        _ if bytes.len() > PACKET_MAX => format!(
-            "{} bytes are no packet; if it is a run that segmentation offload had not yet cut up, \
-             capture at the receiver or turn the offload off",
-            bytes.len()
-        ),
+        _ if bytes.len() > PACKET_MAX => format!("{} bytes are no packet", bytes.len()),
         Malformed::Short => format!("too short ({} bytes)", bytes.len()),
         Malformed::UnknownOpcode(code) => format!("unknown opcode {code:#04x}"),
         Malformed::Version(version) => format!("transport version {version}, expected 0"),
@@ -373,11 +421,54 @@ mod tests {
         std::iter::from_fn(|| reader.next_frame().unwrap()).collect()
     }
 
+    fn one(frame: &Frame, ports: &[u16]) -> Finding {
+        let mut findings = explain(frame, ports);
+        assert_eq!(findings.len(), 1);
+        findings.remove(0)
+    }
+
     fn explained(frame: &Frame) -> Explained {
-        match explain(frame, &[]) {
+        match one(frame, &[]) {
             Finding::Packet(packet) => *packet,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn a_run_that_is_not_cut_up_yet_is_several_packets() {
+        let capture = golden("rc-pingpong-5000");
+        let datagrams: Vec<_> = capture.iter().map(|f| f.datagram().unwrap()).collect();
+        // First, Middle, Last of one message, with Identifications that count up, in one frame.
+        let first = datagrams.iter().position(|d| d.payload[0] == 0).unwrap();
+        let (mut payload, flow) = (Vec::new(), datagrams[first].flow.with_identification(7));
+        for (i, part) in datagrams[first..first + 2].iter().enumerate() {
+            // Only equal ones, then a shorter one.
+            let flow = flow.with_identification(7 + i as u16);
+            let end = part.payload.len() - if i == 1 { 204 } else { 4 };
+            let mut bytes = part.payload[..end].to_vec();
+            if i == 1 {
+                bytes[0] = 2; // Last
+            }
+            let whole = [&bytes[..], &[0; 4]].concat();
+            let packet = Packet::new_checked(&whole).unwrap();
+            bytes.extend(icrc::expected(&flow, &packet).to_le_bytes());
+            payload.extend(bytes);
+        }
+        let mut frame = capture[first].clone();
+        frame.bytes.truncate(42);
+        frame.bytes.extend(&payload);
+        let udp_len = (payload.len() + 8) as u16;
+        frame.bytes[16..18].copy_from_slice(&(udp_len + 20).to_be_bytes());
+        frame.bytes[18..20].copy_from_slice(&7u16.to_be_bytes());
+        frame.bytes[38..40].copy_from_slice(&udp_len.to_be_bytes());
+        let names: Vec<String> = explain(&frame, &[])
+            .into_iter()
+            .map(|finding| match finding {
+                Finding::Packet(p) if matches!(p.icrc, IcrcVerdict::Right { .. }) => p.name,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(names, ["RC Send First", "RC Send Last"]);
     }
 
     #[test]
@@ -407,7 +498,7 @@ mod tests {
         let with = |change: fn(&mut Frame)| {
             let mut frame = frame.clone();
             change(&mut frame);
-            explain(&frame, &[])
+            one(&frame, &[])
         };
         let Finding::Packet(wrong) = with(|f| *f.bytes.last_mut().unwrap() ^= 1) else {
             panic!()
@@ -439,9 +530,9 @@ mod tests {
         let moved = |f: &mut Frame| f.bytes[36..38].copy_from_slice(&5000u16.to_be_bytes());
         let mut elsewhere = frame.clone();
         moved(&mut elsewhere);
-        assert_eq!(explain(&elsewhere, &[]), Finding::Other);
-        assert!(matches!(explain(&elsewhere, &[5000]), Finding::Packet(_)));
-        let Finding::Packet(packet) = explain(&elsewhere, &[5000]) else {
+        assert_eq!(one(&elsewhere, &[]), Finding::Other);
+        assert!(matches!(one(&elsewhere, &[5000]), Finding::Packet(_)));
+        let Finding::Packet(packet) = one(&elsewhere, &[5000]) else {
             panic!()
         };
         let IcrcVerdict::Wrong { expected, .. } = packet.icrc else {
@@ -449,7 +540,7 @@ mod tests {
         };
         let end = elsewhere.bytes.len() - 4;
         elsewhere.bytes[end..].copy_from_slice(&expected.to_be_bytes());
-        assert!(matches!(explain(&elsewhere, &[]), Finding::Packet(_)));
+        assert!(matches!(one(&elsewhere, &[]), Finding::Packet(_)));
     }
 
     #[test]
@@ -460,7 +551,7 @@ mod tests {
                     for flip in [0xFF, 0x01, 0x80] {
                         let mut damaged = frame.clone();
                         damaged.bytes[at] ^= flip;
-                        if let Finding::Packet(packet) = explain(&damaged, &[]) {
+                        if let Finding::Packet(packet) = one(&damaged, &[]) {
                             assert!(!serde_json::to_string(&packet).unwrap().is_empty());
                         }
                     }

@@ -2,13 +2,15 @@
 //!
 //! A node's [`Status`] travels unchanged over the control socket and into reports.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use lowtide_engine::medium::power::apply_power_loss;
 use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, StartError};
 pub use lowtide_engine::status::{NodeCounters, Status};
 use lowtide_engine_core::ids::NodeId;
+
+use lowtide_transport::provider::{self, Chosen, Wanted};
 
 use crate::config::{Cluster, NodeFile, Provider};
 
@@ -122,17 +124,32 @@ pub fn provider_name(provider: Provider) -> &'static str {
     }
 }
 
-/// Refuses a transport that this build does not have.
+/// Which transport carries the messages of a node at `addr`, and why, for the log.
 ///
 /// # Errors
-/// What is missing, and what to use.
-pub fn check_provider(provider: Provider) -> Result<(), String> {
+/// What a forced choice lacks, and what to use.
+pub fn choose_provider(provider: Provider, addr: IpAddr) -> Result<String, String> {
     match provider {
-        Provider::Auto | Provider::Softroce => Ok(()),
-        Provider::Host | Provider::Verbs => Err(format!(
-            "provider {} is not in this build; use softroce",
-            provider_name(provider)
-        )),
+        Provider::Softroce => Ok("softroce, as asked for".to_owned()),
+        // No adapter serves loopback, so none is looked for.
+        Provider::Auto if addr.is_loopback() => {
+            Ok(format!("softroce: {addr} is a loopback address"))
+        }
+        Provider::Auto => match provider::choose(Wanted::Auto) {
+            Ok(Chosen::Verbs(device)) => Ok(format!(
+                "softroce: there is {} ({}), but messages do not run on verbs yet",
+                device.name, device.driver
+            )),
+            Ok(softroce) => Ok(softroce.to_string()),
+            Err(reason) => Ok(format!("softroce: {reason}")),
+        },
+        Provider::Verbs => Err(match provider::choose(Wanted::Verbs) {
+            Ok(chosen) => format!(
+                "provider verbs: there is {chosen}, but messages do not run on it yet; use softroce"
+            ),
+            Err(reason) => format!("provider verbs: {reason}; use softroce"),
+        }),
+        Provider::Host => Err("provider host is not in this build; use softroce".to_owned()),
     }
 }
 
@@ -169,6 +186,25 @@ mod tests {
         };
         let both = together(a, b);
         assert_eq!((both.operations, both.windows_held_max), (11, 7));
+    }
+
+    #[test]
+    fn a_choice_has_a_reason_and_a_forced_one_may_be_refused() {
+        let chosen = |provider, addr: &str| choose_provider(provider, addr.parse().unwrap());
+        for (provider, addr) in [
+            (Provider::Auto, "127.9.8.7"),
+            (Provider::Auto, "192.0.2.1"),
+            (Provider::Softroce, "192.0.2.1"),
+        ] {
+            assert!(chosen(provider, addr).unwrap().starts_with("softroce"));
+        }
+        for provider in [Provider::Verbs, Provider::Host] {
+            assert!(
+                chosen(provider, "192.0.2.1")
+                    .unwrap_err()
+                    .ends_with("use softroce")
+            );
+        }
     }
 
     #[test]

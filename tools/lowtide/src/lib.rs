@@ -8,6 +8,7 @@
 //! - [`fault`]: what `run` can break; [`input`]: what it stores; [`report`]: what it found.
 //! - [`supervisor`]: the run itself.
 //! - [`jobs`], [`files`], [`journal`]: what a client process does with the tree.
+//! - [`devices`]: what this machine has for RDMA.
 //! - [`dissect`]: what packets in capture files say.
 //! - [`control`]: how node processes take orders; [`engine`]: the one place that meets the engine.
 #![forbid(unsafe_code)]
@@ -17,6 +18,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod control;
+pub mod devices;
 pub mod dissect;
 pub mod engine;
 pub mod fault;

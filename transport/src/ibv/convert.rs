@@ -26,8 +26,8 @@ fn state_code(state: QpState) -> c_uint {
     place.expect("the list is complete") as c_uint
 }
 
-/// A number for a completion queue or a shared receive queue, as events name them: the library gives
-/// back a pointer of ours, which is the number.
+/// A number for a completion queue or a shared receive queue, as events name them: the library
+/// gives back a pointer of ours, which is the number.
 pub(super) fn fresh_number() -> u32 {
     static LAST: AtomicU32 = AtomicU32::new(0);
     // Only uniqueness matters.

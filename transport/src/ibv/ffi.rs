@@ -1,7 +1,7 @@
 //! The C types of libibverbs, as far as this provider uses them.
 //!
-//! Owns: their layout, nothing else. Sizes and offsets that matter are asserted at compile time; the
-//! test behind the feature `abi-oracle` holds them against bindings made from the system's headers.
+//! Owns: their layout, nothing else. Sizes and offsets that matter are asserted at compile time;
+//! the test behind the feature `abi-oracle` holds them against bindings made from the system's headers.
 //! Names, order and numbers are those of `<infiniband/verbs.h>`, ABI of rdma-core 17 and later.
 //! Structures that libibverbs allocates are known only as far as they are read here.
 

@@ -1,8 +1,8 @@
 //! libibverbs, loaded when it is first asked for.
 //!
-//! Owns: the table of the functions that the library exports, each with the version of its symbol: an
-//! old one with another ABI stands beside most of them. The library is never unloaded: its providers
-//! keep threads and file descriptors.
+//! Owns: the table of the functions that the library exports, each with the version of its symbol:
+//! an old one with another ABI stands beside most of them. The library is never unloaded: its
+//! providers keep threads and file descriptors.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt;
@@ -85,7 +85,8 @@ macro_rules! functions {
 
 functions! {
     required {
-        get_device_list = c"ibv_get_device_list" c"IBVERBS_1.1" (*mut c_int) -> *mut *mut ffi::Device;
+        get_device_list = c"ibv_get_device_list" c"IBVERBS_1.1"
+            (*mut c_int) -> *mut *mut ffi::Device;
         free_device_list = c"ibv_free_device_list" c"IBVERBS_1.1" (*mut *mut ffi::Device) -> ();
         get_device_name = c"ibv_get_device_name" c"IBVERBS_1.1" (*mut ffi::Device) -> *const c_char;
         open_device = c"ibv_open_device" c"IBVERBS_1.1" (*mut ffi::Device) -> *mut ffi::Context;
@@ -120,11 +121,13 @@ functions! {
         destroy_srq = c"ibv_destroy_srq" c"IBVERBS_1.1" (*mut ffi::Srq) -> c_int;
         create_qp = c"ibv_create_qp" c"IBVERBS_1.1"
             (*mut ffi::Pd, *mut ffi::QpInitAttr) -> *mut ffi::Qp;
-        modify_qp = c"ibv_modify_qp" c"IBVERBS_1.1" (*mut ffi::Qp, *mut ffi::QpAttr, c_int) -> c_int;
+        modify_qp = c"ibv_modify_qp" c"IBVERBS_1.1"
+            (*mut ffi::Qp, *mut ffi::QpAttr, c_int) -> c_int;
         query_qp = c"ibv_query_qp" c"IBVERBS_1.1"
             (*mut ffi::Qp, *mut ffi::QpAttr, c_int, *mut ffi::QpInitAttr) -> c_int;
         destroy_qp = c"ibv_destroy_qp" c"IBVERBS_1.1" (*mut ffi::Qp) -> c_int;
-        create_ah = c"ibv_create_ah" c"IBVERBS_1.1" (*mut ffi::Pd, *mut ffi::AhAttr) -> *mut ffi::Ah;
+        create_ah = c"ibv_create_ah" c"IBVERBS_1.1"
+            (*mut ffi::Pd, *mut ffi::AhAttr) -> *mut ffi::Ah;
         destroy_ah = c"ibv_destroy_ah" c"IBVERBS_1.1" (*mut ffi::Ah) -> c_int;
         attach_mcast = c"ibv_attach_mcast" c"IBVERBS_1.1"
             (*mut ffi::Qp, *const ffi::Gid, u16) -> c_int;

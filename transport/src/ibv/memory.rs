@@ -1,5 +1,5 @@
-//! Protection domains and what is made in them besides queue pairs: regions, address handles, shared
-//! receive queues.
+//! Protection domains and what is made in them besides queue pairs: regions, address handles,
+//! shared receive queues.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::fmt;

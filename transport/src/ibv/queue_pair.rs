@@ -138,8 +138,8 @@ impl QueuePair {
     ///
     /// # Errors
     /// The first that was not taken, and why; those before it were. [`Error::QueueFull`],
-    /// [`Error::Unsupported`] for ATOMIC WRITE, FLUSH and memory windows, or the device's: EINVAL for
-    /// a state that does not admit posting.
+    /// [`Error::Unsupported`] for ATOMIC WRITE, FLUSH and memory windows, or the device's: EINVAL
+    /// for a state that does not admit posting.
     ///
     /// # Safety
     /// Until a request has completed (or one after it), the memory that it names is the device's:
@@ -167,8 +167,8 @@ impl QueuePair {
     /// The first that was not taken, and why; those before it were.
     ///
     /// # Safety
-    /// Until a receive has completed, the memory that it names is the device's, which changes it: no
-    /// reference of Rust's may stand in the way of that.
+    /// Until a receive has completed, the memory that it names is the device's, which changes it:
+    /// no reference of Rust's may stand in the way of that.
     pub unsafe fn post_recv(&self, list: &[RecvWr<'_>]) -> Result<(), BadWr> {
         let post = self.context().ops().post_recv;
         post_receives(list, |wr, bad| {

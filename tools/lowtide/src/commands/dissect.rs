@@ -53,9 +53,11 @@ pub(super) fn dissect(args: &DissectArgs) -> Result<(), Failure> {
             Ok(None) => break None,
             Err(error) => break Some(at(&error)),
             Ok(Some(frame)) => {
-                let finding = explain(&frame, &args.port);
-                summary.count(&finding);
-                print(&mut out, &frame, &finding, args.json).map_err(Failure::output)?;
+                summary.frames += 1;
+                for finding in explain(&frame, &args.port) {
+                    summary.count(&finding);
+                    print(&mut out, &frame, &finding, args.json).map_err(Failure::output)?;
+                }
             }
         }
     };
@@ -77,7 +79,6 @@ pub(super) fn dissect(args: &DissectArgs) -> Result<(), Failure> {
 
 impl Summary {
     fn count(&mut self, finding: &Finding) {
-        self.frames += 1;
         match finding {
             Finding::Other => self.other += 1,
             Finding::Malformed { .. } => self.malformed += 1,
@@ -148,7 +149,8 @@ fn conclude(out: &mut impl Write, summary: &Summary, is_json: bool) -> std::io::
     }
     writeln!(
         out,
-        "{} frames: {} RoCEv2 packets (ICRC right {}, wrong {}, unknown {}), {} malformed, {} other",
+        "{} frames: {} RoCEv2 packets (ICRC right {}, wrong {}, unknown {}), {} malformed, \
+         {} other",
         summary.frames,
         summary.packets,
         summary.icrc_right,

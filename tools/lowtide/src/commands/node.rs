@@ -26,11 +26,13 @@ pub(super) fn node(args: &NodeArgs) -> Result<(), Failure> {
     }
     log_to_stderr();
     let file = NodeFile::load(&args.config).map_err(Failure::usage)?;
-    engine::check_provider(file.provider).map_err(Failure::usage)?;
+    let provider = engine::choose_provider(file.provider, file.member.address.ip());
+    let provider = provider.map_err(Failure::usage)?;
     let handle = engine::start(&file).map_err(Failure::cluster)?;
     tracing::info!(
         name = file.member.name,
         address = %file.member.address,
+        provider,
         "node started"
     );
     let jobs = match file.member.role {
