@@ -13,7 +13,7 @@ use std::time::Duration;
 use lowtide_transport::cm::{ConnectOptions, Connection, Event, EventChannel, ServiceId};
 use lowtide_transport::verbs::{
     Access, Buffer, CompletionKind, CompletionQueue, Device, DeviceOptions, MemoryRegion,
-    ProtectionDomain, QueuePair, Remote, Rkey, SendOp, Status, WorkCompletion,
+    ProtectionDomain, QpState, QueuePair, Remote, Rkey, SendOp, Status, WorkCompletion,
 };
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -92,7 +92,7 @@ impl End {
     }
 
     fn serve(&self, qp: &QueuePair, pings: u32) -> Outcome<()> {
-        for _ in 0..pings {
+        for ping in 1..=pings {
             let (source, len) = self.learn(qp)?;
             qp.post_send(2, SendOp::Read(source), self.buffer.range(0, len))?;
             self.next(CompletionKind::Read)?;
@@ -100,7 +100,12 @@ impl End {
             let (sink, len) = self.learn(qp)?;
             qp.post_send(3, SendOp::Write(sink), self.buffer.range(0, len))?;
             self.next(CompletionKind::Write)?;
-            self.advertise(qp)?;
+            let told = self.advertise(qp);
+            // Whoever has got the last one hangs up, maybe before its acknowledgement is here; that
+            // it did is the next event.
+            if ping < pings || qp.state() != QpState::Err {
+                told?;
+            }
         }
         Ok(())
     }
