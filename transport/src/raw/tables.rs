@@ -22,7 +22,7 @@ use super::types::{
 use crate::device::{Device, QpId};
 use crate::memory::Key;
 
-/// Asynchronous events that may wait; later ones are lost, as the counter of a device says.
+/// Asynchronous events that may wait; later ones are lost without a trace.
 const EVENTS_MAX: usize = 4096;
 
 /// Entries of a completion queue for which memory is reserved when it is made.
