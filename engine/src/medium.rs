@@ -225,12 +225,7 @@ pub trait Medium: Send + Sync + Debug {
     /// Stores several stretches one behind the other, as so many calls of [`store`](Self::store)
     /// would; a medium that can makes one write of them.
     fn store_all(&self, offset: u64, stretches: &[&[u8]]) -> Result<(), MediumError> {
-        let mut at = offset;
-        for bytes in stretches {
-            self.store(at, bytes)?;
-            at += bytes.len() as u64;
-        }
-        Ok(())
+        store_each(self, offset, stretches)
     }
 
     /// Makes all pages that touch `range` durable.
@@ -249,6 +244,20 @@ pub trait Medium: Send + Sync + Debug {
     fn close(&self) -> Result<(), MediumError> {
         Ok(())
     }
+}
+
+/// Stores stretches one behind the other, each by itself.
+fn store_each<M: Medium + ?Sized>(
+    medium: &M,
+    offset: u64,
+    stretches: &[&[u8]],
+) -> Result<(), MediumError> {
+    let mut at = offset;
+    for bytes in stretches {
+        medium.store(at, bytes)?;
+        at += bytes.len() as u64;
+    }
+    Ok(())
 }
 
 /// One directory of files.

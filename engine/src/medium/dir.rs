@@ -7,7 +7,7 @@
 //! Deliberately absent: the mapping itself (`log::mapped`), subdirectories.
 
 use super::power::PowerFailMedium;
-use super::{Access, Call, Medium, MediumError, PAGE, Volume};
+use super::{Access, Call, Medium, MediumError, PAGE, Volume, store_each};
 use crate::log::mapped::MappedFile;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{IoSlice, Read, Write};
@@ -330,6 +330,13 @@ impl Direct {
     }
 }
 
+/// What came of a call past the page cache, unless the file system refuses such calls though it took
+/// the flag: the cache always works. Any other error counts; it is not tried again.
+fn taken<T>(result: Option<std::io::Result<T>>) -> Option<std::io::Result<T>> {
+    let is_refusal = |e: &std::io::Error| e.kind() == std::io::ErrorKind::InvalidInput;
+    result.filter(|result| !result.as_ref().is_err_and(is_refusal))
+}
+
 /// A file accessed by `pread` and `pwrite`.
 #[derive(Debug)]
 struct PositionedFile {
@@ -361,34 +368,27 @@ impl Medium for PositionedFile {
             .all(|n| n.is_multiple_of(PAGE));
         let direct = self.direct.as_ref();
         let direct = direct.filter(|_| out.len() >= DIRECT_MIN && is_aligned);
-        match direct.map(|direct| direct.file.read_exact_at(out, offset)) {
-            // A file system may take the flag and refuse the read; the cache always works.
-            None | Some(Err(_)) => self.file.read_exact_at(out, offset),
-            Some(Ok(())) => Ok(()),
-        }
-        .map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => MediumError::OutOfRange {
-                file: self.name.clone(),
-                call: Call::Read,
-                offset,
-                len: out.len() as u64,
-                size: self.len().unwrap_or(0),
-            },
-            _ => self.error(Call::Read, offset, out.len() as u64, e),
-        })
+        let read = direct.map(|direct| direct.file.read_exact_at(out, offset));
+        taken(read)
+            .unwrap_or_else(|| self.file.read_exact_at(out, offset))
+            .map_err(|e| match e.kind() {
+                std::io::ErrorKind::UnexpectedEof => MediumError::OutOfRange {
+                    file: self.name.clone(),
+                    call: Call::Read,
+                    offset,
+                    len: out.len() as u64,
+                    size: self.len().unwrap_or(0),
+                },
+                _ => self.error(Call::Read, offset, out.len() as u64, e),
+            })
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
         let direct = self.direct.as_ref();
         let direct = direct.filter(|_| bytes.len() >= DIRECT_MIN && offset.is_multiple_of(PAGE));
-        let stored = direct.map(|direct| direct.store(offset, bytes));
-        match stored {
-            // A file system may take the flag and refuse the store; the cache always works.
-            Some(Err(e)) if e.kind() == std::io::ErrorKind::InvalidInput => None,
-            stored => stored,
-        }
-        .unwrap_or_else(|| self.file.write_all_at(bytes, offset))
-        .map_err(|e| self.error(Call::Store, offset, bytes.len() as u64, e))
+        taken(direct.map(|direct| direct.store(offset, bytes)))
+            .unwrap_or_else(|| self.file.write_all_at(bytes, offset))
+            .map_err(|e| self.error(Call::Store, offset, bytes.len() as u64, e))
     }
 
     fn store_all(&self, offset: u64, stretches: &[&[u8]]) -> Result<(), MediumError> {
@@ -400,15 +400,10 @@ impl Medium for PositionedFile {
         let direct = self.direct.as_ref();
         let direct =
             direct.filter(|_| len >= DIRECT_MIN && are_pages && offset.is_multiple_of(PAGE));
-        if let Some(Ok(())) = direct.map(|direct| direct.write_all(offset, stretches)) {
-            return Ok(());
-        }
-        let mut at = offset;
-        for bytes in stretches {
-            self.store(at, bytes)?;
-            at += bytes.len() as u64;
-        }
-        Ok(())
+        taken(direct.map(|direct| direct.write_all(offset, stretches))).map_or_else(
+            || store_each(self, offset, stretches),
+            |stored| stored.map_err(|e| self.error(Call::Store, offset, len as u64, e)),
+        )
     }
 
     fn sync(&self, range: Range<u64>) -> Result<(), MediumError> {
@@ -434,6 +429,54 @@ impl Medium for PositionedFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Stretches of whole pages go past the cache together, others one by one: read back alike.
+    #[test]
+    fn stretches_stored_together_are_read_as_they_were_given() {
+        const PAGE_LEN: usize = PAGE as usize;
+        let dir = tempfile::tempdir().unwrap();
+        let volume = DirVolume::open(dir.path(), DirOptions::default()).unwrap();
+        let file = volume.create("bulk", 4 << 20, Access::Bulk).unwrap();
+        let source: Vec<u8> = (0..3 << 20).map(|i| (i % 251) as u8 + 1).collect();
+        let begin = source.as_ptr().align_offset(PAGE_LEN);
+        for shift in [0, 1] {
+            let part = |from: usize, len| &source[begin + shift + from..][..len];
+            let stretches = [
+                part(0, DIRECT_MIN),
+                part(DIRECT_MIN + PAGE_LEN, 2 * PAGE_LEN),
+                part(1 << 20, DIRECT_MIN + shift),
+            ];
+            file.store_all(PAGE, &stretches).unwrap();
+            let expected = stretches.concat();
+            let mut found = vec![0; expected.len()];
+            file.read(PAGE, &mut found).unwrap();
+            assert!(found == expected, "shift {shift}");
+        }
+    }
+
+    /// An error of the disk is an error, not a reason to try the page cache.
+    #[test]
+    fn a_store_that_failed_past_the_cache_is_not_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bulk");
+        std::fs::write(&path, []).unwrap();
+        let full = || OpenOptions::new().read(true).write(true).open("/dev/full");
+        let medium = PositionedFile {
+            name: "bulk".to_owned(),
+            file: OpenOptions::new().write(true).open(&path).unwrap(),
+            direct: Some(Direct {
+                file: full().unwrap(),
+                buffer: Mutex::new(vec![0; CHUNK + PAGE as usize]),
+            }),
+            _lock: None,
+        };
+        let source = vec![7; DIRECT_MIN + PAGE as usize];
+        let begin = source.as_ptr().align_offset(PAGE as usize);
+        let pages = &source[begin..begin + DIRECT_MIN];
+        assert!(medium.store(0, pages).unwrap_err().is_no_space());
+        assert!(medium.store_all(0, &[pages]).unwrap_err().is_no_space());
+        assert!(std::fs::read(&path).unwrap().is_empty());
+    }
 
     /// Whatever the store's address, length and neighbours: what is read is what was stored, zeros
     /// may fill its last page, and nothing else changes.
