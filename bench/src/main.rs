@@ -168,7 +168,7 @@ const BENCHMARKS: &[Benchmark] = &[
     },
     Benchmark {
         name: "log-append",
-        about: "appending 256-byte records without sync, against memcpy into a mapped file",
+        about: "appending 256-byte records without sync, against memcpy into memory",
         run: logs::append,
     },
     Benchmark {
