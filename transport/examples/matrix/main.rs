@@ -54,6 +54,8 @@ impl Control {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
                 Err(error) if start.elapsed() > PATIENCE => return Err(error.into()),
+                // The other end makes the socket when it has come up; a name that is not there yet
+                // cannot be waited for.
                 Err(_) => std::thread::sleep(Duration::from_millis(50)),
             }
         };

@@ -5,6 +5,9 @@ use crate::wire::{Mtu, Psn};
 use std::vec;
 use std::vec::Vec;
 
+mod inquiries;
+mod patience;
+
 const CLIENT: usize = 0;
 const SERVER: usize = 1;
 
@@ -56,6 +59,26 @@ impl Pair {
         };
         pair.cm[SERVER].listen(ServiceId::tcp(7471));
         pair
+    }
+
+    /// The client has asked for a connection, and the server has been told: their ids.
+    fn requested() -> (Self, [CommId; 2]) {
+        let mut pair = Self::new();
+        let client = pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
+        pair.settle();
+        let CmEvent::ConnectRequest { id, .. } = pair.event(SERVER) else {
+            panic!()
+        };
+        (pair, [client, id])
+    }
+
+    /// And the server has accepted, and the client has been told.
+    fn accepted() -> (Self, [CommId; 2]) {
+        let (mut pair, [client, id]) = Self::requested();
+        pair.cm[SERVER].accept(pair.now, id, offer(1), b"").unwrap();
+        pair.settle();
+        assert!(matches!(pair.event(CLIENT), CmEvent::Accepted { .. }));
+        (pair, [client, id])
     }
 
     fn take(&mut self, from: usize) -> Vec<[u8; MAD_LEN]> {
@@ -332,100 +355,6 @@ fn a_server_that_never_answers_its_request_forgets_it() {
 }
 
 #[test]
-fn a_server_that_takes_its_time_is_waited_for() {
-    let mut pair = Pair::new();
-    let client = pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
-    pair.settle();
-    let CmEvent::ConnectRequest { id, .. } = pair.event(SERVER) else {
-        panic!()
-    };
-    // 29 s: without a word the client would have asked a dozen times more.
-    let mut asked = 0;
-    while pair.now < Nanos::from_millis(29_000) {
-        pair.advance(Nanos::from_millis(10));
-        let requests = pair.take(CLIENT);
-        asked += requests.len();
-        for mad in requests {
-            assert_eq!(pair.give(SERVER, &mad), CmOutcome::Accepted);
-        }
-        for mad in pair.take(SERVER) {
-            let message = Message::decode(&mad).unwrap().1;
-            assert!(
-                matches!(message, Message::Mra { message: 0, .. }),
-                "{message:?}"
-            );
-            assert_eq!(pair.give(CLIENT, &mad), CmOutcome::Accepted);
-        }
-    }
-    assert!((20..=30).contains(&asked), "{asked}");
-    pair.cm[SERVER].accept(pair.now, id, offer(1), b"").unwrap();
-    pair.settle();
-    assert!(matches!(pair.event(CLIENT), CmEvent::Accepted { id, .. } if id == client));
-}
-
-#[test]
-fn a_client_that_takes_its_time_is_waited_for() {
-    let mut pair = Pair::new();
-    let client = pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
-    pair.settle();
-    let CmEvent::ConnectRequest { id, .. } = pair.event(SERVER) else {
-        panic!()
-    };
-    pair.cm[SERVER].accept(pair.now, id, offer(1), b"").unwrap();
-    pair.settle();
-    assert!(matches!(pair.event(CLIENT), CmEvent::Accepted { .. }));
-    pair.advance(Nanos::from_millis(60));
-    let again = pair.take(SERVER);
-    assert_eq!(pair.give(CLIENT, &again[0]), CmOutcome::Accepted);
-    let mra = pair.take(CLIENT);
-    assert!(matches!(
-        Message::decode(&mra[0]),
-        Ok((_, Message::Mra { message: 1, .. }))
-    ));
-    assert_eq!(pair.give(SERVER, &mra[0]), CmOutcome::Accepted);
-    assert!(pair.cm[SERVER].poll_timeout().unwrap() > pair.now + Nanos::from_millis(1_000));
-    pair.cm[CLIENT].establish(client).unwrap();
-    pair.settle();
-    assert_eq!(pair.event(SERVER), CmEvent::Established { id });
-}
-
-#[test]
-fn a_client_that_is_never_ready_is_told_that_the_server_gave_up() {
-    let mut pair = Pair::new();
-    let client = pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
-    pair.settle();
-    let CmEvent::ConnectRequest { id, .. } = pair.event(SERVER) else {
-        panic!()
-    };
-    pair.cm[SERVER].accept(pair.now, id, offer(1), b"").unwrap();
-    pair.settle();
-    assert!(matches!(pair.event(CLIENT), CmEvent::Accepted { .. }));
-    // Its RTU is lost, and so is every repetition of the reply: it believes in the connection.
-    pair.cm[CLIENT].establish(client).unwrap();
-    pair.take(CLIENT);
-    while pair.cm[SERVER].state(id).is_some() {
-        let mads = pair.take(SERVER);
-        assert!(mads.len() <= 1);
-        pair.now = pair.cm[SERVER].poll_timeout().unwrap();
-        pair.cm[SERVER].handle_timeout(pair.now);
-    }
-    assert_eq!(pair.event(SERVER), CmEvent::TimedOut { id });
-    let last = pair.take(SERVER);
-    let Ok((_, Message::Rej(rej))) = Message::decode(&last[0]) else {
-        panic!()
-    };
-    assert_eq!((rej.reason, rej.ca_guid), (reason::TIMEOUT, 0xa1));
-    // One that does not know the server's id is not believed.
-    let stranger = Message::Rej(Rej {
-        local: CommId(0x7777),
-        ..rej
-    });
-    assert_eq!(pair.give(CLIENT, &stranger.encode(1)), CmOutcome::Stale);
-    assert_eq!(pair.give(CLIENT, &last[0]), CmOutcome::Accepted);
-    assert_eq!(pair.event(CLIENT), CmEvent::Disconnected { id: client });
-}
-
-#[test]
 fn disconnecting_from_a_peer_that_is_gone_ends_too() {
     let mut pair = Pair::new();
     let [client, _] = pair.connected();
@@ -478,119 +407,6 @@ fn a_queue_pair_that_connects_anew_ends_its_old_connection() {
     pair.cm[SERVER].handle_mad(pair.now, stranger, &mad);
     assert!(matches!(pair.event(SERVER), CmEvent::ConnectRequest { .. }));
     assert_eq!(pair.cm[SERVER].poll_event(), None);
-}
-
-fn question(private_data: &[u8]) -> ResolveParams<'_> {
-    ResolveParams {
-        to: at(SERVER),
-        service: ServiceId::udp(7174),
-        source_port: 40_001,
-        private_data,
-    }
-}
-
-#[test]
-fn inquiries_are_answered_whatever_is_lost_or_comes_twice() {
-    // Bit i of `lost`: the i-th datagram that anybody sends is lost; the others come twice.
-    for lost in 0..64u32 {
-        let mut pair = Pair::new();
-        pair.cm[SERVER].listen_datagram(ServiceId::udp(7174));
-        let id = pair.cm[CLIENT]
-            .resolve(pair.now, &question(b"who?"))
-            .unwrap();
-        let (mut sent, mut asked, mut resolved) = (0, 0, Vec::new());
-        for _ in 0..100 {
-            for from in [CLIENT, SERVER] {
-                for mad in pair.take(from) {
-                    if lost & 1u32.checked_shl(sent).unwrap_or(0) == 0 {
-                        pair.give(1 - from, &mad);
-                        pair.give(1 - from, &mad);
-                    }
-                    sent += 1;
-                }
-            }
-            while let Some(event) = pair.cm[SERVER].poll_event() {
-                let CmEvent::Inquiry { id, inquiry } = event else {
-                    panic!("{event:?}")
-                };
-                assert_eq!(
-                    (inquiry.from, inquiry.source_port),
-                    (at(CLIENT), Some(40_001))
-                );
-                assert_eq!(inquiry.private_data[..4], *b"who?");
-                assert_eq!(inquiry.private_data.len(), SIDR_REQ_PRIVATE_MAX);
-                asked += 1;
-                let here = (Qpn::new(0x777), 0x0123_4567);
-                let success = sidr_status::SUCCESS;
-                pair.cm[SERVER]
-                    .answer(pair.now, id, success, here, b"me")
-                    .unwrap();
-            }
-            resolved.extend(core::iter::from_fn(|| pair.cm[CLIENT].poll_event()));
-            pair.advance(Nanos::from_millis(60));
-        }
-        assert_eq!((asked, resolved.len()), (1, 1), "lost {lost:b}");
-        let CmEvent::Resolved {
-            id: of,
-            qpn,
-            qkey,
-            private_data,
-        } = &resolved[0]
-        else {
-            panic!("{resolved:?}")
-        };
-        assert_eq!((*of, qpn.value(), *qkey), (id, 0x777, 0x0123_4567));
-        assert_eq!(private_data[..2], *b"me");
-        assert_eq!(pair.cm[CLIENT].state(id), None);
-        pair.advance(Nanos::from_millis(5_001));
-        assert_eq!(pair.cm[SERVER].poll_timeout(), None);
-    }
-}
-
-#[test]
-fn inquiries_in_vain_say_why() {
-    let mut pair = Pair::new();
-    let status = |event| match event {
-        CmEvent::Unresolved { status, .. } => status,
-        other => panic!("{other:?}"),
-    };
-    // A service of connections is none of datagrams.
-    let tcp = ResolveParams {
-        service: ServiceId::tcp(7471),
-        ..question(b"")
-    };
-    for params in [question(b""), tcp] {
-        pair.cm[CLIENT].resolve(pair.now, &params).unwrap();
-        pair.settle();
-        assert_eq!(status(pair.event(CLIENT)), sidr_status::UNSUPPORTED);
-    }
-    pair.cm[SERVER].listen_datagram(ServiceId::udp(7174));
-    pair.cm[CLIENT].resolve(pair.now, &question(b"")).unwrap();
-    pair.settle();
-    let CmEvent::Inquiry { id, .. } = pair.event(SERVER) else {
-        panic!()
-    };
-    let nothing = (Qpn::new(0), 0);
-    assert_eq!(
-        pair.cm[SERVER].accept(pair.now, id, offer(1), b""),
-        Err(CmError::State(CmState::SidrReqReceived))
-    );
-    let reject = sidr_status::REJECT;
-    pair.cm[SERVER]
-        .answer(pair.now, id, reject, nothing, b"")
-        .unwrap();
-    pair.settle();
-    assert_eq!(status(pair.event(CLIENT)), sidr_status::REJECT);
-    let long = [0; SIDR_REQ_PRIVATE_MAX + 1];
-    let refused = pair.cm[CLIENT].resolve(pair.now, &question(&long));
-    assert_eq!(refused, Err(CmError::PrivateDataTooLong));
-    // Withdrawn: nobody need be told, and an answer is for nobody.
-    let id = pair.cm[CLIENT].resolve(pair.now, &question(b"")).unwrap();
-    pair.cm[CLIENT].disconnect(pair.now, id).unwrap();
-    assert_eq!(pair.event(CLIENT), CmEvent::Disconnected { id });
-    pair.settle();
-    assert!(matches!(pair.event(SERVER), CmEvent::Inquiry { .. }));
-    assert_eq!(pair.cm[CLIENT].poll_timeout(), None);
 }
 
 #[test]
