@@ -143,7 +143,7 @@ impl Endpoint {
         };
         let device = Device::bind(addr, &options, Peers::Own, salt);
         let device = device.map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => BindError::AddrInUse(addr),
+            io::ErrorKind::AddrInUse => BindError::AddrInUse(error),
             _ => BindError::Io(addr, error),
         })?;
         let waiting = || -> io::Result<(mio::Poll, Waker)> {

@@ -176,21 +176,37 @@ impl QueuePair {
     /// way of that. Memory of an `INLINE` request is read here, as `sg_list` says, and must be
     /// readable now. Address handles must be of this device.
     pub unsafe fn post_send(&self, list: &[SendWr<'_>]) -> Result<(), BadWr> {
+        let mut result = Ok(());
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.post_sends(|post| {
+                for (index, wr) in list.iter().enumerate() {
+                    if let Err(error) = post(wr) {
+                        result = Err(BadWr { index, error });
+                        break;
+                    }
+                }
+            });
+        }
+        result
+    }
+
+    /// The same for requests that lie in no slice: `feed` posts one after the other, under the
+    /// device's lock, so it must not call into the device by another way.
+    ///
+    /// # Safety
+    /// As of [`QueuePair::post_send`].
+    pub unsafe fn post_sends(
+        &self,
+        feed: impl FnOnce(&mut dyn FnMut(&SendWr<'_>) -> Result<(), Error>),
+    ) {
         let shared = &self.context().shared;
         let mut state = shared.lock();
-        let mut result = Ok(());
-        for (index, wr) in list.iter().enumerate() {
-            // SAFETY: the caller's promise.
-            let posted = unsafe { self.post_one(&mut state, wr) };
-            if let Err(error) = posted {
-                result = Err(BadWr { index, error });
-                break;
-            }
-        }
+        // SAFETY: the caller's promise.
+        feed(&mut |wr| unsafe { self.post_one(&mut state, wr) });
         state.collect(self.id);
         state.transmit();
         shared.note_deadline(&mut state);
-        result
     }
 
     /// # Safety
