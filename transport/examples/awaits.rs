@@ -32,7 +32,6 @@ impl<C: AsFd> Awaited<C> {
 #[rustfmt::skip]
 type Side = (Awaited<EventChannel>, QueuePair, Awaited<CompletionChannel>, CompletionQueue, Slot);
 
-#[rustfmt::skip]
 fn side(last: u8) -> Result<Side, Box<dyn Error>> {
     let pid = std::process::id().to_le_bytes();
     let address = ([127, 64 + pid[1] % 32, pid[0], last], 4791).into();
@@ -74,6 +73,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             (glove, ball) = (completion(&come, &receives).await, completion(&sent, &sends).await);
             assert_eq!(glove[..4], round.to_le_bytes());
         }
-        Ok(println!("1000 messages awaited"))
+        println!("1000 messages awaited");
+        Ok(())
     })
 }
