@@ -20,6 +20,8 @@
 
 mod budget;
 mod datagram;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod hostile;
 mod identity;
 mod input;
 mod output;

@@ -33,6 +33,9 @@
 pub mod cm;
 mod device;
 pub mod faults;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 #[allow(unsafe_code)] // calls into libibverbs
 pub mod ibv;
 pub mod memory;

@@ -26,6 +26,8 @@ enum Holder {
     KernelOrHidden,
     /// No process that we may look into.
     Hidden,
+    /// Nobody any more.
+    Gone,
 }
 
 impl Taken {
@@ -52,6 +54,7 @@ impl fmt::Display for Taken {
             Holder::Hidden => {
                 f.write_str("a process of another user (`ss -ulpn` as root names it): stop it")
             }
+            Holder::Gone => f.write_str("nobody any more: try again"),
         }?;
         f.write_str(", or choose another address, or another port at both ends")
     }
@@ -68,7 +71,9 @@ fn holder(address: SocketAddr) -> Holder {
             local.port() == address.port()
                 && (local.ip().is_unspecified() || local.ip() == address.ip())
         });
+    let mut is_held = false;
     for (_, inode) in sockets {
+        is_held = true;
         if let Some(id) = process_with(inode) {
             if id == std::process::id() {
                 return Holder::Ourselves;
@@ -77,9 +82,10 @@ fn holder(address: SocketAddr) -> Holder {
             return Holder::Process(id, name.trim_end().to_owned());
         }
     }
-    match Path::new("/sys/module/rdma_rxe").exists() {
-        true => Holder::KernelOrHidden,
-        false => Holder::Hidden,
+    match (is_held, Path::new("/sys/module/rdma_rxe").exists()) {
+        (false, _) => Holder::Gone,
+        (true, true) => Holder::KernelOrHidden,
+        (true, false) => Holder::Hidden,
     }
 }
 
@@ -149,7 +155,7 @@ mod tests {
         let process = words(Holder::Process(12, "ucx".to_owned()));
         assert!(process.starts_with("UDP 127.0.0.1:4791 is in use by process 12 (ucx): stop it"));
         assert!(words(Holder::KernelOrHidden).contains("rdma link delete"));
-        for by in [Holder::Ourselves, Holder::Hidden] {
+        for by in [Holder::Ourselves, Holder::Hidden, Holder::Gone] {
             assert!(words(by).ends_with("or another port at both ends"));
         }
     }
