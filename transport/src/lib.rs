@@ -40,6 +40,7 @@ pub mod fuzz;
 pub mod ibv;
 pub mod memory;
 pub mod message;
+mod names;
 pub mod pcap;
 pub mod provider;
 #[allow(unsafe_code)] // its contract is about memory of the caller

@@ -17,6 +17,7 @@ use lowtide_transport_proto::wire::{
 
 use super::*;
 use crate::memory::{Access, Key, SharedMemory};
+use crate::names::Random;
 use crate::udp::Arrival;
 
 pub(crate) const ATTACKED: u32 = 1;
@@ -69,7 +70,13 @@ fn take(bytes: &mut &[u8], len: usize) -> u64 {
 
 pub(crate) fn device() -> Device {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    Device::bind(address, &DeviceOptions::default(), Peers::Any, 0x5A).unwrap()
+    Device::bind(
+        address,
+        &DeviceOptions::default(),
+        Peers::Any,
+        Random::known,
+    )
+    .unwrap()
 }
 
 pub(crate) fn peer(last: u8) -> SocketAddr {

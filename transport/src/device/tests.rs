@@ -9,6 +9,7 @@ use super::hostile::*;
 use super::output::RESPONSES_MAX;
 use super::*;
 use crate::memory::{Access, Key, SharedMemory};
+use crate::names::Random;
 use crate::udp::{Arrival, ReceiveBatch};
 
 fn state(device: &mut Device, id: QpId) -> QpState {
@@ -226,7 +227,7 @@ fn datagrams_out_of_order_all_leave() {
         },
         ..DeviceOptions::default()
     };
-    let mut device = Device::bind(address, &options, Peers::Any, 0x5A).unwrap();
+    let mut device = Device::bind(address, &options, Peers::Any, Random::known).unwrap();
     for _ in 0..COUNT {
         device.send_management(peer(1), &[0; 20], &[]);
     }
@@ -320,4 +321,29 @@ fn whatever_a_peer_sends_reaches_nobody_else_and_is_bounded_work() {
         }
         bystander.check(&mut device);
     }
+}
+
+#[test]
+fn a_packet_counts_only_from_the_address_of_the_peer() {
+    let mut device = device();
+    let (id, qpn) = connect(&mut device, ATTACKED, peer(1));
+    let wr_id = WrId(1);
+    let local = SgList::EMPTY;
+    let qp = device.qp(id).unwrap();
+    qp.post_recv(RecvWr { wr_id, local }).unwrap();
+    let send = request(Opcode::RcSendOnly, qpn, PSN, Extension::Bare);
+    let before = *device.qp(id).unwrap().counters();
+    for last in [2, 3, 8] {
+        let input = deliver(&mut device, peer(last), send, &[]);
+        assert!(matches!(input, Input::Dropped), "{input:?}");
+    }
+    assert_eq!(device.counters().rx_wrong_peer, 3);
+    assert_eq!(*device.qp(id).unwrap().counters(), before);
+    assert!(device.poll_completion(id).is_none());
+    // From another port of the peer's it counts: kernels and adapters send from any.
+    let mut other_port = peer(1);
+    other_port.set_port(50_000);
+    let input = deliver(&mut device, other_port, send, &[]);
+    assert!(matches!(input, Input::Taken { .. }), "{input:?}");
+    assert_eq!(device.poll_completion(id).unwrap().wr_id, wr_id);
 }

@@ -303,7 +303,7 @@ impl QueuePair {
             // Its place is still that of an older request.
             return Err(Error::QueueFull);
         }
-        let region = state.device.memory.private_mut(key.region());
+        let region = state.device.memory.private_mut(key);
         let mut room = region.map_or(&mut [][..], |bytes| &mut bytes[place as usize..]);
         for sge in wr.sg_list {
             let (now, later) = room.split_at_mut(sge.len as usize);
