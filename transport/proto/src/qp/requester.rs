@@ -158,6 +158,17 @@ impl Requester {
                 && !self.is_held_back())
     }
 
+    /// Whether exactly one packet can be sent.
+    pub fn has_one_packet(&self, timers: &TimerTable) -> bool {
+        self.next + 1 == self.end
+            && !self.probe_due
+            && self.can_send(timers)
+            && self
+                .queue
+                .get(self.cursor)
+                .is_some_and(|wqe| !wqe.is_waiting())
+    }
+
     /// The PSN of the next new packet.
     pub fn next_psn(&self) -> Psn {
         self.psn(self.high)
