@@ -395,12 +395,14 @@ impl QueuePair {
         outcome
     }
 
-    /// The time that [`Self::poll_timeout`] named has come (calling early does no harm).
+    /// The time that [`Self::poll_timeout`] named has come (calling early does no harm). What has
+    /// arrived until now has been handled: a retry must not be spent on an ACK that waits in a socket.
     pub fn handle_timeout(&mut self, now: Nanos) {
-        while let Some(timer) = self.timers.expire(now) {
-            let failure = self
-                .requester
-                .handle_timer(now, timer, &mut self.out, &mut self.timers);
+        while let Some((timer, due)) = self.timers.expire(now) {
+            let late = now.since(due);
+            let failure =
+                self.requester
+                    .handle_timer(now, timer, late, &mut self.out, &mut self.timers);
             if failure.is_some() {
                 self.enter_error(failure);
             }
