@@ -205,8 +205,7 @@ impl QueuePair {
         // SAFETY: the caller's promise.
         feed(&mut |wr| unsafe { self.post_one(&mut state, wr) });
         state.collect(self.id);
-        state.transmit();
-        shared.note_deadline(&mut state);
+        shared.send_posted(&mut state);
     }
 
     /// # Safety
@@ -353,7 +352,8 @@ impl QueuePair {
     pub(crate) fn post_receive(&self, state: &mut State, wr: qp::RecvWr) -> Result<(), Error> {
         let posted = match self.init.kind {
             QpType::Ud => state.device.datagram(self.id).map(|qp| qp.post_recv(wr)),
-            _ => state.device.qp(self.id).map(|qp| qp.post_recv(wr)),
+            // Nothing to be sent comes of a receive.
+            _ => state.device.connected(self.id).map(|qp| qp.post_recv(wr)),
         };
         let posted = posted.expect("it lives as long as its handle");
         posted.map_err(posting_error)
