@@ -352,12 +352,13 @@ fn a_packet_counts_only_from_the_address_of_the_peer() {
 #[test]
 fn every_kind_of_bad_packet_has_its_counter() {
     type Change = fn(&mut Vec<u8>);
+    type Count = fn(&Counters) -> u64;
     let mut device = device();
     let (id, qpn) = connect(&mut device, ATTACKED, peer(1));
     let send = |qpn| request(Opcode::RcSendOnly, qpn, PSN, Extension::Bare);
     let good = datagram(&device, peer(1), send(qpn), &[7; 64]);
     let now = device.now();
-    let mut bad: Vec<(&str, Vec<u8>, fn(&Counters) -> u64)> = Vec::new();
+    let mut bad: Vec<(&str, Vec<u8>, Count)> = Vec::new();
     let changes: [(&str, Change); 6] = [
         ("empty", |bytes| bytes.clear()),
         ("truncated in the header", |bytes| bytes.truncate(11)),
@@ -392,7 +393,7 @@ fn every_kind_of_bad_packet_has_its_counter() {
     let datagram_class = request(Opcode::UdSendOnly, qpn, PSN, Extension::Deth(ud));
     let [partition, class, datagram_class] =
         [partition, class, datagram_class].map(|header| datagram(&device, peer(1), header, &[]));
-    let dropped: fn(&Counters) -> u64 = |counters| counters.dropped_pkts;
+    let dropped: Count = |counters| counters.dropped_pkts;
     bad.push(("another partition", partition, dropped));
     bad.push(("another class", class, dropped));
     bad.push(("a datagram to a connection", datagram_class, dropped));
