@@ -25,6 +25,7 @@ use super::tables::Tables;
 use super::types::CqId;
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
+use crate::names::Random;
 use crate::udp::{ReceiveBatch, at_exit, block_signals};
 
 /// Nobody has driven the device for so long: its thread does.
@@ -86,7 +87,7 @@ pub(super) fn start(
     options: &DeviceOptions,
 ) -> io::Result<(Arc<Shared>, Thread)> {
     let random = RandomState::new();
-    let device = Device::bind(address, options, Peers::Any, random.hash_one(0) as u32)?;
+    let device = Device::bind(address, options, Peers::Any, Random::default)?;
     let poll = mio::Poll::new()?;
     let fd = device.as_raw_fd();
     let mut source = mio::unix::SourceFd(&fd);
