@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod costs;
+mod guest;
 mod large;
 mod logs;
 mod machine;
@@ -190,6 +191,16 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "bw-udp",
         about: "long messages in one direction, against a TCP stream",
         run: messages::bandwidth,
+    },
+    Benchmark {
+        name: "bw-rxe",
+        about: "WRITE of 64 KiB in a QEMU guest, against the kernel's rxe on an equal link",
+        run: guest::bandwidth,
+    },
+    Benchmark {
+        name: "lat-rxe",
+        about: "SEND of 64 B back and forth in a QEMU guest, against the kernel's rxe likewise",
+        run: guest::latency,
     },
 ];
 

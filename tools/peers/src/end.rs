@@ -1,22 +1,23 @@
 //! A device with memory, and queue pairs over it that are connected out of band.
 //!
-//! Owns: the way of a queue pair to RTS, and what makes the raw verbs safe here: an [`End`]'s memory
-//! is never freed and nobody refers to it, it is only copied into and out of. What a request reaches
-//! beyond it, the device refuses.
+//! Owns: the way of a raw queue pair, of any type, to RTS. The memory is a region of the safe verbs;
+//! what a request reaches beyond it, the device refuses.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use lowtide_transport::raw::types::*;
-use lowtide_transport::raw::{
-    AddressHandle, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair, Queues,
+use lowtide_transport::raw::{self, AddressHandle, CompletionQueue, QueuePair, Queues};
+use lowtide_transport::verbs::{
+    Access, Buffer, Counters, Device, DeviceOptions, MemoryRegion, ProtectionDomain,
 };
-use lowtide_transport::verbs::{Counters, DeviceOptions};
 
 const ROCE_PORT: u16 = 4791;
 /// Completions taken from the queue at once.
 const POLLED_MAX: usize = 16;
+/// How long a completion is polled for before the thread sleeps.
+const BUSY: Duration = Duration::from_millis(1);
 const QKEY: u32 = 0x1111_1111;
 const RIGHTS: AccessFlags = AccessFlags::LOCAL_WRITE
     .with(AccessFlags::REMOTE_WRITE)
@@ -26,27 +27,11 @@ const RIGHTS: AccessFlags = AccessFlags::LOCAL_WRITE
 /// Bytes of IP header in front of a datagram that was received.
 pub const GRH: u32 = 40;
 
-/// Memory that peers change: it is only copied into and out of.
-#[derive(Debug)]
-struct Area(*mut u8, usize);
-
-impl Area {
-    fn new(len: usize) -> Area {
-        let words = vec![0u64; len.div_ceil(8)];
-        Area(Box::leak(words.into_boxed_slice()).as_mut_ptr().cast(), len)
-    }
-
-    fn check(&self, at: usize, len: usize) {
-        assert!(at.checked_add(len).is_some_and(|end| end <= self.1));
-    }
-}
-
 /// A device with memory for every right.
 #[derive(Debug)]
 pub struct End {
-    context: Context,
+    device: Device,
     pd: ProtectionDomain,
-    area: Area,
     region: MemoryRegion,
 }
 
@@ -83,57 +68,49 @@ impl End {
     /// A device on `ip`, with `len` zero bytes.
     ///
     /// # Errors
-    /// What [`Context::open`] says, or `OutOfMemory`.
+    /// What [`Device::open`] says, or `OutOfMemory`.
     pub fn open(ip: IpAddr, len: usize, options: &DeviceOptions) -> io::Result<End> {
-        let context = Context::open(SocketAddr::new(ip, ROCE_PORT), options)?;
-        let (pd, area) = (context.protection_domain(), Area::new(len));
-        let at = area.0 as u64;
-        // SAFETY: the area is never freed, and only ever copied into and out of.
-        let region = unsafe { pd.register(at, len as u64, at, RIGHTS | AccessFlags::MW_BIND) };
+        let device = Device::open(SocketAddr::new(ip, ROCE_PORT), options)?;
+        let pd = device.protection_domain();
+        let region = pd.memory_region(len, Access::ALL);
         let region = region.map_err(|error| io::Error::new(io::ErrorKind::OutOfMemory, error))?;
-        Ok(End {
-            context,
-            pd,
-            area,
-            region,
-        })
+        Ok(End { device, pd, region })
     }
 
     /// The largest payload of a packet that the link carries.
     pub fn mtu(&self) -> Mtu {
-        let port = self.context.query_port(1);
+        let port = self.device.context().query_port(1);
         port.map_or(Mtu::B1024, |port| port.active_mtu)
     }
 
     /// What the device has seen.
     pub fn counters(&self) -> Counters {
-        self.context.counters()
+        self.device.counters()
     }
 
     /// The protection domain of its memory and queue pairs.
-    pub fn pd(&self) -> &ProtectionDomain {
-        &self.pd
+    pub fn pd(&self) -> &raw::ProtectionDomain {
+        self.pd.raw()
     }
 
-    /// Its memory.
-    pub fn region(&self) -> &MemoryRegion {
-        &self.region
-    }
-
-    /// Copies bytes in, from `at` on. Panics when they do not fit.
+    /// Copies bytes into the memory, from `at` on. Panics when they do not fit.
     pub fn write(&self, at: usize, bytes: &[u8]) {
-        self.area.check(at, bytes.len());
-        // SAFETY: inside the allocation, which is never freed and to which there is no reference.
-        unsafe { std::ptr::copy(bytes.as_ptr(), self.area.0.add(at), bytes.len()) };
+        self.region.write(at, bytes);
     }
 
     /// Copies `len` bytes out, from `at` on. Panics outside the memory.
     pub fn read(&self, at: usize, len: usize) -> Vec<u8> {
-        self.area.check(at, len);
         let mut bytes = vec![0; len];
-        // SAFETY: as in `write`; what is read has completed.
-        unsafe { std::ptr::copy(self.area.0.add(at), bytes.as_mut_ptr(), len) };
+        self.region.read(at, &mut bytes);
         bytes
+    }
+
+    /// `len` bytes of the memory, from `at` on; none of length 0.
+    pub fn sge(&self, at: u64, len: u32) -> Option<Sge> {
+        match self.region.range(at, len) {
+            Buffer::Region(sge) if len > 0 => Some(sge),
+            _ => None,
+        }
     }
 
     /// A queue pair in RESET with a completion queue of its own; `depth` requests fit each way.
@@ -141,7 +118,7 @@ impl End {
     /// # Errors
     /// As the device says.
     pub fn link(&self, kind: QpType, depth: u32) -> Result<Link<'_>, Error> {
-        let queue = self.context.completion_queue(2 * depth, None)?;
+        let queue = self.device.context().completion_queue(2 * depth, None)?;
         let init = QpInitAttr {
             kind,
             cap: QpCap {
@@ -158,15 +135,12 @@ impl End {
             recv: &queue,
             shared: None,
         };
-        let qp = self.pd.queue_pair(queues, &init)?;
+        let qp = self.pd().queue_pair(queues, &init)?;
         let here = Place {
             qpn: qp.qpn(),
             psn: qp.random_psn(),
-            remote: Remote {
-                va: self.region.address(),
-                rkey: self.region.rkey(),
-            },
-            gid: self.context.gid().gid,
+            remote: self.region.remote(0),
+            gid: self.device.context().gid().gid,
         };
         Ok(Link {
             end: self,
@@ -240,17 +214,9 @@ impl Link<'_> {
             self.qp.modify(&QpAttr { state, ..attr }, mask)?;
         }
         if self.kind == QpType::Ud {
-            self.to = Some((self.end.pd.address_handle(&address)?, there.qpn));
+            self.to = Some((self.end.pd().address_handle(&address)?, there.qpn));
         }
         Ok(())
-    }
-
-    fn sge(&self, at: u64, len: u32) -> Option<Sge> {
-        (len > 0).then_some(Sge {
-            lkey: self.end.region.lkey(),
-            addr: self.end.region.address() + at,
-            len,
-        })
     }
 
     /// Posts an operation on `len` bytes of the memory.
@@ -263,7 +229,7 @@ impl Link<'_> {
             qpn: *qpn,
             qkey: QKEY,
         });
-        let sge = self.sge(at, len);
+        let sge = self.end.sge(at, len);
         let wr = SendWr {
             wr_id: 0,
             op,
@@ -271,7 +237,7 @@ impl Link<'_> {
             flags: SendFlags::SIGNALED,
             to,
         };
-        // SAFETY: the memory is only copied into and out of, and lives as long as the process.
+        // SAFETY: the memory is a region of the safe verbs, which anybody may change at any time.
         unsafe { self.qp.post_send(&[wr]) }.map_err(|bad| bad.error)
     }
 
@@ -280,7 +246,7 @@ impl Link<'_> {
     /// # Errors
     /// As the device says.
     pub fn post_recv(&self, at: u64, len: u32) -> Result<(), Error> {
-        let sge = self.sge(at, self.head() + len);
+        let sge = self.end.sge(at, self.head() + len);
         let wr = RecvWr {
             wr_id: 0,
             sg_list: sge.as_slice(),
@@ -297,9 +263,9 @@ impl Link<'_> {
         if let Some(work) = self.done.pop() {
             return Ok(Some(work));
         }
-        let until = Instant::now() + patience;
+        let start = Instant::now();
         while self.queue.poll(POLLED_MAX, &mut self.done)? == 0 {
-            if !self.queue.wait(until) {
+            if start.elapsed() > BUSY && !self.queue.wait(start + patience) {
                 return Ok(None);
             }
         }

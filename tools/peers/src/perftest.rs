@@ -25,8 +25,8 @@ use crate::end::{End, Link, Place, Terms};
 
 /// Where perftest listens unless told otherwise.
 pub const TCP_PORT: u16 = 18515;
-/// Messages of a bandwidth test that are under way.
-const WINDOW: u32 = 64;
+/// Messages of a bandwidth test that are under way, as perftest's.
+const WINDOW: u32 = 128;
 /// Receives that are posted at once; a datagram that finds none is lost.
 const RECEIVES: u32 = 2048;
 /// perftest goes round in its buffer, page by page.

@@ -8,7 +8,7 @@ use lowtide_transport::raw::MemoryWindow;
 use lowtide_transport::raw::types::*;
 use lowtide_transport_proto::qp::Access;
 
-use super::{Cell, Control, Outcome, PATIENCE};
+use super::{Cell, Control, LIMIT, Outcome, PATIENCE};
 
 /// How long the other end's failure may go unnoticed.
 const LOOK: Duration = Duration::from_millis(50);
@@ -193,7 +193,7 @@ impl Ask<'_, '_> {
 
     /// A window of the second type over the whole area: the key to invalidate.
     fn bind(&mut self, control: &mut Control) -> Outcome<Option<Rkey>> {
-        let region = self.end.region();
+        let whole = self.end.sge(0, LIMIT as u32).ok_or("it has a length")?;
         let Some(window) = &mut self.window else {
             return Ok(None);
         };
@@ -201,9 +201,9 @@ impl Ask<'_, '_> {
         let bind = Bind {
             window: window.rkey(),
             rkey,
-            region: region.lkey(),
-            addr: region.address(),
-            len: region.len(),
+            region: whole.lkey,
+            addr: whole.addr,
+            len: whole.len.into(),
             access: Access::WRITE,
             zero_based: false,
         };
