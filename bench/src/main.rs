@@ -20,6 +20,7 @@ mod guest;
 mod large;
 mod latency;
 mod logs;
+mod loss;
 mod machine;
 mod messages;
 mod programs;
@@ -223,6 +224,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "rate-udp",
         about: "SENDs of 64 bytes through one queue pair, against sendmmsg of equal datagrams",
         run: rate::rate,
+    },
+    Benchmark {
+        name: "loss",
+        about: "WRITEs of 10 MiB while 1, 5 and 10 % of all packets are lost, against TCP",
+        run: loss::loss,
     },
     Benchmark {
         name: "connections",
