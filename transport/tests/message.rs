@@ -263,7 +263,11 @@ fn a_taken_address_is_named() {
     let taken = config(1);
     let socket = UdpSocket::bind(taken.addr).unwrap();
     let error = Endpoint::bind(taken.clone()).err().unwrap();
-    assert!(matches!(error, BindError::AddrInUse(addr) if addr == taken.addr));
+    assert!(matches!(error, BindError::AddrInUse(_)));
+    assert!(
+        error.to_string().contains(&taken.addr.to_string()),
+        "{error}"
+    );
     assert!(error.to_string().contains(&taken.addr.to_string()));
     drop(socket);
     Endpoint::bind(taken).unwrap();

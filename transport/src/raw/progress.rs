@@ -1,7 +1,7 @@
 //! The device under its lock, and the thread that drives it when nobody else does.
 //!
-//! Owns: the lock, the round of work (receive, expire, manage, send), the thread, and acknowledgements
-//! that wait for a post: see [`Habit`].
+//! Owns: the lock, the round of work (receive, expire, manage, send), the thread, and when
+//! acknowledgements wait for a post (`habit`).
 //!
 //! The thread sleeps in epoll. Threads that post or poll drive the device themselves and note the
 //! time; as long as that is less than [`TICK`] ago the thread only looks again after another
@@ -25,6 +25,7 @@ use super::tables::Tables;
 use super::types::CqId;
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
+use crate::names::Random;
 use crate::udp::{ReceiveBatch, at_exit, block_signals};
 
 /// Nobody has driven the device for so long: its thread does.
@@ -48,8 +49,8 @@ pub(crate) struct State {
     /// Threads asleep until something completes.
     sleepers: u32,
     batch: ReceiveBatch,
-    /// Slots of it to be filled at once: few while hardly anything comes, for each is a look into the
-    /// socket that may find nothing.
+    /// Slots of it to be filled at once: few while hardly anything comes, for each is a look into
+    /// the socket that may find nothing.
     slots: usize,
     /// Protection domains made so far.
     pub(super) domains: u32,
@@ -86,7 +87,7 @@ pub(super) fn start(
     options: &DeviceOptions,
 ) -> io::Result<(Arc<Shared>, Thread)> {
     let random = RandomState::new();
-    let device = Device::bind(address, options, Peers::Any, random.hash_one(0) as u32)?;
+    let device = Device::bind(address, options, Peers::Any, Random::default)?;
     let poll = mio::Poll::new()?;
     let fd = device.as_raw_fd();
     let mut source = mio::unix::SourceFd(&fd);
@@ -446,6 +447,7 @@ impl State {
     }
 
     fn send(&mut self, now: Nanos) {
+        self.habit.note_sent();
         self.device.transmit(now);
         self.collect_finished();
     }

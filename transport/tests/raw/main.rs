@@ -7,6 +7,7 @@ mod connections;
 mod datagrams;
 mod events;
 mod memory;
+mod secrets;
 mod shared_receives;
 mod states;
 mod windows;
