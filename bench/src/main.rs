@@ -16,6 +16,7 @@ mod checksum;
 mod connections;
 mod costs;
 mod ends;
+mod guest;
 mod large;
 mod latency;
 mod logs;
@@ -238,6 +239,16 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "icrc",
         about: "checking and placing packets of 4 KiB, against memcpy and against zlib's crc32",
         run: checksum::icrc,
+    },
+    Benchmark {
+        name: "bw-rxe",
+        about: "WRITE of 64 KiB in a QEMU guest, against the kernel's rxe on an equal link",
+        run: guest::bandwidth,
+    },
+    Benchmark {
+        name: "lat-rxe",
+        about: "SEND of 64 B back and forth in a QEMU guest, against the kernel's rxe likewise",
+        run: guest::latency,
     },
 ];
 

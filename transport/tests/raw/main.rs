@@ -10,6 +10,7 @@ mod memory;
 mod secrets;
 mod shared_receives;
 mod states;
+mod unplugged;
 mod windows;
 
 use std::os::fd::{AsFd, AsRawFd};
