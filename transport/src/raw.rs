@@ -16,7 +16,8 @@
 //! uses it; where C answers EBUSY, the last holder's drop does the work here.
 //!
 //! Progress: whoever posts or polls drives the device under its lock, so an acknowledgement that is
-//! owed leaves before its completion is seen. When nobody has for a millisecond, the device's own
+//! owed leaves before its completion is seen, or with the post that the program makes of it, if it has
+//! made one each time before (`habit`). When nobody has for a millisecond, the device's own
 //! thread takes over and sleeps in epoll; idle devices cost nothing. Asking for a notification hands
 //! over at once.
 //!

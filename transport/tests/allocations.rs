@@ -15,7 +15,7 @@ use common::{config, connect};
 use lowtide_transport::message::{ConnId, Endpoint, Event, Piece};
 use lowtide_transport::raw::types::*;
 use lowtide_transport::raw::{CompletionQueue, Context, MemoryRegion, QueuePair, Queues};
-use lowtide_transport::verbs::DeviceOptions;
+use lowtide_transport::verbs::{Access, Buffer, Device, DeviceOptions};
 
 /// The system's allocator, counting what each thread asks of it.
 struct Counting;
@@ -241,6 +241,46 @@ fn raw_sends_allocate_nothing() {
                 done.clear();
                 while cq.poll(16, &mut done).unwrap() == 0 {}
                 assert_eq!((done.len(), done[0].status), (1, Status::Success));
+            }
+        }
+    };
+    rounds(300);
+    assert_eq!(during(|| rounds(600)), 0);
+}
+
+/// The safe verbs, in batches: slots go round.
+#[test]
+fn slots_in_batches_allocate_nothing() {
+    const BATCH: usize = 4;
+    let side = || {
+        let device = Device::open(common::address(), &DeviceOptions::default()).unwrap();
+        let domain = device.protection_domain();
+        let queue = device.completion_queue(64);
+        let qp = domain.queue_pair(&queue, &queue, 16, 16).unwrap();
+        qp.to_init(Access::ALL).unwrap();
+        let slots: Vec<_> = (0..BATCH).map(|_| domain.slot(64).unwrap()).collect();
+        (queue, qp, slots)
+    };
+    let (sends, a, mut balls) = side();
+    let (receives, b, mut gloves) = side();
+    a.connect(&b.address()).unwrap();
+    b.connect(&a.address()).unwrap();
+    let mut done = Vec::with_capacity(2 * BATCH);
+    let mut rounds = |count: u32| {
+        for _ in 0..count {
+            let mut list = gloves.drain(..).map(|slot| (1, Buffer::Slot(slot, 64)));
+            b.post_recvs(&mut list).unwrap();
+            drop(list);
+            let mut list = balls
+                .drain(..)
+                .map(|slot| (2, SendOp::Send, Buffer::Slot(slot, 64)));
+            a.post_sends(&mut list).unwrap();
+            drop(list);
+            for (queue, slots) in [(&receives, &mut gloves), (&sends, &mut balls)] {
+                while slots.len() < BATCH {
+                    queue.poll_many(BATCH, &mut done);
+                    slots.extend(done.drain(..).map(|work| work.slot.unwrap()));
+                }
             }
         }
     };

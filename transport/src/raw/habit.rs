@@ -1,11 +1,11 @@
 //! Whether an acknowledgement may wait for the next post.
 //!
-//! An acknowledgement that leaves by itself costs both ends a packet. A program that answers what it
-//! receives posts soon after, and then both leave in one send. Whether it does is learnt: after
+//! An acknowledgement that leaves by itself costs both ends a packet. A program that answers what
+//! it receives posts soon after, and then both leave in one send. Whether it does is learnt: after
 //! [`STREAK`] receives in a row that were followed by a post, what the next one earns waits for a
 //! post too. It leaves no later than the next poll that finds nothing, the device's thread (which
-//! looks once per tick), a program that goes to sleep, or the process's exit. If it was the thread, the
-//! guess was wrong and cost the peer time; each such time it takes more posts in a row to guess again.
+//! looks once per tick), a program that goes to sleep, or the process's exit. If it was the thread,
+//! the guess was wrong and cost the peer time; it takes more posts in a row to guess again.
 
 /// Receives that have to be followed by a post before the guess is made.
 const STREAK: u32 = 4;
@@ -71,6 +71,11 @@ impl Habit {
             self.needed = (self.needed * WRONG).min(STREAK_MAX);
             self.streak = 0;
         }
+        self.is_owing = false;
+    }
+
+    /// Everything has been sent.
+    pub(super) fn note_sent(&mut self) {
         self.is_owing = false;
     }
 

@@ -1,7 +1,7 @@
 //! The device under its lock, and the thread that drives it when nobody else does.
 //!
-//! Owns: the lock, the round of work (receive, expire, manage, send), the thread, and acknowledgements
-//! that wait for a post: see [`Habit`].
+//! Owns: the lock, the round of work (receive, expire, manage, send), the thread, and when
+//! acknowledgements wait for a post (`habit`).
 //!
 //! The thread sleeps in epoll. Threads that post or poll drive the device themselves and note the
 //! time; as long as that is less than [`TICK`] ago the thread only looks again after another
@@ -49,8 +49,8 @@ pub(crate) struct State {
     /// Threads asleep until something completes.
     sleepers: u32,
     batch: ReceiveBatch,
-    /// Slots of it to be filled at once: few while hardly anything comes, for each is a look into the
-    /// socket that may find nothing.
+    /// Slots of it to be filled at once: few while hardly anything comes, for each is a look into
+    /// the socket that may find nothing.
     slots: usize,
     /// Protection domains made so far.
     pub(super) domains: u32,
@@ -447,6 +447,7 @@ impl State {
     }
 
     fn send(&mut self, now: Nanos) {
+        self.habit.note_sent();
         self.device.transmit(now);
         self.collect_finished();
     }
