@@ -20,6 +20,7 @@
 
 mod budget;
 mod datagram;
+mod host;
 mod identity;
 mod input;
 mod output;
@@ -52,6 +53,7 @@ pub(crate) use self::input::Input;
 pub(crate) use self::shared_receives::SharedReceives;
 use self::timers::Timers;
 use crate::faults::{FaultInjector, Faults};
+use crate::host::{Hosts, QpEntry, SameHost};
 use crate::memory::Memory;
 use crate::pcap::Capture;
 use crate::udp::{Frame, Socket, SocketOptions, TransmitBatch};
@@ -74,6 +76,9 @@ pub struct DeviceOptions {
     pub faults: Faults,
     /// A pcap file to be written, of everything sent and everything with a right ICRC received.
     pub capture: Option<PathBuf>,
+    /// How peers on this host are reached. By UDP in any case if there are faults or a capture: both
+    /// are about packets on a wire.
+    pub same_host: SameHost,
 }
 
 /// Which queue pair; valid until it is destroyed.
@@ -141,6 +146,12 @@ pub struct Counters {
     /// The most bytes that were lent, and being fetched, at once.
     pub lent_bytes_peak: u64,
     pub fetched_bytes_peak: u64,
+    /// Packets sent and received through rings, and lost for want of room in one.
+    pub host_tx_packets: u64,
+    pub host_rx_packets: u64,
+    pub host_lost_packets: u64,
+    /// Requests carried out by ourselves in the memory of a peer on this host.
+    pub host_direct: u64,
     /// Connections closed because the peer did what is not allowed.
     pub violations: u64,
 }
@@ -184,6 +195,10 @@ struct Slot {
     responses: u32,
     /// When its peer was last told of congestion.
     notified: Option<Nanos>,
+    /// As peers on this host see it.
+    shown: Option<QpEntry>,
+    /// Bytes of the request at the front that have been copied into or from the peer's memory.
+    copied: usize,
 }
 
 struct Peer {
@@ -193,6 +208,10 @@ struct Peer {
     budget: Budget,
     /// Slots that have data to send and no budget for it.
     waiting: VecDeque<u32>,
+    /// The ring to it, if it is on this host.
+    outlet: Option<u32>,
+    /// It has left the ring for good.
+    is_gone: bool,
 }
 
 /// A soft-RoCE device on one UDP socket.
@@ -230,6 +249,10 @@ pub(crate) struct Device {
     addresses: Vec<Option<SocketAddr>>,
     free_addresses: Vec<u32>,
     groups: Vec<Group>,
+    /// Peers on this host, if they are reached by rings.
+    hosts: Option<Hosts>,
+    /// When the socket and the connections of `hosts` were last looked at.
+    looked: Nanos,
 }
 
 impl Device {
@@ -239,14 +262,16 @@ impl Device {
         peers: Peers,
         salt: u32,
     ) -> io::Result<Device> {
+        let socket = Socket::bind(address, &options.socket)?;
+        let (hosts, exports) = host::open(socket.local_addr(), options, salt)?;
         Ok(Device {
             origin: Instant::now(),
-            socket: Socket::bind(address, &options.socket)?,
+            socket,
             staged: TransmitBatch::default(),
             scratch: Vec::new(),
             scratch_used: 0,
             overtaken: None,
-            memory: Memory::default(),
+            memory: Memory::shown_by(exports),
             faults: FaultInjector::new(&options.faults),
             capture: options
                 .capture
@@ -269,6 +294,8 @@ impl Device {
             addresses: Vec::new(),
             free_addresses: Vec::new(),
             groups: Vec::new(),
+            hosts,
+            looked: Nanos::ZERO,
         })
     }
 
@@ -338,6 +365,8 @@ impl Device {
                     losses: 0,
                     responses: 0,
                     notified: None,
+                    shown: None,
+                    copied: 0,
                 });
                 self.slots.len() as u32 - 1
             }
@@ -358,6 +387,7 @@ impl Device {
         slot.losses = 0;
         slot.responses = 0;
         slot.notified = None;
+        slot.copied = 0;
         Some((QpId(index), qpn))
     }
 
@@ -375,12 +405,14 @@ impl Device {
             peer.budget.learn(datagrams);
         }
         self.slots[id.0 as usize].peer = Some(index);
+        self.meet(index);
     }
 
     /// Forgets the peer again: for a queue pair that has been reset.
     pub(crate) fn clear_peer(&mut self, id: QpId) {
         let slot = &mut self.slots[id.0 as usize];
         let Some(peer) = slot.peer.take() else { return };
+        slot.copied = 0;
         let before = std::mem::take(&mut slot.in_flight);
         if std::mem::take(&mut slot.is_waiting) {
             self.peers[peer as usize]
@@ -398,6 +430,8 @@ impl Device {
             users: 0,
             budget: Budget::default(),
             waiting: VecDeque::new(),
+            outlet: None,
+            is_gone: false,
         };
         let index = match self.free_peers.pop() {
             Some(index) => {
@@ -419,6 +453,9 @@ impl Device {
         let peer = &mut self.peers[index as usize];
         peer.users -= 1;
         if peer.users == 0 {
+            if let (Some(outlet), Some(hosts)) = (peer.outlet.take(), &mut self.hosts) {
+                hosts.disconnect(outlet);
+            }
             self.peer_index.remove(&peer.address);
             self.free_peers.push(index);
         }
@@ -435,6 +472,7 @@ impl Device {
             return;
         };
         add_counters(&mut self.counters, machine.counters());
+        self.show(id.0);
         self.clear_peer(id);
         self.detach_all(id);
         self.free.push(id.0);

@@ -30,7 +30,7 @@
 
 mod address;
 mod completion;
-mod event_fd;
+pub(crate) mod event_fd;
 mod progress;
 mod queue_pair;
 mod region;

@@ -22,6 +22,7 @@ use lowtide_transport_proto::time::Nanos;
 use super::tables::Tables;
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
+use crate::host::HostBatch;
 use crate::udp::{ReceiveBatch, block_signals};
 
 /// Nobody has driven the device for so long: its thread does.
@@ -41,6 +42,7 @@ pub(crate) struct State {
     /// What the device does not know: completion queues, and whom they belong to.
     pub(crate) tables: Tables,
     batch: ReceiveBatch,
+    host_batch: HostBatch,
     /// Protection domains made so far.
     pub(super) domains: u32,
     drawn: u64,
@@ -57,6 +59,8 @@ pub(crate) struct Shared {
     driven_at: AtomicU64,
     /// Until when the device's thread sleeps, on the device's clock.
     sleeps_until: AtomicU64,
+    /// The device's thread sleeps until rings wake it. Written under the lock.
+    waits_for_rings: AtomicBool,
     is_stopping: AtomicBool,
     waker: mio::Waker,
     /// Where more sockets can be registered to wake the thread.
@@ -82,7 +86,13 @@ pub(super) fn start(
     let mut source = mio::unix::SourceFd(&fd);
     poll.registry()
         .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
+    if let Some(fd) = device.host_fd() {
+        let mut source = mio::unix::SourceFd(&fd);
+        poll.registry()
+            .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
+    }
     let waker = mio::Waker::new(poll.registry(), TOKEN_WAKER)?;
+    let has_rings = device.host_fd().is_some();
     let manager = Manager::new(
         device.local_addr(),
         device.receive_budget(),
@@ -93,6 +103,7 @@ pub(super) fn start(
         manager,
         tables: Tables::new()?,
         batch: ReceiveBatch::default(),
+        host_batch: HostBatch::default(),
         domains: 0,
         drawn: 0,
         random,
@@ -103,6 +114,8 @@ pub(super) fn start(
         origin: Instant::now(),
         driven_at: AtomicU64::new(0),
         sleeps_until: AtomicU64::new(NEVER),
+        // The thread begins with a sleep.
+        waits_for_rings: AtomicBool::new(has_rings),
         is_stopping: AtomicBool::new(false),
         waker,
         registry: poll.registry().try_clone()?,
@@ -153,6 +166,11 @@ impl Shared {
         state.drive();
         self.completed.notify_all();
         self.note_deadline(state);
+        // Peers wake once who waits for their rings, and we may just have taken what woke the thread:
+        // it must look after itself again.
+        if self.waits_for_rings.swap(false, Ordering::Relaxed) {
+            let _ = self.wake();
+        }
     }
 
     /// Wakes the device's thread if it would oversleep a timer.
@@ -229,9 +247,12 @@ impl Shared {
                 .store(due.map_or(NEVER, |due| due.0), Ordering::Relaxed);
             wait = match due {
                 _ if !is_drained || state.device.has_output() => Some(Duration::ZERO),
+                _ if !state.device.may_sleep() => Some(Duration::ZERO),
                 Some(due) => Some(Duration::from_nanos(due.since(now).0)),
                 None => None,
             };
+            let waits = wait != Some(Duration::ZERO) && state.device.host_fd().is_some();
+            self.waits_for_rings.store(waits, Ordering::Relaxed);
         }
     }
 }
@@ -242,9 +263,28 @@ impl State {
         self.random.hash_one(self.drawn)
     }
 
-    /// Receives, expires timers, sends. Returns whether the socket is empty.
+    /// Receives, expires timers, sends. Returns whether nothing more has come.
     fn drive(&mut self) -> bool {
-        let mut is_drained = false;
+        let now = self.device.now();
+        let mut is_drained = match self.device.is_look_due(now) {
+            true => {
+                self.device.attend();
+                self.receive() & self.receive_multicast()
+            }
+            false => false,
+        };
+        is_drained &= self.receive_host();
+        let now = self.device.now();
+        while let Some(id) = self.device.expire(now) {
+            self.collect(id);
+        }
+        self.manage();
+        self.transmit();
+        is_drained
+    }
+
+    /// What comes from the socket; whether that was all.
+    fn receive(&mut self) -> bool {
         for _ in 0..BATCHES_MAX {
             let now = self.device.now();
             // An error of the socket is as good as silence; the next call sees it again.
@@ -253,17 +293,30 @@ impl State {
                 self.take(now, slot);
             }
             if filled < self.batch.capacity() {
-                is_drained = true;
-                break;
+                return true;
             }
         }
-        is_drained &= self.receive_multicast();
+        false
+    }
+
+    /// What comes through rings; whether that was all.
+    fn receive_host(&mut self) -> bool {
+        let mut batch = std::mem::take(&mut self.host_batch);
+        let is_drained = self.device.receive_host(&mut batch);
         let now = self.device.now();
-        while let Some(id) = self.device.expire(now) {
-            self.collect(id);
+        for (source, range) in &batch.records {
+            let input = self
+                .device
+                .handle_host(now, *source, &batch.bytes[range.clone()]);
+            if let Input::Taken { id, .. } = input {
+                self.manager.note_communication(id);
+                self.tables.collect(&mut self.device, id);
+            }
         }
-        self.manage();
-        self.transmit();
+        self.host_batch = batch;
+        if is_drained {
+            self.device.bury();
+        }
         is_drained
     }
 
