@@ -11,16 +11,21 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+mod bandwidth;
 mod costs;
+mod ends;
 mod large;
+mod latency;
 mod logs;
 mod machine;
 mod messages;
 mod programs;
 mod queue;
+mod rate;
 mod row;
 mod small;
 mod tree;
+mod ucx;
 
 use machine::Machine;
 use programs::Lowtide;
@@ -177,19 +182,44 @@ const BENCHMARKS: &[Benchmark] = &[
         run: logs::commit,
     },
     Benchmark {
-        name: "rtt-udp",
+        name: "message-rtt",
         about: "a short message and its answer, against plain datagrams",
         run: messages::round_trip,
     },
     Benchmark {
-        name: "rate-udp",
+        name: "message-rate",
         about: "short messages in one direction, against plain datagrams",
         run: messages::rate,
     },
     Benchmark {
-        name: "bw-udp",
+        name: "message-bw",
         about: "long messages in one direction, against a TCP stream",
         run: messages::bandwidth,
+    },
+    Benchmark {
+        name: "rtt-udp",
+        about: "a SEND of 64 bytes and its answer, against bare datagrams, both polling",
+        run: latency::round_trip,
+    },
+    Benchmark {
+        name: "rtt-udp-ucx",
+        about: "the same, against UCX over TCP",
+        run: latency::round_trip_ucx,
+    },
+    Benchmark {
+        name: "bw-udp-write",
+        about: "WRITEs of 1 MiB in one direction, against one TCP stream of iperf3",
+        run: bandwidth::write,
+    },
+    Benchmark {
+        name: "bw-udp-read",
+        about: "READs of 1 MiB in one direction, against one TCP stream of iperf3",
+        run: bandwidth::read,
+    },
+    Benchmark {
+        name: "rate-udp",
+        about: "SENDs of 64 bytes through one queue pair, against sendmmsg of equal datagrams",
+        run: rate::rate,
     },
 ];
 
@@ -197,7 +227,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     if cli.name == "list" {
         for benchmark in BENCHMARKS {
-            println!("{:16} {}", benchmark.name, benchmark.about);
+            println!("{:18} {}", benchmark.name, benchmark.about);
         }
         return ExitCode::SUCCESS;
     }

@@ -2,12 +2,13 @@
 //! plain TCP stream.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use lowtide_transport::message::{ConnId, Endpoint, EndpointConfig, Event, SendError};
 
+use crate::ends::{PATIENCE, address};
 use crate::row::{Better, Pick, Rounds, Row};
 use crate::{Bench, Failure};
 
@@ -24,8 +25,6 @@ const SHORTS: usize = 200_000;
 const LONG: usize = 64 << 10;
 /// Long messages in a round.
 const LONGS: usize = 4096;
-/// Longest silence that is no failure.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// First byte of a message that is answered.
 const QUESTION: u8 = b'?';
 
@@ -48,7 +47,11 @@ pub fn round_trip(bench: &Bench) -> Result<Vec<Row>, Failure> {
         ours,
         yardstick,
     };
-    Ok(vec![figures.row("rtt-udp", Pick::Median, &bench.machine)])
+    Ok(vec![figures.row(
+        "message-rtt",
+        Pick::Median,
+        &bench.machine,
+    )])
 }
 
 /// Short messages per second in one direction.
@@ -68,7 +71,11 @@ pub fn rate(bench: &Bench) -> Result<Vec<Row>, Failure> {
         ours,
         yardstick,
     };
-    Ok(vec![figures.row("rate-udp", Pick::Median, &bench.machine)])
+    Ok(vec![figures.row(
+        "message-rate",
+        Pick::Median,
+        &bench.machine,
+    )])
 }
 
 /// MB/s of long messages.
@@ -88,7 +95,11 @@ pub fn bandwidth(bench: &Bench) -> Result<Vec<Row>, Failure> {
         ours,
         yardstick,
     };
-    Ok(vec![figures.row("bw-udp", Pick::Median, &bench.machine)])
+    Ok(vec![figures.row(
+        "message-bw",
+        Pick::Median,
+        &bench.machine,
+    )])
 }
 
 /// Two endpoints, one of them served by a thread of its own.
@@ -193,13 +204,6 @@ fn stream(len: usize, count: usize) -> Result<f64, Failure> {
     let seconds = began.elapsed().as_secs_f64();
     pair.close();
     Ok((len * count) as f64 / seconds)
-}
-
-/// A loopback address that no other process is likely to use.
-fn address(last: u8) -> SocketAddr {
-    let pid = std::process::id();
-    let ip = Ipv4Addr::new(127, 100 + (pid >> 8 & 15) as u8, pid as u8, last);
-    (ip, 4791).into()
 }
 
 /// The median of [`TRIPS`] calls, in microseconds.

@@ -2,8 +2,9 @@
 
 use std::env;
 use std::fs::File;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -56,6 +57,63 @@ pub fn run(command: &mut Command, log: &Path) -> Result<Duration, Failure> {
     let said = std::fs::read(log).unwrap_or_default();
     let said = String::from_utf8_lossy(&said[said.len().saturating_sub(TAIL)..]).into_owned();
     Err(Failure::Broken(format!("{name}: {status}\n{said}")))
+}
+
+/// A port of the loopback interface that nobody listens on.
+///
+/// # Errors
+/// There is none.
+pub fn free_port() -> Result<u16, Failure> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+    listener
+        .and_then(|listener| listener.local_addr())
+        .map(|address| address.port())
+        .map_err(Failure::io("a free port"))
+}
+
+/// A server that a yardstick needs, killed when dropped.
+#[derive(Debug)]
+pub struct Served(Child);
+
+impl Served {
+    /// Starts it; its output goes nowhere.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(command: &mut Command) -> Result<Served, Failure> {
+        let name = command.get_program().display().to_string();
+        let quiet = command.stdout(Stdio::null()).stderr(Stdio::null());
+        quiet.spawn().map(Served).map_err(Failure::io(name))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a client prints. It is started again while its server does not listen yet.
+///
+/// # Errors
+/// It fails for longer than a server takes to start.
+pub fn ask(command: &mut Command) -> Result<String, Failure> {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let name = command.get_program().display().to_string();
+    let began = Instant::now();
+    loop {
+        let done = command.output().map_err(Failure::io(&name))?;
+        if done.status.success() {
+            return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
+        }
+        if began.elapsed() > PATIENCE {
+            let said = String::from_utf8_lossy(&done.stderr).into_owned();
+            return Err(Failure::Broken(format!("{name}: {}\n{said}", done.status)));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Writes everything back that is dirty on the disk of `dir`, so that no round pays for another.
