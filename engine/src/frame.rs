@@ -29,6 +29,8 @@ use lowtide_engine_core::op::Bytes;
 use lowtide_engine_core::wire::{self, BESIDE_MIN, Reader, Sink, Wire};
 use lowtide_transport::message::Piece;
 
+use crate::crc::crc32c;
+
 /// Length of the header, in bytes.
 pub const HEADER: usize = 64;
 /// What a body says of each long value, in bytes.
@@ -107,7 +109,7 @@ impl Frame {
         self.bytes.resize(HEADER, 0);
         envelope.body.put(self);
         for value in &self.values {
-            let crc = value.checksum().unwrap_or_else(|| crc32c::crc32c(value));
+            let crc = value.checksum().unwrap_or_else(|| crc32c(value));
             self.bytes.extend((value.len() as u32).to_le_bytes());
             self.bytes.extend(crc.to_le_bytes());
         }
@@ -125,8 +127,8 @@ impl Frame {
         put(header, 40, &envelope.minimum.0.to_le_bytes());
         put(header, 48, &(envelope.term.0 as u32).to_le_bytes());
         put(header, 52, &sequence.to_le_bytes());
-        put(header, 56, &crc32c::crc32c(body).to_le_bytes());
-        let crc = crc32c::crc32c(&header[..60]);
+        put(header, 56, &crc32c(body).to_le_bytes());
+        let crc = crc32c(&header[..60]);
         put(header, 60, &crc.to_le_bytes());
     }
 
@@ -173,7 +175,7 @@ fn take_values(
         let at = place(end, len);
         let value = at.checked_add(len).and_then(|to| bytes.get(at..to));
         let value = value.ok_or(Drop::Short)?;
-        if crc32c::crc32c(value) != crc || bytes[end..at].iter().any(|byte| *byte != 0) {
+        if crc32c(value) != crc || bytes[end..at].iter().any(|byte| *byte != 0) {
             return Err(Drop::Corrupt);
         }
         let kept = owner
@@ -201,14 +203,14 @@ pub fn decode(
     own: Life,
 ) -> Result<Envelope, Drop> {
     let (header, rest) = bytes.split_at_checked(HEADER).ok_or(Drop::Short)?;
-    if crc32c::crc32c(&header[..60]) != u32_at(header, 60) {
+    if crc32c(&header[..60]) != u32_at(header, 60) {
         return Err(Drop::Corrupt);
     }
     if header[0] != VERSION {
         return Err(Drop::Version(header[0]));
     }
     let body = rest.get(..u32_at(header, 4) as usize).ok_or(Drop::Short)?;
-    if crc32c::crc32c(body) != u32_at(header, 56) || body.first() != Some(&header[1]) {
+    if crc32c(body) != u32_at(header, 56) || body.first() != Some(&header[1]) {
         return Err(Drop::Corrupt);
     }
     let count = usize::from(u16::from_le_bytes([header[2], header[3]]));
@@ -309,7 +311,7 @@ mod tests {
         let stays: Vec<bool> = entries.iter().map(stays).collect();
         assert_eq!(stays, [false, true, false, true, false]);
         let is_right = |(_, value): &(Key, Bytes)| match value.checksum() {
-            Some(crc) => crc == crc32c::crc32c(value),
+            Some(crc) => crc == crc32c(value),
             None => value.len() < BESIDE_MIN,
         };
         assert!(entries.iter().all(is_right));
@@ -350,9 +352,9 @@ mod tests {
         let sealed = |change: &dyn Fn(&mut Vec<u8>)| {
             let mut bad = bytes.clone();
             change(&mut bad);
-            let crc = crc32c::crc32c(&bad[HEADER..HEADER + body_len]);
+            let crc = crc32c(&bad[HEADER..HEADER + body_len]);
             put(&mut bad, 56, &crc.to_le_bytes());
-            let crc = crc32c::crc32c(&bad[..60]);
+            let crc = crc32c(&bad[..60]);
             put(&mut bad, 60, &crc.to_le_bytes());
             decode(&bad, None, to)
         };
@@ -376,7 +378,7 @@ mod tests {
         let shorter = sealed(&|bad| {
             let last = bad.len() - ALIGNED_MIN - 1;
             bad.truncate(bad.len() - 1);
-            let crc = crc32c::crc32c(&bad[last..]).to_le_bytes();
+            let crc = crc32c(&bad[last..]).to_le_bytes();
             put(
                 bad,
                 table + 2 * TABLE_ENTRY,

@@ -8,9 +8,10 @@
 //! - [`log`], [`store`], [`medium`]: mapped log with group commit, checkpoint store, and the media
 //!   both run on.
 //! - [`offline`]: the state of a stopped or crashed cluster, recovered without its network.
-//! - [`frame`]: how an envelope travels.
+//! - [`frame`]: how an envelope travels; [`crc`]: the checksum all of them carry.
 //! - [`status`]: what a node tells about itself.
 
+pub mod crc;
 pub mod frame;
 pub mod log;
 pub mod medium;

@@ -58,7 +58,8 @@ pub use recover::Scanned;
 pub use segment::{LogError, SyncHandle};
 pub use verdict::{OpenError, Proof, Recovered, Stop, StopReason};
 
-use crate::medium::{MediumError, Poison, Volume};
+use crate::crc::crc32c_of_all;
+use crate::medium::{Poison, Volume, total_len};
 use record::{ALIGN, FORMAT, KIND_OPEN, KIND_RESERVED, KIND_ROOM, KIND_SEAL, OpenBody};
 use segment::{SEGMENT_START, Segment, Shared};
 use std::ops::Range;
@@ -67,9 +68,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use teeth::{Tooth, bites};
 
 const _: () = assert!(FORMAT == 3);
-
-/// Records of at most so many bytes, header included, are stored in one piece.
-const STORED_AT_ONCE: usize = 512;
 
 /// Shape and limits of a log.
 #[derive(Debug, Clone)]
@@ -318,7 +316,7 @@ impl Log {
             a.kind < KIND_RESERVED,
             "kinds from 0xf0 on belong to the log"
         );
-        self.append_any(a)
+        self.append_any(&a)
     }
 
     /// Appends into space that was reserved for it, and gives the rest back.
@@ -335,9 +333,9 @@ impl Log {
         at
     }
 
-    pub(crate) fn append_any(&mut self, a: Append<'_>) -> Result<Lsn, AppendError> {
+    pub(crate) fn append_any(&mut self, a: &Append<'_>) -> Result<Lsn, AppendError> {
         self.shared.check()?;
-        let body_len: u64 = a.parts.iter().map(|p| p.len() as u64).sum();
+        let body_len = total_len(a.parts);
         let len = record_len(body_len);
         let max = self.shared.config.record_bytes_max;
         if len > max {
@@ -346,39 +344,21 @@ impl Log {
         if self.offset + len + ALIGN > self.shared.config.segment_bytes {
             self.next_segment(len)?;
         }
-        let body_crc = a
-            .parts
-            .iter()
-            .fold(0, |crc, part| crc32c::crc32c_append(crc, part));
-        let header = self.header(&a, body_len as u32, body_crc);
-        self.store(&header, a.parts)
-            .map_err(|e| self.shared.lost(e))?;
-        self.offset += len;
-        Ok(header.lsn)
-    }
-
-    /// Stores a record at the end; a short one is put together first, because each store costs.
-    fn store(&self, header: &RecordHeader, parts: &[&[u8]]) -> Result<(), MediumError> {
-        const HEAD: usize = ALIGN as usize;
+        let body_crc = crc32c_of_all(a.parts);
+        let lsn = self.end();
+        let head = self.header(a, body_len as u32, body_crc).encode();
         let medium = &self.active().medium;
-        let mut record = [0; STORED_AT_ONCE];
-        record[..HEAD].copy_from_slice(&header.encode());
-        if header.body_len as usize > STORED_AT_ONCE - HEAD {
-            let mut at = self.offset;
-            medium.store(at, &record[..HEAD])?;
-            at += ALIGN;
-            for part in parts {
-                medium.store(at, part)?;
-                at += part.len() as u64;
-            }
-            return Ok(());
+        let stored = if let [body] = a.parts {
+            medium.store_all(self.offset, &[&head, body])
+        } else {
+            let stored = medium.store(self.offset, &head);
+            stored.and_then(|()| medium.store_all(self.offset + ALIGN, a.parts))
+        };
+        if let Err(e) = stored {
+            return Err(self.shared.lost(e).into());
         }
-        let mut end = HEAD;
-        for part in parts {
-            record[end..end + part.len()].copy_from_slice(part);
-            end += part.len();
-        }
-        medium.store(self.offset, &record[..end])
+        self.offset += len;
+        Ok(lsn)
     }
 
     /// Ends a batch that is going to be published in `group`. In a node's first log it leaves room
@@ -394,7 +374,7 @@ impl Log {
                 group,
                 parts: &[&zeros[..len]],
             };
-            self.append_any(room).is_ok()
+            self.append_any(&room).is_ok()
         });
         let end = self.end();
         BatchEnd { end, has_room }
@@ -602,6 +582,6 @@ impl Log {
             group,
             parts: &[&body],
         };
-        self.append_any(open).map_err(OpenError::from)
+        self.append_any(&open).map_err(OpenError::from)
     }
 }

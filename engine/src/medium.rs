@@ -298,14 +298,20 @@ impl Poison {
         let _ = self.first.set(cause.to_string());
     }
 
+    #[inline]
     fn check(&self, file: &str) -> Result<(), MediumError> {
-        match self.cause() {
+        match self.first.get() {
             None => Ok(()),
-            Some(first) => Err(MediumError::Poisoned {
-                file: file.to_owned(),
-                first: first.to_owned(),
-            }),
+            Some(first) => Err(poisoned(file, first)),
         }
+    }
+}
+
+#[cold]
+fn poisoned(file: &str, first: &str) -> MediumError {
+    MediumError::Poisoned {
+        file: file.to_owned(),
+        first: first.to_owned(),
     }
 }
 
@@ -328,14 +334,22 @@ impl Gated {
         }
     }
 
-    fn guard<T>(&self, result: Result<T, MediumError>) -> Result<T, MediumError> {
-        if let Err(error) = &result
-            && !error.is_no_space()
-            && !bites(Tooth::RetrySync)
-        {
-            self.poison.set(error);
+    /// Poisons on a failure. An error is looked at where it is, never moved on the way of success: to
+    /// copy it, the processor would have to wait until the stores before it are done.
+    #[inline]
+    fn guard(&self, result: Result<(), MediumError>) -> Result<(), MediumError> {
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.failed(error)),
         }
-        result
+    }
+
+    #[cold]
+    fn failed(&self, error: MediumError) -> MediumError {
+        if !error.is_no_space() && !bites(Tooth::RetrySync) {
+            self.poison.set(&error);
+        }
+        error
     }
 }
 
@@ -378,6 +392,14 @@ impl Medium for Gated {
     fn close(&self) -> Result<(), MediumError> {
         self.inner.close()
     }
+}
+
+/// Bytes in all; saturating, so that too many fit nowhere.
+#[inline]
+pub(crate) fn total_len(stretches: &[&[u8]]) -> u64 {
+    // Saturating steps also keep the compiler from adding two numbers by vector.
+    let add = |sum: u64, bytes: &&[u8]| sum.saturating_add(bytes.len() as u64);
+    stretches.iter().fold(0, add)
 }
 
 /// Pages that touch `range`, as page numbers.

@@ -16,6 +16,7 @@ use super::record::{ALIGN, ClaimBody, KIND_CLAIM, Lsn, RecordHeader};
 use super::segment::{CLAIM_SLOTS, Segment, SyncHandle};
 use super::teeth::{Tooth, bites};
 use super::{BatchEnd, Log, LogConfig, LogError, record_len};
+use crate::crc::crc32c;
 use crate::medium::{Medium, MediumError, PAGE};
 
 /// Bytes in the body of a claim that batches leave room for, at most: more logs than this allows
@@ -84,7 +85,7 @@ pub(super) fn read(
         return Ok(Slot::Empty);
     }
     let body = rest.get(..header.body_len as usize);
-    let body = body.filter(|body| crc32c::crc32c(body) == header.body_crc);
+    let body = body.filter(|body| crc32c(body) == header.body_crc);
     let is_claim = header.tag == tag && header.kind == KIND_CLAIM;
     Ok(match body.and_then(ClaimBody::decode) {
         Some(body) if is_claim => Slot::Claim(Claim {
@@ -172,7 +173,7 @@ impl Claims {
             durable: self.first.durable(),
             generation: self.generation,
             body_len: body.len() as u32,
-            body_crc: crc32c::crc32c(&body),
+            body_crc: crc32c(&body),
             kind: KIND_CLAIM,
             flags: 0,
             tag: self.tag,

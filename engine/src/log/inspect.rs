@@ -13,6 +13,7 @@ use super::record::{
 };
 use super::recover;
 use super::segment::{CLAIM_SLOTS, SEGMENT_START};
+use crate::crc::crc32c;
 use crate::medium::{Access, Medium, MediumError, Volume, dir::DirVolume};
 use std::path::Path;
 use std::sync::Arc;
@@ -264,7 +265,7 @@ impl Entries {
         }
         let mut body = vec![0u8; header.body_len as usize];
         file.medium.read(body_at, &mut body)?;
-        let body = (crc32c::crc32c(&body) == header.body_crc).then_some(body);
+        let body = (crc32c(&body) == header.body_crc).then_some(body);
         let record = Entry::Record {
             file: file.name.clone(),
             offset,

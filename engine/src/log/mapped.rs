@@ -27,7 +27,7 @@
 #![allow(unsafe_code)]
 
 use crate::medium::dir::{DirLock, SyncMode};
-use crate::medium::{Call, Medium, MediumError, PAGE, pages};
+use crate::medium::{Call, Medium, MediumError, PAGE, pages, total_len};
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -56,11 +56,13 @@ impl Bits {
         Bits((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
     }
 
+    #[inline]
     fn get(&self, page: u64) -> bool {
         self.0[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
     }
 
     /// Release: who sees the bit sees the stores before it.
+    #[inline]
     fn set(&self, page: u64) {
         if !self.get(page) {
             self.0[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Release);
@@ -163,25 +165,36 @@ impl MappedFile {
         words(&self.window)
     }
 
+    #[inline]
     fn check(&self, call: Call, offset: u64, len: u64) -> Result<(), MediumError> {
         let size = self.view.len() as u64;
         if offset.checked_add(len).is_some_and(|end| end <= size) {
             return Ok(());
         }
-        Err(MediumError::OutOfRange {
+        Err(self.outside(call, offset, len))
+    }
+
+    #[cold]
+    fn outside(&self, call: Call, offset: u64, len: u64) -> MediumError {
+        MediumError::OutOfRange {
             file: self.name.clone(),
             call,
             offset,
             len,
-            size,
-        })
+            size: self.view.len() as u64,
+        }
     }
 
     /// Brings a page into the window, or begins it with zeros if a store begins it.
+    #[inline]
     fn settle(&self, page: u64, begins: bool) {
-        if self.resident.get(page) || begins {
-            return;
+        if !begins && !self.resident.get(page) {
+            self.bring(page);
         }
+    }
+
+    #[cold]
+    fn bring(&self, page: u64) {
         let words = page_words(page);
         for (to, from) in self.window()[words.clone()].iter().zip(&self.view()[words]) {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -356,6 +369,36 @@ fn load(words: &[AtomicU64], offset: u64, out: &mut [u8]) {
     }
 }
 
+/// Copies to words. One thread stores to a page at a time.
+fn store(words: &[AtomicU64], offset: u64, bytes: &[u8]) {
+    // A partial word is read, changed and written.
+    let (whole, range) = split(offset, bytes.len(), |index, within, at| {
+        let mut word = words[index].load(Ordering::Relaxed).to_ne_bytes();
+        word[within].copy_from_slice(&bytes[at]);
+        words[index].store(u64::from_ne_bytes(word), Ordering::Relaxed);
+    });
+    store_words(&words[whole], &bytes[range]);
+}
+
+/// Line by line, which the compiler unrolls.
+#[inline]
+fn store_words(words: &[AtomicU64], bytes: &[u8]) {
+    let put = |word: &AtomicU64, bytes: &[u8; 8]| {
+        word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
+    };
+    let (lines, words) = words.as_chunks::<8>();
+    let (of_lines, bytes) = bytes.as_chunks::<64>();
+    for (line, bytes) in lines.iter().zip(of_lines) {
+        let (bytes, _) = bytes.as_chunks::<8>();
+        for n in 0..8 {
+            put(&line[n], &bytes[n]);
+        }
+    }
+    for (word, bytes) in words.iter().zip(bytes.as_chunks::<8>().0) {
+        put(word, bytes);
+    }
+}
+
 /// Calls `each(word index, byte range within the word, byte range within the buffer)` for the
 /// partial words of `offset..offset+len`, and returns the whole words between them.
 fn split(
@@ -407,22 +450,29 @@ impl Medium for MappedFile {
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
-        self.check(Call::Store, offset, bytes.len() as u64)?;
+        self.store_all(offset, &[bytes])
+    }
+
+    fn store_all(&self, offset: u64, stretches: &[&[u8]]) -> Result<(), MediumError> {
+        let len = total_len(stretches);
+        self.check(Call::Store, offset, len)?;
+        let touched = pages(&(offset..offset + len));
+        for page in touched.clone() {
+            self.settle(page, page * PAGE >= offset);
+        }
         let words = self.window();
-        for (page, at) in pieces(offset, bytes.len()) {
-            let to = offset + at.start as u64;
-            let bytes = &bytes[at];
-            self.settle(page, to.is_multiple_of(PAGE));
-            // A partial word is read, changed and written: one thread stores to a page.
-            let (whole, range) = split(to, bytes.len(), |index, within, at| {
-                let mut word = words[index].load(Ordering::Relaxed).to_ne_bytes();
-                word[within].copy_from_slice(&bytes[at]);
-                words[index].store(u64::from_ne_bytes(word), Ordering::Relaxed);
-            });
-            for (word, chunk) in words[whole].iter().zip(bytes[range].as_chunks::<8>().0) {
-                word.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
+        let mut at = offset;
+        for bytes in stretches {
+            if (at | bytes.len() as u64).is_multiple_of(WORD) {
+                let first = (at / WORD) as usize;
+                store_words(&words[first..first + bytes.len() / 8], bytes);
+            } else {
+                store(words, at, bytes);
             }
-            // Behind the stores, so that a sync which clears the bit has seen them.
+            at += bytes.len() as u64;
+        }
+        // Behind the stores, so that a sync which clears the bit has seen them.
+        for page in touched {
             self.resident.set(page);
             self.dirty.set(page);
         }

@@ -21,6 +21,8 @@
 //!
 //! Deliberately absent: compression, and any meaning of the body or of caller kinds.
 
+use crate::crc::crc32c;
+
 /// A position in a log: `sequence number of the segment × segment length + offset in the file`.
 /// Zero is no position. Positions never repeat in the life of a log, except that what lies after the
 /// end found at a restart is written again, under a new generation.
@@ -88,23 +90,27 @@ pub enum BadHeader {
 }
 
 impl RecordHeader {
-    /// Encodes the header with its CRC.
+    /// Encodes the header with its CRC. Word by word: where a word is put together in memory, who
+    /// reads it waits until the stores have left the processor, and all stores before them.
+    #[inline]
     pub fn encode(&self) -> [u8; ALIGN as usize] {
+        let [kind, flags] = [self.kind, self.flags].map(u64::from);
+        let words = [
+            self.lsn.0,
+            self.epoch,
+            self.group,
+            self.durable.0,
+            u64::from(self.generation) | u64::from(self.body_len) << 32,
+            u64::from(self.body_crc) | kind << 32 | flags << 40 | u64::from(FORMAT) << 48,
+            self.tag,
+        ];
         let mut out = [0u8; ALIGN as usize];
-        out[0..4].copy_from_slice(&MAGIC.to_le_bytes());
-        out[8..16].copy_from_slice(&self.lsn.0.to_le_bytes());
-        out[16..24].copy_from_slice(&self.epoch.to_le_bytes());
-        out[24..32].copy_from_slice(&self.group.to_le_bytes());
-        out[32..40].copy_from_slice(&self.durable.0.to_le_bytes());
-        out[40..44].copy_from_slice(&self.generation.to_le_bytes());
-        out[44..48].copy_from_slice(&self.body_len.to_le_bytes());
-        out[48..52].copy_from_slice(&self.body_crc.to_le_bytes());
-        out[52] = self.kind;
-        out[53] = self.flags;
-        out[54] = FORMAT;
-        out[56..64].copy_from_slice(&self.tag.to_le_bytes());
-        let crc = crc32c::crc32c(&out[8..]);
-        out[4..8].copy_from_slice(&crc.to_le_bytes());
+        let (first, rest) = out.split_at_mut(8);
+        for (place, word) in rest.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            *place = word.to_le_bytes();
+        }
+        let word = u64::from(MAGIC) | u64::from(crc32c(rest)) << 32;
+        first.copy_from_slice(&word.to_le_bytes());
         out
     }
 
@@ -113,7 +119,7 @@ impl RecordHeader {
         if u32_at(bytes, 0) != MAGIC {
             return Err(BadHeader::Unwritten);
         }
-        if u32_at(bytes, 4) != crc32c::crc32c(&bytes[8..]) {
+        if u32_at(bytes, 4) != crc32c(&bytes[8..]) {
             return Err(BadHeader::Damaged);
         }
         if bytes[54] != FORMAT {
@@ -274,7 +280,7 @@ impl SegmentHeader {
         out[16..32].copy_from_slice(&self.identity.storage.to_le_bytes());
         out[32..40].copy_from_slice(&self.seq.to_le_bytes());
         out[40..48].copy_from_slice(&self.segment_bytes.to_le_bytes());
-        let crc = crc32c::crc32c(&out[8..]);
+        let crc = crc32c(&out[8..]);
         out[4..8].copy_from_slice(&crc.to_le_bytes());
         out
     }
@@ -288,7 +294,7 @@ impl SegmentHeader {
         if version != u32::from(FORMAT) {
             return Err(BadSegment::Version(version));
         }
-        if u32_at(bytes, 4) != crc32c::crc32c(&bytes[8..]) {
+        if u32_at(bytes, 4) != crc32c(&bytes[8..]) {
             return Err(BadSegment::Damaged);
         }
         let storage = u128::from(u64_at(bytes, 16)) | u128::from(u64_at(bytes, 24)) << 64;

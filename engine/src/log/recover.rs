@@ -15,6 +15,7 @@ use super::segment::{SEGMENT_START, Segment, Shared, Table};
 use super::teeth::{Tooth, bites};
 use super::verdict::{OpenError, Proof, Recovered, Stop, StopReason};
 use super::{Log, LogConfig, ReadError, Record};
+use crate::crc::crc32c;
 use crate::medium::{Medium, MediumError, PAGE, Poison, Volume};
 use std::ops::Range;
 use std::sync::Arc;
@@ -85,7 +86,7 @@ pub(super) fn read_record(
     }
     let mut body = vec![0u8; header.body_len as usize];
     segment.medium.read(offset + ALIGN, &mut body)?;
-    if crc32c::crc32c(&body) != header.body_crc {
+    if crc32c(&body) != header.body_crc {
         return bad(StopReason::BodyDamaged);
     }
     Ok(Record { header, body })

@@ -14,6 +14,7 @@
 
 use super::Lsn;
 use super::record::u64_at;
+use crate::crc::crc32c;
 use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
 use std::sync::Arc;
 
@@ -228,7 +229,7 @@ fn encode(sequence: u64, state: &NodeState) -> Vec<u8> {
     for (slot, lsn) in page[FIXED..len].chunks_exact_mut(8).zip(&state.checkpoints) {
         slot.copy_from_slice(&lsn.0.to_le_bytes());
     }
-    let crc = crc32c::crc32c(&page[8..len]);
+    let crc = crc32c(&page[8..len]);
     page[4..8].copy_from_slice(&crc.to_le_bytes());
     page
 }
@@ -247,7 +248,7 @@ fn decode(page: &[u8]) -> Copy {
     let len = u32_at(12) as usize;
     if !(FIXED..=page.len()).contains(&len)
         || !(len - FIXED).is_multiple_of(8)
-        || u32_at(4) != crc32c::crc32c(&page[8..len])
+        || u32_at(4) != crc32c(&page[8..len])
     {
         return Copy::Damaged;
     }

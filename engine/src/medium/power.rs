@@ -312,7 +312,7 @@ impl Journal {
 }
 
 fn checksum(header: &[u8; HEADER], image: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&header[8..]), image)
+    crate::crc::crc32c_of_all(&[&header[8..], image])
 }
 
 fn encode(tag: u32, a: u64, b: u64, seq: u64, image: &[u8]) -> Vec<u8> {

@@ -18,6 +18,7 @@ use crossbeam_channel::{Sender, unbounded};
 use lowtide_engine_core::root::RootState;
 
 use super::StartError;
+use crate::crc::crc32c;
 use crate::medium::dir::{DirOptions, DirVolume};
 
 const NAME: &str = "root.state";
@@ -61,7 +62,7 @@ pub fn read_state(dir: &Path) -> Result<Option<RootState>, String> {
             word(4)
         ));
     }
-    if word(12) as usize != state.len() || word(8) != crc32c::crc32c(state) {
+    if word(12) as usize != state.len() || word(8) != crc32c(state) {
         return bad("damaged");
     }
     let state = RootState::decode(state).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -74,7 +75,7 @@ fn write(dir: &Path, state: &[u8]) -> io::Result<()> {
     let mut header = Vec::with_capacity(HEADER);
     header.extend_from_slice(MAGIC);
     header.extend_from_slice(&VERSION.to_le_bytes());
-    header.extend_from_slice(&crc32c::crc32c(state).to_le_bytes());
+    header.extend_from_slice(&crc32c(state).to_le_bytes());
     header.extend_from_slice(&(state.len() as u32).to_le_bytes());
     file.write_all(&header)?;
     file.write_all(state)?;

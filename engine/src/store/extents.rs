@@ -12,6 +12,7 @@
 //!
 //! Source: design D2 ("Bulk data").
 
+use crate::crc::crc32c;
 use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
 use lowtide_engine_core::op::Bytes;
 use std::collections::BTreeMap;
@@ -256,7 +257,7 @@ impl ExtentFile {
         Ok(ExtentRef {
             offset: self.allocate(len)?,
             len: len as u32,
-            crc32c: checksum.unwrap_or_else(|| crc32c::crc32c(data)),
+            crc32c: checksum.unwrap_or_else(|| crc32c(data)),
         })
     }
 
@@ -370,7 +371,7 @@ impl ExtentFile {
             .read(extent.offset, pages.expect("nobody else has it"))?;
         let data = Bytes::part_of(&owner, begin..begin + extent.len as usize);
         let data = data.expect("it lies within");
-        let found = crc32c::crc32c(&data);
+        let found = crc32c(&data);
         if found != extent.crc32c {
             let ExtentRef {
                 offset,

@@ -458,7 +458,7 @@ impl Chunk {
             return Ok(Some(Chunk::new(contents)));
         }
         // Now, while they are in the processor's cache.
-        let checksum = crc32c::crc32c(&framed);
+        let checksum = crc_fast::crc32_iscsi(&framed);
         Ok(Some(Chunk::Bytes(
             Bytes::from(framed).with_checksum(checksum),
         )))
