@@ -30,6 +30,7 @@
 mod foreign;
 mod lent;
 mod shared;
+mod shown;
 mod window;
 
 use std::io;
@@ -44,7 +45,7 @@ pub use self::lent::{LENT_KEY_MIN, Lent, Piece};
 pub use self::shared::SharedMemory;
 use self::window::Window;
 pub use self::window::{WindowKind, WindowPlace};
-use crate::host::{Exports, Ours};
+use crate::host::Exports;
 
 /// Rights of a region. A private region has none of the remote ones.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -189,14 +190,6 @@ impl Memory {
     /// Regions a device may have.
     pub const REGIONS_MAX: usize = 1 << 20;
 
-    /// No region, and where those to come are shown to peers on this host.
-    pub(crate) fn shown_by(exports: Option<Exports>) -> Memory {
-        Memory {
-            exports,
-            ..Memory::default()
-        }
-    }
-
     /// Registers private memory of `len` zero bytes; none when the table is full.
     pub fn register_private(&mut self, domain: u32, len: usize) -> Option<Key> {
         let bytes = vec![0; len].into_boxed_slice();
@@ -225,54 +218,6 @@ impl Memory {
         self.entries[key.index()].base = base;
         self.show(key);
         Some(key)
-    }
-
-    /// Shows a region to peers on this host.
-    fn show(&mut self, key: Key) {
-        let (Some(exports), Some(entry)) = (&mut self.exports, self.entries.get(key.index()))
-        else {
-            return;
-        };
-        let (address, segment) = match &entry.region {
-            Some(Region::Shared(memory)) => (memory.address(), memory.segment()),
-            Some(Region::Foreign(memory)) => (memory.address, None),
-            _ => return,
-        };
-        let len = entry.region.as_ref().map_or(0, Region::len);
-        let place = (entry.base, address, len);
-        exports.show(key, entry.domain, entry.access, place, segment);
-    }
-
-    /// Shared memory that peers on this host map, if there may be any.
-    ///
-    /// # Errors
-    /// The system has no file descriptor or no memory.
-    pub(crate) fn new_shared(&self, len: usize) -> io::Result<Arc<SharedMemory>> {
-        match self.exports {
-            Some(_) if len > 0 => SharedMemory::mapped(len),
-            _ => Ok(SharedMemory::new(len)),
-        }
-    }
-
-    /// Where the bytes of a checked span of our own lie, to be copied from or to; none for what is
-    /// in several pieces or gone.
-    pub(crate) fn place_of(&mut self, span: Span) -> Option<Ours> {
-        let entry = self.entries.get_mut(span.region as usize)?;
-        let (address, is_lasting) = match entry.region.as_mut()? {
-            Region::Private(bytes) => (bytes.as_mut_ptr().expose_provenance() as u64, true),
-            Region::Slab(bytes) => {
-                let bytes = Arc::get_mut(bytes)?;
-                (bytes.as_mut_ptr().expose_provenance() as u64, true)
-            }
-            Region::Shared(memory) => (memory.address(), true),
-            Region::Foreign(memory) => (memory.address, false),
-            Region::Window(_) => return None,
-        };
-        Some(Ours {
-            address: address + span.offset,
-            len: span.len as usize,
-            is_lasting,
-        })
     }
 
     fn register(&mut self, domain: u32, region: Region, access: Access) -> Option<Key> {

@@ -28,7 +28,7 @@ const COPY_MAX: usize = 1 << 20;
 /// Shorter requests in memory that is not mapped here go as packets: two system calls cost more.
 const COPY_MIN: usize = 512;
 /// How often the socket and the connections are looked at by who polls rings.
-const LOOK: Nanos = Nanos::from_micros(20);
+const LOOK: Nanos = Nanos::from_micros(50);
 
 /// What placing an answer needs; rights for peers are not asked.
 const LOCAL_WRITE: Access = Access::LOCAL;

@@ -12,7 +12,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -54,6 +54,8 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     /// Some completion queue got something.
     completed: Condvar,
+    /// Threads that wait for that. Written under the lock.
+    sleepers: AtomicU32,
     origin: Instant,
     /// When a program's thread last drove the device, in nanoseconds since `origin`.
     driven_at: AtomicU64,
@@ -111,6 +113,7 @@ pub(super) fn start(
     let shared = Arc::new(Shared {
         state: Mutex::new(state),
         completed: Condvar::new(),
+        sleepers: AtomicU32::new(0),
         origin: Instant::now(),
         driven_at: AtomicU64::new(0),
         sleeps_until: AtomicU64::new(NEVER),
@@ -164,12 +167,20 @@ impl Shared {
         self.driven_at
             .store(self.origin.elapsed().as_nanos() as u64, Ordering::Relaxed);
         state.drive();
-        self.completed.notify_all();
+        self.tell_sleepers();
         self.note_deadline(state);
         // Peers wake once who waits for their rings, and we may just have taken what woke the thread:
         // it must look after itself again.
         if self.waits_for_rings.swap(false, Ordering::Relaxed) {
             let _ = self.wake();
+        }
+    }
+
+    /// Wakes who waits for a completion. To be called under the lock.
+    fn tell_sleepers(&self) {
+        // The call to wake nobody is a system call, too.
+        if self.sleepers.load(Ordering::Relaxed) > 0 {
+            self.completed.notify_all();
         }
     }
 
@@ -217,8 +228,10 @@ impl Shared {
             if left.is_zero() {
                 return false;
             }
+            self.sleepers.fetch_add(1, Ordering::Relaxed);
             let waited = self.completed.wait_timeout(state, left);
             state = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+            self.sleepers.fetch_sub(1, Ordering::Relaxed);
         }
         true
     }
@@ -240,7 +253,7 @@ impl Shared {
             }
             let mut state = self.lock();
             let is_drained = state.drive();
-            self.completed.notify_all();
+            self.tell_sleepers();
             let due = state.next_timeout();
             let now = state.device.now();
             self.sleeps_until
