@@ -88,6 +88,9 @@ impl Meeting {
     }
 }
 
+/// How an end is opened: its address, the bytes of its memory, its half of the meeting.
+pub type Opener = fn(u8, usize, Meeting) -> Result<End, Failure>;
+
 /// One end of a reliable connection.
 pub struct End {
     pub domain: ProtectionDomain,

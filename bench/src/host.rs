@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use lowtide_transport::verbs::{Buffer, SendOp};
 
+use crate::bandwidth;
 use crate::ends::{End, Meeting, on_two, slot_of};
 use crate::row::{Better, Pick, Rounds, Row, median};
 use crate::ucx::{self, Ucx};
@@ -18,9 +19,9 @@ const SHORT: usize = 64;
 /// clock.
 const TRIPS: usize = 200_000;
 const TRIPS_AT_ONCE: usize = 100;
-/// Bytes of a request of the stream, how many are under way, and how many a round has.
-const LONG: usize = 1 << 20;
+/// Messages that may be under way, though never more than one is.
 const DEPTH: usize = 8;
+/// Requests of the stream in a round.
 const COUNT: usize = 4096;
 /// The share of a round that comes before what counts.
 const WARM_UP: usize = 10;
@@ -58,18 +59,19 @@ pub fn round_trip(bench: &Bench) -> Result<Vec<Row>, Failure> {
 ///
 /// # Errors
 /// An end fails, or UCX is not there.
-pub fn bandwidth(bench: &Bench) -> Result<Vec<Row>, Failure> {
+pub fn writes(bench: &Bench) -> Result<Vec<Row>, Failure> {
     ucx::require()?;
     let ucx = Ucx {
         transports: "posix,cma,self",
         test: "tag_bw",
-        len: LONG,
+        len: bandwidth::LEN,
         iterations: COUNT,
     };
     let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
-        yardstick.push(LONG as f64 / ucx.run()?.latency_us);
-        ours.push(stream()? / 1e6);
+        yardstick.push(bandwidth::LEN as f64 / ucx.run()?.latency_us);
+        let ours_now = bandwidth::stream(End::open_on_host, COUNT, |end| SendOp::Write(end.remote));
+        ours.push(ours_now? / 1e6);
     }
     let figures = Rounds {
         unit: "MB/s",
@@ -184,42 +186,4 @@ impl Player {
         }
         Ok(())
     }
-}
-
-/// Bytes per second of WRITEs into the other side's region.
-fn stream() -> Result<f64, Failure> {
-    let (one, other) = Meeting::pair();
-    let (rate, ()) = on_two(
-        move || {
-            let end = End::open_on_host(1, LONG, one)?;
-            let op = SendOp::Write(end.remote);
-            let post = |buffer| end.qp.post_send(0, op, buffer).map_err(Failure::broken);
-            for _ in 0..DEPTH {
-                post(end.slot(LONG)?)?;
-            }
-            for _ in 0..COUNT / WARM_UP {
-                post(slot_of(end.next()?))?;
-            }
-            let began = Instant::now();
-            for _ in 0..COUNT {
-                post(slot_of(end.next()?))?;
-            }
-            let seconds = began.elapsed().as_secs_f64();
-            for _ in 0..DEPTH {
-                end.next()?;
-            }
-            // Tells the other end to stop.
-            let end_of_it = end.qp.post_send(0, SendOp::Send, Buffer::Empty);
-            end_of_it.map_err(Failure::broken)?;
-            end.next()?;
-            Ok((LONG * COUNT) as f64 / seconds)
-        },
-        move || {
-            let end = End::open_on_host(2, LONG, other)?;
-            let last = end.qp.post_recv(0, Buffer::Empty);
-            last.map_err(Failure::broken)?;
-            end.next().map(drop)
-        },
-    )?;
-    Ok(rate)
 }

@@ -225,7 +225,7 @@ const BENCHMARKS: &[Benchmark] = &[
     Benchmark {
         name: "bw-host",
         about: "WRITEs of 1 MiB on the same host, against UCX over posix and cma",
-        run: host::bandwidth,
+        run: host::writes,
     },
     Benchmark {
         name: "rate-udp",

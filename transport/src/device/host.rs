@@ -16,7 +16,6 @@ use lowtide_transport_proto::wire::{Qpn, pad_len};
 
 use super::output::{ACK_REQ, resolve};
 use super::{Device, DeviceOptions, Input, Machine, Peer, QPN_FIRST};
-use crate::faults::Faults;
 use crate::host::{
     self, Exports, HostBatch, Hosts, Ours, QpEntry, RING_PACKETS, SameHost, Theirs, Way, Wish,
 };
@@ -50,7 +49,7 @@ pub(super) fn open(
     options: &DeviceOptions,
     salt: u32,
 ) -> io::Result<(Option<Hosts>, Option<Exports>)> {
-    let needs_wire = options.faults != Faults::default() || options.capture.is_some();
+    let needs_wire = options.faults.is_any() || options.capture.is_some();
     if options.same_host == SameHost::Udp || needs_wire {
         return Ok((None, None));
     }
