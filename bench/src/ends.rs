@@ -103,13 +103,20 @@ pub struct End {
 }
 
 impl End {
-    /// Opens a device with `bytes` of memory on address `last` and connects to the end that has the
-    /// other half of the meeting.
+    /// Opens a device with `bytes` of memory on loopback address `last` and connects to the end that
+    /// has the other half of the meeting.
     ///
     /// # Errors
     /// The address is taken, or the other end did not come.
     pub fn open(last: u8, bytes: usize, meeting: Meeting) -> Result<End, Failure> {
-        let own = address(last);
+        End::open_at(address(last), bytes, meeting)
+    }
+
+    /// The same on any address.
+    ///
+    /// # Errors
+    /// As `open`.
+    pub fn open_at(own: SocketAddr, bytes: usize, meeting: Meeting) -> Result<End, Failure> {
         let device = Device::open(own, &DeviceOptions::default()).map_err(Failure::io(own))?;
         End::of(&device, bytes, meeting)
     }
@@ -167,22 +174,48 @@ impl End {
     /// # Errors
     /// It failed, or none comes.
     pub fn next(&self) -> Result<WorkCompletion, Failure> {
-        let mut asked = 0u32;
-        let mut began = None;
-        loop {
-            if let Some(done) = self.queue.poll() {
-                return match done.status {
-                    Status::Success => Ok(done),
-                    status => Err(Failure::Broken(format!("{:?}: {status:?}", done.kind))),
-                };
-            }
-            asked += 1;
-            // The clock is not read in the first microseconds of a wait.
-            if asked.is_multiple_of(1024)
-                && began.get_or_insert_with(Instant::now).elapsed() > PATIENCE
-            {
-                return Err(Failure::broken("the other end is silent"));
-            }
+        let done = insist(|| self.queue.poll())?;
+        checked(&done)?;
+        Ok(done)
+    }
+
+    /// The same for up to `max` at once, appended to `done`; how many.
+    ///
+    /// # Errors
+    /// One failed, or none comes.
+    pub fn next_many(&self, max: usize, done: &mut Vec<WorkCompletion>) -> Result<usize, Failure> {
+        let count = insist(|| match self.queue.poll_many(max, done) {
+            0 => None,
+            count => Some(count),
+        })?;
+        done.iter().try_for_each(checked)?;
+        Ok(count)
+    }
+}
+
+fn checked(done: &WorkCompletion) -> Result<(), Failure> {
+    match done.status {
+        Status::Success => Ok(()),
+        status => Err(Failure::Broken(format!("{:?}: {status:?}", done.kind))),
+    }
+}
+
+/// Asks without rest until there is an answer.
+///
+/// # Errors
+/// None came for long.
+pub fn insist<T>(mut ask: impl FnMut() -> Option<T>) -> Result<T, Failure> {
+    let mut asked = 0u32;
+    let mut began = None;
+    loop {
+        if let Some(answer) = ask() {
+            return Ok(answer);
+        }
+        asked += 1;
+        // The clock is not read in the first microseconds of a wait.
+        if asked.is_multiple_of(1024) && began.get_or_insert_with(Instant::now).elapsed() > PATIENCE
+        {
+            return Err(Failure::broken("the other side is silent"));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use lowtide_transport::verbs::{CompletionKind, SendOp};
 
-use crate::ends::{End, Meeting, PATIENCE, address, bare_socket, on_two, slot_of};
+use crate::ends::{End, Meeting, address, bare_socket, insist, on_two, slot_of};
 use crate::row::{Better, Pick, Rounds, Row};
 use crate::ucx::{self, Ucx};
 use crate::{Bench, Failure};
@@ -169,20 +169,11 @@ fn datagrams() -> Result<f64, Failure> {
 /// Waits for a datagram without rest; its length.
 fn receive(socket: &UdpSocket) -> Result<usize, Failure> {
     let mut buffer = [0; 2 * LEN];
-    let mut asked = 0u32;
-    let mut began = None;
-    loop {
-        match socket.recv_from(&mut buffer) {
-            Ok((len, _)) => return Ok(len.min(LEN + AROUND)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(Failure::io("receive")(error)),
-        }
-        asked += 1;
-        if asked.is_multiple_of(1024) && began.get_or_insert_with(Instant::now).elapsed() > PATIENCE
-        {
-            return Err(Failure::broken("a datagram was lost"));
-        }
-    }
+    insist(|| match socket.recv_from(&mut buffer) {
+        Ok((len, _)) => Some(Ok(len.min(LEN + AROUND))),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        Err(error) => Some(Err(Failure::io("receive")(error))),
+    })?
 }
 
 /// The median of [`TRIPS`] calls, in microseconds.

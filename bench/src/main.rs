@@ -12,6 +12,8 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod bandwidth;
+mod checksum;
+mod connections;
 mod costs;
 mod ends;
 mod host;
@@ -231,6 +233,16 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "rate-udp",
         about: "SENDs of 64 bytes through one queue pair, against sendmmsg of equal datagrams",
         run: rate::rate,
+    },
+    Benchmark {
+        name: "connections",
+        about: "memory and idle processor time of 2,000 connections, against their limits",
+        run: connections::connections,
+    },
+    Benchmark {
+        name: "icrc",
+        about: "checking and placing packets of 4 KiB, against memcpy and against zlib's crc32",
+        run: checksum::icrc,
     },
 ];
 

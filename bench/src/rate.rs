@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use lowtide_transport::verbs::{CompletionKind, SendOp};
+use lowtide_transport::verbs::SendOp;
 use nix::errno::Errno;
 use nix::sys::socket::{
     MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, sendmmsg, setsockopt, sockopt,
@@ -56,50 +56,47 @@ pub fn rate(bench: &Bench) -> Result<Vec<Row>, Failure> {
 /// Completed receives per second.
 fn sends() -> Result<f64, Failure> {
     let (one, other) = Meeting::pair();
+    let total = WARM_UP + COUNT;
     let ((), rate) = on_two(
         move || {
             let end = End::open(1, LEN, one)?;
-            let total = WARM_UP + COUNT;
-            let (mut posted, mut done) = (0, 0);
-            while posted < DEPTH as usize {
-                let ball = end.slot(LEN)?;
-                end.qp
-                    .post_send(0, SendOp::Send, ball)
-                    .map_err(Failure::broken)?;
-                posted += 1;
+            let mut done = Vec::with_capacity(BATCH);
+            let mut balls = Vec::with_capacity(DEPTH as usize);
+            for _ in 0..DEPTH {
+                balls.push(end.slot(LEN)?);
             }
-            while done < total {
-                let ball = slot_of(end.next()?);
-                done += 1;
-                if posted < total {
-                    end.qp
-                        .post_send(0, SendOp::Send, ball)
-                        .map_err(Failure::broken)?;
-                    posted += 1;
-                }
+            let (mut posted, mut finished) = (0, 0);
+            while finished < total {
+                let count = balls.len().min(total - posted);
+                let mut list = balls.drain(..count).map(|ball| (0, SendOp::Send, ball));
+                end.qp.post_sends(&mut list).map_err(Failure::broken)?;
+                drop(list);
+                posted += count;
+                finished += end.next_many(BATCH, &mut done)?;
+                balls.extend(done.drain(..).map(slot_of));
             }
             Ok(())
         },
         move || {
             let end = End::open(2, LEN, other)?;
+            let mut done = Vec::with_capacity(BATCH);
             for id in 0..DEPTH {
                 let glove = end.slot(LEN)?;
                 end.qp
                     .post_recv(u64::from(id), glove)
                     .map_err(Failure::broken)?;
             }
-            let mut began = Instant::now();
-            for n in 0..WARM_UP + COUNT {
-                if n == WARM_UP {
-                    began = Instant::now();
+            let (mut finished, mut began) = (0, None);
+            while finished < total {
+                finished += end.next_many(BATCH, &mut done)?;
+                let mut list = done.drain(..).map(|done| (0, slot_of(done)));
+                end.qp.post_recvs(&mut list).map_err(Failure::broken)?;
+                if began.is_none() && finished >= WARM_UP {
+                    began = Some((Instant::now(), finished));
                 }
-                let done = end.next()?;
-                assert_eq!(done.kind, CompletionKind::Recv);
-                end.qp
-                    .post_recv(0, slot_of(done))
-                    .map_err(Failure::broken)?;
             }
-            Ok(COUNT as f64 / began.elapsed().as_secs_f64())
+            let (began, before) = began.expect("the warm-up is part of the total");
+            Ok((total - before) as f64 / began.elapsed().as_secs_f64())
         },
     )?;
     Ok(rate)

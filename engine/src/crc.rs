@@ -6,11 +6,13 @@
 use crc_fast::{CrcAlgorithm, Digest};
 
 /// The checksum of some bytes.
+#[inline]
 pub fn crc32c(bytes: &[u8]) -> u32 {
     crc_fast::crc32_iscsi(bytes)
 }
 
 /// The checksum of the pieces one behind the other.
+#[inline]
 pub fn crc32c_of_all(pieces: &[&[u8]]) -> u32 {
     if let [bytes] = pieces {
         return crc32c(bytes);

@@ -346,12 +346,13 @@ impl Log {
         }
         let body_crc = crc32c_of_all(a.parts);
         let lsn = self.end();
-        let head = self.header(a, body_len as u32, body_crc).encode();
+        let head = self.header(a, body_len as u32, body_crc).encode_words();
+        let head = head.as_flattened();
         let medium = &self.active().medium;
         let stored = if let [body] = a.parts {
-            medium.store_all(self.offset, &[&head, body])
+            medium.store_all(self.offset, &[head, body])
         } else {
-            let stored = medium.store(self.offset, &head);
+            let stored = medium.store(self.offset, head);
             stored.and_then(|()| medium.store_all(self.offset + ALIGN, a.parts))
         };
         if let Err(e) = stored {

@@ -235,6 +235,11 @@ impl Device {
         Nanos(self.origin.elapsed().as_nanos() as u64)
     }
 
+    /// When its clock began.
+    pub(crate) fn origin(&self) -> Instant {
+        self.origin
+    }
+
     pub(crate) fn local_addr(&self) -> SocketAddr {
         self.socket.local_addr()
     }
@@ -416,7 +421,12 @@ impl Device {
         if self.slots.get(id.0 as usize)?.machine.is_some() {
             self.mark_ready(id.0);
         }
-        match self.slots[id.0 as usize].machine.as_mut() {
+        self.connected(id)
+    }
+
+    /// The same, for what makes it want to send nothing.
+    pub(crate) fn connected(&mut self, id: QpId) -> Option<&mut QueuePair> {
+        match self.slots.get_mut(id.0 as usize)?.machine.as_mut() {
             Some(Machine::Connected(qp)) => Some(qp),
             _ => None,
         }

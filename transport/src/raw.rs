@@ -31,6 +31,7 @@
 mod address;
 mod completion;
 pub(crate) mod event_fd;
+mod habit;
 mod progress;
 mod queue_pair;
 mod region;

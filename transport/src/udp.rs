@@ -10,7 +10,7 @@
 //!   `UDP_SEGMENT` send. The ICRC covers it, so every frame is sealed here, at the moment its place
 //!   in a run is known.
 //! * The socket is bound to one address of this host, never to the wildcard: the ICRC covers the
-//!   source address too.
+//!   source address too. So what it receives was sent to that address.
 //! * No call blocks, and nothing allocates once the batches have been built.
 //!
 //! Deliberately absent: what a datagram means (`device`), lost or doubled datagrams (`faults`),
@@ -118,7 +118,6 @@ impl Socket {
             SocketAddr::V4(v4) => {
                 let discover = libc::IP_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discover)?;
-                set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
                 raw.set_multicast_if_v4(v4.ip())?;
             }
@@ -127,7 +126,6 @@ impl Socket {
                 raw.set_multicast_if_v6(interface_index(*v6.ip()).unwrap_or(0))?;
                 let discover = libc::IPV6_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, discover)?;
-                set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
                 // Adapters and the kernel's rxe send checksum 0 over IPv6 too.
                 set_option(fd, libc::SOL_UDP, libc::UDP_NO_CHECK6_RX, 1)?;
@@ -272,7 +270,16 @@ impl Socket {
     /// # Errors
     /// Those of `recvmmsg` except `WouldBlock` and `Interrupted`, which are an empty batch.
     pub fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
-        batch.fill(self.socket.as_raw_fd())
+        self.receive_some(batch, batch.capacity())
+    }
+
+    /// The same, but no more than `max` slots: the kernel looks once more into the socket for each
+    /// slot that could be filled.
+    ///
+    /// # Errors
+    /// As `receive`.
+    pub fn receive_some(&mut self, batch: &mut ReceiveBatch, max: usize) -> io::Result<usize> {
+        batch.fill(self.socket.as_raw_fd(), max)
     }
 }
 
@@ -291,6 +298,14 @@ pub fn block_signals() {
         libc::sigfillset(&raw mut all);
         libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
     }
+}
+
+/// Has `hook` called when the process exits (by `exit`, or by returning from `main`).
+pub fn at_exit(hook: extern "C" fn()) {
+    // SAFETY: the hook is a function, which stays as long as its program or library is loaded; what
+    // registers hooks of a library that is unloaded calls them then. Where no more hooks fit it is
+    // not called, and what it would have done is left to the peer's patience.
+    let _ = unsafe { libc::atexit(hook) };
 }
 
 /// The MTU of the route from `local` to `target`, in bytes, as the kernel knows it.
@@ -505,7 +520,7 @@ mod tests {
             for slot in 0..received.len() {
                 let arrival = received.arrival(slot).unwrap();
                 assert_eq!(arrival.source, from.local_addr());
-                assert_eq!(arrival.target, Some(to.local_addr().ip()));
+                assert_eq!(arrival.target, None, "the socket has but one address");
                 assert!(!arrival.is_truncated);
                 for datagram in arrival.bytes.chunks(arrival.segment) {
                     let (mark, body) = (datagram[0], &datagram[12..datagram.len() - 4]);

@@ -496,19 +496,36 @@ impl Drop for CqHandle {
 impl CompletionQueue {
     /// The next completion, if there is one.
     pub fn poll(&self) -> Option<WorkCompletion> {
-        let handle = &*self.0;
-        let device = &handle.device;
-        let mut state = device.shared.lock();
-        if state.tables.is_cq_empty(handle.raw.id()) {
-            device.shared.drive(&mut state);
+        let mut state = self.filled();
+        self.take(&mut state)
+    }
+
+    /// Appends up to `max` completions to `done`; how many.
+    pub fn poll_many(&self, max: usize, done: &mut Vec<WorkCompletion>) -> usize {
+        let mut state = self.filled();
+        let before = done.len();
+        done.extend(std::iter::from_fn(|| self.take(&mut state)).take(max));
+        done.len() - before
+    }
+
+    /// The device, driven if nothing is there.
+    fn filled(&self) -> MutexGuard<'_, State> {
+        let shared = &self.0.device.shared;
+        let mut state = shared.lock();
+        if state.tables.is_cq_empty(self.0.raw.id()) {
+            shared.drive_for(&mut state, self.0.raw.id());
         }
+        state
+    }
+
+    fn take(&self, state: &mut State) -> Option<WorkCompletion> {
+        let handle = &*self.0;
         let done = state.tables.pop_cq(handle.raw.id())?;
         let post = handle.posts().take(done.wr_id);
         let post = post.expect("what completes has been posted");
         let bytes = post
             .slot
             .and_then(|key| Some((key, state.device.memory.detach(key)?)));
-        drop(state);
         Some(WorkCompletion {
             id: post.id,
             status: done.status,
@@ -519,7 +536,7 @@ impl CompletionQueue {
             slot: bytes.map(|(key, bytes)| Slot {
                 bytes: Some(bytes),
                 key,
-                device: device.clone(),
+                device: handle.device.clone(),
             }),
         })
     }

@@ -36,7 +36,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
 /// Bytes per word of a mapping.
@@ -47,33 +47,38 @@ const KEPT: u64 = 64 << 10;
 /// Bytes that are released together, so that it is rare.
 const RELEASED: u64 = 2 << 20;
 
-/// One bit per page.
-#[derive(Debug)]
-struct Bits(Box<[AtomicU64]>);
+/// The page stands in the window.
+const RESIDENT: u8 = 1;
+/// It is resident, and not written since the last store.
+const DIRTY: u8 = 2;
 
-impl Bits {
-    fn new(pages: u64) -> Bits {
-        Bits((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+/// What is known of each page: [`RESIDENT`], [`DIRTY`].
+#[derive(Debug)]
+struct States(Box<[AtomicU8]>);
+
+impl States {
+    fn new(pages: u64) -> States {
+        States((0..pages).map(|_| AtomicU8::new(0)).collect())
     }
 
     #[inline]
-    fn get(&self, page: u64) -> bool {
-        self.0[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    fn is(&self, page: u64, what: u8) -> bool {
+        self.0[page as usize].load(Ordering::Acquire) & what != 0
     }
 
-    /// Release: who sees the bit sees the stores before it.
+    /// Stored to. Release: who sees it sees the stores before it.
     #[inline]
     fn set(&self, page: u64) {
-        if !self.get(page) {
-            self.0[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Release);
+        let state = &self.0[page as usize];
+        if state.load(Ordering::Relaxed) != RESIDENT | DIRTY {
+            state.fetch_or(RESIDENT | DIRTY, Ordering::Release);
         }
     }
 
-    /// Clears a bit and says whether it was set.
-    fn take(&self, page: u64) -> bool {
-        let bit = 1 << (page % 64);
-        // Acquire: the stores before the bit are in memory.
-        self.get(page) && self.0[(page / 64) as usize].fetch_and(!bit, Ordering::AcqRel) & bit != 0
+    /// Ends a state and says whether it was so.
+    fn take(&self, page: u64, what: u8) -> bool {
+        // Acquire: the stores before it are in memory.
+        self.is(page, what) && self.0[page as usize].fetch_and(!what, Ordering::AcqRel) & what != 0
     }
 }
 
@@ -83,9 +88,7 @@ pub struct MappedFile {
     name: String,
     view: MmapRaw,
     window: MmapRaw,
-    resident: Bits,
-    /// Resident and not written since the last store.
-    dirty: Bits,
+    states: States,
     file: File,
     /// The same file past the page cache.
     direct: Option<File>,
@@ -147,8 +150,7 @@ impl MappedFile {
             name: name.into_owned(),
             view,
             window,
-            resident: Bits::new(size / PAGE),
-            dirty: Bits::new(size / PAGE),
+            states: States::new(size / PAGE),
             file,
             direct,
             refused: AtomicBool::new(false),
@@ -188,7 +190,7 @@ impl MappedFile {
     /// Brings a page into the window, or begins it with zeros if a store begins it.
     #[inline]
     fn settle(&self, page: u64, begins: bool) {
-        if !begins && !self.resident.get(page) {
+        if !begins && !self.states.is(page, RESIDENT) {
             self.bring(page);
         }
     }
@@ -205,7 +207,7 @@ impl MappedFile {
     fn take_dirty(&self, pages: Range<u64>) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
         for page in pages {
-            if !self.dirty.take(page) {
+            if !self.states.take(page, DIRTY) {
                 continue;
             }
             match runs.last_mut() {
@@ -305,11 +307,11 @@ impl MappedFile {
             return;
         }
         for page in from / PAGE..to / PAGE {
-            if self.dirty.get(page) {
+            if self.states.is(page, DIRTY) {
                 to = page * PAGE;
                 break;
             }
-            self.resident.take(page);
+            self.states.take(page, RESIDENT);
         }
         // Who reads meanwhile sees that the page is not resident any more, and reads the view.
         // SAFETY: the range lies within the window, whose memory is only seen as atomic words; zeros
@@ -369,33 +371,34 @@ fn load(words: &[AtomicU64], offset: u64, out: &mut [u8]) {
     }
 }
 
-/// Copies to words. One thread stores to a page at a time.
+/// Copies to words, line by line, which the compiler unrolls. One thread stores to a page at a time.
+#[inline]
 fn store(words: &[AtomicU64], offset: u64, bytes: &[u8]) {
+    if !offset.is_multiple_of(WORD) {
+        return store_any(words, offset, bytes);
+    }
+    let (of_lines, rest) = bytes.as_chunks::<64>();
+    let (lines, _) = words[(offset / WORD) as usize..].as_chunks::<8>();
+    for (line, bytes) in lines.iter().zip(of_lines) {
+        let (bytes, _) = bytes.as_chunks::<8>();
+        for n in 0..8 {
+            line[n].store(u64::from_ne_bytes(bytes[n]), Ordering::Relaxed);
+        }
+    }
+    if !rest.is_empty() {
+        store_any(words, offset + (bytes.len() - rest.len()) as u64, rest);
+    }
+}
+
+fn store_any(words: &[AtomicU64], offset: u64, bytes: &[u8]) {
     // A partial word is read, changed and written.
     let (whole, range) = split(offset, bytes.len(), |index, within, at| {
         let mut word = words[index].load(Ordering::Relaxed).to_ne_bytes();
         word[within].copy_from_slice(&bytes[at]);
         words[index].store(u64::from_ne_bytes(word), Ordering::Relaxed);
     });
-    store_words(&words[whole], &bytes[range]);
-}
-
-/// Line by line, which the compiler unrolls.
-#[inline]
-fn store_words(words: &[AtomicU64], bytes: &[u8]) {
-    let put = |word: &AtomicU64, bytes: &[u8; 8]| {
-        word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
-    };
-    let (lines, words) = words.as_chunks::<8>();
-    let (of_lines, bytes) = bytes.as_chunks::<64>();
-    for (line, bytes) in lines.iter().zip(of_lines) {
-        let (bytes, _) = bytes.as_chunks::<8>();
-        for n in 0..8 {
-            put(&line[n], &bytes[n]);
-        }
-    }
-    for (word, bytes) in words.iter().zip(bytes.as_chunks::<8>().0) {
-        put(word, bytes);
+    for (word, chunk) in words[whole].iter().zip(bytes[range].as_chunks::<8>().0) {
+        word.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
     }
 }
 
@@ -432,7 +435,7 @@ impl Medium for MappedFile {
         for (page, at) in pieces(offset, out.len()) {
             let from = offset + at.start as u64;
             loop {
-                let is_resident = self.resident.get(page);
+                let is_resident = self.states.is(page, RESIDENT);
                 let words = if is_resident {
                     self.window()
                 } else {
@@ -441,7 +444,7 @@ impl Medium for MappedFile {
                 load(words, from, &mut out[at.clone()]);
                 // If it was released meanwhile, what was read may be zeros.
                 fence(Ordering::Acquire);
-                if self.resident.get(page) == is_resident {
+                if self.states.is(page, RESIDENT) == is_resident {
                     break;
                 }
             }
@@ -463,18 +466,12 @@ impl Medium for MappedFile {
         let words = self.window();
         let mut at = offset;
         for bytes in stretches {
-            if (at | bytes.len() as u64).is_multiple_of(WORD) {
-                let first = (at / WORD) as usize;
-                store_words(&words[first..first + bytes.len() / 8], bytes);
-            } else {
-                store(words, at, bytes);
-            }
+            store(words, at, bytes);
             at += bytes.len() as u64;
         }
-        // Behind the stores, so that a sync which clears the bit has seen them.
+        // Behind the stores, so that a sync which takes the mark has seen them.
         for page in touched {
-            self.resident.set(page);
-            self.dirty.set(page);
+            self.states.set(page);
         }
         Ok(())
     }
@@ -702,7 +699,7 @@ mod tests {
                     });
                 });
                 let resident = (0..LEN / PAGE)
-                    .filter(|p| mapped.file.resident.get(*p))
+                    .filter(|p| mapped.file.states.is(*p, RESIDENT))
                     .count();
                 assert_eq!(resident as u64, KEPT / PAGE);
                 let disk = mapped.on_disk();

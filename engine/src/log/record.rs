@@ -90,12 +90,20 @@ pub enum BadHeader {
 }
 
 impl RecordHeader {
-    /// Encodes the header with its CRC. Word by word: where a word is put together in memory, who
-    /// reads it waits until the stores have left the processor, and all stores before them.
-    #[inline]
+    /// Encodes the header with its CRC.
     pub fn encode(&self) -> [u8; ALIGN as usize] {
+        let mut out = [0; ALIGN as usize];
+        out.copy_from_slice(self.encode_words().as_flattened());
+        out
+    }
+
+    /// Word by word: where a word is put together in memory, who reads it waits until those stores
+    /// have left the processor, and all before them.
+    #[inline]
+    pub(super) fn encode_words(&self) -> [[u8; 8]; ALIGN as usize / 8] {
         let [kind, flags] = [self.kind, self.flags].map(u64::from);
-        let words = [
+        let mut words = [
+            0,
             self.lsn.0,
             self.epoch,
             self.group,
@@ -103,15 +111,11 @@ impl RecordHeader {
             u64::from(self.generation) | u64::from(self.body_len) << 32,
             u64::from(self.body_crc) | kind << 32 | flags << 40 | u64::from(FORMAT) << 48,
             self.tag,
-        ];
-        let mut out = [0u8; ALIGN as usize];
-        let (first, rest) = out.split_at_mut(8);
-        for (place, word) in rest.as_chunks_mut::<8>().0.iter_mut().zip(words) {
-            *place = word.to_le_bytes();
-        }
-        let word = u64::from(MAGIC) | u64::from(crc32c(rest)) << 32;
-        first.copy_from_slice(&word.to_le_bytes());
-        out
+        ]
+        .map(u64::to_le_bytes);
+        let crc = crc32c(words[1..].as_flattened());
+        words[0] = (u64::from(MAGIC) | u64::from(crc) << 32).to_le_bytes();
+        words
     }
 
     /// Decodes a header. Says nothing about whether it belongs where it was found.

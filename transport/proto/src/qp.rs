@@ -395,12 +395,14 @@ impl QueuePair {
         outcome
     }
 
-    /// The time that [`Self::poll_timeout`] named has come (calling early does no harm).
+    /// The time that [`Self::poll_timeout`] named has come (calling early does no harm). What has
+    /// arrived until now has been handled: a retry must not be spent on an ACK that waits in a socket.
     pub fn handle_timeout(&mut self, now: Nanos) {
-        while let Some(timer) = self.timers.expire(now) {
-            let failure = self
-                .requester
-                .handle_timer(now, timer, &mut self.out, &mut self.timers);
+        while let Some((timer, due)) = self.timers.expire(now) {
+            let late = now.since(due);
+            let failure =
+                self.requester
+                    .handle_timer(now, timer, late, &mut self.out, &mut self.timers);
             if failure.is_some() {
                 self.enter_error(failure);
             }
@@ -467,9 +469,18 @@ impl QueuePair {
 
     /// The next packet to send, if there is one and `allow` admits it.
     ///
-    /// Answers come before requests. In ERR only answers already owed come.
+    /// Answers come before requests, except that an ACK follows a single request that is there too:
+    /// the longer packet first, both leave in one segmented send. In ERR only answers already owed
+    /// come.
     pub fn poll_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
-        let mut transmit = self.responder.poll_transmit(allow, &self.link);
+        let is_request_first = self.is_sending()
+            && allow == Allow::All
+            && self.responder.owes_one_ack()
+            && self.requester.has_one_packet(&self.timers);
+        let mut transmit = match is_request_first {
+            true => None,
+            false => self.responder.poll_transmit(allow, &self.link),
+        };
         if transmit.is_none() && self.is_sending() {
             transmit = self.requester.poll_transmit(
                 now,

@@ -49,6 +49,8 @@ struct Source {
 pub(crate) struct Identities {
     peers: Peers,
     sources: HashMap<IpAddr, Source>,
+    /// The last source, if it has only ever sent what our own ends send: no need to look it up.
+    plain: Option<IpAddr>,
 }
 
 impl Identities {
@@ -56,6 +58,7 @@ impl Identities {
         Identities {
             peers,
             sources: HashMap::new(),
+            plain: None,
         }
     }
 
@@ -65,16 +68,21 @@ impl Identities {
         if self.peers == Peers::Own || from.is_ipv6() {
             return solved <= GSO_IDENTIFICATION_MAX;
         }
+        let is_own = solved <= GSO_IDENTIFICATION_MAX;
+        if is_own && self.plain == Some(from) {
+            return true;
+        }
+        self.plain = None;
         let Some(source) = self.sources.get_mut(&from) else {
             if self.sources.len() >= SOURCES_MAX {
                 self.sources.clear();
             }
-            let counted = (solved > GSO_IDENTIFICATION_MAX).then_some((solved, now));
+            let counted = (!is_own).then_some((solved, now));
             self.sources.insert(from, Source { counted, odd: None });
             return true;
         };
         let is_expected = match source.counted {
-            None => solved <= GSO_IDENTIFICATION_MAX,
+            None => is_own,
             Some((last, at)) => {
                 let window = WINDOW + WINDOW_PER_MS * (now.since(at).0 / 1_000_000);
                 if last.wrapping_sub(solved) <= BEHIND {
@@ -95,6 +103,7 @@ impl Identities {
         if source.counted.is_some() || !is_expected {
             source.counted = Some((solved, now));
         }
+        self.plain = source.counted.is_none().then_some(from);
         true
     }
 }

@@ -50,6 +50,15 @@ impl Device {
         self.socket.receive(batch)
     }
 
+    /// The same with at most `max` slots.
+    pub(crate) fn receive_some(
+        &mut self,
+        batch: &mut ReceiveBatch,
+        max: usize,
+    ) -> io::Result<usize> {
+        self.socket.receive_some(batch, max)
+    }
+
     /// The same for the groups joined: 0 means that all their sockets are empty.
     pub(crate) fn receive_multicast(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
         for socket in self.group_sockets() {

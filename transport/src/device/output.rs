@@ -18,8 +18,10 @@ use crate::faults::Fate;
 use crate::memory::{self, Access, Key, Memory, Span};
 use crate::udp::{Frame, HEADER_MAX, Payload, TRAILER_MAX};
 
-/// Frames one queue pair sends before the next has its turn: one UDP_SEGMENT send.
-const BURST: usize = 15;
+/// Frames, and about how many bytes, one queue pair sends before the next has its turn: one
+/// UDP_SEGMENT send.
+const BURST: usize = 64;
+const BURST_BYTES: usize = 61_000;
 /// Datagrams that one queue pair sends in one [`Device::transmit`] at most in answer to READs: their
 /// number is the peer's choice, up to 2^23 for one request. Then input has its turn.
 pub(super) const RESPONSES_MAX: u32 = 256;
@@ -61,6 +63,7 @@ impl Device {
         };
         let address = self.peers[peer as usize].address;
         let outlet = self.peers[peer as usize].outlet;
+        let mut bytes = 0;
         for sent in 0.. {
             if outlet.is_some() {
                 match self.act(index, peer) {
@@ -69,7 +72,7 @@ impl Device {
                     Act::More => return ControlFlow::Break(()),
                 }
             }
-            if sent == BURST {
+            if sent == BURST || bytes >= BURST_BYTES {
                 self.mark_ready(index);
                 break;
             }
@@ -97,6 +100,7 @@ impl Device {
                 slot.responses = 0;
                 break;
             };
+            bytes += transmit.header().len() + transmit.payload_len() as usize;
             slot.responses += u32::from(transmit.is_response);
             let is_unreliable = qp.kind() == QpKind::Uc;
             let counters = qp.counters();

@@ -101,7 +101,7 @@ impl CompletionQueue {
         let shared = &self.0.context.shared;
         let mut state = shared.lock();
         if state.tables.is_cq_empty(self.0.id) {
-            shared.drive(&mut state);
+            shared.drive_for(&mut state, self.0.id);
         }
         let before = done.len();
         while done.len() - before < max {
@@ -127,8 +127,9 @@ impl CompletionQueue {
     /// solicited message or a failure. What is there already is not told: poll once more afterwards.
     pub fn request_notification(&self, solicited_only: bool) {
         let shared = &self.0.context.shared;
-        shared.lock().tables.arm_cq(self.0.id, solicited_only);
-        shared.hand_over();
+        let mut state = shared.lock();
+        state.tables.arm_cq(self.0.id, solicited_only);
+        shared.hand_over(&mut state);
     }
 
     /// Changes the number of entries.

@@ -1,6 +1,7 @@
 //! The device under its lock, and the thread that drives it when nobody else does.
 //!
-//! Owns: the lock, the round of work (receive, expire, manage, send), the thread.
+//! Owns: the lock, the round of work (receive, expire, manage, send), the thread, and acknowledgements
+//! that wait for a post: see [`Habit`].
 //!
 //! The thread sleeps in epoll. Threads that post or poll drive the device themselves and note the
 //! time; as long as that is less than [`TICK`] ago the thread only looks again after another
@@ -12,18 +13,20 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lowtide_transport_proto::time::Nanos;
 
+use super::habit::Habit;
 use super::tables::Tables;
+use super::types::CqId;
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
 use crate::host::HostBatch;
-use crate::udp::{ReceiveBatch, block_signals};
+use crate::udp::{ReceiveBatch, at_exit, block_signals};
 
 /// Nobody has driven the device for so long: its thread does.
 const TICK: Duration = Duration::from_millis(1);
@@ -41,7 +44,14 @@ pub(crate) struct State {
     pub(crate) manager: Manager,
     /// What the device does not know: completion queues, and whom they belong to.
     pub(crate) tables: Tables,
+    /// Whether what a poll has brought is answered at once.
+    habit: Habit,
+    /// Threads asleep until something completes.
+    sleepers: u32,
     batch: ReceiveBatch,
+    /// Slots of it to be filled at once: few while hardly anything comes, for each is a look into the
+    /// socket that may find nothing.
+    slots: usize,
     host_batch: HostBatch,
     /// Protection domains made so far.
     pub(super) domains: u32,
@@ -54,10 +64,8 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     /// Some completion queue got something.
     completed: Condvar,
-    /// Threads that wait for that. Written under the lock.
-    sleepers: AtomicU32,
     origin: Instant,
-    /// When a program's thread last drove the device, in nanoseconds since `origin`.
+    /// When a program's thread last drove the device, on the device's clock.
     driven_at: AtomicU64,
     /// Until when the device's thread sleeps, on the device's clock.
     sleeps_until: AtomicU64,
@@ -88,13 +96,14 @@ pub(super) fn start(
     let mut source = mio::unix::SourceFd(&fd);
     poll.registry()
         .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
-    if let Some(fd) = device.host_fd() {
+    let rings = device.host_fd();
+    if let Some(fd) = rings {
         let mut source = mio::unix::SourceFd(&fd);
         poll.registry()
             .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
     }
+    let has_rings = rings.is_some();
     let waker = mio::Waker::new(poll.registry(), TOKEN_WAKER)?;
-    let has_rings = device.host_fd().is_some();
     let manager = Manager::new(
         device.local_addr(),
         device.receive_budget(),
@@ -104,17 +113,20 @@ pub(super) fn start(
         device,
         manager,
         tables: Tables::new()?,
+        habit: Habit::default(),
+        sleepers: 0,
         batch: ReceiveBatch::default(),
+        slots: 1,
         host_batch: HostBatch::default(),
         domains: 0,
         drawn: 0,
         random,
     };
+    let origin = state.device.origin();
     let shared = Arc::new(Shared {
         state: Mutex::new(state),
         completed: Condvar::new(),
-        sleepers: AtomicU32::new(0),
-        origin: Instant::now(),
+        origin,
         driven_at: AtomicU64::new(0),
         sleeps_until: AtomicU64::new(NEVER),
         // The thread begins with a sleep.
@@ -130,6 +142,7 @@ pub(super) fn start(
         .spawn(move || ours.run(poll))?;
     // Set once, here.
     let _ = shared.thread.set(handle.thread().clone());
+    keep_for_exit(&shared);
     Ok((
         shared.clone(),
         Thread {
@@ -139,8 +152,30 @@ pub(super) fn start(
     ))
 }
 
+/// The devices of this process, for its exit.
+static OPEN: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
+
+/// A process that exits right after its last completion must not cost its peer an error.
+fn keep_for_exit(shared: &Arc<Shared>) {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| at_exit(pay_all));
+    let mut open = OPEN.lock().unwrap_or_else(|poison| poison.into_inner());
+    open.retain(|device| device.strong_count() > 0);
+    open.push(Arc::downgrade(shared));
+}
+
+extern "C" fn pay_all() {
+    // Whoever holds a lock here may be gone.
+    if let Ok(open) = OPEN.try_lock() {
+        open.iter()
+            .filter_map(Weak::upgrade)
+            .for_each(|device| device.pay());
+    }
+}
+
 impl Drop for Thread {
     fn drop(&mut self) {
+        self.shared.pay();
         self.shared.is_stopping.store(true, Ordering::Release);
         // A thread that cannot be woken ends at its next tick or packet.
         if self.shared.wake().is_ok()
@@ -163,23 +198,60 @@ impl Shared {
 
     /// Drives the device for a program's thread.
     pub(crate) fn drive(&self, state: &mut MutexGuard<'_, State>) {
-        // Relaxed: a hint about pace; whoever reads it late ticks once more.
-        self.driven_at
-            .store(self.origin.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        state.drive();
-        self.tell_sleepers();
+        let now = state.device.now();
+        self.note_driven(now);
+        state.receive(now);
+        self.note_taken();
+        state.send(now);
+        self.finish(state);
+    }
+
+    /// The same for one that looks into an empty completion queue. What is owed to peers for what it
+    /// finds there may wait for the post that it will make of it.
+    pub(crate) fn drive_for(&self, state: &mut MutexGuard<'_, State>, cq: CqId) {
+        let now = state.device.now();
+        self.note_driven(now);
+        state.habit.note_empty_poll();
+        state.receive_for(now, cq);
+        self.note_taken();
+        let has_received = state.tables.has_received(cq);
+        if state.habit.note_found(has_received) {
+            self.notify(state);
+        } else {
+            state.send(now);
+            self.finish(state);
+        }
+    }
+
+    /// Sends what was posted, and what has waited for that.
+    pub(crate) fn send_posted(&self, state: &mut MutexGuard<'_, State>) {
+        state.habit.note_post();
+        state.transmit();
         self.note_deadline(state);
-        // Peers wake once who waits for their rings, and we may just have taken what woke the thread:
-        // it must look after itself again.
-        if self.waits_for_rings.swap(false, Ordering::Relaxed) {
+    }
+
+    /// Relaxed: a hint about pace; whoever reads it late ticks once more.
+    fn note_driven(&self, now: Nanos) {
+        self.driven_at.store(now.0, Ordering::Relaxed);
+    }
+
+    /// Peers wake once who waits for their rings, and we may just have taken what woke the device's
+    /// thread: it must look after itself again.
+    fn note_taken(&self) {
+        let waits = &self.waits_for_rings;
+        if waits.load(Ordering::Relaxed) && waits.swap(false, Ordering::Relaxed) {
             let _ = self.wake();
         }
     }
 
-    /// Wakes who waits for a completion. To be called under the lock.
-    fn tell_sleepers(&self) {
-        // The call to wake nobody is a system call, too.
-        if self.sleepers.load(Ordering::Relaxed) > 0 {
+    fn finish(&self, state: &mut MutexGuard<'_, State>) {
+        self.notify(state);
+        self.note_deadline(state);
+    }
+
+    /// Wakes whoever sleeps until something completes.
+    fn notify(&self, state: &State) {
+        if state.sleepers > 0 {
             self.completed.notify_all();
         }
     }
@@ -207,9 +279,17 @@ impl Shared {
     }
 
     /// Nobody here will drive the device for a while: its thread does, at once.
-    pub(super) fn hand_over(&self) {
+    pub(super) fn hand_over(&self, state: &mut State) {
+        state.pay();
         self.driven_at.store(0, Ordering::Relaxed);
         let _ = self.wake();
+    }
+
+    /// Sends what waits for a post, if nobody is at work here.
+    pub(super) fn pay(&self) {
+        if let Ok(mut state) = self.state.try_lock() {
+            state.pay();
+        }
     }
 
     /// Has another socket wake the thread, for as long as it exists.
@@ -221,17 +301,17 @@ impl Shared {
 
     /// Sleeps until `is_done`; false when `deadline` has passed.
     pub(crate) fn sleep_until(&self, deadline: Instant, is_done: impl Fn(&State) -> bool) -> bool {
-        self.hand_over();
         let mut state = self.lock();
+        self.hand_over(&mut state);
         while !is_done(&state) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
             }
-            self.sleepers.fetch_add(1, Ordering::Relaxed);
+            state.sleepers += 1;
             let waited = self.completed.wait_timeout(state, left);
             state = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
-            self.sleepers.fetch_sub(1, Ordering::Relaxed);
+            state.sleepers -= 1;
         }
         true
     }
@@ -252,8 +332,11 @@ impl Shared {
                 continue;
             }
             let mut state = self.lock();
-            let is_drained = state.drive();
-            self.tell_sleepers();
+            let now = state.device.now();
+            state.habit.note_thread();
+            let is_drained = state.receive(now);
+            state.send(now);
+            self.notify(&state);
             let due = state.next_timeout();
             let now = state.device.now();
             self.sleeps_until
@@ -276,52 +359,37 @@ impl State {
         self.random.hash_one(self.drawn)
     }
 
-    /// Receives, expires timers, sends. Returns whether nothing more has come.
-    fn drive(&mut self) -> bool {
-        let now = self.device.now();
-        let mut is_drained = match self.device.is_look_due(now) {
-            true => {
-                self.device.attend();
-                self.receive() & self.receive_multicast()
-            }
-            false => false,
-        };
-        is_drained &= self.receive_host();
-        let now = self.device.now();
-        while let Some(id) = self.device.expire(now) {
-            self.collect(id);
-        }
-        self.manage();
-        self.transmit();
+    /// Takes what has arrived and what has fallen due. Returns whether nothing more has come.
+    fn receive(&mut self, now: Nanos) -> bool {
+        let is_drained = self.receive_all(now, None);
+        self.expire(now);
         is_drained
     }
 
-    /// What comes from the socket; whether that was all.
-    fn receive(&mut self) -> bool {
-        for _ in 0..BATCHES_MAX {
-            let now = self.device.now();
-            // An error of the socket is as good as silence; the next call sees it again.
-            let filled = self.device.receive(&mut self.batch).unwrap_or(0);
-            for slot in 0..filled {
-                self.take(now, slot);
-            }
-            if filled < self.batch.capacity() {
-                return true;
-            }
+    /// The same, until something is in the completion queue: who polls it wants no more.
+    fn receive_for(&mut self, now: Nanos, cq: CqId) {
+        self.receive_all(now, Some(cq));
+        self.expire(now);
+    }
+
+    fn receive_all(&mut self, now: Nanos, until: Option<CqId>) -> bool {
+        let is_looking = self.device.is_look_due(now);
+        let mut is_drained = is_looking;
+        if is_looking {
+            self.device.attend();
+            is_drained &= self.receive_batches(now, until);
+            is_drained &= self.receive_multicast(now);
         }
-        false
+        is_drained & self.receive_host(now)
     }
 
     /// What comes through rings; whether that was all.
-    fn receive_host(&mut self) -> bool {
+    fn receive_host(&mut self, now: Nanos) -> bool {
         let mut batch = std::mem::take(&mut self.host_batch);
         let is_drained = self.device.receive_host(&mut batch);
-        let now = self.device.now();
         for (source, range) in &batch.records {
-            let input = self
-                .device
-                .handle_host(now, *source, &batch.bytes[range.clone()]);
-            if let Input::Taken { id, .. } = input {
+            let packet = &batch.bytes[range.clone()];
+            if let Input::Taken { id, .. } = self.device.handle_host(now, *source, packet) {
                 self.manager.note_communication(id);
                 self.tables.collect(&mut self.device, id);
             }
@@ -333,10 +401,42 @@ impl State {
         is_drained
     }
 
-    /// The same for the groups joined.
-    fn receive_multicast(&mut self) -> bool {
+    fn receive_batches(&mut self, now: Nanos, until: Option<CqId>) -> bool {
         for _ in 0..BATCHES_MAX {
-            let now = self.device.now();
+            // An error of the socket is as good as silence; the next call sees it again.
+            let slots = self.slots;
+            let filled = self
+                .device
+                .receive_some(&mut self.batch, slots)
+                .unwrap_or(0);
+            for slot in 0..filled {
+                self.take(now, slot);
+            }
+            match filled {
+                0 => self.slots = 1,
+                _ if filled == slots => self.slots = (2 * slots).min(self.batch.capacity()),
+                _ => {}
+            }
+            if filled < slots {
+                return true;
+            }
+            if until.is_some_and(|cq| !self.tables.is_cq_empty(cq)) {
+                return false;
+            }
+        }
+        false
+    }
+
+    fn expire(&mut self, now: Nanos) {
+        while let Some(id) = self.device.expire(now) {
+            self.collect(id);
+        }
+        self.manage(now);
+    }
+
+    /// The same for the groups joined.
+    fn receive_multicast(&mut self, now: Nanos) -> bool {
+        for _ in 0..BATCHES_MAX {
             let filled = self.device.receive_multicast(&mut self.batch).unwrap_or(0);
             if filled == 0 {
                 return true;
@@ -350,8 +450,7 @@ impl State {
     }
 
     /// Lets the connection manager act, and takes what its moves flush.
-    pub(crate) fn manage(&mut self) {
-        let now = self.device.now();
+    fn manage(&mut self, now: Nanos) {
         self.manager.advance(now, &mut self.device);
         while let Some(id) = self.manager.poll_failed() {
             self.collect(id);
@@ -398,9 +497,19 @@ impl State {
 
     /// Sends what may be sent.
     pub(crate) fn transmit(&mut self) {
-        let now = self.device.now();
+        self.send(self.device.now());
+    }
+
+    fn send(&mut self, now: Nanos) {
         self.device.transmit(now);
         self.collect_finished();
+    }
+
+    /// Sends what waits for a post that may never come.
+    fn pay(&mut self) {
+        if self.habit.note_idle() {
+            self.transmit();
+        }
     }
 
     fn collect_finished(&mut self) {

@@ -188,8 +188,7 @@ impl QueuePair {
             }
         }
         state.collect(self.id);
-        state.transmit();
-        shared.note_deadline(&mut state);
+        shared.send_posted(&mut state);
         result
     }
 
@@ -337,7 +336,8 @@ impl QueuePair {
     pub(crate) fn post_receive(&self, state: &mut State, wr: qp::RecvWr) -> Result<(), Error> {
         let posted = match self.init.kind {
             QpType::Ud => state.device.datagram(self.id).map(|qp| qp.post_recv(wr)),
-            _ => state.device.qp(self.id).map(|qp| qp.post_recv(wr)),
+            // Nothing to be sent comes of a receive.
+            _ => state.device.connected(self.id).map(|qp| qp.post_recv(wr)),
         };
         let posted = posted.expect("it lives as long as its handle");
         posted.map_err(posting_error)

@@ -186,6 +186,12 @@ impl Tables {
         cq.is_none_or(|cq| cq.entries.is_empty())
     }
 
+    /// Whether a receive is among the first completions: something that a program may answer.
+    pub(super) fn has_received(&self, id: CqId) -> bool {
+        let cq = self.cqs[id.0 as usize].as_ref();
+        cq.is_some_and(|cq| cq.entries.iter().take(2).any(|work| work.kind.is_recv()))
+    }
+
     /// Whether something has been lost for want of room.
     pub(super) fn is_cq_broken(&self, id: CqId) -> bool {
         let cq = self.cqs[id.0 as usize].as_ref();

@@ -76,14 +76,14 @@ impl ReceiveBatch {
         self.filled == 0
     }
 
-    /// One `recvmmsg`.
-    pub(super) fn fill(&mut self, fd: RawFd) -> io::Result<usize> {
+    /// One `recvmmsg` for at most `max` slots.
+    pub(super) fn fill(&mut self, fd: RawFd, max: usize) -> io::Result<usize> {
         self.filled = 0;
         // One borrow of each array: a second one would end what pointers from the first may reach.
         let buffers = self.buffers.chunks_exact_mut(RECEIVE_SLOT_BYTES);
         let slots = buffers.zip(&mut self.vectors).zip(&mut self.names);
         let slots = slots.zip(&mut self.controls).zip(&mut self.messages);
-        for ((((buffer, vector), name), control), message) in slots {
+        for ((((buffer, vector), name), control), message) in slots.take(max) {
             *vector = libc::iovec {
                 iov_base: buffer.as_mut_ptr().cast(),
                 iov_len: buffer.len(),
@@ -104,7 +104,7 @@ impl ReceiveBatch {
             libc::recvmmsg(
                 fd,
                 self.messages.as_mut_ptr(),
-                RECEIVE_SLOTS as libc::c_uint,
+                max.min(RECEIVE_SLOTS) as libc::c_uint,
                 libc::MSG_DONTWAIT,
                 std::ptr::null_mut(),
             )

@@ -10,6 +10,10 @@ use super::{
     TRANSMIT_FRAMES_MAX, vector, zeroed_name,
 };
 
+/// Frames up to this length are put together in one place: three vectors for each would cost the
+/// kernel more than the copy costs us.
+const SHORT_MAX: usize = 320;
+
 /// Where a frame's payload lies. The frame never owns it: the owner keeps it unchanged until the
 /// batch has been sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +77,8 @@ pub(super) struct Run {
     pub(super) frames: u16,
     pub(super) segment: u16,
     pub(super) bytes: u32,
+    /// How many vectors it takes.
+    vectors: u16,
 }
 
 /// Frames waiting for one [`super::Socket::send`], and the arrays that the kernel reads.
@@ -85,6 +91,8 @@ pub struct TransmitBatch {
     vectors: Vec<libc::iovec>,
     names: Vec<libc::sockaddr_storage>,
     controls: Vec<Control>,
+    /// Short frames, as they go on the wire.
+    short: Vec<u8>,
 }
 
 // SAFETY: the raw pointers in `messages` and `vectors` are rebuilt by every `submit` and mean
@@ -101,6 +109,7 @@ impl Default for TransmitBatch {
             vectors: Vec::with_capacity(3 * TRANSMIT_FRAMES_MAX),
             names: vec![zeroed_name(); TRANSMIT_FRAMES_MAX],
             controls: vec![Control([0; CONTROL_BYTES]); TRANSMIT_FRAMES_MAX],
+            short: Vec::with_capacity(TRANSMIT_FRAMES_MAX * SHORT_MAX),
         }
     }
 }
@@ -145,6 +154,7 @@ impl TransmitBatch {
                 frames: 0,
                 segment: segment as u16,
                 bytes: 0,
+                vectors: 0,
             };
             while let Some(frame) = self.frames.get_mut(next + usize::from(run.frames)) {
                 let len = frame.wire_len();
@@ -170,26 +180,58 @@ impl TransmitBatch {
         }
     }
 
+    /// Makes the vectors of the planned runs.
+    fn point_at<'m>(&mut self, payload: &impl Fn(&Payload) -> &'m [u8]) {
+        let frames = &self.frames[self.first..];
+        let is_short = |frame: &Frame| frame.wire_len() <= SHORT_MAX;
+        let body = |frame: &Frame| {
+            let body = payload(&frame.payload);
+            assert_eq!(body.len(), frame.payload.len as usize);
+            body
+        };
+        self.short.clear();
+        for frame in frames.iter().filter(|frame| is_short(frame)) {
+            for part in [frame.header(), body(frame), frame.trailer()] {
+                self.short.extend_from_slice(part);
+            }
+        }
+        self.vectors.clear();
+        let (mut rest, mut short) = (frames, self.short.as_slice());
+        for run in &mut self.runs {
+            let (of_run, later) = rest.split_at(usize::from(run.frames));
+            rest = later;
+            let before = self.vectors.len();
+            for stretch in of_run.chunk_by(|a, b| is_short(a) && is_short(b)) {
+                if is_short(&stretch[0]) {
+                    let len = stretch.iter().map(Frame::wire_len).sum();
+                    let (now, later) = short.split_at(len);
+                    short = later;
+                    self.vectors.push(vector(now));
+                    continue;
+                }
+                for frame in stretch {
+                    self.vectors.push(vector(frame.header()));
+                    self.vectors.push(vector(body(frame)));
+                    self.vectors.push(vector(frame.trailer()));
+                }
+            }
+            run.vectors = (self.vectors.len() - before) as u16;
+        }
+    }
+
     /// Hands the planned runs to `sendmmsg`; returns how many of them it took.
     pub(super) fn submit<'m>(
         &mut self,
         fd: RawFd,
         payload: &impl Fn(&Payload) -> &'m [u8],
     ) -> io::Result<usize> {
-        self.vectors.clear();
         self.messages.clear();
+        self.point_at(payload);
         let frames = &mut self.frames[self.first..];
-        for frame in frames.iter() {
-            let body = payload(&frame.payload);
-            assert_eq!(body.len(), frame.payload.len as usize);
-            self.vectors.push(vector(frame.header()));
-            self.vectors.push(vector(body));
-            self.vectors.push(vector(frame.trailer()));
-        }
         // One borrow of each array: a second one would end what pointers from the first may reach.
         let vectors = self.vectors.as_mut_ptr();
         let slots = self.names.iter_mut().zip(&mut self.controls);
-        let mut frame = 0;
+        let (mut frame, mut vector) = (0, 0);
         for (run, (name, control)) in self.runs.iter().zip(slots) {
             let name_len = write_name(name, &frames[frame].target);
             // SAFETY: an all-zero msghdr is a valid one.
@@ -197,18 +239,19 @@ impl TransmitBatch {
             let header = &mut message.msg_hdr;
             header.msg_name = (&raw mut *name).cast();
             header.msg_namelen = name_len;
-            header.msg_iov = vectors.wrapping_add(3 * frame);
-            header.msg_iovlen = 3 * usize::from(run.frames);
+            header.msg_iov = vectors.wrapping_add(vector);
+            header.msg_iovlen = usize::from(run.vectors);
             if run.frames > 1 {
                 header.msg_controllen = write_segment_control(control, run.segment);
                 header.msg_control = control.0.as_mut_ptr().cast();
             }
             self.messages.push(message);
             frame += usize::from(run.frames);
+            vector += usize::from(run.vectors);
         }
         // SAFETY: `messages` has `len` valid entries; each points into `names`, `vectors` and
-        // `controls`, which are not touched until the call returns, and each vector into a frame or
-        // a payload that is borrowed for as long. The kernel only reads them.
+        // `controls`, which are not touched until the call returns, and each vector into `short`, a
+        // frame or a payload that is borrowed for as long. The kernel only reads them.
         let sent = unsafe {
             libc::sendmmsg(
                 fd,

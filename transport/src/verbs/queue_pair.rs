@@ -21,7 +21,7 @@ use crate::raw::{self, State};
 use crate::udp::path_mtu;
 
 /// READs and atomics a queue pair serves, and has under way, at once.
-const RD_ATOMIC: u8 = 8;
+const RD_ATOMIC: u8 = 16;
 /// Response packets asked for by one READ request at most, so that no READ floods its requester: with
 /// the last of the request before, two full runs of segments.
 const READ_CHUNK: u32 = 33;
@@ -196,16 +196,39 @@ impl QueuePair {
     /// # Errors
     /// [`PostRefused`] gives the memory back.
     pub fn post_send(&self, id: u64, op: SendOp, buffer: Buffer) -> Result<(), PostRefused> {
-        self.post(id, buffer, &self.sends, |state, wr_id, list| {
-            let wr = SendWr {
-                wr_id,
-                op,
-                sg_list: &[],
-                flags: SendFlags::NONE,
-                to: None,
-            };
-            self.raw.post_list(state, &wr, list)
-        })
+        self.post_sends(&mut [(id, op, buffer)].into_iter())
+    }
+
+    /// Posts several, in order, and then sends: short messages leave together.
+    ///
+    /// # Errors
+    /// [`PostRefused`] gives the memory of the first that was not taken back; those after it are still
+    /// in `list`.
+    pub fn post_sends(
+        &self,
+        list: &mut impl Iterator<Item = (u64, SendOp, Buffer)>,
+    ) -> Result<(), PostRefused> {
+        let shared = &self.device.shared;
+        let mut state = shared.lock();
+        let mut result = Ok(());
+        for (id, op, buffer) in list {
+            result = self.post(&mut state, id, buffer, &self.sends, |state, wr_id, list| {
+                let wr = SendWr {
+                    wr_id,
+                    op,
+                    sg_list: &[],
+                    flags: SendFlags::NONE,
+                    to: None,
+                };
+                self.raw.post_list(state, &wr, list)
+            });
+            if result.is_err() {
+                break;
+            }
+        }
+        state.collect(self.id);
+        shared.send_posted(&mut state);
+        result
     }
 
     /// Posts to the receive queue.
@@ -213,14 +236,41 @@ impl QueuePair {
     /// # Errors
     /// [`PostRefused`] gives the memory back.
     pub fn post_recv(&self, id: u64, buffer: Buffer) -> Result<(), PostRefused> {
-        self.post(id, buffer, &self.recvs, |state, wr_id, local| {
-            let wr_id = WrId(wr_id);
-            self.raw.post_receive(state, RecvWr { wr_id, local })
-        })
+        self.post_recvs(&mut [(id, buffer)].into_iter())
+    }
+
+    /// Posts several, in order.
+    ///
+    /// # Errors
+    /// As of [`post_sends`](Self::post_sends).
+    pub fn post_recvs(
+        &self,
+        list: &mut impl Iterator<Item = (u64, Buffer)>,
+    ) -> Result<(), PostRefused> {
+        let mut state = self.device.shared.lock();
+        let mut result = Ok(());
+        for (id, buffer) in list {
+            result = self.post(
+                &mut state,
+                id,
+                buffer,
+                &self.recvs,
+                |state, wr_id, local| {
+                    let wr_id = WrId(wr_id);
+                    self.raw.post_receive(state, RecvWr { wr_id, local })
+                },
+            );
+            if result.is_err() {
+                break;
+            }
+        }
+        state.collect(self.id);
+        result
     }
 
     fn post(
         &self,
+        state: &mut State,
         id: u64,
         buffer: Buffer,
         queue: &Queue,
@@ -248,16 +298,13 @@ impl QueuePair {
         let (Ok(list), true) = (SgList::new(sge.as_slice()), is_ours) else {
             return refuse(PostError::Invalid, buffer);
         };
-        let mut state = shared.lock();
         if queue.is_full() {
-            drop(state);
             return refuse(PostError::QueueFull, buffer);
         }
         let of = queue.outstanding.clone();
         let name = queue.cq.0.posts().add(Post { id, slot, of });
-        if let Err(error) = post(&mut state, name, list) {
+        if let Err(error) = post(state, name, list) {
             queue.cq.0.posts().take(name);
-            drop(state);
             return refuse(post_error(error), buffer);
         }
         if let Buffer::Slot(mut slot, _) = buffer {
@@ -265,9 +312,6 @@ impl QueuePair {
             let bytes = slot.bytes.take().unwrap_or_default();
             state.device.memory.attach(slot.key, bytes);
         }
-        state.collect(self.id);
-        state.transmit();
-        shared.note_deadline(&mut state);
         Ok(())
     }
 }

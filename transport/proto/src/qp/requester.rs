@@ -36,6 +36,8 @@ use crate::wire::{Extension, Kind, NakCode, Packet, Psn, Syndrome};
 pub const WINDOW: u32 = 128;
 /// Packets after which an ACK is asked for in the middle of a message.
 const ACK_REQ_INTERVAL: u32 = 32;
+/// A timeout noticed later than this part of its interval says more about us than about the peer.
+const LATE: u64 = 4;
 /// Retry counts of this value are never decremented.
 const RETRY_FOREVER: u8 = 7;
 
@@ -82,6 +84,8 @@ pub(super) struct Requester {
     went_back_at: Option<u64>,
     retries_left: u8,
     rnr_left: u8,
+    /// A timeout that was noticed late has spent no retry; the next one does.
+    is_excused: bool,
     probe_due: bool,
     /// The packet that the last probe repeated, until something is acknowledged.
     probed: Option<u64>,
@@ -115,6 +119,7 @@ impl Requester {
             went_back_at: None,
             retries_left: 0,
             rnr_left: 0,
+            is_excused: false,
             probe_due: false,
             probed: None,
             round_trip: RoundTrip::new(),
@@ -156,6 +161,17 @@ impl Requester {
                 && self.in_flight() < WINDOW
                 && !timers.is_set(Timer::RnrWait)
                 && !self.is_held_back())
+    }
+
+    /// Whether exactly one packet can be sent.
+    pub fn has_one_packet(&self, timers: &TimerTable) -> bool {
+        self.next + 1 == self.end
+            && !self.probe_due
+            && self.can_send(timers)
+            && self
+                .queue
+                .get(self.cursor)
+                .is_some_and(|wqe| !wqe.is_waiting())
     }
 
     /// The PSN of the next new packet.
@@ -352,9 +368,11 @@ impl Requester {
         &mut self,
         now: Nanos,
         timer: Timer,
+        late: Nanos,
         out: &mut Reports,
         timers: &mut TimerTable,
     ) -> Option<Failure> {
+        let interval = Nanos::from_ib_exponent(self.attr.timeout);
         match timer {
             Timer::RnrWait => None,
             Timer::Probe => {
@@ -365,7 +383,16 @@ impl Requester {
                 }
                 None
             }
+            Timer::AckTimeout if late.0 > interval.0 / LATE && !self.is_excused => {
+                // Not the peer was late but we, who were not given the processor: an answer may be
+                // on its way to a socket that nobody has read.
+                self.is_excused = true;
+                self.probe_due = self.una < self.next;
+                timers.set(Timer::AckTimeout, now + interval);
+                None
+            }
             Timer::AckTimeout => {
+                self.is_excused = false;
                 out.counters.ack_timeout += 1;
                 if self.retries_left == 0 {
                     return Some(Failure::of_packet(self.una, Status::RetryExceeded));
@@ -582,6 +609,7 @@ impl Requester {
 
     /// Something was acknowledged: counters and timers start afresh.
     fn progress(&mut self, now: Nanos, timers: &mut TimerTable) {
+        self.is_excused = false;
         self.retries_left = self.attr.retry_cnt;
         self.probed = None;
         self.probe_due = false;

@@ -139,6 +139,10 @@ impl Responder {
         !self.answers.is_empty()
     }
 
+    pub fn owes_one_ack(&self) -> bool {
+        self.answers.is_one_ack()
+    }
+
     pub fn post(&mut self, wr: RecvWr, out: &Reports) -> Result<(), PostError> {
         if self.is_shared {
             return Err(PostError::Invalid);

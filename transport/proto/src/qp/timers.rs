@@ -54,13 +54,12 @@ impl TimerTable {
         self.due.iter().flatten().min().copied()
     }
 
-    /// Stop and return one timer that is due.
-    pub fn expire(&mut self, now: Nanos) -> Option<Timer> {
-        let timer = Timer::ALL
-            .into_iter()
-            .find(|&timer| self.due[timer as usize].is_some_and(|due| due <= now))?;
-        self.stop(timer);
-        Some(timer)
+    /// Stop and return one timer that is due, and when it fell due.
+    pub fn expire(&mut self, now: Nanos) -> Option<(Timer, Nanos)> {
+        Timer::ALL.into_iter().find_map(|timer| {
+            let due = self.due[timer as usize].take_if(|due| *due <= now)?;
+            Some((timer, due))
+        })
     }
 }
 
@@ -122,8 +121,8 @@ mod tests {
         table.set(Timer::RnrWait, Nanos(20));
         assert_eq!(table.next(), Some(Nanos(10)));
         assert_eq!(table.expire(Nanos(9)), None);
-        assert_eq!(table.expire(Nanos(10)), Some(Timer::Probe));
-        assert_eq!(table.expire(Nanos(10)), None);
+        assert_eq!(table.expire(Nanos(12)), Some((Timer::Probe, Nanos(10))));
+        assert_eq!(table.expire(Nanos(12)), None);
         assert_eq!(table.next(), Some(Nanos(20)));
         table.stop_all();
         assert_eq!(table.expire(Nanos(99)), None);

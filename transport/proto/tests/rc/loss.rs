@@ -250,8 +250,7 @@ fn silence_exhausts_the_retries() {
         assert_eq!(statuses(&net.completions(0)), flushed);
         assert_eq!(net.ends[0].qp.state(), QpState::Err);
         assert_eq!(net.ends[0].qp.counters().ack_timeout, timeouts);
-        // 4.096 us * 2^14 each.
-        let expected = 67_108_864 * timeouts;
+        let expected = INTERVAL * timeouts;
         assert!(
             (expected..expected + 1_000_000).contains(&net.now.0),
             "{:?}",
@@ -259,6 +258,70 @@ fn silence_exhausts_the_retries() {
         );
         assert!(net.ends[0].qp.counters().probes > timeouts);
         assert_eq!(net.ends[0].qp.poll_timeout(), None);
+    }
+}
+
+/// 4.096 us * 2^14.
+const INTERVAL: u64 = 67_108_864;
+
+#[test]
+fn a_process_that_runs_late_spends_no_retry_the_first_time() {
+    let mut net = net(Setup {
+        retry_cnt: 1,
+        ..Setup::default()
+    });
+    send(&mut net, 1, SendOp::Send, 100);
+    assert_eq!(burst(&mut net, Nanos(1)), 1);
+    let mut expire = |at: u64| {
+        net.ends[0].qp.handle_timeout(Nanos(at));
+        let sent = burst(&mut net, Nanos(at));
+        (net.ends[0].qp.counters().ack_timeout, sent)
+    };
+    // An ACK timeout without progress, noticed more than a quarter late: all it does is ask again.
+    let late = 1 + INTERVAL + INTERVAL / 4 + 1;
+    assert_eq!(expire(late), (0, 1));
+    // Late again: that is spent, as is one that is noticed in time.
+    assert_eq!(expire(late + 2 * INTERVAL), (1, 1));
+    let started = late + 2 * INTERVAL;
+    assert_eq!(expire(started + INTERVAL), (2, 0));
+    let done = net.ends[0].qp.poll_completion();
+    assert_eq!(done.unwrap().status, Status::RetryExceeded);
+}
+
+#[test]
+fn an_answer_excuses_the_next_delay_too() {
+    let mut net = net(Setup {
+        retry_cnt: 0,
+        ..Setup::default()
+    });
+    let mut at = 1;
+    for round in 0..5 {
+        send(&mut net, round.into(), SendOp::Send, 100);
+        assert_eq!(burst(&mut net, Nanos(at)), 1);
+        at += 2 * INTERVAL;
+        net.ends[0].qp.handle_timeout(Nanos(at));
+        assert_eq!(burst(&mut net, Nanos(at)), 1, "it asks again");
+        assert_eq!(tell(&mut net, 0x1f, FIRST_PSN + round), Outcome::Accepted);
+    }
+    assert_eq!(net.ends[0].qp.counters().ack_timeout, 0);
+}
+
+/// A quarter of every interval and more is lost to others, and the peer is dead.
+#[test]
+fn a_dead_peer_is_reported_in_time_by_a_slow_process_too() {
+    for retry_cnt in 0..=6 {
+        let mut net = net(Setup {
+            retry_cnt,
+            ..Setup::default()
+        });
+        send(&mut net, 1, SendOp::Send, 100);
+        let mut now = 1;
+        while net.ends[0].qp.state() != QpState::Err {
+            burst(&mut net, Nanos(now));
+            now += INTERVAL + INTERVAL / 4 + 1;
+            net.ends[0].qp.handle_timeout(Nanos(now));
+        }
+        assert!(now <= 4 * (u64::from(retry_cnt) + 1) * INTERVAL, "{now}");
     }
 }
 

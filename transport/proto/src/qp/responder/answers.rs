@@ -105,6 +105,18 @@ impl Answers {
         self.line.is_empty()
     }
 
+    /// Whether all that waits is one ACK.
+    pub fn is_one_ack(&self) -> bool {
+        self.line.len() == 1
+            && matches!(
+                self.line.front(),
+                Some(Answer::Acknowledge {
+                    syndrome: Syndrome::ACK,
+                    ..
+                })
+            )
+    }
+
     pub fn is_full(&self) -> bool {
         self.line.len() >= self.line_max()
     }
