@@ -12,7 +12,8 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use lowtide_transport::verbs::{
-    Access, Address, Buffer, CompletionKind, Device, DeviceOptions, Qpn, SendOp, Status,
+    Access, Address, Buffer, CompletionKind, Device, DeviceOptions, Mtu, Qpn, Reliability, SendOp,
+    Status,
 };
 
 const PORT: u16 = 18515;
@@ -69,7 +70,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     if is_client {
         tell(&mut stream, &qp.address())?;
     }
-    qp.connect(&learn(&mut stream)?)?;
+    // Nobody is told the path MTU: this is the one that `ibv_rc_pingpong` takes by itself.
+    let mtu = Some(Mtu::B1024);
+    let how = Reliability {
+        mtu,
+        ..Reliability::default()
+    };
+    qp.connect_as(&learn(&mut stream)?, &how)?;
     if is_client {
         stream.write_all(b"done\0")?;
     } else {

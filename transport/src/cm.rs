@@ -46,7 +46,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lowtide_transport_proto::cm::{CommId, ConnectParams, QpOffer, ResolveParams};
-use lowtide_transport_proto::wire::Mtu;
+use lowtide_transport_proto::wire::{Mtu, Psn};
 
 pub use lowtide_transport_proto::cm::{
     CmError, REJ_PRIVATE_MAX, REP_PRIVATE_MAX, REQ_PRIVATE_MAX, SIDR_REP_PRIVATE_MAX,
@@ -57,8 +57,58 @@ pub(crate) use self::gsi::Gsi;
 pub use self::handles::{Connection, Listener, Question, Request};
 pub(crate) use self::manager::Manager;
 use self::manager::{ChannelId, ConnectingQp, Happening};
+use crate::raw::types::QpType;
+use crate::raw::{self, Context};
 use crate::udp::path_mtu;
 use crate::verbs::{Device, QpState, Qpn, QueuePair};
+
+/// A queue pair that can be connected: of the safe verbs, of the raw ones, or shared by several
+/// holders. Nobody else implements it.
+pub trait Connectable: sealed::Connectable {}
+
+mod sealed {
+    use super::{Arc, Psn, QueuePair, raw};
+
+    /// What the connection manager must know of it.
+    pub trait Connectable {
+        fn raw(&self) -> &raw::QueuePair;
+
+        /// The first PSN that it will accept.
+        fn first_psn(&self) -> Psn;
+    }
+
+    impl Connectable for QueuePair {
+        fn raw(&self) -> &raw::QueuePair {
+            self.raw()
+        }
+
+        fn first_psn(&self) -> Psn {
+            self.psn
+        }
+    }
+
+    impl Connectable for raw::QueuePair {
+        fn raw(&self) -> &raw::QueuePair {
+            self
+        }
+
+        fn first_psn(&self) -> Psn {
+            self.random_psn()
+        }
+    }
+
+    impl<Q: Connectable> Connectable for Arc<Q> {
+        fn raw(&self) -> &raw::QueuePair {
+            (**self).raw()
+        }
+
+        fn first_psn(&self) -> Psn {
+            (**self).first_psn()
+        }
+    }
+}
+
+impl<Q: sealed::Connectable> Connectable for Q {}
 
 /// Names a connection, request or question; never used twice in the life of a device, but for a
 /// wrap of 32 bits.
@@ -99,10 +149,10 @@ impl Default for ConnectOptions {
 }
 
 impl ConnectOptions {
-    fn offer(&self, qp: &QueuePair) -> QpOffer {
+    fn offer(&self, qpn: Qpn, psn: Psn) -> QpOffer {
         QpOffer {
-            qpn: qp.qpn,
-            psn: qp.psn,
+            qpn,
+            psn,
             responder_resources: self.responder_resources.min(128),
             initiator_depth: self.initiator_depth.min(128),
             rnr_retry: self.rnr_retry.min(7),
@@ -116,6 +166,8 @@ impl ConnectOptions {
 pub enum ConnectError {
     /// It is in this state, not in INIT.
     State(QpState),
+    /// It is of this type; connections are reliable.
+    Kind(QpType),
     /// It belongs to another device than the event channel.
     OtherDevice,
     /// The peer's IP family is not the device's.
@@ -133,6 +185,12 @@ impl fmt::Display for ConnectError {
             ConnectError::State(state) => {
                 write!(f, "the queue pair is in {state:?}; move it to Init first")
             }
+            ConnectError::Kind(kind) => {
+                write!(
+                    f,
+                    "a queue pair of type {kind:?}; connections are of type Rc"
+                )
+            }
             ConnectError::OtherDevice => {
                 f.write_str("the queue pair belongs to another device than the event channel")
             }
@@ -149,20 +207,20 @@ impl fmt::Display for ConnectError {
 
 /// A queue pair that was not taken.
 #[derive(Debug)]
-pub struct ConnectRefused {
+pub struct ConnectRefused<Q = QueuePair> {
     /// Why.
     pub error: ConnectError,
     /// It, as it was.
-    pub qp: QueuePair,
+    pub qp: Q,
 }
 
-impl fmt::Display for ConnectRefused {
+impl<Q> fmt::Display for ConnectRefused<Q> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.error.fmt(f)
     }
 }
 
-impl std::error::Error for ConnectRefused {}
+impl<Q: fmt::Debug> std::error::Error for ConnectRefused<Q> {}
 
 /// What has happened on an [`EventChannel`].
 #[derive(Debug)]
@@ -228,14 +286,14 @@ pub struct EventChannel(Arc<Channel>);
 
 #[derive(Debug)]
 struct Channel {
-    device: Device,
+    context: Context,
     id: ChannelId,
     readable: PipeReader,
 }
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        let shared = &self.device.shared;
+        let shared = &self.context.shared;
         let mut state = shared.lock();
         let now = state.device.now();
         state.manager.remove_channel(now, self.id);
@@ -255,9 +313,17 @@ impl EventChannel {
     /// # Errors
     /// When the process has no file descriptors left.
     pub fn new(device: &Device) -> io::Result<EventChannel> {
-        let (id, readable) = device.shared.lock().manager.add_channel()?;
+        EventChannel::on(device.context())
+    }
+
+    /// The same for raw verbs.
+    ///
+    /// # Errors
+    /// When the process has no file descriptors left.
+    pub fn on(context: &Context) -> io::Result<EventChannel> {
+        let (id, readable) = context.shared.lock().manager.add_channel()?;
         Ok(EventChannel(Arc::new(Channel {
-            device: device.clone(),
+            context: context.clone(),
             id,
             readable,
         })))
@@ -265,7 +331,7 @@ impl EventChannel {
 
     /// The next event, if there is one.
     pub fn poll(&self) -> Option<Event> {
-        let shared = &self.0.device.shared;
+        let shared = &self.0.context.shared;
         let mut state = shared.lock();
         if !state.manager.has_event(self.0.id) {
             shared.drive(&mut state);
@@ -284,7 +350,7 @@ impl EventChannel {
             }
             let id = self.0.id;
             let has_event = |state: &crate::verbs::State| state.manager.has_event(id);
-            if !self.0.device.shared.sleep_until(deadline, has_event) {
+            if !self.0.context.shared.sleep_until(deadline, has_event) {
                 return self.poll();
             }
         }
@@ -307,7 +373,7 @@ impl EventChannel {
     }
 
     fn listen_as(&self, service: ServiceId, is_datagram: bool) -> io::Result<Listener> {
-        let mut state = self.0.device.shared.lock();
+        let mut state = self.0.context.shared.lock();
         if !state.manager.listen(self.0.id, service, is_datagram) {
             let taken = format!("service {:#x} is listened on already", service.0);
             return Err(io::Error::new(io::ErrorKind::AddrInUse, taken));
@@ -323,30 +389,32 @@ impl EventChannel {
     ///
     /// # Errors
     /// [`ConnectRefused`] gives the queue pair back.
-    pub fn connect(
+    pub fn connect<Q: Connectable>(
         &self,
         to: SocketAddr,
         service: ServiceId,
-        qp: QueuePair,
+        qp: Q,
         options: &ConnectOptions,
-    ) -> Result<Connection, ConnectRefused> {
-        let device = &self.0.device;
-        let mtu = link_mtu(device, to);
-        let mut state = device.shared.lock();
-        if let Some(error) = self.obstacle(&mut state, &qp, to) {
+    ) -> Result<Connection<Q>, ConnectRefused<Q>> {
+        let shared = &self.0.context.shared;
+        let mtu = link_mtu(self.0.context.local_addr(), to);
+        let psn = qp.first_psn();
+        let mut state = shared.lock();
+        if let Some(error) = self.obstacle(&mut state, qp.raw(), to) {
             return Err(ConnectRefused { error, qp });
         }
         let connecting = ConnectingQp {
             mtu,
             timeout: options.ack_timeout.min(31),
             retry_count: options.retry_count.min(7),
-            ..connecting(&qp, to, options)
+            ..connecting(qp.raw(), psn, to, options)
         };
+        let qpn = qp.raw().qpn();
         let params = ConnectParams {
             to,
             service,
-            source_port: source_port(&qp),
-            qp: options.offer(&qp),
+            source_port: source_port(qpn),
+            qp: options.offer(qpn, psn),
             mtu,
             retry_count: connecting.retry_count,
             ack_timeout: connecting.timeout,
@@ -355,7 +423,7 @@ impl EventChannel {
         let now = state.device.now();
         match state.manager.connect(now, self.0.id, connecting, &params) {
             Ok(id) => {
-                device.shared.drive(&mut state);
+                shared.drive(&mut state);
                 drop(state);
                 Ok(self.connection(id, qp))
             }
@@ -383,7 +451,7 @@ impl EventChannel {
             source_port: 0xC000,
             private_data,
         };
-        let shared = &self.0.device.shared;
+        let shared = &self.0.context.shared;
         let mut state = shared.lock();
         let now = state.device.now();
         let id = state.manager.resolve(now, self.0.id, &params)?;
@@ -391,7 +459,7 @@ impl EventChannel {
         Ok(ConnectionId(id))
     }
 
-    fn connection(&self, id: CommId, qp: QueuePair) -> Connection {
+    fn connection<Q>(&self, id: CommId, qp: Q) -> Connection<Q> {
         Connection {
             channel: self.clone(),
             id,
@@ -403,16 +471,20 @@ impl EventChannel {
     fn obstacle(
         &self,
         state: &mut crate::verbs::State,
-        qp: &QueuePair,
+        qp: &raw::QueuePair,
         peer: SocketAddr,
     ) -> Option<ConnectError> {
-        if !Arc::ptr_eq(&qp.device.shared, &self.0.device.shared) {
+        if !Arc::ptr_eq(&qp.context().shared, &self.0.context.shared) {
             return Some(ConnectError::OtherDevice);
+        }
+        let kind = qp.init_attr().kind;
+        if kind != QpType::Rc {
+            return Some(ConnectError::Kind(kind));
         }
         if state.device.local_addr().is_ipv4() != peer.is_ipv4() {
             return Some(ConnectError::Family);
         }
-        let is_in = state.device.qp(qp.id)?.state();
+        let is_in = state.device.qp(qp.id())?.state();
         (is_in != QpState::Init).then_some(ConnectError::State(is_in))
     }
 
@@ -459,10 +531,15 @@ impl EventChannel {
     }
 }
 
-fn connecting(qp: &QueuePair, peer: SocketAddr, options: &ConnectOptions) -> ConnectingQp {
+fn connecting(
+    qp: &raw::QueuePair,
+    psn: Psn,
+    peer: SocketAddr,
+    options: &ConnectOptions,
+) -> ConnectingQp {
     ConnectingQp {
-        id: qp.id,
-        psn: qp.psn,
+        id: qp.id(),
+        psn,
         mtu: Mtu::B256,
         peer,
         timeout: 0,
@@ -472,13 +549,13 @@ fn connecting(qp: &QueuePair, peer: SocketAddr, options: &ConnectOptions) -> Con
     }
 }
 
-/// The largest MTU that the link to `peer` carries.
-fn link_mtu(device: &Device, peer: SocketAddr) -> Mtu {
-    let link = path_mtu(device.local_addr(), peer).unwrap_or(1500);
+/// The largest MTU that the link from `local` to `peer` carries.
+fn link_mtu(local: SocketAddr, peer: SocketAddr) -> Mtu {
+    let link = path_mtu(local, peer).unwrap_or(1500);
     Mtu::for_link(link).unwrap_or(Mtu::B256)
 }
 
 /// A port of the client in the service's port space, of the range for such ports.
-fn source_port(qp: &QueuePair) -> u16 {
-    0xC000 | qp.qpn.value() as u16 & 0x3FFF
+fn source_port(qpn: Qpn) -> u16 {
+    0xC000 | qpn.value() as u16 & 0x3FFF
 }

@@ -9,8 +9,8 @@
 //! Invariants:
 //! * a datagram changes nothing before its ICRC is known good and its source is the queue pair's
 //!   peer; everything else is counted and dropped;
-//! * a queue pair number names one queue pair for as long as the device lives, but for a wrap of
-//!   eight bits, and numbers start at random, so a restarted peer's packets find nobody;
+//! * numbers of queue pairs are drawn, 24 bits, so nobody guesses one, and late packets for one that is
+//!   gone find nobody, but for one chance in as many;
 //! * payload is staged by reference and sent before the next packet is handled, so no slot changes
 //!   its owner in between.
 //!
@@ -22,6 +22,8 @@ mod budget;
 mod counters;
 mod datagram;
 mod host;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod hostile;
 mod identity;
 mod input;
 mod output;
@@ -58,6 +60,7 @@ use self::timers::Timers;
 use crate::faults::{FaultInjector, Faults};
 use crate::host::{Hosts, QpEntry, SameHost};
 use crate::memory::Memory;
+use crate::names::{Names, Random};
 use crate::pcap::Capture;
 use crate::udp::{Frame, Socket, SocketOptions, TransmitBatch};
 
@@ -171,7 +174,9 @@ pub(crate) struct Device {
     later: Vec<u32>,
     timers: Timers,
     counters: Counters,
-    salt: u32,
+    /// From numbers of queue pairs to slots.
+    qpns: Names,
+    random: Random,
     /// Queue pairs of which something was finished outside of `handle` and `expire`; their
     /// completions want to be polled.
     finished: VecDeque<QpId>,
@@ -192,10 +197,10 @@ impl Device {
         address: SocketAddr,
         options: &DeviceOptions,
         peers: Peers,
-        salt: u32,
+        random: impl Fn() -> Random,
     ) -> io::Result<Device> {
         let socket = Socket::bind(address, &options.socket)?;
-        let (hosts, exports) = host::open(socket.local_addr(), options, salt)?;
+        let (hosts, exports) = host::open(socket.local_addr(), options, random().draw())?;
         Ok(Device {
             origin: Instant::now(),
             socket,
@@ -203,7 +208,7 @@ impl Device {
             scratch: Vec::new(),
             scratch_used: 0,
             overtaken: None,
-            memory: Memory::shown_by(exports),
+            memory: Memory::shown_by(exports, random()),
             faults: FaultInjector::new(&options.faults),
             capture: options
                 .capture
@@ -220,7 +225,8 @@ impl Device {
             later: Vec::new(),
             timers: Timers::default(),
             counters: Counters::default(),
-            salt,
+            qpns: Names::default(),
+            random: random(),
             finished: VecDeque::new(),
             srqs: Vec::new(),
             addresses: Vec::new(),
@@ -308,9 +314,9 @@ impl Device {
                 self.slots.len() as u32 - 1
             }
         };
-        self.salt = self.salt.wrapping_add(1);
+        let admits = |qpn| (QPN_FIRST..Qpn::MULTICAST.value()).contains(&qpn);
+        let qpn = Qpn::new(self.qpns.insert(index, &mut self.random, admits));
         let slot = &mut self.slots[index as usize];
-        let qpn = Qpn::new(self.salt << 16 | (QPN_FIRST + index));
         slot.qpn = qpn;
         slot.machine = Some(match kind {
             Kind::Connected(kind) => Machine::Connected(QueuePair::new(kind, qpn, caps)),
@@ -408,6 +414,7 @@ impl Device {
         let Some(machine) = slot.machine.take() else {
             return;
         };
+        self.qpns.remove(slot.qpn.value());
         add_counters(&mut self.counters, machine.counters());
         self.show(id.0);
         self.clear_peer(id);

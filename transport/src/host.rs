@@ -521,12 +521,12 @@ impl Direct<'_> {
     /// it can be reached.
     pub(crate) fn find(
         &self,
-        (qpn, index): (u32, usize),
+        qpn: u32,
         key: Key,
         (va, len): (u64, usize),
         wish: Wish,
     ) -> Option<Theirs<'_>> {
-        let domain = grants(self.table, qpn, index, wish)?;
+        let domain = grants(self.table, qpn, wish)?;
         let found = find(self.table, key, domain, (va, len), wish)?;
         if found.is_slab
             && let Some(slab) = self.outlet.slabs.get(&key.0)

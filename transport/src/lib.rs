@@ -34,11 +34,15 @@
 pub mod cm;
 mod device;
 pub mod faults;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod host;
 #[allow(unsafe_code)] // calls into libibverbs
 pub mod ibv;
 pub mod memory;
 pub mod message;
+mod names;
 pub mod pcap;
 pub mod provider;
 #[allow(unsafe_code)] // its contract is about memory of the caller

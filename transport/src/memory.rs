@@ -40,12 +40,13 @@ use lowtide_transport_proto::qp::AtomicOp;
 
 use self::foreign::Bounce;
 pub use self::foreign::Foreign;
-use self::lent::LentTable;
+use self::lent::{LENT_KEY_END, LentTable};
 pub use self::lent::{LENT_KEY_MIN, Lent, Piece};
 pub use self::shared::SharedMemory;
 use self::window::Window;
 pub use self::window::{WindowKind, WindowPlace};
 use crate::host::Exports;
+use crate::names::{Names, Random};
 
 /// Rights of a region. A private region has none of the remote ones.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -99,22 +100,14 @@ impl Access {
     }
 }
 
-/// Key of a region: 24 bits of index, 8 of generation. Local and remote key are the same number.
+/// Key of a region, random in all bits. Local and remote key are the same number. The low eight bits
+/// are a window's owner's to choose; the others name the region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key(pub u32);
 
 impl Key {
-    /// Index of the region it names, if it names one.
-    pub fn region(self) -> u32 {
+    fn name(self) -> u32 {
         self.0 >> 8
-    }
-
-    fn index(self) -> usize {
-        (self.0 >> 8) as usize
-    }
-
-    fn generation(self) -> u8 {
-        self.0 as u8
     }
 }
 
@@ -165,7 +158,7 @@ pub enum Region {
 #[derive(Debug)]
 struct Entry {
     region: Option<Region>,
-    generation: u8,
+    key: Key,
     domain: u32,
     access: Access,
     /// The address of the first byte, as work requests and peers name it.
@@ -179,6 +172,9 @@ struct Entry {
 pub struct Memory {
     entries: Vec<Entry>,
     free: Vec<u32>,
+    /// From keys to entries.
+    names: Names,
+    random: Random,
     lent: LentTable,
     /// Made with the first foreign region.
     bounce: Option<Bounce>,
@@ -189,6 +185,14 @@ pub struct Memory {
 impl Memory {
     /// Regions a device may have.
     pub const REGIONS_MAX: usize = 1 << 20;
+
+    /// No region yet; keys are drawn from `random`.
+    pub(crate) fn new(random: Random) -> Memory {
+        Memory {
+            random,
+            ..Memory::default()
+        }
+    }
 
     /// Registers private memory of `len` zero bytes; none when the table is full.
     pub fn register_private(&mut self, domain: u32, len: usize) -> Option<Key> {
@@ -215,8 +219,9 @@ impl Memory {
         access: Access,
     ) -> Option<Key> {
         let key = self.register(domain, Region::Shared(memory), access)?;
-        self.entries[key.index()].base = base;
-        self.show(key);
+        let index = self.index(key)?;
+        self.entries[index].base = base;
+        self.show(key, index);
         Some(key)
     }
 
@@ -226,10 +231,9 @@ impl Memory {
             Some(index) => index,
             None if self.entries.len() >= Self::REGIONS_MAX => return None,
             None => {
-                let generation = 0;
                 self.entries.push(Entry {
                     region: None,
-                    generation,
+                    key: Key(0),
                     domain,
                     access,
                     base: 0,
@@ -238,38 +242,56 @@ impl Memory {
                 self.entries.len() as u32 - 1
             }
         };
-        let entry = &mut self.entries[index as usize];
-        *entry = Entry {
+        let low = self.random.draw() as u32 & 0xFF;
+        let lent = &self.lent;
+        // 0 is what forgetful programs say; the last few numbers have meanings of their own.
+        let admits =
+            |name| (1..LENT_KEY_END >> 8).contains(&name) && !lent.has(Key(name << 8 | low));
+        let name = self.names.insert(index, &mut self.random, admits);
+        let key = Key(name << 8 | low);
+        self.entries[index as usize] = Entry {
             region: Some(region),
-            generation: entry.generation.wrapping_add(1),
+            key,
             domain,
             access,
             base: 0,
             windows: 0,
         };
-        Some(Key(index << 8 | u32::from(entry.generation)))
+        Some(key)
+    }
+
+    /// The place of a key that was given out and not taken back.
+    fn index(&self, key: Key) -> Option<usize> {
+        let index = self.names.find(key.name())? as usize;
+        (self.entries[index].key == key).then_some(index)
+    }
+
+    /// Forgets a key.
+    fn release(&mut self, index: usize) {
+        self.names.remove(self.entries[index].key.name());
+        self.free.push(index as u32);
     }
 
     /// Makes a key for private memory that is elsewhere for now; none when the table is full.
     pub fn reserve(&mut self, domain: u32) -> Option<Key> {
         let key = self.register(domain, Region::Private(Box::default()), Access::LOCAL)?;
-        self.entries[key.index()].region = None;
+        let index = self.index(key)?;
+        self.entries[index].region = None;
         Some(key)
     }
 
     /// Puts private memory behind a key made by `reserve`.
     pub fn attach(&mut self, key: Key, bytes: Box<[u8]>) {
-        let entry = &mut self.entries[key.index()];
-        assert!(entry.generation == key.generation() && entry.region.is_none());
+        let index = self.index(key).expect("a reserved key");
+        let entry = &mut self.entries[index];
+        assert!(entry.region.is_none());
         entry.region = Some(Region::Private(bytes));
     }
 
     /// Takes private memory from behind a key made by `reserve`; the key stays reserved.
     pub fn detach(&mut self, key: Key) -> Option<Box<[u8]>> {
-        let entry = self.entries.get_mut(key.index())?;
-        if entry.generation != key.generation() {
-            return None;
-        }
+        let index = self.index(key)?;
+        let entry = &mut self.entries[index];
         match entry.region.take()? {
             Region::Private(bytes) => Some(bytes),
             shared => {
@@ -281,13 +303,9 @@ impl Memory {
 
     /// Gives a reserved key up; whatever is behind it goes too.
     pub fn unreserve(&mut self, key: Key) {
-        if let Some(entry) = self.entries.get_mut(key.index())
-            && entry.generation == key.generation()
-        {
-            entry.region = None;
-            // No later reservation has this generation.
-            entry.generation = entry.generation.wrapping_add(1);
-            self.free.push(key.index() as u32);
+        if let Some(index) = self.index(key) {
+            self.entries[index].region = None;
+            self.release(index);
         }
     }
 
@@ -302,6 +320,9 @@ impl Memory {
     /// # Errors
     /// The bytes again, if that is no key for a loan or is taken.
     pub fn lend(&mut self, domain: u32, key: Key, lent: Lent) -> Result<(), Lent> {
+        if self.names.find(key.name()).is_some() {
+            return Err(lent);
+        }
         self.lent.insert(domain, key, lent)
     }
 
@@ -326,9 +347,11 @@ impl Memory {
             self.bounce = Some(Bounce::new()?);
         }
         let key = self.register(domain, Region::Foreign(foreign), access);
-        if let Some(key) = key {
-            self.entries[key.index()].base = base;
-            self.show(key);
+        if let Some(key) = key
+            && let Some(index) = self.index(key)
+        {
+            self.entries[index].base = base;
+            self.show(key, index);
         }
         Ok(key)
     }
@@ -338,7 +361,7 @@ impl Memory {
     /// # Errors
     /// As [`check`](Self::check); private memory is not the peer's to deregister.
     pub fn invalidate(&mut self, domain: u32, qp: u32, key: Key) -> Result<(), AccessError> {
-        let entry = self.entry(domain, key)?;
+        let (_, entry) = self.entry(domain, key)?;
         match entry.region {
             Some(Region::Window(_)) => self.unbind(qp, key),
             Some(Region::Shared(_)) if entry.access.is_remote() => self
@@ -349,14 +372,14 @@ impl Memory {
         }
     }
 
-    /// The live entry of a key.
-    fn entry(&self, domain: u32, key: Key) -> Result<&Entry, AccessError> {
-        let entry = self.entries.get(key.index());
-        let entry = entry
-            .filter(|entry| entry.region.is_some() && entry.generation == key.generation())
-            .ok_or(AccessError::UnknownKey)?;
-        if entry.domain == domain {
-            Ok(entry)
+    /// The live entry of a key, and its place.
+    fn entry(&self, domain: u32, key: Key) -> Result<(u32, &Entry), AccessError> {
+        let index = self.index(key).ok_or(AccessError::UnknownKey)?;
+        let entry = &self.entries[index];
+        if entry.region.is_none() {
+            Err(AccessError::UnknownKey)
+        } else if entry.domain == domain {
+            Ok((index as u32, entry))
         } else {
             Err(AccessError::WrongDomain)
         }
@@ -364,7 +387,7 @@ impl Memory {
 
     /// Whether the peer of queue pair `qp` may FLUSH the region or window of this key.
     pub fn grants_flush(&self, domain: u32, qp: u32, key: Key) -> bool {
-        let Ok(entry) = self.entry(domain, key) else {
+        let Ok((_, entry)) = self.entry(domain, key) else {
             return false;
         };
         entry.access.flush_global
@@ -376,12 +399,9 @@ impl Memory {
 
     /// Takes a region out of service; its key is worthless from now on.
     pub fn deregister(&mut self, key: Key) -> Option<Region> {
-        let entry = self.entries.get_mut(key.index())?;
-        if entry.generation != key.generation() {
-            return None;
-        }
-        let region = entry.region.take()?;
-        self.free.push(key.index() as u32);
+        let index = self.index(key)?;
+        let region = self.entries[index].region.take()?;
+        self.release(index);
         if let Some(exports) = &mut self.exports {
             exports.withdraw(key);
         }
@@ -428,19 +448,21 @@ impl Memory {
         len: u32,
         wanted: Access,
     ) -> Result<Span, AccessError> {
-        if key.0 >= LENT_KEY_MIN {
-            return self.lent.check(domain, key, va, len, wanted);
-        }
-        let entry = self.entry(domain, key)?;
+        let (index, entry) = match self.entry(domain, key) {
+            Err(AccessError::UnknownKey) if key.0 >= LENT_KEY_MIN => {
+                return self.lent.check(domain, key, va, len, wanted);
+            }
+            found => found?,
+        };
         let (region, start, size) = match entry.region.as_ref() {
             None => return Err(AccessError::UnknownKey),
             Some(Region::Window(window)) => {
                 let place = window.place(peer_of).ok_or(AccessError::UnknownKey)?;
                 // Its region may have been deregistered, and another may have its index.
-                self.entry(domain, place.region)?;
-                (place.region.region(), place.offset, place.len)
+                let (region, _) = self.entry(domain, place.region)?;
+                (region, place.offset, place.len)
             }
-            Some(region) => (key.region(), 0, region.len() as u64),
+            Some(region) => (index, 0, region.len() as u64),
         };
         if !entry.access.allows(wanted) {
             return Err(AccessError::NoRight);
@@ -472,8 +494,9 @@ impl Memory {
     }
 
     /// The bytes of a private region, to fill; none for any other.
-    pub fn private_mut(&mut self, region: u32) -> Option<&mut [u8]> {
-        match self.entries.get_mut(region as usize)?.region.as_mut()? {
+    pub fn private_mut(&mut self, key: Key) -> Option<&mut [u8]> {
+        let index = self.index(key)?;
+        match self.entries[index].region.as_mut()? {
             Region::Private(bytes) => Some(bytes),
             _ => None,
         }
@@ -586,7 +609,7 @@ mod tests {
         assert!(memory.deregister(first).is_some());
         assert!(memory.deregister(first).is_none());
         let second = memory.register_private(1, 100).unwrap();
-        assert_eq!(first.index(), second.index());
+        assert_ne!(first, second);
         let check = |key| memory.check(1, key, 0, 1, Access::LOCAL);
         assert_eq!(check(first), Err(AccessError::UnknownKey));
         assert!(check(second).is_ok());
@@ -640,7 +663,7 @@ mod tests {
             memory.invalidate(4, 0, shared),
             Err(AccessError::WrongDomain)
         );
-        assert!(memory.private_mut(private.region()).is_some());
+        assert!(memory.private_mut(private).is_some());
         assert_eq!(memory.invalidate(3, 0, shared), Ok(()));
         assert_eq!(
             memory.invalidate(3, 0, shared),

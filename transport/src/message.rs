@@ -251,8 +251,8 @@ impl std::error::Error for SendError {}
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum BindError {
-    /// Another process, or the kernel's own soft-RoCE, has this address and port.
-    AddrInUse(SocketAddr),
+    /// Another process, or the kernel's own soft-RoCE, has the address and port: the words say who.
+    AddrInUse(io::Error),
     /// The configuration contradicts itself.
     Config(&'static str),
     /// The operating system refused.
@@ -262,11 +262,7 @@ pub enum BindError {
 impl fmt::Display for BindError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            BindError::AddrInUse(addr) => write!(
-                f,
-                "UDP {addr} is in use: another process or the kernel's rdma_rxe has it; stop it \
-                 (see `ss -ulpn`, `rdma link`) or choose another port for all nodes"
-            ),
+            BindError::AddrInUse(error) => error.fmt(f),
             BindError::Config(what) => f.write_str(what),
             BindError::Io(addr, error) => write!(f, "cannot bind UDP {addr}: {error}"),
         }

@@ -20,6 +20,7 @@
 //! `net/ipv4/udp_offload.c`.
 
 mod receive;
+mod taken;
 mod transmit;
 
 use std::io;
@@ -119,7 +120,7 @@ impl Socket {
                 let discover = libc::IP_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discover)?;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
-                raw.set_multicast_if_v4(v4.ip())?;
+                where_known(raw.set_multicast_if_v4(v4.ip()))?;
             }
             SocketAddr::V6(v6) => {
                 raw.set_only_v6(true)?;
@@ -131,14 +132,18 @@ impl Socket {
                 set_option(fd, libc::SOL_UDP, libc::UDP_NO_CHECK6_RX, 1)?;
             }
         }
-        set_option(fd, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)?;
+        where_known(set_option(fd, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1))?;
         // A kernel without the offloads only makes us slower.
         let is_segmenting =
             options.offload && set_option(fd, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok();
         if options.offload {
             let _ = set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1);
         }
-        raw.bind(&SockAddr::from(local))?;
+        raw.bind(&SockAddr::from(local))
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::AddrInUse => taken::Taken::error(local),
+                _ => error,
+            })?;
         let receive_buffer_bytes = raw.recv_buffer_size()?;
         let socket = UdpSocket::from(raw);
         let local = socket.local_addr()?;
@@ -437,6 +442,15 @@ fn set_option(fd: RawFd, level: i32, name: i32, value: i32) -> io::Result<()> {
     }
 }
 
+/// Passes an option by that only kernels know: emulators and sandboxes run without it, with a
+/// counter that stays 0, or multicast on the default route's interface.
+fn where_known(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
+        result => result,
+    }
+}
+
 fn force_buffer(fd: RawFd, name: i32, bytes: usize) -> io::Result<()> {
     set_option(
         fd,
@@ -620,5 +634,8 @@ mod tests {
         let (first, _) = pair(30, &options);
         let taken = Socket::bind(first.local_addr(), &options).unwrap_err();
         assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+        let words = taken.to_string();
+        assert!(words.contains(&first.local_addr().to_string()), "{words}");
+        assert!(words.contains("another device of this process"), "{words}");
     }
 }

@@ -44,6 +44,7 @@ pub use crate::faults::Faults;
 pub use crate::host::SameHost;
 pub use crate::memory::Access;
 use crate::memory::{Key, SharedMemory};
+pub use crate::raw::CompletionChannel;
 use crate::raw::types::{Error, QpCap, QpInitAttr, QpType};
 use crate::raw::{self, Context, Queues};
 pub(crate) use crate::raw::{Shared, State};
@@ -90,8 +91,26 @@ impl Device {
 
     /// A completion queue for at most `depth` completions, or 2^22 if that is less.
     pub fn completion_queue(&self, depth: u32) -> CompletionQueue {
+        self.completion_queue_on(depth, None)
+    }
+
+    /// A file descriptor that tells of completion queues, for epoll and for async runtimes.
+    ///
+    /// # Errors
+    /// When the process has no file descriptors left.
+    pub fn completion_channel(&self) -> io::Result<CompletionChannel> {
+        Ok(self.context.completion_channel()?)
+    }
+
+    /// A completion queue that tells `channel`, each time that it was
+    /// [asked to](CompletionQueue::request_notification).
+    pub fn completion_queue_on(
+        &self,
+        depth: u32,
+        channel: Option<&CompletionChannel>,
+    ) -> CompletionQueue {
         let depth = depth.min(raw::CQE_MAX);
-        let raw = self.context.completion_queue(depth.max(1), None);
+        let raw = self.context.completion_queue(depth.max(1), channel);
         CompletionQueue(Arc::new(CqHandle {
             device: self.clone(),
             raw: raw.expect("its depth is one that the device has"),
@@ -539,6 +558,12 @@ impl CompletionQueue {
                 device: handle.device.clone(),
             }),
         })
+    }
+
+    /// Has the next completion told to the queue's channel, once. What is there already is not told:
+    /// poll once more afterwards.
+    pub fn request_notification(&self) {
+        self.0.raw.request_notification(false);
     }
 
     /// The next completion, asleep until it comes or `timeout` is over.

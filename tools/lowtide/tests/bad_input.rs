@@ -208,7 +208,8 @@ fn a_taken_address_is_named() {
     check(&output, 3);
     let said = stderr(&output);
     assert!(said.contains(&address.to_string()), "{said}");
-    assert!(said.contains("in use"), "{said}");
+    let by = format!("in use by process {} (", std::process::id());
+    assert!(said.contains(&by), "{said}");
 }
 
 #[test]

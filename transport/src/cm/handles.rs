@@ -6,8 +6,8 @@ use lowtide_transport_proto::cm::{CommId, ConnectRequest, Inquiry, sidr_status};
 
 use super::manager::ConnectingQp;
 use super::{
-    ConnectError, ConnectOptions, ConnectRefused, ConnectionId, EventChannel, REJ_PRIVATE_MAX,
-    SIDR_REP_PRIVATE_MAX, ServiceId, connecting, link_mtu, reason,
+    ConnectError, ConnectOptions, ConnectRefused, Connectable, ConnectionId, EventChannel,
+    REJ_PRIVATE_MAX, SIDR_REP_PRIVATE_MAX, ServiceId, connecting, link_mtu, reason,
 };
 #[cfg(doc)]
 use super::{Event, REQ_PRIVATE_MAX, SIDR_REQ_PRIVATE_MAX};
@@ -29,7 +29,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let mut state = self.channel.0.device.shared.lock();
+        let mut state = self.channel.0.context.shared.lock();
         state.manager.unlisten(self.service);
     }
 }
@@ -86,34 +86,35 @@ impl Request {
     ///
     /// # Errors
     /// [`ConnectRefused`] gives the queue pair back; the request is rejected.
-    pub fn accept(
+    pub fn accept<Q: Connectable>(
         mut self,
-        qp: QueuePair,
+        qp: Q,
         options: &ConnectOptions,
-    ) -> Result<Connection, ConnectRefused> {
-        let device = self.channel.0.device.clone();
+    ) -> Result<Connection<Q>, ConnectRefused<Q>> {
+        let context = self.channel.0.context.clone();
         let asked = self.asked().clone();
-        if asked.mtu > link_mtu(&device, asked.from) {
+        if asked.mtu > link_mtu(context.local_addr(), asked.from) {
             self.refuse(reason::INVALID_MTU, &[]);
             let error = ConnectError::Mtu;
             return Err(ConnectRefused { error, qp });
         }
-        let mut state = device.shared.lock();
-        if let Some(error) = self.channel.obstacle(&mut state, &qp, asked.from) {
+        let psn = qp.first_psn();
+        let mut state = context.shared.lock();
+        if let Some(error) = self.channel.obstacle(&mut state, qp.raw(), asked.from) {
             return Err(ConnectRefused { error, qp });
         }
         let connecting = ConnectingQp {
             mtu: asked.mtu,
             timeout: asked.ack_timeout,
             retry_count: asked.retry_count,
-            ..connecting(&qp, asked.from, options)
+            ..connecting(qp.raw(), psn, asked.from, options)
         };
         let state_of = &mut *state;
         let accepted = state_of.manager.accept(
             &mut state_of.device,
             self.id,
             connecting,
-            options.offer(&qp),
+            options.offer(qp.raw().qpn(), psn),
             (asked.qp, asked.ca_guid),
             &options.private_data,
         );
@@ -122,7 +123,7 @@ impl Request {
             return Err(ConnectRefused { error, qp });
         }
         self.request = None;
-        device.shared.drive(&mut state);
+        context.shared.drive(&mut state);
         drop(state);
         Ok(self.channel.connection(self.id, qp))
     }
@@ -137,7 +138,7 @@ impl Request {
         if self.request.take().is_none() {
             return;
         }
-        let shared = &self.channel.0.device.shared;
+        let shared = &self.channel.0.context.shared;
         let private_data = &private_data[..private_data.len().min(REJ_PRIVATE_MAX)];
         let mut state = shared.lock();
         let now = state.device.now();
@@ -155,28 +156,28 @@ impl Drop for Request {
 
 /// A queue pair on its way to a peer, connected, or on its way back. Dropping it disconnects.
 #[derive(Debug)]
-pub struct Connection {
+pub struct Connection<Q = QueuePair> {
     pub(super) channel: EventChannel,
     pub(super) id: CommId,
     /// None only when it has been taken back.
-    pub(super) qp: Option<QueuePair>,
+    pub(super) qp: Option<Q>,
 }
 
-impl Connection {
+impl<Q> Connection<Q> {
     /// Its name in events.
     pub fn id(&self) -> ConnectionId {
         ConnectionId(self.id)
     }
 
     /// Its queue pair.
-    pub fn queue_pair(&self) -> &QueuePair {
+    pub fn queue_pair(&self) -> &Q {
         self.qp.as_ref().expect("it is only taken with the handle")
     }
 
     /// Ends it, or withdraws the request; its queue pair goes to ERR at once.
     /// [`Event::Disconnected`] follows.
     pub fn disconnect(&self) {
-        let shared = &self.channel.0.device.shared;
+        let shared = &self.channel.0.context.shared;
         let mut state = shared.lock();
         let state_of = &mut *state;
         state_of.manager.disconnect(&mut state_of.device, self.id);
@@ -185,15 +186,15 @@ impl Connection {
 
     /// The queue pair, after the connection is ended if it is not yet. A rejected client's is still
     /// in INIT and may be connected again.
-    pub fn into_queue_pair(mut self) -> QueuePair {
+    pub fn into_queue_pair(mut self) -> Q {
         self.qp.take().expect("it is only taken here")
     }
 }
 
-impl Drop for Connection {
+impl<Q> Drop for Connection<Q> {
     fn drop(&mut self) {
         self.disconnect();
-        let mut state = self.channel.0.device.shared.lock();
+        let mut state = self.channel.0.context.shared.lock();
         state.manager.forget(self.id);
     }
 }
@@ -244,7 +245,7 @@ impl Question {
             return;
         }
         let private_data = &private_data[..private_data.len().min(SIDR_REP_PRIVATE_MAX)];
-        let shared = &self.channel.0.device.shared;
+        let shared = &self.channel.0.context.shared;
         let mut state = shared.lock();
         let now = state.device.now();
         // Forgotten meanwhile: nobody waits for the answer.

@@ -12,10 +12,10 @@ use lowtide_transport_proto::qp::{
     self, AtomicOp, Fragment, Lkey, QpKind, QpState, Remote, SendOp, SendWr,
 };
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{Qpn, pad_len};
+use lowtide_transport_proto::wire::pad_len;
 
 use super::output::{ACK_REQ, resolve};
-use super::{Device, DeviceOptions, Input, Machine, Peer, QPN_FIRST};
+use super::{Device, DeviceOptions, Input, Machine, Peer};
 use crate::host::{
     self, Exports, HostBatch, Hosts, Ours, QpEntry, RING_PACKETS, SameHost, Theirs, Way, Wish,
 };
@@ -47,13 +47,13 @@ pub(super) enum Act {
 pub(super) fn open(
     local: SocketAddr,
     options: &DeviceOptions,
-    salt: u32,
+    word: u64,
 ) -> io::Result<(Option<Hosts>, Option<Exports>)> {
     let needs_wire = options.faults.is_any() || options.capture.is_some();
     if options.same_host == SameHost::Udp || needs_wire {
         return Ok((None, None));
     }
-    let (hosts, exports) = Hosts::open(local, options.same_host, salt.into())?;
+    let (hosts, exports) = Hosts::open(local, options.same_host, word)?;
     Ok((Some(hosts), Some(exports)))
 }
 
@@ -160,7 +160,6 @@ impl Device {
         let slot = &mut self.slots[index as usize];
         let entry = match &slot.machine {
             Some(Machine::Connected(qp)) if takes_requests(qp.state()) => Some(QpEntry {
-                qpn: qp.qpn().value(),
                 rights: [
                     qp.access().remote_write,
                     qp.access().remote_read,
@@ -172,7 +171,7 @@ impl Device {
         };
         if slot.shown != entry {
             slot.shown = entry;
-            exports.show_qp(index as usize, entry);
+            exports.show_qp(slot.qpn.value(), entry);
         }
     }
 
@@ -242,9 +241,8 @@ impl Device {
         let Some(direct) = self.hosts.as_mut().and_then(|hosts| hosts.direct(*outlet)) else {
             return Act::Nothing;
         };
-        let place = (dest.value(), queue_pair_index(dest));
         let range = (remote.va, len);
-        let Some(theirs) = direct.find(place, Key(remote.rkey.0), range, wish) else {
+        let Some(theirs) = direct.find(dest.value(), Key(remote.rkey.0), range, wish) else {
             return Act::Nothing;
         };
         let domain = slot.domain;
@@ -293,10 +291,6 @@ fn takes_requests(state: QpState) -> bool {
         state,
         QpState::Rtr | QpState::Rts | QpState::Sqd | QpState::Sqe
     )
-}
-
-fn queue_pair_index(qpn: Qpn) -> usize {
-    (qpn.value() & 0xFFFF).wrapping_sub(QPN_FIRST) as usize
 }
 
 /// Copies up to `most` bytes of a request, from its byte `from` on; how far it has come.

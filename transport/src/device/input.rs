@@ -19,7 +19,7 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Class, Extension, Header, Opcode, Packet, Psn, Qpn};
 
 use super::view::View;
-use super::{Device, Machine, QPN_FIRST, QpId, Slot, flow};
+use super::{Device, Machine, QpId, Slot, flow};
 use crate::udp::{Arrival, HEADER_MAX, Payload, ReceiveBatch};
 
 /// The least time between two congestion notifications of one queue pair; adapters' default.
@@ -150,11 +150,8 @@ impl Device {
             is_congested,
             ..
         } = *arrival;
-        let index = (packet.dest().value() & 0xFFFF).wrapping_sub(QPN_FIRST);
-        let slot = self
-            .slots
-            .get_mut(index as usize)
-            .filter(|slot| slot.qpn == packet.dest());
+        let index = self.qpns.find(packet.dest().value()).unwrap_or(u32::MAX);
+        let slot = self.slots.get_mut(index as usize);
         if let Some(Slot {
             machine: Some(Machine::Datagram(_)),
             ..

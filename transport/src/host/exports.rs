@@ -34,6 +34,11 @@ const REGIONS_AT: usize = QUEUE_PAIRS * QP_WORDS;
 pub(super) const TABLE_LEN: usize = 8 * (REGIONS_AT + REGIONS * REGION_WORDS);
 /// Set in every guard.
 const VALID: u64 = 1 << 40;
+/// What in a queue pair's guard is not its rights.
+const QP_NAME: u64 = VALID | 0xFFFF_FFFF;
+/// Places that an entry may have, from the one that its number says on. One that finds none free is
+/// not shown.
+const TRIES: usize = 4;
 /// How long between two looks at a peer that reaches something here.
 const LOOK: Duration = Duration::from_micros(20);
 
@@ -75,7 +80,6 @@ pub(crate) struct Found {
 /// A queue pair as peers see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct QpEntry {
-    pub(crate) qpn: u32,
     /// Whether its peer may WRITE, READ, and do atomics.
     pub(crate) rights: [bool; 3],
     /// Protection domain of what its peer names.
@@ -115,20 +119,21 @@ impl Exports {
         self.readers.retain(|other| !Arc::ptr_eq(other, reader));
     }
 
-    /// Shows a queue pair at its place among ours, or hides it.
-    pub(crate) fn show_qp(&mut self, index: usize, entry: Option<QpEntry>) {
-        if index >= QUEUE_PAIRS {
-            return;
+    /// Shows the queue pair of this number, or hides it.
+    pub(crate) fn show_qp(&mut self, qpn: u32, entry: Option<QpEntry>) {
+        let words = self.table.words();
+        let guard = |at: usize| words[at].load(Ordering::Relaxed);
+        let shown = qp_places(qpn).find(|at| guard(*at) & QP_NAME == VALID | u64::from(qpn));
+        if let Some(at) = shown {
+            words[at].store(0, Ordering::Relaxed);
+            self.wait_for_readers();
         }
-        let guard = &self.table.words()[index * QP_WORDS];
-        guard.store(0, Ordering::Relaxed);
-        self.wait_for_readers();
-        if let Some(entry) = entry {
-            let domain = &self.table.words()[index * QP_WORDS + 1];
-            domain.store(entry.domain.into(), Ordering::Relaxed);
+        let free = qp_places(qpn).find(|at| guard(*at) == 0);
+        if let (Some(entry), Some(at)) = (entry, free) {
+            words[at + 1].store(entry.domain.into(), Ordering::Relaxed);
             // Release pairs with the Acquire in `grants`.
-            let word = VALID | bits(entry.rights) << 32 | u64::from(entry.qpn);
-            guard.store(word, Ordering::Release);
+            let word = VALID | bits(entry.rights) << 32 | u64::from(qpn);
+            words[at].store(word, Ordering::Release);
         }
     }
 
@@ -141,17 +146,17 @@ impl Exports {
         (base, address, len): (u64, u64, usize),
         slab: Option<&Arc<Segment>>,
     ) {
-        let index = key.region() as usize;
         let rights = [
             access.remote_write,
             access.remote_read,
             access.remote_atomic,
         ];
-        if index >= REGIONS || rights == [false; 3] {
+        let words = self.table.words();
+        let free = region_places(key).find(|at| words[*at].load(Ordering::Relaxed) == 0);
+        let Some(at) = free.filter(|_| rights != [false; 3]) else {
             return;
-        }
-        let at = REGIONS_AT + index * REGION_WORDS;
-        let words = &self.table.words()[at..at + REGION_WORDS];
+        };
+        let words = &words[at..at + REGION_WORDS];
         let flags = bits(rights) << 32 | u64::from(slab.is_some()) << 40 | u64::from(domain);
         for (word, value) in words[1..].iter().zip([base, len as u64, address, flags]) {
             word.store(value, Ordering::Relaxed);
@@ -168,15 +173,11 @@ impl Exports {
 
     /// Hides a region again, and returns when no peer is in it.
     pub(crate) fn withdraw(&mut self, key: Key) {
-        let index = key.region() as usize;
-        if index >= REGIONS {
-            return;
-        }
-        let guard = &self.table.words()[REGIONS_AT + index * REGION_WORDS];
-        if guard.load(Ordering::Relaxed) != VALID | u64::from(key.0) {
-            return;
-        }
-        guard.store(0, Ordering::Relaxed);
+        let words = self.table.words();
+        let guard = |at: usize| words[at].load(Ordering::Relaxed);
+        let shown = region_places(key).find(|at| guard(*at) == VALID | u64::from(key.0));
+        let Some(at) = shown else { return };
+        words[at].store(0, Ordering::Relaxed);
         self.wait_for_readers();
         let count = self.slabs.len();
         self.slabs.retain(|(slab, _)| *slab != key);
@@ -198,19 +199,31 @@ impl Exports {
     }
 }
 
+/// Where in a table the guard of a queue pair may be.
+fn qp_places(qpn: u32) -> impl Iterator<Item = usize> {
+    (0..TRIES).map(move |i| (qpn as usize + i) % QUEUE_PAIRS * QP_WORDS)
+}
+
+/// Where in a table the guard of a region may be.
+fn region_places(key: Key) -> impl Iterator<Item = usize> {
+    // The low eight bits of a key are a window's to choose.
+    let first = key.0 as usize >> 8;
+    (0..TRIES).map(move |i| REGIONS_AT + (first + i) % REGIONS * REGION_WORDS)
+}
+
 /// Whether the queue pair `qpn` of a table's owner lets its peer do this; the protection domain that
 /// it may do it in.
-pub(crate) fn grants(table: &Segment, qpn: u32, index: usize, wish: Wish) -> Option<u32> {
-    let words = table.words().get(index * QP_WORDS..)?;
-    let [guard, domain, ..] = words else {
-        return None;
-    };
-    let word = guard.load(Ordering::Acquire);
-    let wanted = VALID | 1 << (32 + wish as u32) | u64::from(qpn);
-    let others = (7 << 32) & !(1 << (32 + wish as u32));
-    let domain = domain.load(Ordering::Relaxed);
-    let is_same = unchanged(guard, word);
-    (is_same && index < QUEUE_PAIRS && word & !others == wanted).then_some(domain as u32)
+pub(crate) fn grants(table: &Segment, qpn: u32, wish: Wish) -> Option<u32> {
+    let right = 1 << (32 + wish as u32);
+    qp_places(qpn).find_map(|at| {
+        let [guard, domain] = table.words().get(at..at + QP_WORDS)? else {
+            return None;
+        };
+        let word = guard.load(Ordering::Acquire);
+        let domain = domain.load(Ordering::Relaxed);
+        let is_it = word & QP_NAME == VALID | u64::from(qpn) && word & right != 0;
+        (is_it && unchanged(guard, word)).then_some(domain as u32)
+    })
 }
 
 /// The range of a region of a table's owner, if the table allows this.
@@ -221,19 +234,18 @@ pub(crate) fn find(
     (va, len): (u64, usize),
     wish: Wish,
 ) -> Option<Found> {
-    let index = key.region() as usize;
-    if index >= REGIONS {
-        return None;
-    }
-    let words = table.words().get(REGIONS_AT + index * REGION_WORDS..)?;
-    let [guard, base, size, address, flags, ..] = words else {
+    let name = VALID | u64::from(key.0);
+    let words = table.words();
+    let at = region_places(key)
+        .find(|at| words.get(*at).map(|guard| guard.load(Ordering::Acquire)) == Some(name))?;
+    let [guard, base, size, address, flags, ..] = words.get(at..at + REGION_WORDS)? else {
         return None;
     };
     let word = guard.load(Ordering::Acquire);
     let [base, size, address, flags] =
         [base, size, address, flags].map(|word| word.load(Ordering::Relaxed));
     let is_granted = flags & 1 << (32 + wish as u32) != 0 && flags as u32 == domain;
-    if word != VALID | u64::from(key.0) || !unchanged(guard, word) || !is_granted {
+    if word != name || !unchanged(guard, word) || !is_granted {
         return None;
     }
     let offset = va.wrapping_sub(base);
@@ -291,22 +303,27 @@ mod tests {
         exports.withdraw(key);
         assert_eq!(ask(key, 9, 0x1000, 1, Wish::Write), None);
 
-        let entry = |rights| QpEntry {
-            qpn: 0x12_0017,
-            rights,
-            domain: 4,
+        let entry = |domain| QpEntry {
+            rights: [true, false, true],
+            domain,
         };
-        exports.show_qp(7, Some(entry([true, false, true])));
-        let granted = |index, qpn, wish| grants(&table, qpn, index, wish);
-        assert_eq!(granted(7, 0x12_0017, Wish::Write), Some(4));
-        assert_eq!(granted(7, 0x12_0017, Wish::Atomic), Some(4));
-        assert_eq!(granted(7, 0x12_0017, Wish::Read), None);
-        assert_eq!(granted(7, 0x13_0017, Wish::Write), None);
-        assert_eq!(granted(8, 0x12_0017, Wish::Write), None);
-        assert_eq!(granted(QUEUE_PAIRS, 0, Wish::Write), None);
-        assert_eq!(granted(usize::MAX / 4, 0, Wish::Write), None);
-        exports.show_qp(7, None);
-        assert_eq!(granted(7, 0x12_0017, Wish::Write), None);
+        let granted = |qpn, wish| grants(&table, qpn, wish);
+        // All of them want the same place, and there are four.
+        let qpns: Vec<u32> = (0..5).map(|i| 0x17 + i * QUEUE_PAIRS as u32).collect();
+        for (domain, qpn) in (4..).zip(&qpns) {
+            exports.show_qp(*qpn, Some(entry(domain)));
+        }
+        for (domain, qpn) in (4..8).zip(&qpns) {
+            assert_eq!(granted(*qpn, Wish::Write), Some(domain));
+            assert_eq!(granted(*qpn, Wish::Atomic), Some(domain));
+            assert_eq!(granted(*qpn, Wish::Read), None);
+        }
+        assert_eq!(granted(qpns[4], Wish::Write), None);
+        exports.show_qp(qpns[1], None);
+        exports.show_qp(qpns[2], Some(entry(9)));
+        assert_eq!(granted(qpns[1], Wish::Write), None);
+        assert_eq!(granted(qpns[2], Wish::Write), Some(9));
+        assert_eq!(granted(0x18, Wish::Write), None);
     }
 
     #[test]
@@ -319,7 +336,7 @@ mod tests {
             );
         }
         for index in 0..2048 {
-            grants(&table, index, index as usize, Wish::Read);
+            grants(&table, index, Wish::Read);
         }
         let at = REGIONS_AT + 3 * REGION_WORDS;
         for (i, value) in [VALID | 3 << 8, 0, u64::MAX, u64::MAX, 7 << 32]

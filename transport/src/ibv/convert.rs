@@ -11,21 +11,6 @@ use crate::raw::types::{
     Remote, Rkey, RnrTimer, SendOp, SendWr, SrqAttr, SrqId, Status, WcFlags, WorkCompletion,
 };
 
-const STATES: [QpState; 7] = [
-    QpState::Reset,
-    QpState::Init,
-    QpState::Rtr,
-    QpState::Rts,
-    QpState::Sqd,
-    QpState::Sqe,
-    QpState::Err,
-];
-
-fn state_code(state: QpState) -> c_uint {
-    let place = STATES.iter().position(|each| *each == state);
-    place.expect("the list is complete") as c_uint
-}
-
 /// A number for a completion queue or a shared receive queue, as events name them: the library
 /// gives back a pointer of ours, which is the number.
 pub(super) fn fresh_number() -> u32 {
@@ -173,8 +158,8 @@ pub(super) fn srq_attr(attr: &SrqAttr) -> ffi::SrqAttr {
 pub(super) fn qp_attr(attr: &QpAttr, mask: QpAttrMask) -> ffi::QpAttr {
     let path = ah_attr(&attr.address);
     ffi::QpAttr {
-        qp_state: state_code(attr.state),
-        cur_qp_state: state_code(attr.current_state),
+        qp_state: attr.state as c_uint,
+        cur_qp_state: attr.current_state as c_uint,
         path_mtu: attr.path_mtu as c_uint,
         path_mig_state: 0,
         qkey: attr.qkey,
@@ -204,7 +189,7 @@ pub(super) fn qp_attr(attr: &QpAttr, mask: QpAttrMask) -> ffi::QpAttr {
 
 pub(super) fn queried(attr: &ffi::QpAttr) -> Result<QpAttr, Error> {
     let state = |code: c_uint| {
-        let state = STATES.get(code as usize).copied();
+        let state = u8::try_from(code).ok().and_then(QpState::from_code);
         state.ok_or(Error::Argument(
             "the device tells a state that there is not",
         ))
@@ -510,8 +495,9 @@ mod tests {
             qp_attr(&attr, QpAttrMask::SQD_NOTIFY).en_sqd_async_notify,
             1
         );
-        for (code, state) in STATES.iter().enumerate() {
-            assert_eq!(state_code(*state), code as c_uint);
+        for code in 0..=u8::MAX {
+            let state = QpState::from_code(code);
+            assert!(state.map_or(code > 6, |state| state as u8 == code));
         }
     }
 }

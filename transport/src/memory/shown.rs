@@ -5,20 +5,20 @@ use std::sync::Arc;
 
 use super::{Key, Memory, Region, SharedMemory, Span};
 use crate::host::{Exports, Ours};
+use crate::names::Random;
 
 impl Memory {
     /// No region, and where those to come are shown to peers on this host.
-    pub(crate) fn shown_by(exports: Option<Exports>) -> Memory {
+    pub(crate) fn shown_by(exports: Option<Exports>, random: Random) -> Memory {
         Memory {
             exports,
-            ..Memory::default()
+            ..Memory::new(random)
         }
     }
 
     /// Shows a region to peers on this host.
-    pub(super) fn show(&mut self, key: Key) {
-        let (Some(exports), Some(entry)) = (&mut self.exports, self.entries.get(key.index()))
-        else {
+    pub(super) fn show(&mut self, key: Key, index: usize) {
+        let (Some(exports), Some(entry)) = (&mut self.exports, self.entries.get(index)) else {
             return;
         };
         let (address, segment) = match &entry.region {

@@ -85,12 +85,12 @@ impl Memory {
         place: &WindowPlace,
         access: Access,
     ) -> Result<(), AccessError> {
-        let entry = self.entry(domain, window)?;
+        let (index, entry) = self.entry(domain, window)?;
         let Some(Region::Window(old)) = &entry.region else {
             return Err(AccessError::UnknownKey);
         };
         let kind = old.kind;
-        if new.index() != window.index() || (kind == WindowKind::Two && old.place.is_some()) {
+        if new.name() != window.name() || (kind == WindowKind::Two && old.place.is_some()) {
             return Err(AccessError::UnknownKey);
         }
         let bound = match (place.len, kind) {
@@ -98,14 +98,16 @@ impl Memory {
             (0, WindowKind::One) => None,
             _ => Some(self.admit(domain, qp, place, access)?),
         };
-        self.take_place(window);
-        let entry = &mut self.entries[window.index()];
-        entry.generation = new.generation();
+        let index = index as usize;
+        self.take_place(index);
+        let entry = &mut self.entries[index];
+        entry.key = new;
         entry.access = access;
         entry.base = if place.is_zero_based { 0 } else { place.addr };
         entry.region = Some(Region::Window(Window { kind, place: bound }));
         if let Some(bound) = bound {
-            self.entries[bound.region.index()].windows += 1;
+            let region = self.index(bound.region).expect("it has just been admitted");
+            self.entries[region].windows += 1;
         }
         Ok(())
     }
@@ -118,7 +120,7 @@ impl Memory {
         place: &WindowPlace,
         access: Access,
     ) -> Result<Place, AccessError> {
-        let entry = self.entry(domain, place.region)?;
+        let (_, entry) = self.entry(domain, place.region)?;
         let needs_write = access.remote_write || access.remote_atomic;
         let is_region = matches!(entry.region, Some(Region::Shared(_) | Region::Foreign(_)));
         if !is_region || !entry.access.window_bind || (needs_write && !entry.access.local_write) {
@@ -139,47 +141,49 @@ impl Memory {
 
     /// Takes the place of a type 2 window away, for queue pair `qp` or its peer.
     pub(super) fn unbind(&mut self, qp: u32, key: Key) -> Result<(), AccessError> {
-        match &self.entries[key.index()].region {
+        let index = self.index(key).ok_or(AccessError::UnknownKey)?;
+        match &self.entries[index].region {
             Some(Region::Window(window)) if window.kind == WindowKind::Two => {
                 if window.place(Some(qp)).is_none() {
                     return Err(AccessError::UnknownKey);
                 }
-                self.take_place(key);
+                self.take_place(index);
                 Ok(())
             }
             _ => Err(AccessError::NoRight),
         }
     }
 
-    fn take_place(&mut self, key: Key) {
-        let Some(Region::Window(window)) = &mut self.entries[key.index()].region else {
+    fn take_place(&mut self, index: usize) {
+        let Some(Region::Window(window)) = &mut self.entries[index].region else {
             return;
         };
         let Some(place) = window.place.take() else {
             return;
         };
-        let region = &mut self.entries[place.region.index()];
-        if region.generation == place.region.generation() {
+        if let Some(region) = self.index(place.region) {
+            let region = &mut self.entries[region];
             region.windows = region.windows.saturating_sub(1);
         }
     }
 
     /// Destroys a window, by its key or one that it had.
     pub fn destroy_window(&mut self, key: Key) {
-        if let Some(Region::Window(_)) = self
-            .entries
-            .get(key.index())
-            .and_then(|e| e.region.as_ref())
-        {
-            self.take_place(key);
-            self.entries[key.index()].region = None;
-            self.free.push(key.index() as u32);
+        let Some(index) = self.names.find(key.name()) else {
+            return;
+        };
+        let index = index as usize;
+        if let Some(Region::Window(_)) = self.entries[index].region {
+            self.take_place(index);
+            self.entries[index].region = None;
+            self.release(index);
         }
     }
 
     /// Windows bound to a region.
     pub fn windows(&self, key: Key) -> u32 {
-        self.entries.get(key.index()).map_or(0, |e| e.windows)
+        self.index(key)
+            .map_or(0, |index| self.entries[index].windows)
     }
 }
 
@@ -301,8 +305,9 @@ mod tests {
         }
         assert_eq!(memory.invalidate(1, 7, window), Err(AccessError::NoRight));
         memory.deregister(region);
+        // Another takes its place in the table, under another key.
         let again = memory.register_shared(1, SharedMemory::new(100), Access::ALL);
-        assert_eq!(again.unwrap().index(), region.index());
+        assert_ne!(again.unwrap(), region);
         assert!(memory.check_peer(1, 9, window, 0, 1, READ).is_err());
         let nowhere = place(region, 0, 0);
         assert_eq!(memory.bind(1, 7, window, window, &nowhere, READ), Ok(()));

@@ -16,7 +16,7 @@ mod input;
 mod life;
 
 use std::collections::VecDeque;
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -39,6 +39,7 @@ use super::{
 use crate::device::{Device, DeviceOptions, Peers, QpId};
 use crate::host::HostBatch;
 use crate::memory::Piece;
+use crate::names::Random;
 use crate::udp::ReceiveBatch;
 
 /// Protection domain of our own work requests. What a peer may reach is in one of its connection's.
@@ -137,16 +138,15 @@ impl Endpoint {
         }
         let addr = config.addr;
         let random = RandomState::new();
-        let salt = random.build_hasher().finish() as u32;
         let options = DeviceOptions {
             socket: config.socket,
             faults: config.faults,
             capture: config.capture.clone(),
             same_host: config.same_host,
         };
-        let device = Device::bind(addr, &options, Peers::Own, salt);
+        let device = Device::bind(addr, &options, Peers::Own, Random::default);
         let device = device.map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => BindError::AddrInUse(addr),
+            io::ErrorKind::AddrInUse => BindError::AddrInUse(error),
             _ => BindError::Io(addr, error),
         })?;
         let waiting = || -> io::Result<(mio::Poll, Waker)> {

@@ -335,7 +335,7 @@ impl Outbox {
 
 fn slot_bytes(memory: &mut Memory, slot: Slot) -> &mut [u8] {
     let region = memory
-        .private_mut(slot.key.region())
+        .private_mut(slot.key)
         .expect("slots live as long as the endpoint");
     &mut region[slot.offset as usize..slot.offset as usize + SLOT_LEN]
 }
@@ -394,7 +394,7 @@ mod tests {
                 outbox,
             } = self;
             let posting = outbox.post(pool, memory, credit, 7, 9)?;
-            let region = memory.private_mut(posting.key.region()).unwrap();
+            let region = memory.private_mut(posting.key).unwrap();
             Some(region[posting.offset as usize..][..posting.len as usize].to_vec())
         }
     }

@@ -98,22 +98,36 @@ impl CompletionQueue {
     /// # Errors
     /// [`Error::Exhausted`] when nothing is left of a queue that had no room once.
     pub fn poll(&self, max: usize, done: &mut Vec<WorkCompletion>) -> Result<usize, Error> {
+        self.poll_each(max, |work| done.push(work))
+    }
+
+    /// Hands up to `max` completions to `take` and returns how many. `take` runs under the device's
+    /// lock, so it must not call into the device.
+    ///
+    /// # Errors
+    /// As of [`CompletionQueue::poll`].
+    pub fn poll_each(
+        &self,
+        max: usize,
+        mut take: impl FnMut(WorkCompletion),
+    ) -> Result<usize, Error> {
         let shared = &self.0.context.shared;
         let mut state = shared.lock();
         if state.tables.is_cq_empty(self.0.id) {
             shared.drive_for(&mut state, self.0.id);
         }
-        let before = done.len();
-        while done.len() - before < max {
+        let mut taken = 0;
+        while taken < max {
             match state.tables.pop_cq(self.0.id) {
-                Some(work) => done.push(work),
+                Some(work) => take(work),
                 None => break,
             }
+            taken += 1;
         }
-        if done.len() == before && max > 0 && state.tables.is_cq_broken(self.0.id) {
+        if taken == 0 && max > 0 && state.tables.is_cq_broken(self.0.id) {
             return Err(Error::Exhausted("completion: the queue has overflowed"));
         }
-        Ok(done.len() - before)
+        Ok(taken)
     }
 
     /// Sleeps until there is a completion; false when `deadline` has passed.

@@ -26,6 +26,7 @@ use super::types::CqId;
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
 use crate::host::HostBatch;
+use crate::names::Random;
 use crate::udp::{ReceiveBatch, at_exit, block_signals};
 
 /// Nobody has driven the device for so long: its thread does.
@@ -90,7 +91,7 @@ pub(super) fn start(
     options: &DeviceOptions,
 ) -> io::Result<(Arc<Shared>, Thread)> {
     let random = RandomState::new();
-    let device = Device::bind(address, options, Peers::Any, random.hash_one(0) as u32)?;
+    let device = Device::bind(address, options, Peers::Any, Random::default)?;
     let poll = mio::Poll::new()?;
     let fd = device.as_raw_fd();
     let mut source = mio::unix::SourceFd(&fd);

@@ -176,20 +176,36 @@ impl QueuePair {
     /// way of that. Memory of an `INLINE` request is read here, as `sg_list` says, and must be
     /// readable now. Address handles must be of this device.
     pub unsafe fn post_send(&self, list: &[SendWr<'_>]) -> Result<(), BadWr> {
+        let mut result = Ok(());
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.post_sends(|post| {
+                for (index, wr) in list.iter().enumerate() {
+                    if let Err(error) = post(wr) {
+                        result = Err(BadWr { index, error });
+                        break;
+                    }
+                }
+            });
+        }
+        result
+    }
+
+    /// The same for requests that lie in no slice: `feed` posts one after the other, under the
+    /// device's lock, so it must not call into the device by another way.
+    ///
+    /// # Safety
+    /// As of [`QueuePair::post_send`].
+    pub unsafe fn post_sends(
+        &self,
+        feed: impl FnOnce(&mut dyn FnMut(&SendWr<'_>) -> Result<(), Error>),
+    ) {
         let shared = &self.context().shared;
         let mut state = shared.lock();
-        let mut result = Ok(());
-        for (index, wr) in list.iter().enumerate() {
-            // SAFETY: the caller's promise.
-            let posted = unsafe { self.post_one(&mut state, wr) };
-            if let Err(error) = posted {
-                result = Err(BadWr { index, error });
-                break;
-            }
-        }
+        // SAFETY: the caller's promise.
+        feed(&mut |wr| unsafe { self.post_one(&mut state, wr) });
         state.collect(self.id);
         shared.send_posted(&mut state);
-        result
     }
 
     /// # Safety
@@ -286,7 +302,7 @@ impl QueuePair {
             // Its place is still that of an older request.
             return Err(Error::QueueFull);
         }
-        let region = state.device.memory.private_mut(key.region());
+        let region = state.device.memory.private_mut(key);
         let mut room = region.map_or(&mut [][..], |bytes| &mut bytes[place as usize..]);
         for sge in wr.sg_list {
             let (now, later) = room.split_at_mut(sge.len as usize);

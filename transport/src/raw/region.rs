@@ -292,13 +292,15 @@ fn access_of(flags: AccessFlags) -> Access {
     }
 }
 
-/// What the peer of a queue pair may do.
-pub(super) fn remote_access(flags: AccessFlags) -> qp::Access {
-    qp::Access {
-        remote_write: flags.contains(AccessFlags::REMOTE_WRITE),
-        remote_read: flags.contains(AccessFlags::REMOTE_READ),
-        remote_atomic: flags.contains(AccessFlags::REMOTE_ATOMIC),
-        flush_global: flags.contains(AccessFlags::FLUSH_GLOBAL),
-        flush_persistent: flags.contains(AccessFlags::FLUSH_PERSISTENT),
+impl From<AccessFlags> for qp::Access {
+    /// What the peer of a queue pair, or of a window, may do.
+    fn from(flags: AccessFlags) -> qp::Access {
+        qp::Access {
+            remote_write: flags.contains(AccessFlags::REMOTE_WRITE),
+            remote_read: flags.contains(AccessFlags::REMOTE_READ),
+            remote_atomic: flags.contains(AccessFlags::REMOTE_ATOMIC),
+            flush_global: flags.contains(AccessFlags::FLUSH_GLOBAL),
+            flush_persistent: flags.contains(AccessFlags::FLUSH_PERSISTENT),
+        }
     }
 }

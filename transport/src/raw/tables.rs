@@ -83,8 +83,10 @@ impl<T> Line<T> {
     }
 
     pub(super) fn retain(&mut self, keep: impl FnMut(&T) -> bool) {
+        let was_empty = self.waiting.is_empty();
         self.waiting.retain(keep);
-        if self.waiting.is_empty() {
+        // What is not readable is not read: its holder may have made it blocking.
+        if self.waiting.is_empty() && !was_empty {
             self.fd.clear();
         }
     }

@@ -94,6 +94,10 @@ pub struct QueuePair {
 }
 
 impl QueuePair {
+    pub(crate) fn raw(&self) -> &raw::QueuePair {
+        &self.raw
+    }
+
     /// What the peer must be told.
     pub fn address(&self) -> Address {
         let state = self.device.shared.lock();

@@ -6,6 +6,7 @@ mod datagrams;
 mod events;
 mod memory;
 mod paths;
+mod secrets;
 mod shared_receives;
 mod states;
 mod windows;

@@ -15,27 +15,40 @@ pub enum QpKind {
     Uc,
 }
 
-/// States of a queue pair.
+/// States of a queue pair. The numbers are those of ibverbs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
 pub enum QpState {
     /// Created.
-    Reset,
+    Reset = 0,
     /// Receives may be posted.
-    Init,
+    Init = 1,
     /// Ready to receive.
-    Rtr,
+    Rtr = 2,
     /// Ready to send: the working state.
-    Rts,
+    Rts = 3,
     /// Send queue drained: what has begun is finished, nothing new begins. Receiving goes on.
-    Sqd,
+    Sqd = 4,
     /// Send queue error: a send failed at this end, and what is posted after it is flushed.
     /// Receiving goes on. Not for RC, which goes to ERR instead.
-    Sqe,
+    Sqe = 5,
     /// Everything posted is flushed.
-    Err,
+    Err = 6,
 }
 
 impl QpState {
+    /// The state with this number.
+    #[must_use]
+    pub const fn from_code(code: u8) -> Option<Self> {
+        use QpState::{Err, Init, Reset, Rtr, Rts, Sqd, Sqe};
+        const ALL: [QpState; 7] = [Reset, Init, Rtr, Rts, Sqd, Sqe, Err];
+        if code < 7 {
+            Some(ALL[code as usize])
+        } else {
+            None
+        }
+    }
+
     /// Whether a queue pair may be told to go from `self` to `next` (it enters SQE by itself):
     ///
     /// | from \ to | Reset | Init | Rtr | Rts | Sqd | Err |

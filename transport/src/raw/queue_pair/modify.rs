@@ -4,7 +4,6 @@ use lowtide_transport_proto::qp::{InitAttr, QpState, RtrAttr, RtsAttr};
 use lowtide_transport_proto::wire::PKEY_DEFAULT;
 
 use super::super::address::destination;
-use super::super::region::remote_access;
 use super::super::types::{Error, QpAttr, QpAttrMask, QpType};
 use super::super::{RD_ATOMIC_MAX, State, port_mtu};
 use super::QueuePair;
@@ -144,7 +143,7 @@ impl QueuePair {
     ) -> Result<(), Error> {
         let qp = self.datagram(state);
         let init = InitAttr {
-            access: remote_access(attr.access),
+            access: attr.access.into(),
             pkey: PKEY_DEFAULT,
         };
         match (from, to) {
@@ -166,7 +165,7 @@ impl QueuePair {
         attr: &QpAttr,
         mask: QpAttrMask,
     ) -> Result<(), Error> {
-        let access = remote_access(attr.access);
+        let access = attr.access.into();
         let local = state.device.local_addr();
         // Half of what our receive buffer holds, if that is less.
         let chunk = READ_CHUNK.min(state.device.receive_budget() / 2).max(1);
