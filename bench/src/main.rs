@@ -16,10 +16,12 @@ mod checksum;
 mod connections;
 mod costs;
 mod ends;
+mod guest;
 mod host;
 mod large;
 mod latency;
 mod logs;
+mod loss;
 mod machine;
 mod messages;
 mod programs;
@@ -235,6 +237,11 @@ const BENCHMARKS: &[Benchmark] = &[
         run: rate::rate,
     },
     Benchmark {
+        name: "loss",
+        about: "WRITEs of 10 MiB while 1, 5 and 10 % of all packets are lost, against TCP",
+        run: loss::loss,
+    },
+    Benchmark {
         name: "connections",
         about: "memory and idle processor time of 2,000 connections, against their limits",
         run: connections::connections,
@@ -243,6 +250,16 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "icrc",
         about: "checking and placing packets of 4 KiB, against memcpy and against zlib's crc32",
         run: checksum::icrc,
+    },
+    Benchmark {
+        name: "bw-rxe",
+        about: "WRITE of 64 KiB in a QEMU guest, against the kernel's rxe on an equal link",
+        run: guest::bandwidth,
+    },
+    Benchmark {
+        name: "lat-rxe",
+        about: "SEND of 64 B back and forth in a QEMU guest, against the kernel's rxe likewise",
+        run: guest::latency,
     },
 ];
 

@@ -145,7 +145,10 @@ impl Lowtide {
 
     /// Where the command is. Under `cargo run` it is brought up to date first, otherwise only
     /// built if it is not there.
-    fn path(&self) -> Result<&Path, Failure> {
+    ///
+    /// # Errors
+    /// It is not there and cannot be built.
+    pub fn path(&self) -> Result<&Path, Failure> {
         if let Some(given) = &self.given {
             return Ok(given);
         }

@@ -1,6 +1,6 @@
 /*
  * One end of ci/guest/matrix.job: the kernel's rxe through libibverbs. The other end, Lowtide's,
- * tells it over a Unix socket what to do, cell by cell; see transport/examples/matrix for the
+ * tells it over a Unix socket what to do, cell by cell; see tools/peers/src/bin/matrix for the
  * conversation.
  *
  *   peer DEVICE GID-INDEX-OF-IPV4 GID-INDEX-OF-IPV6 SOCKET

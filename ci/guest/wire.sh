@@ -3,7 +3,7 @@
 # the other.
 #
 #   KERNEL4 KERNEL6 OURS4 OURS6   the addresses
-#   EXAMPLES                      where the transport's examples are
+#   PROGRAMS                      where our programs are
 #   SCALE                         "some" or "all": how much to try
 #   ours COMMAND…                 in our namespace
 #   link_mtu BYTES                of both ends
@@ -14,8 +14,10 @@
 # Jobs print a line that begins with "ok" or "FAIL" for each cell.
 set -u
 KERNEL4=10.9.0.1 KERNEL6=fd00:9::1 OURS4=10.9.0.2 OURS6=fd00:9::2
-EXAMPLES=$(cat /run/out/examples)
+PROGRAMS=/tmp/programs
 SCALE=$(cat /run/out/scale)
+# A file of the other machine cannot be mapped while it changes.
+cp -r /run/out/programs /tmp
 
 ours() { ip netns exec ours "$@"; }
 

@@ -29,6 +29,21 @@
 //! and no clock. On the wire this is RoCEv2 as the Linux kernel's rxe and adapters speak it.
 //!
 //! Deliberately absent: what messages mean, and who is alive.
+//!
+//! # Security
+//!
+//! RoCE has no authentication and no encryption: any process of any host that reaches the UDP port may
+//! send to it, every local one among them. Queue pair numbers, first PSNs and whole 32-bit keys are
+//! random, from a source seeded by the operating system; a connection hears its peer's IP address
+//! alone; whatever else comes is dropped and counted before it changes anything. Who can forge
+//! addresses still has to know these numbers; who can read the traffic knows them. Keep the port on a
+//! network that strangers cannot send to.
+//!
+//! # Errors
+//!
+//! Calls that fail have changed nothing, say why in words, and carry the errno of their counterpart
+//! in C where there is one ([`raw::types::Error`]). What the network does is never an error of a call: it is
+//! a completion with a [`verbs::Status`], an event, or a counter of [`verbs::Counters`].
 #![deny(unsafe_code)]
 
 pub mod cm;
@@ -50,3 +65,22 @@ pub mod raw;
 #[allow(unsafe_code)] // system calls that no safe crate offers in this form
 pub mod udp;
 pub mod verbs;
+
+// Any thread may hold and use any object.
+const _: () = {
+    const fn is_shared<T: Send + Sync>() {}
+    is_shared::<verbs::Device>();
+    is_shared::<verbs::ProtectionDomain>();
+    is_shared::<verbs::MemoryRegion>();
+    is_shared::<verbs::Slot>();
+    is_shared::<verbs::CompletionQueue>();
+    is_shared::<verbs::QueuePair>();
+    is_shared::<raw::Context>();
+    is_shared::<raw::CompletionChannel>();
+    is_shared::<raw::QueuePair>();
+    is_shared::<raw::MemoryRegion>();
+    is_shared::<cm::EventChannel>();
+    is_shared::<cm::Connection>();
+    is_shared::<cm::Request>();
+    is_shared::<ibv::Context>();
+};

@@ -165,6 +165,11 @@ impl fmt::Display for CreateError {
 impl std::error::Error for CreateError {}
 
 impl ProtectionDomain {
+    /// The same domain for raw verbs: their queue pairs reach the regions made here.
+    pub fn raw(&self) -> &raw::ProtectionDomain {
+        &self.raw
+    }
+
     /// A slot of `len` zero bytes, for SEND, RECV, and as the local side of WRITE and READ.
     ///
     /// # Errors

@@ -1,8 +1,7 @@
 //! The examples are what people copy: each one runs to its end.
 //!
-//! They are the programs that `cargo test` builds beside this one. Those that need a peer
-//! (`rc_pingpong`, `rping`, `perftest_peer`, `matrix`, `providers`) are run by `ci/guest` and by
-//! `ci/aarch64`.
+//! They are the programs that `cargo test` builds beside this one. `providers` needs a device of the
+//! kernel and is run by `ci/guest/verbs`.
 
 use std::process::Command;
 

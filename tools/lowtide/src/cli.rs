@@ -3,9 +3,10 @@
 //! Deliberately absent: what the subcommands do (`commands`).
 
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::Provider;
 use crate::fault::Fault;
@@ -69,6 +70,8 @@ pub enum Command {
     Capture(CaptureArgs),
     /// Explain the RoCEv2 packets of a capture file
     Dissect(DissectArgs),
+    /// Be the other end of perftest's ib_send_bw and its like, by softroce
+    PerftestPeer(PerftestPeerArgs),
 }
 
 /// Options of `run`.
@@ -424,6 +427,68 @@ pub struct DissectArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+/// Options of `perftest-peer`.
+#[derive(Debug, Args)]
+#[command(after_help = PERFTEST_PEER_AFTER_HELP)]
+pub struct PerftestPeerArgs {
+    /// Which of perftest's programs runs at the other end
+    #[arg(value_enum, value_name = "PROGRAM")]
+    pub program: PerftestProgram,
+    /// Host or address where that program waits; without, it is waited for here
+    pub server: Option<String>,
+    /// Address of this machine to serve with softroce; its UDP port 4791 must be free
+    #[arg(long, value_name = "IP")]
+    pub address: IpAddr,
+    /// Connection type
+    #[arg(short, long, value_enum, ignore_case = true, default_value_t = PerftestConnection::Rc)]
+    pub connection: PerftestConnection,
+    /// Messages [default: as perftest: 5000 of ib_write_bw, else 1000]
+    #[arg(short = 'n', long = "iters", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub iterations: Option<u32>,
+    /// Bytes of a message [default: as perftest: 2 of ib_send_lat, 8 of ib_atomic_bw, else 65536]
+    #[arg(short, long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..=8 << 20))]
+    pub size: Option<u32>,
+    /// TCP port on which the two find each other
+    #[arg(short, long, default_value_t = lowtide_peers::perftest::TCP_PORT)]
+    pub port: u16,
+}
+
+/// perftest's programs, as it calls them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the names say it, and are what the help shows")]
+#[value(rename_all = "snake_case")]
+pub enum PerftestProgram {
+    IbSendLat,
+    IbSendBw,
+    IbWriteBw,
+    IbReadBw,
+    IbAtomicBw,
+}
+
+/// Types of queue pairs, as perftest calls them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "as above")]
+#[value(rename_all = "UPPER")]
+pub enum PerftestConnection {
+    Rc,
+    Uc,
+    Ud,
+}
+
+const PERFTEST_PEER_AFTER_HELP: &str = "\
+Options that perftest has too must be the same there; its others must be at their defaults (no -R,
+-b, -q, -e). The other end may be any RoCEv2 adapter, or the kernel's rxe on another machine or in
+another network namespace. On its side -x chooses the RoCE v2 GID of the right address. ib_send_lat
+prints half of a round trip, as perftest does. Ctrl-C ends it at any time.
+
+Examples:
+  lowtide perftest-peer ib_write_bw --address 192.0.2.7
+    and there: ib_write_bw -x 1 -F 192.0.2.7
+  lowtide perftest-peer ib_send_lat -s 64 --address 192.0.2.7 192.0.2.1
+    after, there: ib_send_lat -x 1 -F -s 64
+  lowtide perftest-peer ib_send_bw -c UD -s 1024 -n 400 --address 192.0.2.7
+    and there: ib_send_bw -x 1 -F -c UD -s 1024 -n 400 192.0.2.7";
 
 #[cfg(test)]
 mod tests {

@@ -12,6 +12,7 @@ mod files;
 mod log;
 mod node;
 mod offline;
+mod perftest;
 mod run;
 mod status;
 
@@ -100,6 +101,7 @@ pub fn execute(cli: Cli) -> Result<(), Failure> {
         Some(Command::Capture(args)) => dissect::capture(&args),
         Some(Command::Devices(args)) => devices::devices(&args),
         Some(Command::Dissect(args)) => dissect::dissect(&args),
+        Some(Command::PerftestPeer(args)) => perftest::peer(&args),
         Some(Command::Node(args)) => node::node(&args),
         Some(Command::Put(args)) => {
             let (from, to) = (files::local(&args.from)?, RawPath(args.to));

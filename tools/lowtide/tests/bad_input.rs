@@ -5,16 +5,18 @@ mod common;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::net::UdpSocket;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{check, diff, lowtide, make_input, processes, start_staying, text, wait_until};
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 /// The command without the right to read what permissions forbid, which the superuser has.
@@ -380,4 +382,49 @@ fn rubbish_on_the_wire_is_counted_and_dropped() {
     assert_eq!(processes(&state), before, "nobody died");
     run.kill().unwrap();
     run.wait().unwrap();
+}
+
+#[test]
+fn perftest_peer_says_what_is_wrong_and_ends_at_ctrl_c() {
+    let peer = |args: &[&str]| {
+        let mut command = lowtide(&["perftest-peer"]);
+        command.args(args).stderr(Stdio::piped());
+        command
+    };
+    let said = |args: &[&str], status| {
+        let output = peer(args).output().unwrap();
+        check(&output, status);
+        stderr(&output)
+    };
+    let here = ["--address", "127.48.9.1"];
+    assert!(said(&["ib_write_bw"], 2).contains("--address"));
+    let unknown = said(&[&["ib_write_lat"][..], &here].concat(), 2);
+    assert!(unknown.contains("ib_write_bw"), "{unknown}");
+    let wrong = said(&[&["ib_read_bw", "-c", "ud"][..], &here].concat(), 2);
+    assert!(wrong.contains("ib_read_bw does not know Ud"), "{wrong}");
+    let nobody = said(
+        &[&["ib_send_lat", "-p", "1", "127.0.0.1"][..], &here].concat(),
+        3,
+    );
+    assert!(
+        nobody.contains("start `ib_send_lat` there first"),
+        "{nobody}"
+    );
+    let elsewhere = said(&["ib_send_lat", "--address", "192.0.2.1"], 3);
+    assert!(elsewhere.contains("lowtide devices"), "{elsewhere}");
+
+    let mut waiting = peer(&[&["ib_write_bw", "-p", "0"][..], &here].concat())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut lines = BufReader::new(waiting.stderr.take().unwrap());
+    lines.read_line(&mut line).unwrap();
+    assert!(
+        line.starts_with("waiting for ib_write_bw on TCP port"),
+        "{line}"
+    );
+    let pid = Pid::from_child(&waiting);
+    rustix::process::kill_process(pid, Signal::INT).unwrap();
+    let status = waiting.wait().unwrap();
+    assert_eq!(status.signal(), Some(2), "{status}");
 }

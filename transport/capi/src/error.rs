@@ -141,3 +141,34 @@ pub extern "C" fn lowtide_wc_status_str(status: u32) -> *const c_char {
     };
     words.as_ptr()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message() -> String {
+        // SAFETY: a string of C that lives until the next call.
+        let words = unsafe { CStr::from_ptr(lowtide_error_message()) };
+        words.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_panic_becomes_an_errno_with_its_words() {
+        assert_eq!(code(|| panic!("the {} broke", "sky")), libc::EIO);
+        assert_eq!(message(), "a bug in lowtide: the sky broke");
+        assert!(object::<u8>(|| panic!("again")).is_null());
+        assert_eq!(io::Error::last_os_error().raw_os_error(), Some(libc::EIO));
+        assert_eq!(code(|| std::panic::panic_any(7)), libc::EIO);
+        assert_eq!(message(), "a bug in lowtide: it panicked");
+        assert_eq!(code(|| Ok(())), 0);
+    }
+
+    #[test]
+    fn each_thread_has_its_own_last_error() {
+        assert_eq!(code(|| Err(Fault::Null("qp"))), libc::EINVAL);
+        std::thread::spawn(|| assert_eq!(message(), "no error"))
+            .join()
+            .unwrap();
+        assert_eq!(message(), "qp is NULL or misaligned");
+    }
+}

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use lowtide_transport_proto::qp::{Lkey, QpState, RecvWr, SendOp, SendWr, SgList, WrId};
-use lowtide_transport_proto::wire::{Extension, Header, Opcode, Packet, Psn, Reth};
+use lowtide_transport_proto::wire::{Deth, Extension, Header, Opcode, Packet, Psn, Reth};
 
 use super::hostile::*;
 use super::output::RESPONSES_MAX;
@@ -346,4 +346,105 @@ fn a_packet_counts_only_from_the_address_of_the_peer() {
     let input = deliver(&mut device, other_port, send, &[]);
     assert!(matches!(input, Input::Taken { .. }), "{input:?}");
     assert_eq!(device.poll_completion(id).unwrap().wr_id, wr_id);
+}
+
+/// What a bad datagram does to the counters: only the one that is named.
+#[test]
+fn every_kind_of_bad_packet_has_its_counter() {
+    type Change = fn(&mut Vec<u8>);
+    type Count = fn(&Counters) -> u64;
+    let mut device = device();
+    let (id, qpn) = connect(&mut device, ATTACKED, peer(1));
+    let send = |qpn| request(Opcode::RcSendOnly, qpn, PSN, Extension::Bare);
+    let good = datagram(&device, peer(1), send(qpn), &[7; 64]);
+    let now = device.now();
+    let mut bad: Vec<(&str, Vec<u8>, Count)> = Vec::new();
+    let changes: [(&str, Change); 6] = [
+        ("empty", |bytes| bytes.clear()),
+        ("truncated in the header", |bytes| bytes.truncate(11)),
+        ("no whole words", |bytes| bytes.truncate(bytes.len() - 1)),
+        ("another version", |bytes| bytes[1] |= 1),
+        ("no such opcode", |bytes| bytes[0] = 0x1F),
+        ("longer than any MTU", |bytes| bytes.resize(5000, 0)),
+    ];
+    for (what, change) in changes {
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        bad.push((what, bytes, |counters| counters.rx_malformed));
+    }
+    let mut flipped = good.clone();
+    flipped[20] ^= 1;
+    bad.push(("a bit flipped", flipped, |counters| counters.rx_bad_icrc));
+    let cut = [&good[..good.len() - 8], &good[good.len() - 4..]].concat();
+    bad.push(("truncated in the payload", cut, |counters| {
+        counters.rx_bad_icrc
+    }));
+    let nobody = datagram(&device, peer(1), send(Qpn::new(qpn.value() ^ 1)), &[]);
+    bad.push(("nobody's", nobody, |counters| counters.rx_unknown_qp));
+    let stranger = datagram(&device, peer(3), send(qpn), &[]);
+    bad.push(("a stranger's", stranger, |counters| counters.rx_wrong_peer));
+    let mut partition = send(qpn);
+    partition.pkey = 0x1234;
+    let class = request(Opcode::UcSendOnly, qpn, PSN, Extension::Bare);
+    let ud = Deth {
+        qkey: 1,
+        source: Qpn::new(9),
+    };
+    let datagram_class = request(Opcode::UdSendOnly, qpn, PSN, Extension::Deth(ud));
+    let [partition, class, datagram_class] =
+        [partition, class, datagram_class].map(|header| datagram(&device, peer(1), header, &[]));
+    let dropped: Count = |counters| counters.dropped_pkts;
+    bad.push(("another partition", partition, dropped));
+    bad.push(("another class", class, dropped));
+    bad.push(("a datagram to a connection", datagram_class, dropped));
+    for (what, bytes, count) in &bad {
+        let before = device.counters();
+        let from = if *what == "a stranger's" {
+            peer(3)
+        } else {
+            peer(1)
+        };
+        device.handle(now, &arrival(from), bytes);
+        let after = device.counters();
+        assert_eq!(count(&after), count(&before) + 1, "{what}");
+        let anomalies = |counters: &Counters| {
+            counters.rx_malformed
+                + counters.rx_bad_icrc
+                + counters.rx_unknown_qp
+                + counters.rx_wrong_peer
+                + counters.dropped_pkts
+        };
+        assert_eq!(anomalies(&after), anomalies(&before) + 1, "{what}");
+        assert_eq!(state(&mut device, id), QpState::Rts, "{what}");
+        assert!(device.poll_completion(id).is_none(), "{what}");
+    }
+}
+
+#[test]
+fn a_bad_key_or_length_fails_the_queue_pair_that_it_was_sent_to() {
+    let reth = |rkey, len| Reth { va: 0, rkey, len };
+    let mut device = device();
+    let memory = SharedMemory::new(4096);
+    let key = device.memory.register_shared(ATTACKED, memory, Access::ALL);
+    let key = key.unwrap().0;
+    for (rkey, len) in [
+        (key ^ 1, 64),
+        (key ^ 1 << 31, 64),
+        (0, 64),
+        (key, 32),
+        (key, 5000),
+    ] {
+        let (id, qpn) = connect(&mut device, ATTACKED, peer(1));
+        let write = Extension::Reth(reth(rkey, len));
+        let header = request(Opcode::RcWriteOnly, qpn, PSN, write);
+        deliver(&mut device, peer(1), header, &[7; 64]);
+        assert_eq!(state(&mut device, id), QpState::Err, "{rkey:#x} {len}");
+        let mut bytes = [9; 4096];
+        let span = device
+            .memory
+            .check(ATTACKED, Key(key), 0, 4096, Access::default());
+        device.memory.fetch(span.unwrap(), &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 4096], "nothing is written");
+        device.destroy_qp(id);
+    }
 }

@@ -452,6 +452,24 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_has_gone_is_told() {
+        let told = |event_type, port_num| {
+            let element = ffi::EventElement { port_num };
+            let event = ffi::AsyncEvent {
+                element,
+                event_type,
+            };
+            // SAFETY: of these types nothing but the port's number is looked at.
+            unsafe { async_event(&event) }
+        };
+        assert_eq!(told(8, 0), Some(AsyncEvent::DeviceFatal));
+        assert_eq!(told(10, 2), Some(AsyncEvent::PortError(2)));
+        assert_eq!(told(9, 2), Some(AsyncEvent::PortActive(2)));
+        assert_eq!(told(10, 256), None, "there is no such port");
+        assert_eq!(told(99, 0), None, "a word of later libraries");
+    }
+
+    #[test]
     fn attributes_survive_the_way_through_c() {
         let attr = QpAttr {
             state: QpState::Sqe,

@@ -201,7 +201,13 @@ impl Tables {
     }
 
     pub(crate) fn pop_cq(&mut self, id: CqId) -> Option<WorkCompletion> {
-        self.cqs[id.0 as usize].as_mut()?.entries.pop_front()
+        let entries = &mut self.cqs[id.0 as usize].as_mut()?.entries;
+        let work = entries.pop_front();
+        if entries.is_empty() {
+            // Begins at the front again: what it never fills is never touched.
+            entries.clear();
+        }
+        work
     }
 
     /// Changes how many entries fit; false if more are there.

@@ -9,6 +9,7 @@ mod paths;
 mod secrets;
 mod shared_receives;
 mod states;
+mod unplugged;
 mod windows;
 
 use std::os::fd::{AsFd, AsRawFd};

@@ -130,7 +130,7 @@ flags! {
 }
 
 flags! {
-    /// Which fields of a [`QpAttr`] are meant.
+    /// Which fields of a [`QpAttr`](super::QpAttr) are meant.
     QpAttrMask {
         /// `state`.
         STATE = 1;

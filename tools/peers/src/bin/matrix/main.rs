@@ -21,7 +21,7 @@
 //! A side that finds something wrong says "fail WORDS" at any time. CAPTURE is how the names of two
 //! pcap files begin. Prints "ok CELL" or "FAIL CELL: WHY" for each cell.
 
-mod end;
+mod round;
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -30,12 +30,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
+use lowtide_peers::end::End;
 use lowtide_transport::raw::types::{Mtu, QpType};
-
-use end::End;
+use lowtide_transport::verbs::DeviceOptions;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
+/// Longest message, and a page for what stands in front of it.
+const LIMIT: usize = (8 << 20) + 4096;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The conversation with the other end.
@@ -175,6 +177,15 @@ impl<'a> Cell<'a> {
     }
 }
 
+fn open(ip: IpAddr, capture: Option<&str>) -> Outcome<End> {
+    let family = if ip.is_ipv4() { 4 } else { 6 };
+    let options = DeviceOptions {
+        capture: capture.map(|prefix| format!("{prefix}{family}.pcap").into()),
+        ..DeviceOptions::default()
+    };
+    Ok(End::open(ip, LIMIT, &options)?)
+}
+
 fn main() -> Outcome<()> {
     let mut args = std::env::args().skip(1);
     let mut arg = || {
@@ -186,14 +197,14 @@ fn main() -> Outcome<()> {
     let capture = arg().ok();
     let ends: Vec<End> = addresses
         .into_iter()
-        .map(|ip| End::open(ip, capture.as_deref()))
+        .map(|ip| open(ip, capture.as_deref()))
         .collect::<Outcome<_>>()?;
     for line in std::io::stdin().lines() {
         let line = line?;
         let cell = Cell::parse(&line)?;
         let start = Instant::now();
         control.say(&cell.theirs())?;
-        let result = ends[usize::from(cell.is_ipv6)].run(&mut control, &cell);
+        let result = round::run(&ends[usize::from(cell.is_ipv6)], &mut control, &cell);
         if let Err(error) = &result {
             control.say(&format!("fail {error}"))?;
         }

@@ -1,7 +1,7 @@
 //! The other end of librdmacm's `rping`: connections by rdma_cm's handshake, then for each ping a
 //! SEND that advertises memory, a READ of it, another advertisement, and a WRITE back.
 //!
-//! `cargo run --example rping -- OWN-ADDRESS [SERVER] [PINGS] [BYTES]`
+//! `rping OWN-ADDRESS [SERVER] [PINGS] [BYTES]`
 //!
 //! Without SERVER ("-" stands for none) it serves one client: `rping -c -V -C 10 -a OWN-ADDRESS`.
 //! With one, it is the client of `rping -s -V`, which checks what it gets.
@@ -13,7 +13,7 @@ use std::time::Duration;
 use lowtide_transport::cm::{ConnectOptions, Connection, Event, EventChannel, ServiceId};
 use lowtide_transport::verbs::{
     Access, Buffer, CompletionKind, CompletionQueue, Device, DeviceOptions, MemoryRegion,
-    ProtectionDomain, QpState, QueuePair, Remote, Rkey, SendOp, Status, WorkCompletion,
+    ProtectionDomain, QueuePair, Remote, Rkey, SendOp, Status, WorkCompletion,
 };
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -21,6 +21,9 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 /// Address, key and length of a buffer, big endian.
 const ADVERTISEMENT: u32 = 16;
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a client that has its last ball may take to hang up. librdmacm's destroys its connection
+/// right after it has asked for the end, and the kernel then never repeats a request that was lost.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 struct End {
     domain: ProtectionDomain,
@@ -66,13 +69,17 @@ impl End {
 
     /// Tells the peer where our buffer is; where that does not matter, that it is its turn.
     fn advertise(&self, qp: &QueuePair) -> Outcome<()> {
+        self.post_advertisement(qp)?;
+        self.next(CompletionKind::Send).map(drop)
+    }
+
+    fn post_advertisement(&self, qp: &QueuePair) -> Outcome<()> {
         let Remote { va, rkey } = self.buffer.remote(0);
         let mut slot = self.domain.slot(ADVERTISEMENT as usize)?;
         slot[..8].copy_from_slice(&va.to_be_bytes());
         slot[8..12].copy_from_slice(&rkey.0.to_be_bytes());
         slot[12..].copy_from_slice(&self.bytes.to_be_bytes());
-        qp.post_send(1, SendOp::Send, Buffer::Slot(slot, ADVERTISEMENT))?;
-        self.next(CompletionKind::Send).map(drop)
+        Ok(qp.post_send(1, SendOp::Send, Buffer::Slot(slot, ADVERTISEMENT))?)
     }
 
     /// Waits for the peer's advertisement: where its buffer is, and how long.
@@ -100,11 +107,10 @@ impl End {
             let (sink, len) = self.learn(qp)?;
             qp.post_send(3, SendOp::Write(sink), self.buffer.range(0, len))?;
             self.next(CompletionKind::Write)?;
-            let told = self.advertise(qp);
-            // Whoever has got the last one hangs up, maybe before its acknowledgement is here; that
-            // it did is the next event.
-            if ping < pings || qp.state() != QpState::Err {
-                told?;
+            self.post_advertisement(qp)?;
+            // Whoever has got the last one hangs up, maybe before its acknowledgement is here.
+            if ping < pings {
+                self.next(CompletionKind::Send)?;
             }
         }
         Ok(())
@@ -148,6 +154,7 @@ fn main() -> Outcome<()> {
         }
         None => {
             let _listener = channel.listen(service)?;
+            eprintln!("waiting for rping on port 7174");
             match next()? {
                 Event::Request(request) => request.accept(end.queue_pair()?, &options)?,
                 other => return Err(format!("{other:?}").into()),
@@ -164,8 +171,17 @@ fn main() -> Outcome<()> {
     } else {
         end.serve(connection.queue_pair(), pings)?;
     }
-    match next()? {
-        Event::Disconnected { .. } => println!("{pings} pings of {bytes} bytes"),
+    let mut farewell = channel.wait(FAREWELL);
+    let is_silent = farewell.is_none();
+    if is_silent {
+        connection.disconnect();
+        farewell = Some(next()?);
+    }
+    match farewell {
+        Some(Event::Disconnected { .. }) if is_silent => {
+            println!("{pings} pings of {bytes} bytes; the client did not say farewell");
+        }
+        Some(Event::Disconnected { .. }) => println!("{pings} pings of {bytes} bytes"),
         other => return Err(format!("{other:?}").into()),
     }
     Ok(())

@@ -1,0 +1,11 @@
+//! The other ends of RDMA programs that others wrote, so that those can judge us.
+//!
+//! - [`perftest`]: `ib_send_bw` and its like; the command `lowtide perftest-peer`.
+//! - [`end`]: what it stands on, a device with memory, and queue pairs whose places are told out of
+//!   band.
+//!
+//! The binaries are what ci/guest runs against the kernel's rxe: `rping` (librdmacm's),
+//! `rc_pingpong` (libibverbs'), and `matrix`, the counterpart of ci/guest/peer.c.
+
+pub mod end;
+pub mod perftest;
