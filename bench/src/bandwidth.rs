@@ -7,14 +7,14 @@ use std::time::Instant;
 use lowtide_transport::verbs::{Buffer, SendOp};
 use serde_json::Value;
 
-use crate::ends::{End, Meeting, PATIENCE, on_two, processors, slot_of};
+use crate::ends::{End, Meeting, Opener, PATIENCE, on_two, processors, slot_of};
 use crate::programs::{self, Served};
 use crate::row::{Better, Pick, Rounds, Row};
 use crate::{Bench, Failure};
 
 const ROUNDS: u32 = 9;
 /// Bytes of one WRITE or READ.
-const LEN: usize = 1 << 20;
+pub const LEN: usize = 1 << 20;
 /// How many are under way.
 const DEPTH: usize = 8;
 /// How many in a round, and how many before the first that counts.
@@ -46,7 +46,7 @@ fn compare(
     let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
         yardstick.push(tcp()? / 1e6);
-        ours.push(stream(op)? / 1e6);
+        ours.push(stream(End::open, COUNT, op)? / 1e6);
     }
     let figures = Rounds {
         unit: "MB/s",
@@ -59,12 +59,19 @@ fn compare(
     Ok(vec![row.aim(1.0)])
 }
 
-/// Bytes per second of one kind of request.
-fn stream(op: impl Fn(&End) -> SendOp + Send) -> Result<f64, Failure> {
+/// Bytes per second of `count` requests of one kind between two ends opened like this.
+///
+/// # Errors
+/// An end fails.
+pub fn stream(
+    open: Opener,
+    count: usize,
+    op: impl Fn(&End) -> SendOp + Send,
+) -> Result<f64, Failure> {
     let (one, other) = Meeting::pair();
     let (rate, ()) = on_two(
         move || {
-            let end = End::open(1, LEN, one)?;
+            let end = open(1, LEN, one)?;
             let op = op(&end);
             let post = |buffer| end.qp.post_send(0, op, buffer).map_err(Failure::broken);
             for _ in 0..DEPTH {
@@ -74,7 +81,7 @@ fn stream(op: impl Fn(&End) -> SendOp + Send) -> Result<f64, Failure> {
                 post(slot_of(end.next()?))?;
             }
             let began = Instant::now();
-            for _ in 0..COUNT {
+            for _ in 0..count {
                 post(slot_of(end.next()?))?;
             }
             let seconds = began.elapsed().as_secs_f64();
@@ -86,10 +93,10 @@ fn stream(op: impl Fn(&End) -> SendOp + Send) -> Result<f64, Failure> {
                 .post_send(0, SendOp::Send, Buffer::Empty)
                 .map_err(Failure::broken)?;
             end.next()?;
-            Ok((LEN * COUNT) as f64 / seconds)
+            Ok((LEN * count) as f64 / seconds)
         },
         move || {
-            let end = End::open(2, LEN, other)?;
+            let end = open(2, LEN, other)?;
             end.qp
                 .post_recv(0, Buffer::Empty)
                 .map_err(Failure::broken)?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use lowtide_transport::verbs::{
     Access, Address, Buffer, CompletionQueue, Device, DeviceOptions, MemoryRegion,
-    ProtectionDomain, QueuePair, Remote, Status, WorkCompletion,
+    ProtectionDomain, QueuePair, Remote, SameHost, Status, WorkCompletion,
 };
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
@@ -88,6 +88,9 @@ impl Meeting {
     }
 }
 
+/// How an end is opened: its address, the bytes of its memory, its half of the meeting.
+pub type Opener = fn(u8, usize, Meeting) -> Result<End, Failure>;
+
 /// One end of a reliable connection.
 pub struct End {
     pub domain: ProtectionDomain,
@@ -115,6 +118,26 @@ impl End {
     /// As `open`.
     pub fn open_at(own: SocketAddr, bytes: usize, meeting: Meeting) -> Result<End, Failure> {
         let device = Device::open(own, &DeviceOptions::default()).map_err(Failure::io(own))?;
+        End::of(&device, bytes, meeting)
+    }
+
+    /// The same of a device that reaches peers on this host by shared memory.
+    ///
+    /// # Errors
+    /// As `open`.
+    pub fn open_on_host(last: u8, bytes: usize, meeting: Meeting) -> Result<End, Failure> {
+        let (own, options) = (
+            address(last),
+            DeviceOptions {
+                same_host: SameHost::Direct,
+                ..DeviceOptions::default()
+            },
+        );
+        let device = Device::open(own, &options).map_err(Failure::io(own))?;
+        End::of(&device, bytes, meeting)
+    }
+
+    fn of(device: &Device, bytes: usize, meeting: Meeting) -> Result<End, Failure> {
         let domain = device.protection_domain();
         let queue = device.completion_queue(2 * DEPTH);
         let qp = domain

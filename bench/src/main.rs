@@ -17,6 +17,7 @@ mod connections;
 mod costs;
 mod ends;
 mod guest;
+mod host;
 mod large;
 mod latency;
 mod logs;
@@ -219,6 +220,16 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "bw-udp-read",
         about: "READs of 1 MiB in one direction, against one TCP stream of iperf3",
         run: bandwidth::read,
+    },
+    Benchmark {
+        name: "rtt-host",
+        about: "a round trip of 64 bytes on the same host, against UCX over posix shared memory",
+        run: host::round_trip,
+    },
+    Benchmark {
+        name: "bw-host",
+        about: "WRITEs of 1 MiB on the same host, against UCX over posix and cma",
+        run: host::writes,
     },
     Benchmark {
         name: "rate-udp",

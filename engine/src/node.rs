@@ -21,7 +21,7 @@ use crossbeam_channel::Sender;
 use lowtide_engine_core::destination::shard::SHARDS_MAX;
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::session::Placement;
-use lowtide_transport::message::{BindError, Waker};
+use lowtide_transport::message::{BindError, SameHost, Waker};
 use serde::{Deserialize, Serialize};
 
 use crate::session::{Command, SessionHandle, Shared};
@@ -118,6 +118,8 @@ pub struct NodeConfig {
     pub shards: u32,
     /// A pcap file to be written, of what the node sends and accepts.
     pub capture: Option<PathBuf>,
+    /// How peers on this host are reached; by UDP if packets are lost on purpose or captured.
+    pub same_host: SameHost,
 }
 
 impl NodeConfig {
@@ -140,6 +142,7 @@ impl NodeConfig {
             carry_bytes: 64 << 10,
             shards: default_shards(),
             capture: None,
+            same_host: SameHost::Udp,
         }
     }
 

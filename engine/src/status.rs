@@ -90,6 +90,10 @@ pub struct Status {
     pub stage: String,
     /// Shards of a persistent server; 0 for other roles.
     pub shards: u32,
+    /// Connections whose packets go through shared memory.
+    pub host_connections: u64,
+    /// Connections whose packets go by UDP.
+    pub udp_connections: u64,
     /// What it waits for, in words.
     pub blocked_by: Option<String>,
     /// Root only: every member.

@@ -19,7 +19,9 @@
 //! Input is `input`'s, sending `output`'s; `datagram` has what only datagrams need.
 
 mod budget;
+mod counters;
 mod datagram;
+mod host;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod hostile;
 mod identity;
@@ -46,6 +48,8 @@ use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Mtu, Qpn};
 
 use self::budget::Budget;
+pub use self::counters::Counters;
+use self::counters::add_counters;
 use self::datagram::Group;
 pub(crate) use self::datagram::{ADDRESSES_MAX, GROUPS_MAX};
 use self::identity::Identities;
@@ -54,6 +58,7 @@ pub(crate) use self::input::Input;
 pub(crate) use self::shared_receives::SharedReceives;
 use self::timers::Timers;
 use crate::faults::{FaultInjector, Faults};
+use crate::host::{Hosts, QpEntry, SameHost};
 use crate::memory::Memory;
 use crate::names::{Names, Random};
 use crate::pcap::Capture;
@@ -77,76 +82,14 @@ pub struct DeviceOptions {
     pub faults: Faults,
     /// A pcap file to be written, of everything sent and everything with a right ICRC received.
     pub capture: Option<PathBuf>,
+    /// How peers on this host are reached. By UDP in any case if there are faults or a capture: both
+    /// are about packets on a wire.
+    pub same_host: SameHost,
 }
 
 /// Which queue pair; valid until it is destroyed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct QpId(pub(crate) u32);
-
-/// What the device has seen; the names of anomalies are those of Linux rxe where it has them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names are the documentation of a counter")]
-#[non_exhaustive]
-pub struct Counters {
-    pub tx_datagrams: u64,
-    pub tx_bytes: u64,
-    pub rx_datagrams: u64,
-    pub rx_bytes: u64,
-    /// Sends that carried several datagrams.
-    pub gso_sends: u64,
-    /// Receives that carried several datagrams.
-    pub gro_receives: u64,
-    /// Datagrams the kernel refused to send.
-    pub tx_refused: u64,
-    /// Datagrams our own socket dropped for want of buffer.
-    pub rx_overflow: u64,
-    pub rx_malformed: u64,
-    pub rx_bad_icrc: u64,
-    /// An ICRC that is right for an Identification which the sender would not have used.
-    pub rx_odd_identification: u64,
-    pub rx_unknown_qp: u64,
-    /// Right queue pair, wrong source.
-    pub rx_wrong_peer: u64,
-    /// Dropped by the fault injector, both ways.
-    pub faults_dropped: u64,
-    pub duplicate_request: u64,
-    pub out_of_seq_request: u64,
-    pub rcvd_seq_err: u64,
-    pub rcvd_rnr_err: u64,
-    pub send_rnr_err: u64,
-    pub ack_timeout: u64,
-    pub probes: u64,
-    pub retransmitted_pkts: u64,
-    /// Packets that a switch has marked congested, and notifications (CNP) sent and received for
-    /// such; the names are those of adapters.
-    pub np_ecn_marked_roce_packets: u64,
-    pub np_cnp_sent: u64,
-    pub rp_cnp_handled: u64,
-    /// Packets a queue pair had no use for.
-    pub dropped_pkts: u64,
-    /// Messages handed up.
-    pub messages: u64,
-    /// Copies of whole messages made by us, for whatever reason.
-    pub copies: u64,
-    /// Bytes copied into registered memory to be sent in a parcel.
-    pub sent_copied_bytes: u64,
-    /// The same for messages that the peer fetches; none of those sent in pieces.
-    pub bulk_copied_bytes: u64,
-    /// Bytes put together from several packets.
-    pub assembled_copied_bytes: u64,
-    /// Bytes held back behind a message that was still being fetched.
-    pub held_copied_bytes: u64,
-    /// Bytes placed where they belong by READ: the one copy of a fetched message.
-    pub bulk_placed_bytes: u64,
-    /// Messages offered to be fetched, and messages fetched.
-    pub bulk_offered: u64,
-    pub bulk_fetched: u64,
-    /// The most bytes that were lent, and being fetched, at once.
-    pub lent_bytes_peak: u64,
-    pub fetched_bytes_peak: u64,
-    /// Connections closed because the peer did what is not allowed.
-    pub violations: u64,
-}
 
 /// Which sort of queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,6 +130,10 @@ struct Slot {
     responses: u32,
     /// When its peer was last told of congestion.
     notified: Option<Nanos>,
+    /// As peers on this host see it.
+    shown: Option<QpEntry>,
+    /// Bytes of the request at the front that have been copied into or from the peer's memory.
+    copied: usize,
 }
 
 struct Peer {
@@ -196,6 +143,10 @@ struct Peer {
     budget: Budget,
     /// Slots that have data to send and no budget for it.
     waiting: VecDeque<u32>,
+    /// The ring to it, if it is on this host.
+    outlet: Option<u32>,
+    /// It has left the ring for good.
+    is_gone: bool,
 }
 
 /// A soft-RoCE device on one UDP socket.
@@ -235,6 +186,10 @@ pub(crate) struct Device {
     addresses: Vec<Option<SocketAddr>>,
     free_addresses: Vec<u32>,
     groups: Vec<Group>,
+    /// Peers on this host, if they are reached by rings.
+    hosts: Option<Hosts>,
+    /// When the socket and the connections of `hosts` were last looked at.
+    looked: Nanos,
 }
 
 impl Device {
@@ -244,14 +199,16 @@ impl Device {
         peers: Peers,
         random: impl Fn() -> Random,
     ) -> io::Result<Device> {
+        let socket = Socket::bind(address, &options.socket)?;
+        let (hosts, exports) = host::open(socket.local_addr(), options, random().draw())?;
         Ok(Device {
             origin: Instant::now(),
-            socket: Socket::bind(address, &options.socket)?,
+            socket,
             staged: TransmitBatch::default(),
             scratch: Vec::new(),
             scratch_used: 0,
             overtaken: None,
-            memory: Memory::new(random()),
+            memory: Memory::shown_by(exports, random()),
             faults: FaultInjector::new(&options.faults),
             capture: options
                 .capture
@@ -275,6 +232,8 @@ impl Device {
             addresses: Vec::new(),
             free_addresses: Vec::new(),
             groups: Vec::new(),
+            hosts,
+            looked: Nanos::ZERO,
         })
     }
 
@@ -349,6 +308,8 @@ impl Device {
                     losses: 0,
                     responses: 0,
                     notified: None,
+                    shown: None,
+                    copied: 0,
                 });
                 self.slots.len() as u32 - 1
             }
@@ -369,6 +330,7 @@ impl Device {
         slot.losses = 0;
         slot.responses = 0;
         slot.notified = None;
+        slot.copied = 0;
         Some((QpId(index), qpn))
     }
 
@@ -386,12 +348,14 @@ impl Device {
             peer.budget.learn(datagrams);
         }
         self.slots[id.0 as usize].peer = Some(index);
+        self.meet(index);
     }
 
     /// Forgets the peer again: for a queue pair that has been reset.
     pub(crate) fn clear_peer(&mut self, id: QpId) {
         let slot = &mut self.slots[id.0 as usize];
         let Some(peer) = slot.peer.take() else { return };
+        slot.copied = 0;
         let before = std::mem::take(&mut slot.in_flight);
         if std::mem::take(&mut slot.is_waiting) {
             self.peers[peer as usize]
@@ -409,6 +373,8 @@ impl Device {
             users: 0,
             budget: Budget::default(),
             waiting: VecDeque::new(),
+            outlet: None,
+            is_gone: false,
         };
         let index = match self.free_peers.pop() {
             Some(index) => {
@@ -430,6 +396,9 @@ impl Device {
         let peer = &mut self.peers[index as usize];
         peer.users -= 1;
         if peer.users == 0 {
+            if let (Some(outlet), Some(hosts)) = (peer.outlet.take(), &mut self.hosts) {
+                hosts.disconnect(outlet);
+            }
             self.peer_index.remove(&peer.address);
             self.free_peers.push(index);
         }
@@ -447,6 +416,7 @@ impl Device {
         };
         self.qpns.remove(slot.qpn.value());
         add_counters(&mut self.counters, machine.counters());
+        self.show(id.0);
         self.clear_peer(id);
         self.detach_all(id);
         self.free.push(id.0);
@@ -565,19 +535,6 @@ impl AsRawFd for Device {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
-}
-
-fn add_counters(sum: &mut Counters, qp: &qp::Counters) {
-    sum.duplicate_request += qp.duplicate_request;
-    sum.out_of_seq_request += qp.out_of_seq_request;
-    sum.rcvd_seq_err += qp.rcvd_seq_err;
-    sum.rcvd_rnr_err += qp.rcvd_rnr_err;
-    sum.send_rnr_err += qp.send_rnr_err;
-    sum.ack_timeout += qp.ack_timeout;
-    sum.probes += qp.probes;
-    sum.retransmitted_pkts += qp.retransmitted_pkts;
-    sum.dropped_pkts += qp.dropped_pkts;
-    sum.rp_cnp_handled += qp.cnp_handled;
 }
 
 /// The flow of a packet from `source` to `target`; none if their families differ.

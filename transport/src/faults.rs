@@ -28,6 +28,17 @@ pub struct Faults {
     pub corrupt_percent: f64,
 }
 
+impl Faults {
+    /// Whether anything is to happen at all.
+    pub(crate) fn is_any(&self) -> bool {
+        let none = Faults {
+            seed: self.seed,
+            ..Faults::default()
+        };
+        *self != none
+    }
+}
+
 /// What happens to one datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fate {

@@ -22,7 +22,8 @@
 //! Beside them, with the same words:
 //!
 //! * [`ibv`]: the verbs on libibverbs, loaded at run time: adapters, and the kernel's rxe and siw.
-//! * [`provider`]: which of the two serves.
+//! * [`host`]: what softroce does between devices of one user on one host, if asked to.
+//! * [`provider`]: which of them serves.
 //!
 //! The state machines and formats are in the crate `lowtide_transport_proto`, which knows no socket
 //! and no clock. On the wire this is RoCEv2 as the Linux kernel's rxe and adapters speak it.
@@ -51,6 +52,7 @@ pub mod faults;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
+pub mod host;
 #[allow(unsafe_code)] // calls into libibverbs
 pub mod ibv;
 pub mod memory;

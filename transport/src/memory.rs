@@ -30,6 +30,7 @@
 mod foreign;
 mod lent;
 mod shared;
+mod shown;
 mod window;
 
 use std::io;
@@ -44,6 +45,7 @@ pub use self::lent::{LENT_KEY_MIN, Lent, Piece};
 pub use self::shared::SharedMemory;
 use self::window::Window;
 pub use self::window::{WindowKind, WindowPlace};
+use crate::host::Exports;
 use crate::names::{Names, Random};
 
 /// Rights of a region. A private region has none of the remote ones.
@@ -176,6 +178,8 @@ pub struct Memory {
     lent: LentTable,
     /// Made with the first foreign region.
     bounce: Option<Bounce>,
+    /// What peers on this host are shown of it.
+    pub(crate) exports: Option<Exports>,
 }
 
 impl Memory {
@@ -203,7 +207,22 @@ impl Memory {
         memory: Arc<SharedMemory>,
         access: Access,
     ) -> Option<Key> {
-        self.register(domain, Region::Shared(memory), access)
+        self.register_shared_at(domain, memory, 0, access)
+    }
+
+    /// The same, so that its first byte has the address `base` for work requests and peers.
+    pub fn register_shared_at(
+        &mut self,
+        domain: u32,
+        memory: Arc<SharedMemory>,
+        base: u64,
+        access: Access,
+    ) -> Option<Key> {
+        let key = self.register(domain, Region::Shared(memory), access)?;
+        let index = self.index(key)?;
+        self.entries[index].base = base;
+        self.show(key, index);
+        Some(key)
     }
 
     fn register(&mut self, domain: u32, region: Region, access: Access) -> Option<Key> {
@@ -328,8 +347,11 @@ impl Memory {
             self.bounce = Some(Bounce::new()?);
         }
         let key = self.register(domain, Region::Foreign(foreign), access);
-        if let Some(index) = key.and_then(|key| self.index(key)) {
+        if let Some(key) = key
+            && let Some(index) = self.index(key)
+        {
             self.entries[index].base = base;
+            self.show(key, index);
         }
         Ok(key)
     }
@@ -380,6 +402,9 @@ impl Memory {
         let index = self.index(key)?;
         let region = self.entries[index].region.take()?;
         self.release(index);
+        if let Some(exports) = &mut self.exports {
+            exports.withdraw(key);
+        }
         Some(region)
     }
 

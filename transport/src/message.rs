@@ -53,6 +53,7 @@ use std::time::Duration;
 pub use self::endpoint::{Endpoint, EndpointCtx};
 pub use crate::device::Counters;
 pub use crate::faults::Faults;
+pub use crate::host::SameHost;
 pub use crate::memory::Piece;
 pub use crate::udp::SocketOptions;
 
@@ -85,6 +86,8 @@ pub struct EndpointConfig {
     pub socket: SocketOptions,
     /// A pcap file to be written, of everything sent and everything with a right ICRC received.
     pub capture: Option<PathBuf>,
+    /// How peers on this host are reached. By UDP in any case if there are faults or a capture.
+    pub same_host: SameHost,
 }
 
 impl EndpointConfig {
@@ -101,6 +104,7 @@ impl EndpointConfig {
             silence_max: None,
             socket: SocketOptions::default(),
             capture: None,
+            same_host: SameHost::Udp,
         }
     }
 }

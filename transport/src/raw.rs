@@ -31,7 +31,7 @@
 
 mod address;
 mod completion;
-mod event_fd;
+pub(crate) mod event_fd;
 mod habit;
 mod progress;
 mod queue_pair;

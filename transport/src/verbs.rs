@@ -41,6 +41,7 @@ pub use self::queue_pair::{Address, PostRefused, QueuePair, Reliability};
 use crate::device::WORK_REQUESTS_MAX;
 pub use crate::device::{Counters, DeviceOptions};
 pub use crate::faults::Faults;
+pub use crate::host::SameHost;
 pub use crate::memory::Access;
 use crate::memory::{Key, SharedMemory};
 pub use crate::raw::CompletionChannel;
@@ -195,8 +196,9 @@ impl ProtectionDomain {
     /// # Errors
     /// [`CreateError::Exhausted`].
     pub fn memory_region(&self, len: usize, access: Access) -> Result<MemoryRegion, CreateError> {
-        let memory = SharedMemory::new(len);
         let mut state = self.device.shared.lock();
+        let memory = state.device.memory.new_shared(len);
+        let memory = memory.map_err(|_| CreateError::Exhausted)?;
         let key = state
             .device
             .memory

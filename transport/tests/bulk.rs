@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{PATIENCE, Stream, config, connect, run_until};
 use lowtide_transport::message::{
     BindError, CloseReason, ConnId, Endpoint, EndpointConfig, Event, Faults, Limits, Piece,
-    SendError,
+    SameHost, SendError,
 };
 
 const MIB: usize = 1 << 20;
@@ -84,6 +84,22 @@ fn full_pools_on_both_sides_do_not_wait_for_each_other() {
             is_within_pools(end, mib * MIB);
             assert_eq!(end.counters().bulk_fetched, 40);
         }
+    }
+}
+
+#[test]
+fn on_one_host_long_messages_need_no_network() {
+    let config = |node| {
+        let mut config = pools(node, 3 * MIB);
+        config.same_host = SameHost::Direct;
+        config
+    };
+    let ends = flood_both_ways(config(1), config(2), 40);
+    for end in &ends {
+        is_within_pools(end, 3 * MIB);
+        let counters = end.counters();
+        assert_eq!((end.paths(), counters.bulk_fetched), ((1, 0), 40));
+        assert!(counters.host_rx_packets > 10_000 && counters.host_lost_packets == 0);
     }
 }
 

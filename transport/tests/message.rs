@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::{PATIENCE, Stream, config, connect, run_until};
 use lowtide_transport::message::{
-    BindError, CloseReason, ConnId, Endpoint, EndpointConfig, Event, Faults, SendError,
+    BindError, CloseReason, ConnId, Endpoint, EndpointConfig, Event, Faults, SameHost, SendError,
 };
 use lowtide_transport::udp::{Frame, Payload, Socket, SocketOptions, TransmitBatch};
 use lowtide_transport_proto::cm::GSI_QKEY;
@@ -87,6 +87,49 @@ fn a_stream_of_many_lengths_arrives_in_order_both_ways() {
     for endpoint in [&a, &b] {
         let counters = endpoint.counters();
         assert_eq!((counters.rcvd_rnr_err, counters.rx_bad_icrc), (0, 0));
+    }
+}
+
+#[test]
+fn on_one_host_messages_need_no_network() {
+    for same_host in [SameHost::Rings, SameHost::Direct] {
+        let config = |node| {
+            let mut config = config(node);
+            config.same_host = same_host;
+            config.faults.seed = 7; // of faults that there are none of
+            config
+        };
+        let (a, b) = stream_both_ways(config(1), config(2), 64 << 20);
+        for endpoint in [&a, &b] {
+            let counters = endpoint.counters();
+            assert_eq!(endpoint.paths(), (1, 0));
+            assert!(counters.host_tx_packets > 1000 && counters.host_rx_packets > 1000);
+            assert!(counters.tx_datagrams < 100, "{counters:?}");
+            // Probes of a process that ran late are no loss.
+            assert_eq!(counters.host_lost_packets, 0, "{counters:?}");
+        }
+    }
+}
+
+/// A peer that did not ask for it, and faults of a wire: both mean UDP.
+#[test]
+fn who_does_not_share_memory_is_reached_by_the_network() {
+    let host = |node| {
+        let mut config = config(node);
+        config.same_host = SameHost::Direct;
+        config
+    };
+    let lossy = |node| {
+        let mut config = host(node);
+        config.faults.loss_percent = 1.0;
+        config
+    };
+    for other in [config(2), lossy(3)] {
+        let (a, b) = stream_both_ways(host(1), other, 1 << 20);
+        for endpoint in [&a, &b] {
+            assert_eq!(endpoint.paths(), (0, 1));
+            assert_eq!(endpoint.counters().host_tx_packets, 0);
+        }
     }
 }
 

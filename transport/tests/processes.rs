@@ -1,4 +1,5 @@
-//! Two processes: one is paused for five seconds, then killed and started again.
+//! Two processes: one is paused for five seconds, then killed and started again; over the network, and
+//! through shared memory.
 //!
 //! Nothing is lost by the pause; the kill is noticed by the new incarnation alone.
 
@@ -10,15 +11,17 @@ use std::time::{Duration, Instant};
 
 use common::{PATIENCE, Stream};
 use lowtide_transport::message::{
-    CloseReason, ConnId, Endpoint, EndpointConfig, EndpointCtx, Event,
+    CloseReason, ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, SameHost,
 };
 
 const PAUSE: Duration = Duration::from_secs(5);
 const BYTES: u64 = 64 << 20;
 
 /// The other process: connects to `parent` and streams both ways until it is closed.
-fn child(own: SocketAddr, parent: SocketAddr, incarnation: u64) {
-    let mut endpoint = Endpoint::bind(EndpointConfig::new(own, 2, incarnation)).unwrap();
+fn child(own: SocketAddr, parent: SocketAddr, incarnation: u64, same_host: SameHost) {
+    let mut config = EndpointConfig::new(own, 2, incarnation);
+    config.same_host = same_host;
+    let mut endpoint = Endpoint::bind(config).unwrap();
     let conn = endpoint.connect(parent, b"child");
     let mut stream = Stream::new(conn, BYTES);
     let mut is_over = false;
@@ -34,13 +37,18 @@ fn child(own: SocketAddr, parent: SocketAddr, incarnation: u64) {
     assert!(stream.is_done());
 }
 
-fn start_child(own: SocketAddr, parent: SocketAddr, incarnation: u64) -> Child {
+/// The other process, which takes the same way as our `endpoint`.
+fn start_child(own: SocketAddr, endpoint: &Endpoint, incarnation: u64, way: SameHost) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args([
             "--child",
             &own.to_string(),
-            &parent.to_string(),
+            &endpoint.local_addr().to_string(),
             &incarnation.to_string(),
+            match way {
+                SameHost::Udp => "udp",
+                _ => "host",
+            },
         ])
         .spawn()
         .unwrap()
@@ -88,9 +96,9 @@ fn received(stream: &Option<Stream>) -> u64 {
     stream.as_ref().map_or(0, Stream::received)
 }
 
-fn pause_and_continue(endpoint: &mut Endpoint, own: SocketAddr) -> (Child, ConnId) {
+fn pause_and_continue(endpoint: &mut Endpoint, own: SocketAddr, way: SameHost) -> (Child, ConnId) {
     let mut stream = None;
-    let process = start_child(own, endpoint.local_addr(), 1);
+    let process = start_child(own, endpoint, 1, way);
     run(endpoint, &mut stream, healthy, |stream| {
         received(stream) > BYTES / 4
     });
@@ -105,10 +113,15 @@ fn pause_and_continue(endpoint: &mut Endpoint, own: SocketAddr) -> (Child, ConnI
     (process, stream.unwrap().conn())
 }
 
-fn kill_and_restart(endpoint: &mut Endpoint, own: SocketAddr, mut process: Child, old: ConnId) {
+fn kill_and_restart(
+    endpoint: &mut Endpoint,
+    own: SocketAddr,
+    (mut process, old): (Child, ConnId),
+    way: SameHost,
+) {
     process.kill().unwrap();
     process.wait().unwrap();
-    let mut process = start_child(own, endpoint.local_addr(), 2);
+    let mut process = start_child(own, endpoint, 2, way);
     let mut stream = None;
     let mut is_closed = false;
     run(
@@ -148,20 +161,27 @@ fn kill_and_restart(endpoint: &mut Endpoint, own: SocketAddr, mut process: Child
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
-    if let [_, flag, own, parent, incarnation] = &args[..]
+    if let [_, flag, own, parent, incarnation, way] = &args[..]
         && flag == "--child"
     {
-        child(
-            own.parse().unwrap(),
-            parent.parse().unwrap(),
-            incarnation.parse().unwrap(),
-        );
+        let way = match way.as_str() {
+            "udp" => SameHost::Udp,
+            _ => SameHost::Direct,
+        };
+        let (own, parent) = (own.parse().unwrap(), parent.parse().unwrap());
+        child(own, parent, incarnation.parse().unwrap(), way);
         return;
     }
-    let mut endpoint = Endpoint::bind(common::config(1)).unwrap();
-    let own = common::address();
-    let (process, conn) = pause_and_continue(&mut endpoint, own);
-    println!("test a_pause_of_five_seconds_loses_nothing ... ok");
-    kill_and_restart(&mut endpoint, own, process, conn);
-    println!("test a_killed_peer_is_replaced_by_its_next_incarnation ... ok");
+    for (name, way) in [("udp", SameHost::Udp), ("host", SameHost::Direct)] {
+        let mut config = common::config(1);
+        config.same_host = way;
+        let mut endpoint = Endpoint::bind(config).unwrap();
+        let own = common::address();
+        let (process, conn) = pause_and_continue(&mut endpoint, own, way);
+        let by_ring = usize::from(way != SameHost::Udp);
+        assert_eq!(endpoint.paths(), (by_ring, 1 - by_ring));
+        println!("test {name}::a_pause_of_five_seconds_loses_nothing ... ok");
+        kill_and_restart(&mut endpoint, own, (process, conn), way);
+        println!("test {name}::a_killed_peer_is_replaced_by_its_next_incarnation ... ok");
+    }
 }

@@ -89,6 +89,7 @@ impl Engine {
             ..Faults::default()
         };
         endpoint_config.capture = config.capture.clone();
+        endpoint_config.same_host = config.same_host;
         let endpoint = Endpoint::bind(endpoint_config)?;
         let core = make_core(&config, root, nonce, endpoint.waker())?;
         let peers = config.peers.iter().map(|p| (p.id, p.addr));
@@ -358,6 +359,8 @@ impl Inner {
             ..Status::default()
         };
         self.core.describe(self.now(), &mut status);
+        let (by_ring, by_udp) = ctx.paths();
+        (status.host_connections, status.udp_connections) = (by_ring as u64, by_udp as u64);
         let transport = ctx.counters();
         status.counters.messages_sent = self.links.messages;
         status.counters.message_bytes_sent = self.links.bytes;

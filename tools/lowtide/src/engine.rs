@@ -10,6 +10,7 @@ use lowtide_engine::node::{self, NodeConfig, NodeHandle, Peer, StartError};
 pub use lowtide_engine::status::{NodeCounters, Status};
 use lowtide_engine_core::ids::NodeId;
 
+use lowtide_transport::message::SameHost;
 use lowtide_transport::provider::{self, Chosen, Wanted};
 
 use crate::config::{Cluster, NodeFile, Provider};
@@ -36,7 +37,12 @@ pub fn capture_owner(file: &Path) -> Option<SocketAddr> {
 /// Its state cannot be opened, its address cannot be had.
 pub fn start(file: &NodeFile) -> Result<NodeHandle, StartError> {
     let base = config(&file.cluster, &file.member.name);
+    let same_host = match file.provider {
+        Provider::Host => SameHost::Direct,
+        _ => SameHost::Udp,
+    };
     node::start(NodeConfig {
+        same_host,
         shards: file.shards.unwrap_or(base.shards),
         dir: file.dir.clone(),
         loss_percent: file.loss_percent,
@@ -149,7 +155,9 @@ pub fn choose_provider(provider: Provider, addr: IpAddr) -> Result<String, Strin
             ),
             Err(reason) => format!("provider verbs: {reason}; use softroce"),
         }),
-        Provider::Host => Err("provider host is not in this build; use softroce".to_owned()),
+        Provider::Host => {
+            Ok("host, as asked for: shared memory to peers of this machine".to_owned())
+        }
     }
 }
 
@@ -198,13 +206,13 @@ mod tests {
         ] {
             assert!(chosen(provider, addr).unwrap().starts_with("softroce"));
         }
-        for provider in [Provider::Verbs, Provider::Host] {
-            assert!(
-                chosen(provider, "192.0.2.1")
-                    .unwrap_err()
-                    .ends_with("use softroce")
-            );
-        }
+        assert!(
+            chosen(Provider::Host, "127.9.8.7")
+                .unwrap()
+                .starts_with("host")
+        );
+        let refused = chosen(Provider::Verbs, "192.0.2.1").unwrap_err();
+        assert!(refused.ends_with("use softroce"));
     }
 
     #[test]

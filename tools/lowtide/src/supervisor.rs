@@ -248,8 +248,7 @@ impl<'a> Run<'a> {
         self.store()?;
         self.recover()?;
         self.verify(since)?;
-        let provider = engine::provider_name(self.options.provider);
-        provider.clone_into(&mut self.report.provider);
+        self.report.provider = accounts::provider(self.options.provider, &self.nodes);
         self.report.seed = self.options.seed;
         accounts::close(&mut self.report, &self.nodes, &self.minimum);
         if self.options.stay {

@@ -123,11 +123,17 @@ fn check_report(report: &Value) {
 
 /// Runs with these faults and returns the report of a run that succeeded.
 fn run_with(faults: &[&str], files: u32) -> Value {
+    run_as("auto", faults, files)
+}
+
+/// The same on a provider.
+fn run_as(provider: &str, faults: &[&str], files: u32) -> Value {
     let tmp = tempfile::tempdir().unwrap();
     let input = tmp.path().join("in");
     make_input(&input, files);
     let report = tmp.path().join("report.json");
-    let mut run = lowtide(&["run", "--patience", "30", "--input", text(&input)]);
+    let mut run = lowtide(&["run", "--patience", "30", "--provider", provider]);
+    run.args(["--input", text(&input)]);
     run.args(["--report", text(&report)]);
     for fault in faults {
         run.args(["--fault", fault]);
@@ -154,6 +160,28 @@ fn another_client_finishes_the_work_of_one_that_never_returns() {
     assert_eq!(report["entries"], 415);
     assert_eq!(report["nodes"]["client1"]["lives"], 1);
     assert!(report["faults"][0]["recovered_ms"].is_u64());
+}
+
+#[test]
+fn a_run_through_shared_memory_survives_a_kill_a_pause_and_a_partition() {
+    let faults = [
+        "pause:object0@10%:500",
+        "kill:meta1@40%",
+        "partition:proxy0,meta0@70%:500",
+    ];
+    let report = run_as("host", &faults, 300);
+    assert_eq!(report["entries"], 315);
+    assert_eq!(report["nodes"]["meta1"]["lives"], 2);
+    // "host (N connections through shared memory, 0 by UDP)"
+    let provider = report["provider"].as_str().unwrap();
+    let count = provider
+        .strip_prefix("host (")
+        .and_then(|rest| rest.split(' ').next());
+    assert!(count.unwrap().parse::<u32>().unwrap() >= 8, "{provider}");
+    assert!(
+        provider.ends_with(" through shared memory, 0 by UDP)"),
+        "{provider}"
+    );
 }
 
 #[test]

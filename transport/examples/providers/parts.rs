@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 
-use super::{ROOM, Result};
+use super::conversation::{ROOM, Result};
 
 /// What each side tells the other.
 #[derive(Clone, Copy, Debug)]

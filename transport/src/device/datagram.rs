@@ -264,6 +264,7 @@ mod tests {
             segment: 1,
             is_truncated: false,
             is_congested: true,
+            is_local: false,
             overflow: None,
         }
     }

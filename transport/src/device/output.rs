@@ -11,6 +11,7 @@ use lowtide_transport_proto::qp::{self, Allow, Lkey, QpKind, Rkey, Transmit};
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
+use super::host::Act;
 use super::view::{View, wanted};
 use super::{Device, Machine, Slot, flow};
 use crate::faults::Fate;
@@ -25,7 +26,7 @@ const BURST_BYTES: usize = 61_000;
 /// number is the peer's choice, up to 2^23 for one request. Then input has its turn.
 pub(super) const RESPONSES_MAX: u32 = 256;
 /// Byte and bit of the BTH that ask for an acknowledgement.
-const ACK_REQ: (usize, u8) = (8, 0x80);
+pub(super) const ACK_REQ: (usize, u8) = (8, 0x80);
 /// Region number of payload that was copied for sending.
 const SCRATCH: u32 = u32::MAX - 1;
 
@@ -61,8 +62,16 @@ impl Device {
             return ControlFlow::Continue(());
         };
         let address = self.peers[peer as usize].address;
+        let outlet = self.peers[peer as usize].outlet;
         let mut bytes = 0;
         for sent in 0.. {
+            if outlet.is_some() {
+                match self.act(index, peer) {
+                    Act::Nothing => {}
+                    Act::Done => continue,
+                    Act::More => return ControlFlow::Break(()),
+                }
+            }
             if sent == BURST || bytes >= BURST_BYTES {
                 self.mark_ready(index);
                 break;
@@ -102,7 +111,12 @@ impl Device {
             self.settle(index);
             let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
             match self.gather(index, &transmit) {
-                Ok(payload) => self.push(address, transmit.header(), payload, is_last),
+                Ok(payload) => match outlet {
+                    Some(outlet) => {
+                        self.push_host((outlet, address), transmit.header(), payload, is_last);
+                    }
+                    None => self.push(address, transmit.header(), payload, is_last),
+                },
                 Err(_) => {
                     // Memory that went away under a posted request, or a peer's READ.
                     if let Some(Machine::Connected(qp)) = &mut self.slots[index as usize].machine {
@@ -121,6 +135,7 @@ impl Device {
         if let Some(Machine::Connected(qp)) = &slot.machine {
             self.timers.set(index, qp.poll_timeout());
         }
+        self.show(index);
         ControlFlow::Continue(())
     }
 
@@ -268,6 +283,9 @@ impl Device {
         {
             self.staged.push(overtaken);
         }
+        if let Some(hosts) = &mut self.hosts {
+            hosts.ring_doorbells();
+        }
         if self.staged.is_empty() {
             self.scratch_used = 0;
             return;
@@ -302,7 +320,7 @@ impl Device {
     }
 }
 
-fn resolve<'m>(payload: &Payload, scratch: &'m [u8], memory: &'m Memory) -> &'m [u8] {
+pub(super) fn resolve<'m>(payload: &Payload, scratch: &'m [u8], memory: &'m Memory) -> &'m [u8] {
     match payload.region {
         _ if payload.len == 0 => &[],
         SCRATCH => &scratch[payload.offset as usize..][..payload.len as usize],

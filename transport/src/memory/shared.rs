@@ -1,26 +1,71 @@
 //! Memory of our own that peers and other threads may touch at any time, in atomic words.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use lowtide_transport_proto::qp::AtomicOp;
 
 use super::AccessError;
+use crate::host::{self, Segment};
 
 /// Bytes that several threads and peers read and write at once, as whole atomic words.
 ///
 /// A read during a write yields, for each aligned eight bytes, either all old or all new ones.
 #[derive(Debug)]
 pub struct SharedMemory {
-    words: Box<[AtomicU64]>,
+    words: Words,
     len: usize,
+}
+
+#[derive(Debug)]
+enum Words {
+    /// Of this process.
+    Own(Box<[AtomicU64]>),
+    /// That peers on this host may map.
+    Mapped(Arc<Segment>),
 }
 
 impl SharedMemory {
     /// `len` zero bytes.
     pub fn new(len: usize) -> Arc<SharedMemory> {
         let words = (0..len.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
-        Arc::new(SharedMemory { words, len })
+        Arc::new(SharedMemory {
+            words: Words::Own(words),
+            len,
+        })
+    }
+
+    /// `len` zero bytes that peers on this host may map.
+    ///
+    /// # Errors
+    /// The system has no file descriptor or no memory.
+    pub(crate) fn mapped(len: usize) -> io::Result<Arc<SharedMemory>> {
+        let segment = Arc::new(Segment::create(len)?);
+        Ok(Arc::new(SharedMemory {
+            words: Words::Mapped(segment),
+            len,
+        }))
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        match &self.words {
+            Words::Own(words) => words,
+            Words::Mapped(segment) => segment.words(),
+        }
+    }
+
+    /// What peers on this host may map of it.
+    pub(crate) fn segment(&self) -> Option<&Arc<Segment>> {
+        match &self.words {
+            Words::Own(_) => None,
+            Words::Mapped(segment) => Some(segment),
+        }
+    }
+
+    /// Address of its first byte in this process.
+    pub(crate) fn address(&self) -> u64 {
+        self.words().as_ptr().expose_provenance() as u64
     }
 
     /// Length in bytes.
@@ -40,7 +85,7 @@ impl SharedMemory {
         self.read_within(offset, head);
         let at = offset + head.len();
         let (words, tail) = rest.as_chunks_mut();
-        for (word, to) in self.words[at / 8..].iter().zip(&mut *words) {
+        for (word, to) in self.words()[at / 8..].iter().zip(&mut *words) {
             // Relaxed: the words carry no message but themselves; whoever needs an order gets it
             // from the completion queue.
             *to = word.load(Ordering::Relaxed).to_ne_bytes();
@@ -51,7 +96,9 @@ impl SharedMemory {
     /// Part of one word.
     fn read_within(&self, offset: usize, into: &mut [u8]) {
         if !into.is_empty() {
-            let word = self.words[offset / 8].load(Ordering::Relaxed).to_ne_bytes();
+            let word = self.words()[offset / 8]
+                .load(Ordering::Relaxed)
+                .to_ne_bytes();
             into.copy_from_slice(&word[offset % 8..][..into.len()]);
         }
     }
@@ -63,7 +110,7 @@ impl SharedMemory {
         self.write_within(offset, head);
         let at = offset + head.len();
         let (words, tail) = rest.as_chunks();
-        for (word, from) in self.words[at / 8..].iter().zip(words) {
+        for (word, from) in self.words()[at / 8..].iter().zip(words) {
             word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
         }
         self.write_within(at + 8 * words.len(), tail);
@@ -79,7 +126,7 @@ impl SharedMemory {
             whole[offset % 8..][..bytes.len()].copy_from_slice(bytes);
             Some(u64::from_ne_bytes(whole))
         };
-        let word = &self.words[offset / 8];
+        let word = &self.words()[offset / 8];
         let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
     }
 
@@ -91,17 +138,8 @@ impl SharedMemory {
         if !offset.is_multiple_of(8) {
             return Err(AccessError::Unaligned);
         }
-        let word = &self.words[offset / 8];
-        // SeqCst: verbs promise no less between atomics of one device.
-        Ok(match op {
-            AtomicOp::CompareSwap { compare, swap } => {
-                match word.compare_exchange(compare, swap, Ordering::SeqCst, Ordering::SeqCst) {
-                    Ok(old) | Err(old) => old,
-                }
-            }
-            AtomicOp::FetchAdd { add } => word.fetch_add(add, Ordering::SeqCst),
-            AtomicOp::Write { value } => word.swap(u64::from_ne_bytes(value), Ordering::SeqCst),
-        })
+        let word = &self.words()[offset / 8];
+        Ok(host::atomic(word, op))
     }
 }
 

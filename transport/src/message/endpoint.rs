@@ -37,6 +37,7 @@ use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
 use crate::device::{Device, DeviceOptions, Peers, QpId};
+use crate::host::HostBatch;
 use crate::memory::Piece;
 use crate::names::Random;
 use crate::udp::ReceiveBatch;
@@ -52,6 +53,7 @@ const TOKEN_WAKER: mio::Token = mio::Token(1);
 pub struct Endpoint {
     ctx: EndpointCtx,
     batch: ReceiveBatch,
+    host_batch: HostBatch,
     /// Whether the last receive left nothing behind.
     is_drained: bool,
     /// Whether the last poll brought work, so that spinning may pay.
@@ -140,6 +142,7 @@ impl Endpoint {
             socket: config.socket,
             faults: config.faults,
             capture: config.capture.clone(),
+            same_host: config.same_host,
         };
         let device = Device::bind(addr, &options, Peers::Own, Random::default);
         let device = device.map_err(|error| match error.kind() {
@@ -152,6 +155,11 @@ impl Endpoint {
             let mut source = mio::unix::SourceFd(&fd);
             poll.registry()
                 .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
+            if let Some(fd) = device.host_fd() {
+                let mut source = mio::unix::SourceFd(&fd);
+                poll.registry()
+                    .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
+            }
             let waker = mio::Waker::new(poll.registry(), TOKEN_WAKER)?;
             Ok((poll, Waker(Arc::new(waker))))
         };
@@ -159,6 +167,7 @@ impl Endpoint {
         Ok(Endpoint {
             ctx: EndpointCtx::new(device, config, random),
             batch: ReceiveBatch::default(),
+            host_batch: HostBatch::default(),
             is_drained: false,
             is_busy: false,
             poll,
@@ -222,7 +231,8 @@ impl Endpoint {
 
     /// Sleeps until the socket, the waker, a timer or `left`; returns whether it was the waker.
     fn wait(&mut self, left: Option<Duration>) -> io::Result<bool> {
-        let timeout = if self.is_drained && !self.ctx.device.has_output() {
+        let device = &self.ctx.device;
+        let timeout = if self.is_drained && !device.has_output() && device.may_sleep() {
             let due = self.ctx.next_timeout();
             let now = self.ctx.device.now();
             let due = due.map(|due| Duration::from_nanos(due.since(now).0));
@@ -242,20 +252,31 @@ impl Endpoint {
 
     /// One round of work.
     fn turn(&mut self, handler: &mut Handler<'_>) -> io::Result<usize> {
-        let Endpoint { ctx, batch, .. } = self;
+        let Endpoint {
+            ctx,
+            batch,
+            host_batch,
+            ..
+        } = self;
         let mut events = 0;
         let mut count = |ctx: &mut EndpointCtx, event: Event<'_>| {
             events += 1;
             handler(ctx, event);
         };
         let now = ctx.device.now();
-        let filled = ctx.device.receive(batch)?;
-        for slot in 0..filled {
-            match batch.arrival(slot) {
-                Some(arrival) if !arrival.is_truncated => ctx.arrive(now, &arrival, &mut count),
-                _ => ctx.device.count_malformed(),
+        let mut is_drained = false;
+        if ctx.device.is_look_due(now) {
+            ctx.device.attend();
+            let filled = ctx.device.receive(batch)?;
+            for slot in 0..filled {
+                match batch.arrival(slot) {
+                    Some(arrival) if !arrival.is_truncated => ctx.arrive(now, &arrival, &mut count),
+                    _ => ctx.device.count_malformed(),
+                }
             }
+            is_drained = filled < batch.capacity();
         }
+        is_drained &= ctx.receive_host(now, host_batch, &mut count);
         while let Some(id) = ctx.device.expire(now) {
             ctx.poll_completions(id, None, &mut count);
         }
@@ -263,7 +284,10 @@ impl Endpoint {
         ctx.offer_room_to_all(&mut count);
         ctx.pump();
         ctx.device.transmit(now);
-        self.is_drained = filled < batch.capacity();
+        while let Some(id) = ctx.device.poll_finished() {
+            ctx.poll_completions(id, None, &mut count);
+        }
+        self.is_drained = is_drained;
         Ok(events)
     }
 }
@@ -443,6 +467,11 @@ impl EndpointCtx {
         counters.lent_bytes_peak = self.lending.bytes_peak() as u64;
         counters.fetched_bytes_peak = self.fetching.bytes_peak() as u64;
         counters
+    }
+
+    /// Connections whose packets go through shared memory, and those whose packets go by UDP.
+    pub fn paths(&self) -> (usize, usize) {
+        self.device.paths()
     }
 
     /// Connections that are not closed, also those still being made.

@@ -25,6 +25,7 @@ use super::tables::Tables;
 use super::types::CqId;
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
+use crate::host::HostBatch;
 use crate::names::Random;
 use crate::udp::{ReceiveBatch, at_exit, block_signals};
 
@@ -52,6 +53,7 @@ pub(crate) struct State {
     /// Slots of it to be filled at once: few while hardly anything comes, for each is a look into
     /// the socket that may find nothing.
     slots: usize,
+    host_batch: HostBatch,
     /// Protection domains made so far.
     pub(super) domains: u32,
     drawn: u64,
@@ -68,6 +70,8 @@ pub(crate) struct Shared {
     driven_at: AtomicU64,
     /// Until when the device's thread sleeps, on the device's clock.
     sleeps_until: AtomicU64,
+    /// The device's thread sleeps until rings wake it. Written under the lock.
+    waits_for_rings: AtomicBool,
     is_stopping: AtomicBool,
     waker: mio::Waker,
     /// Where more sockets can be registered to wake the thread.
@@ -93,6 +97,13 @@ pub(super) fn start(
     let mut source = mio::unix::SourceFd(&fd);
     poll.registry()
         .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
+    let rings = device.host_fd();
+    if let Some(fd) = rings {
+        let mut source = mio::unix::SourceFd(&fd);
+        poll.registry()
+            .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
+    }
+    let has_rings = rings.is_some();
     let waker = mio::Waker::new(poll.registry(), TOKEN_WAKER)?;
     let manager = Manager::new(
         device.local_addr(),
@@ -107,6 +118,7 @@ pub(super) fn start(
         sleepers: 0,
         batch: ReceiveBatch::default(),
         slots: 1,
+        host_batch: HostBatch::default(),
         domains: 0,
         drawn: 0,
         random,
@@ -118,6 +130,8 @@ pub(super) fn start(
         origin,
         driven_at: AtomicU64::new(0),
         sleeps_until: AtomicU64::new(NEVER),
+        // The thread begins with a sleep.
+        waits_for_rings: AtomicBool::new(has_rings),
         is_stopping: AtomicBool::new(false),
         waker,
         registry: poll.registry().try_clone()?,
@@ -188,6 +202,7 @@ impl Shared {
         let now = state.device.now();
         self.note_driven(now);
         state.receive(now);
+        self.note_taken();
         state.send(now);
         self.finish(state);
     }
@@ -199,6 +214,7 @@ impl Shared {
         self.note_driven(now);
         state.habit.note_empty_poll();
         state.receive_for(now, cq);
+        self.note_taken();
         let has_received = state.tables.has_received(cq);
         if state.habit.note_found(has_received) {
             self.notify(state);
@@ -218,6 +234,15 @@ impl Shared {
     /// Relaxed: a hint about pace; whoever reads it late ticks once more.
     fn note_driven(&self, now: Nanos) {
         self.driven_at.store(now.0, Ordering::Relaxed);
+    }
+
+    /// Peers wake once who waits for their rings, and we may just have taken what woke the device's
+    /// thread: it must look after itself again.
+    fn note_taken(&self) {
+        let waits = &self.waits_for_rings;
+        if waits.load(Ordering::Relaxed) && waits.swap(false, Ordering::Relaxed) {
+            let _ = self.wake();
+        }
     }
 
     fn finish(&self, state: &mut MutexGuard<'_, State>) {
@@ -319,9 +344,12 @@ impl Shared {
                 .store(due.map_or(NEVER, |due| due.0), Ordering::Relaxed);
             wait = match due {
                 _ if !is_drained || state.device.has_output() => Some(Duration::ZERO),
+                _ if !state.device.may_sleep() => Some(Duration::ZERO),
                 Some(due) => Some(Duration::from_nanos(due.since(now).0)),
                 None => None,
             };
+            let waits = wait != Some(Duration::ZERO) && state.device.host_fd().is_some();
+            self.waits_for_rings.store(waits, Ordering::Relaxed);
         }
     }
 }
@@ -332,19 +360,46 @@ impl State {
         self.random.hash_one(self.drawn)
     }
 
-    /// Takes what has arrived and what has fallen due. Returns whether the socket is empty.
+    /// Takes what has arrived and what has fallen due. Returns whether nothing more has come.
     fn receive(&mut self, now: Nanos) -> bool {
-        let mut is_drained = self.receive_batches(now, None);
-        is_drained &= self.receive_multicast(now);
+        let is_drained = self.receive_all(now, None);
         self.expire(now);
         is_drained
     }
 
     /// The same, until something is in the completion queue: who polls it wants no more.
     fn receive_for(&mut self, now: Nanos, cq: CqId) {
-        self.receive_batches(now, Some(cq));
-        self.receive_multicast(now);
+        self.receive_all(now, Some(cq));
         self.expire(now);
+    }
+
+    fn receive_all(&mut self, now: Nanos, until: Option<CqId>) -> bool {
+        let is_looking = self.device.is_look_due(now);
+        let mut is_drained = is_looking;
+        if is_looking {
+            self.device.attend();
+            is_drained &= self.receive_batches(now, until);
+            is_drained &= self.receive_multicast(now);
+        }
+        is_drained & self.receive_host(now)
+    }
+
+    /// What comes through rings; whether that was all.
+    fn receive_host(&mut self, now: Nanos) -> bool {
+        let mut batch = std::mem::take(&mut self.host_batch);
+        let is_drained = self.device.receive_host(&mut batch);
+        for (source, range) in &batch.records {
+            let packet = &batch.bytes[range.clone()];
+            if let Input::Taken { id, .. } = self.device.handle_host(now, *source, packet) {
+                self.manager.note_communication(id);
+                self.tables.collect(&mut self.device, id);
+            }
+        }
+        self.host_batch = batch;
+        if is_drained {
+            self.device.bury();
+        }
+        is_drained
     }
 
     fn receive_batches(&mut self, now: Nanos, until: Option<CqId>) -> bool {

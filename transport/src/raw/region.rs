@@ -1,10 +1,12 @@
 //! Memory regions and windows.
 
+use std::sync::Arc;
+
 use lowtide_transport_proto::qp;
 
 use super::types::{AccessFlags, Bind, Error, Lkey, MwType, Rkey, SendFlags, SendOp, SendWr};
 use super::{BadWr, ProtectionDomain, QueuePair};
-use crate::memory::{Access, Foreign, Key, WindowKind};
+use crate::memory::{Access, Foreign, Key, SharedMemory, WindowKind};
 
 /// Flags that a region may have here. `HUGETLB` and `RELAXED_ORDERING` change nothing.
 const REGION_FLAGS: AccessFlags = AccessFlags::LOCAL_WRITE
@@ -26,6 +28,8 @@ pub struct MemoryRegion {
     key: Key,
     address: u64,
     len: u64,
+    /// The bytes of a slab, which stay mapped as long as the region.
+    _slab: Option<Arc<SharedMemory>>,
 }
 
 impl ProtectionDomain {
@@ -49,15 +53,8 @@ impl ProtectionDomain {
         iova: u64,
         flags: AccessFlags,
     ) -> Result<MemoryRegion, Error> {
-        if flags.contains(AccessFlags::FLUSH_PERSISTENT) {
-            return Err(Error::Unsupported("persistent memory"));
-        }
-        let writes = AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_ATOMIC;
+        check_flags(flags)?;
         let is_writable = flags.contains(AccessFlags::LOCAL_WRITE);
-        if !REGION_FLAGS.contains(flags) || (flags.intersects(writes) && !is_writable) {
-            let what = "access flags: unknown, or remote writing without local writing";
-            return Err(Error::Argument(what));
-        }
         let found = match flags.contains(AccessFlags::ON_DEMAND) {
             // SAFETY: the caller's promise.
             true => unsafe { Foreign::unprobed(address, len) },
@@ -84,6 +81,37 @@ impl ProtectionDomain {
             key: key.ok_or(Error::Exhausted("memory region"))?,
             address,
             len,
+            _slab: None,
+        })
+    }
+
+    /// A region of `len` zero bytes of the device's own. Its addresses are those of this process, and
+    /// mapped until the region is dropped. Peers on this host map it too, if the device reaches them
+    /// by rings ([`crate::host`]), and its atomics are the processor's.
+    ///
+    /// # Errors
+    /// As [`register`](Self::register), which takes the same flags, and [`Error::Os`] without memory.
+    pub fn slab(&self, len: u64, flags: AccessFlags) -> Result<MemoryRegion, Error> {
+        let size = usize::try_from(len).ok().filter(|size| *size > 0);
+        let size = size.ok_or(Error::Argument("a region is not empty and does not wrap"))?;
+        check_flags(flags)?;
+        let mut state = self.context.shared.lock();
+        let memory = &mut state.device.memory;
+        let slab = memory
+            .new_shared(size)
+            .map_err(|error| Error::Os(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+        let address = slab.address();
+        let base = match flags.contains(AccessFlags::ZERO_BASED) {
+            true => 0,
+            false => address,
+        };
+        let key = memory.register_shared_at(self.domain, slab.clone(), base, access_of(flags));
+        Ok(MemoryRegion {
+            pd: self.clone(),
+            key: key.ok_or(Error::Exhausted("memory region"))?,
+            address,
+            len,
+            _slab: Some(slab),
         })
     }
 
@@ -235,6 +263,20 @@ impl Drop for MemoryWindow {
         let mut state = self.pd.context.shared.lock();
         state.device.memory.destroy_window(self.key);
     }
+}
+
+/// Whether a region may have these flags.
+fn check_flags(flags: AccessFlags) -> Result<(), Error> {
+    if flags.contains(AccessFlags::FLUSH_PERSISTENT) {
+        return Err(Error::Unsupported("persistent memory"));
+    }
+    let writes = AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_ATOMIC;
+    let is_writable = flags.contains(AccessFlags::LOCAL_WRITE);
+    if !REGION_FLAGS.contains(flags) || (flags.intersects(writes) && !is_writable) {
+        let what = "access flags: unknown, or remote writing without local writing";
+        return Err(Error::Argument(what));
+    }
+    Ok(())
 }
 
 fn access_of(flags: AccessFlags) -> Access {

@@ -2,7 +2,7 @@
 
 use std::io::IoSlice;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use lowtide_transport::message::{ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, SendError};
@@ -12,12 +12,13 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A loopback address of this process alone.
 pub fn address() -> SocketAddr {
-    static NEXT: AtomicU8 = AtomicU8::new(1);
+    static NEXT: AtomicU16 = AtomicU16::new(1);
     let pid = std::process::id();
+    let next = NEXT.fetch_add(1, Ordering::Relaxed);
     // Processes run at the same time only if their ids are close to each other.
-    let (high, low) = ((pid >> 7 & 0x7F) as u8, (pid & 0x7F) as u8);
-    let last = NEXT.fetch_add(1, Ordering::Relaxed);
-    SocketAddr::from((Ipv4Addr::new(127, 128 | high, 1 + low, last), 4791))
+    let high = (pid >> 7 & 0x1F) as u8 | ((next >> 8 & 3) as u8) << 5;
+    let low = (pid & 0x7F) as u8;
+    SocketAddr::from((Ipv4Addr::new(127, 128 | high, 1 + low, next as u8), 4791))
 }
 
 #[allow(dead_code, reason = "each test program uses what it needs")]

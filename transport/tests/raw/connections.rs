@@ -273,7 +273,7 @@ fn a_fence_waits_for_reads() {
 #[test]
 fn a_queue_pair_talks_to_itself_and_to_another_of_its_device() {
     for kind in [QpType::Rc, QpType::Uc] {
-        let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+        let context = Context::open(common::address(), &options()).unwrap();
         let alone = end_on(context.clone(), kind, None);
         alone.connect(&context, alone.qp.qpn());
         let (a, b) = (
@@ -329,7 +329,7 @@ fn over_a_bad_network_everything_is_done_once() {
             reorder_percent: 5.0,
             ..Faults::default()
         },
-        ..DeviceOptions::default()
+        ..options()
     };
     let open = |seed| Context::open(common::address(), &options(seed)).unwrap();
     let (a, b) = (

@@ -177,7 +177,7 @@ fn datagrams_and_a_connection_share_a_device() {
 fn ipv6_has_its_header_whole() {
     // There is one loopback address, so both ends are of one device.
     let address = "[::1]:0".parse().unwrap();
-    let context = Context::open(address, &DeviceOptions::default()).unwrap();
+    let context = Context::open(address, &options()).unwrap();
     let (a, b) = (
         end_on(context.clone(), QpType::Ud, None),
         end_on(context.clone(), QpType::Ud, None),

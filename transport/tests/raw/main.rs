@@ -1,351 +1,43 @@
-//! The raw verbs over real sockets on loopback addresses, on memory of the test's own.
+//! The raw verbs: every test of the suite, for every way in which softroce reaches a peer.
+#![allow(
+    clippy::duplicate_mod,
+    reason = "the same tests, each time with another way to the peer"
+)]
 
 #[path = "../common/mod.rs"]
 mod common;
 
-mod connections;
-mod datagrams;
-mod events;
-mod memory;
-mod secrets;
-mod shared_receives;
-mod states;
-mod unplugged;
-mod windows;
+use std::sync::atomic::AtomicUsize;
 
-use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+/// Where the next pages of a test's own lie.
+static NEXT_PAGES: AtomicUsize = AtomicUsize::new(0x1000_0000_0000);
 
-use common::PATIENCE;
-use lowtide_transport::raw::types::*;
-use lowtide_transport::raw::{
-    AddressHandle, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair, Queues,
-    SharedReceiveQueue,
-};
-use lowtide_transport::verbs::{DeviceOptions, Faults};
+/// By UDP on loopback addresses.
+#[path = "."]
+mod udp {
+    use lowtide_transport::verbs::SameHost;
 
-const ALL: AccessFlags = AccessFlags::LOCAL_WRITE
-    .with(AccessFlags::REMOTE_WRITE)
-    .with(AccessFlags::REMOTE_READ)
-    .with(AccessFlags::REMOTE_ATOMIC)
-    .with(AccessFlags::FLUSH_GLOBAL);
-const QKEY: u32 = 0x1357_9BDF;
-
-/// Pages that may be taken away, as a program's own memory may.
-struct Pages {
-    at: usize,
-    len: usize,
+    const SAME_HOST: SameHost = SameHost::Udp;
+    #[path = "suite.rs"]
+    mod suite;
 }
 
-impl Pages {
-    /// Pages where the kernel puts nothing by itself, so that what is unmapped stays unmapped.
-    fn new(len: usize) -> Pages {
-        static NEXT: AtomicUsize = AtomicUsize::new(0x1000_0000_0000);
-        let wish = NEXT.fetch_add(len.next_multiple_of(1 << 30), Ordering::Relaxed);
-        let rights = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-        let wish = std::ptr::without_provenance_mut(wish);
-        // SAFETY: a new private mapping, or none.
-        let at = unsafe { libc::mmap(wish, len, rights, flags, -1, 0) };
-        assert_ne!(at, libc::MAP_FAILED);
-        Pages {
-            at: at.expose_provenance(),
-            len,
-        }
-    }
+/// By rings in shared memory; the target copies.
+#[path = "."]
+mod rings {
+    use lowtide_transport::verbs::SameHost;
 
-    fn address(&self) -> u64 {
-        self.at as u64
-    }
-
-    fn pointer(&self) -> *mut u8 {
-        std::ptr::with_exposed_provenance_mut(self.at)
-    }
-
-    fn write(&self, offset: usize, bytes: &[u8]) {
-        assert!(offset + bytes.len() <= self.len);
-        // SAFETY: inside the mapping; nobody has a reference to it.
-        unsafe { std::ptr::copy(bytes.as_ptr(), self.pointer().add(offset), bytes.len()) };
-    }
-
-    fn read(&self, offset: usize, len: usize) -> Vec<u8> {
-        assert!(offset + len <= self.len);
-        let mut bytes = vec![0; len];
-        // SAFETY: inside the mapping; what is copied has completed.
-        unsafe { std::ptr::copy(self.pointer().add(offset), bytes.as_mut_ptr(), len) };
-        bytes
-    }
-
-    fn word(&self, offset: usize) -> u64 {
-        u64::from_ne_bytes(self.read(offset, 8).try_into().unwrap())
-    }
-
-    fn register(&self, pd: &ProtectionDomain, flags: AccessFlags) -> MemoryRegion {
-        let (at, len) = (self.address(), self.len as u64);
-        // SAFETY: these pages are only ever copied into and out of.
-        unsafe { pd.register(at, len, at, flags) }.unwrap()
-    }
+    const SAME_HOST: SameHost = SameHost::Rings;
+    #[path = "suite.rs"]
+    mod suite;
 }
 
-impl Drop for Pages {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own. Registered or not: that is the point.
-        unsafe { libc::munmap(self.pointer().cast(), self.len) };
-    }
-}
+/// By rings, and by the initiator in the target's memory.
+#[path = "."]
+mod direct {
+    use lowtide_transport::verbs::SameHost;
 
-/// A device with memory, a completion queue and a queue pair.
-struct End {
-    context: Context,
-    pd: ProtectionDomain,
-    cq: CompletionQueue,
-    qp: QueuePair,
-    pages: Pages,
-    mr: MemoryRegion,
-}
-
-const LEN: usize = 1 << 20;
-
-fn init_attr(kind: QpType) -> QpInitAttr {
-    QpInitAttr {
-        kind,
-        cap: QpCap {
-            max_send_wr: 16,
-            max_recv_wr: 16,
-            max_send_sge: 4,
-            max_recv_sge: 4,
-            max_inline_data: 128,
-        },
-        sq_sig_all: false,
-    }
-}
-
-fn end(kind: QpType) -> End {
-    end_on(
-        Context::open(common::address(), &DeviceOptions::default()).unwrap(),
-        kind,
-        None,
-    )
-}
-
-fn end_on(context: Context, kind: QpType, shared: Option<&SharedReceiveQueue>) -> End {
-    let pd = context.protection_domain();
-    end_in(context, pd, kind, shared)
-}
-
-fn end_in(
-    context: Context,
-    pd: ProtectionDomain,
-    kind: QpType,
-    shared: Option<&SharedReceiveQueue>,
-) -> End {
-    let cq = context.completion_queue(64, None).unwrap();
-    let queues = Queues {
-        send: &cq,
-        recv: &cq,
-        shared,
-    };
-    let qp = pd.queue_pair(queues, &init_attr(kind)).unwrap();
-    let pages = Pages::new(LEN);
-    let mr = pages.register(&pd, ALL | AccessFlags::MW_BIND);
-    End {
-        context,
-        pd,
-        cq,
-        qp,
-        pages,
-        mr,
-    }
-}
-
-const INIT: QpAttrMask = QpAttrMask::STATE
-    .with(QpAttrMask::PKEY_INDEX)
-    .with(QpAttrMask::PORT);
-const RTR_UC: QpAttrMask = QpAttrMask::STATE
-    .with(QpAttrMask::ADDRESS)
-    .with(QpAttrMask::PATH_MTU)
-    .with(QpAttrMask::DEST_QPN)
-    .with(QpAttrMask::RQ_PSN);
-const RTR_RC: QpAttrMask = RTR_UC
-    .with(QpAttrMask::MAX_DEST_RD_ATOMIC)
-    .with(QpAttrMask::MIN_RNR_TIMER);
-const RTS_UC: QpAttrMask = QpAttrMask::STATE.with(QpAttrMask::SQ_PSN);
-const RTS_RC: QpAttrMask = RTS_UC
-    .with(QpAttrMask::TIMEOUT)
-    .with(QpAttrMask::RETRY_CNT)
-    .with(QpAttrMask::RNR_RETRY)
-    .with(QpAttrMask::MAX_RD_ATOMIC);
-
-/// What a queue pair tells its peer.
-fn attr_to(context: &Context, dest: Qpn) -> QpAttr {
-    QpAttr {
-        path_mtu: Mtu::B1024,
-        qkey: QKEY,
-        rq_psn: Psn::new(0xFF_FFFE),
-        sq_psn: Psn::new(0xFF_FFFE),
-        dest,
-        access: ALL,
-        address: AhAttr {
-            dgid: context.gid().gid,
-            port: 1,
-            ..AhAttr::default()
-        },
-        max_rd_atomic: 4,
-        max_dest_rd_atomic: 4,
-        min_rnr_timer: RnrTimer::new(1),
-        timeout: 14,
-        retry_cnt: 7,
-        rnr_retry: 7,
-        ..QpAttr::default()
-    }
-}
-
-fn to(attr: QpAttr, state: QpState) -> QpAttr {
-    QpAttr { state, ..attr }
-}
-
-impl End {
-    fn to_init(&self) {
-        let attr = attr_to(&self.context, Qpn::new(0));
-        let mask = match self.qp.init_attr().kind {
-            QpType::Ud => INIT | QpAttrMask::QKEY,
-            _ => INIT | QpAttrMask::ACCESS,
-        };
-        self.qp.modify(&to(attr, QpState::Init), mask).unwrap();
-    }
-
-    fn to_rtr(&self, peer: &Context, dest: Qpn) {
-        let mask = match self.qp.init_attr().kind {
-            QpType::Rc => RTR_RC,
-            QpType::Uc => RTR_UC,
-            QpType::Ud => QpAttrMask::STATE,
-        };
-        let attr = to(attr_to(peer, dest), QpState::Rtr);
-        self.qp.modify(&attr, mask).unwrap();
-    }
-
-    fn to_rts(&self) {
-        let mask = match self.qp.init_attr().kind {
-            QpType::Rc => RTS_RC,
-            _ => RTS_UC,
-        };
-        let attr = to(attr_to(&self.context, Qpn::new(0)), QpState::Rts);
-        self.qp.modify(&attr, mask).unwrap();
-    }
-
-    fn connect(&self, peer: &Context, dest: Qpn) {
-        self.to_init();
-        self.to_rtr(peer, dest);
-        self.to_rts();
-    }
-
-    fn sge(&self, offset: usize, len: u32) -> Sge {
-        Sge {
-            lkey: self.mr.lkey(),
-            addr: self.pages.address() + offset as u64,
-            len,
-        }
-    }
-
-    fn remote(&self, offset: usize) -> Remote {
-        Remote {
-            va: self.pages.address() + offset as u64,
-            rkey: self.mr.rkey(),
-        }
-    }
-
-    fn try_post(&self, wr: SendWr<'_>) -> Result<(), Error> {
-        // SAFETY: the tests look at their pages only by copying, when requests have completed.
-        unsafe { self.qp.post_send(&[wr]) }.map_err(|bad| bad.error)
-    }
-
-    /// Posts a signalled request.
-    fn post(&self, wr_id: u64, op: SendOp, sg_list: &[Sge]) {
-        self.try_post(signalled(wr_id, op, sg_list)).unwrap();
-    }
-
-    fn receive(&self, wr_id: u64, sg_list: &[Sge]) {
-        // SAFETY: as above.
-        unsafe { self.qp.post_recv(&[RecvWr { wr_id, sg_list }]) }.unwrap();
-    }
-
-    /// The next completion.
-    fn next(&self) -> WorkCompletion {
-        let mut done = Vec::new();
-        let deadline = Instant::now() + PATIENCE;
-        while self.cq.poll(1, &mut done).unwrap() == 0 {
-            assert!(self.cq.wait(deadline), "no completion");
-        }
-        done[0]
-    }
-
-    fn succeed(&self) -> WorkCompletion {
-        let work = self.next();
-        assert_eq!(work.status, Status::Success, "{work:?}");
-        work
-    }
-
-    fn is_silent(&self) -> bool {
-        let deadline = Instant::now() + Duration::from_millis(30);
-        !self.cq.wait(deadline) && self.cq.poll(1, &mut Vec::new()) == Ok(0)
-    }
-
-    /// The next asynchronous event.
-    fn event(&self) -> AsyncEvent {
-        assert!(is_readable(&self.context, PATIENCE), "no event");
-        self.context.async_event().unwrap()
-    }
-}
-
-fn signalled(wr_id: u64, op: SendOp, sg_list: &[Sge]) -> SendWr<'_> {
-    SendWr {
-        wr_id,
-        op,
-        sg_list,
-        flags: SendFlags::SIGNALED,
-        to: None,
-    }
-}
-
-/// Two connected ends.
-fn pair(kind: QpType) -> (End, End) {
-    let (a, b) = (end(kind), end(kind));
-    a.connect(&b.context, b.qp.qpn());
-    b.connect(&a.context, a.qp.qpn());
-    (a, b)
-}
-
-fn is_readable(of: &impl AsFd, patience: Duration) -> bool {
-    let mut poll = libc::pollfd {
-        fd: of.as_fd().as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one live entry.
-    unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as i32) == 1 }
-}
-
-fn bytes(len: usize, seed: usize) -> Vec<u8> {
-    (0..len).map(|i| (i * 31 + i / 256 + seed) as u8).collect()
-}
-
-fn handle(end: &End, peer: &Context) -> AddressHandle {
-    let attr = attr_to(peer, Qpn::new(0));
-    end.pd.address_handle(&attr.address).unwrap()
-}
-
-/// Any thread may hold and use any object.
-#[test]
-fn handles_are_send_and_sync() {
-    fn holds<T: Send + Sync>() {}
-    holds::<Context>();
-    holds::<ProtectionDomain>();
-    holds::<CompletionQueue>();
-    holds::<lowtide_transport::raw::CompletionChannel>();
-    holds::<QueuePair>();
-    holds::<SharedReceiveQueue>();
-    holds::<MemoryRegion>();
-    holds::<lowtide_transport::raw::MemoryWindow>();
-    holds::<AddressHandle>();
+    const SAME_HOST: SameHost = SameHost::Direct;
+    #[path = "suite.rs"]
+    mod suite;
 }

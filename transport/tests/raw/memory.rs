@@ -6,7 +6,7 @@ use super::*;
 
 #[test]
 fn only_what_is_there_is_registered() {
-    let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+    let context = Context::open(common::address(), &options()).unwrap();
     let pd = context.protection_domain();
     let pages = Pages::new(64 << 10);
     let register = |address, len, flags| {

@@ -4,7 +4,7 @@ use super::*;
 
 /// All numbers that a device gives out for so many objects: queue pairs, first PSNs, keys.
 fn numbers(objects: usize) -> [Vec<u32>; 3] {
-    let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+    let context = Context::open(common::address(), &options()).unwrap();
     let pd = context.protection_domain();
     let cq = context.completion_queue(1, None).unwrap();
     let queues = Queues {

@@ -13,7 +13,7 @@ fn shared(pd: &ProtectionDomain) -> SharedReceiveQueue {
 
 #[test]
 fn queue_pairs_take_from_one_queue_and_the_limit_is_told() {
-    let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+    let context = Context::open(common::address(), &options()).unwrap();
     let pd = context.protection_domain();
     let srq = shared(&pd);
     let servers = [0, 1].map(|_| end_in(context.clone(), pd.clone(), QpType::Rc, Some(&srq)));
@@ -75,7 +75,7 @@ fn queue_pairs_take_from_one_queue_and_the_limit_is_told() {
 
 #[test]
 fn an_empty_shared_queue_makes_the_peer_wait() {
-    let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+    let context = Context::open(common::address(), &options()).unwrap();
     let pd = context.protection_domain();
     let srq = shared(&pd);
     let server = end_in(context.clone(), pd.clone(), QpType::Rc, Some(&srq));
@@ -99,7 +99,7 @@ fn an_empty_shared_queue_makes_the_peer_wait() {
 #[test]
 fn datagrams_and_unreliable_connections_share_too() {
     for kind in [QpType::Uc, QpType::Ud] {
-        let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+        let context = Context::open(common::address(), &options()).unwrap();
         let pd = context.protection_domain();
         let srq = shared(&pd);
         let server = end_in(context.clone(), pd.clone(), kind, Some(&srq));
@@ -134,7 +134,7 @@ fn datagrams_and_unreliable_connections_share_too() {
 
 #[test]
 fn what_does_not_belong_together_is_refused() {
-    let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+    let context = Context::open(common::address(), &options()).unwrap();
     let (pd, other) = (context.protection_domain(), context.protection_domain());
     let srq = shared(&other);
     let cq = context.completion_queue(8, None).unwrap();

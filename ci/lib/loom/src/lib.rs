@@ -1,3 +1,5 @@
 //! See `ci/loom`.
 #[path = "../../../../engine/src/ring.rs"]
 pub mod ring;
+#[path = "../../../../transport/src/host/ring.rs"]
+pub mod host_ring;

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::nodes::{Node, Nodes};
-use crate::config::Role;
+use crate::config::{Provider, Role};
+use crate::engine;
 use crate::report::{
     LatencyReport, MinimumReport, Report, UndoReport, WindowReport, cpu_of_process,
 };
@@ -80,6 +81,23 @@ pub fn close(report: &mut Report, nodes: &Nodes, minimum: &Standstill) {
             totals.in_flight
         ));
     }
+}
+
+/// The transport that carried the messages; of `host`, how many connections went which way.
+pub fn provider(asked: Provider, nodes: &Nodes) -> String {
+    let name = engine::provider_name(asked);
+    if asked != Provider::Host {
+        return name.to_owned();
+    }
+    let (mut rings, mut udp) = (0, 0);
+    for (_, node) in nodes.iter() {
+        let status = &node.last().status;
+        rings += status.host_connections;
+        udp += status.udp_connections;
+    }
+    // Each is known to both of its ends.
+    let [rings, udp] = [rings, udp].map(|ends| ends.div_ceil(2));
+    format!("{name} ({rings} connections through shared memory, {udp} by UDP)")
 }
 
 /// Processor time of each node's process so far, in seconds.

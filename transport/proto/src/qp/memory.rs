@@ -101,7 +101,7 @@ impl SgList {
 
     /// The fragments that hold bytes `offset` to `offset + len`, as far as the list reaches.
     #[must_use]
-    pub(crate) fn slice(&self, offset: u32, len: u32) -> Fragments {
+    pub fn slice(&self, offset: u32, len: u32) -> Fragments {
         let mut fragments = Fragments::EMPTY;
         let (mut skip, mut left) = (offset, len);
         for sge in self.elements() {

@@ -252,6 +252,15 @@ impl Requester {
         Failure::of_packet(seq, Status::LocalProtection)
     }
 
+    /// The failure of the oldest request.
+    pub fn oldest_failure(&self, status: Status) -> Failure {
+        Failure {
+            seq: self.una,
+            status,
+            is_local: self.queue.front().is_some_and(Wqe::is_waiting),
+        }
+    }
+
     // Sending.
 
     pub fn poll_transmit(

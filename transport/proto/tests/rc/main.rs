@@ -9,6 +9,7 @@ mod placement;
 mod refusals;
 mod rnr;
 mod states;
+mod without_packets;
 
 use std::cell::RefCell;
 use std::rc::Rc;

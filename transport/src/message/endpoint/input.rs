@@ -3,6 +3,8 @@
 //! Owns: the way from a datagram to the handler. Messages are handed up where they arrived; those
 //! behind a message that is still being fetched are held back, and their credits with them.
 
+use std::net::SocketAddr;
+
 use lowtide_transport_proto::qp::{CompletionKind, Status};
 use lowtide_transport_proto::time::Nanos;
 
@@ -11,34 +13,63 @@ use super::super::parcel::next_record;
 use super::super::{CloseReason, ConnId, Event, Violation};
 use super::{EndpointCtx, Handler};
 use crate::device::{Input, QpId};
+use crate::host::HostBatch;
 use crate::udp::Arrival;
 
 /// Reassembly buffers kept for the next message of several packets.
 const SPARE_MAX: usize = 4;
 
 impl EndpointCtx {
+    /// Takes what has come through rings from peers on this host; whether that was all.
+    pub(super) fn receive_host(
+        &mut self,
+        now: Nanos,
+        batch: &mut HostBatch,
+        handler: &mut Handler<'_>,
+    ) -> bool {
+        let is_drained = self.device.receive_host(batch);
+        for (source, range) in &batch.records {
+            let packet = &batch.bytes[range.clone()];
+            let input = self.device.handle_host(now, *source, packet);
+            self.take(now, *source, packet, input, handler);
+        }
+        if is_drained {
+            self.device.bury();
+        }
+        is_drained
+    }
+
     pub(super) fn arrive(&mut self, now: Nanos, arrival: &Arrival<'_>, handler: &mut Handler<'_>) {
         let datagrams = arrival.bytes.len().div_ceil(arrival.segment);
         self.device
             .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
         for datagram in arrival.bytes.chunks(arrival.segment) {
-            match self.device.handle(now, arrival, datagram) {
-                // Nobody here is in a multicast group.
-                Input::Dropped | Input::Delivered => {}
-                Input::Taken { id, placed } => {
-                    let placed = placed.map(|(offset, range)| (offset, &datagram[range]));
-                    self.note_heard(id, now);
-                    self.poll_completions(id, placed, handler);
-                }
-                Input::Management(range) => {
-                    self.handshakes
-                        .handle(now, arrival.source, &datagram[range]);
-                    self.manage(now, handler);
-                }
-                Input::UnknownQueuePair(qpn) => {
-                    self.handshakes.complain(now, arrival.source, qpn);
-                }
+            let input = self.device.handle(now, arrival, datagram);
+            self.take(now, arrival.source, datagram, input, handler);
+        }
+    }
+
+    fn take(
+        &mut self,
+        now: Nanos,
+        source: SocketAddr,
+        datagram: &[u8],
+        input: Input,
+        handler: &mut Handler<'_>,
+    ) {
+        match input {
+            // Nobody here is in a multicast group.
+            Input::Dropped | Input::Delivered => {}
+            Input::Taken { id, placed } => {
+                let placed = placed.map(|(offset, range)| (offset, &datagram[range]));
+                self.note_heard(id, now);
+                self.poll_completions(id, placed, handler);
             }
+            Input::Management(range) => {
+                self.handshakes.handle(now, source, &datagram[range]);
+                self.manage(now, handler);
+            }
+            Input::UnknownQueuePair(qpn) => self.handshakes.complain(now, source, qpn),
         }
     }
 

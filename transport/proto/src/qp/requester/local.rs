@@ -1,9 +1,10 @@
 //! Requests that are carried out at this end.
 
 use super::super::memory::{AccessError, Memory};
-use super::super::work::{SendOp, Status};
+use super::super::work::{SendOp, SendWr, Status};
 use super::super::{Link, Reports};
 use super::{Failure, Requester};
+use crate::wire::Psn;
 
 impl Requester {
     /// Whether a request that is done at this end has its turn.
@@ -48,6 +49,33 @@ impl Requester {
         while self.queue.front().is_some_and(|wqe| wqe.is_done) {
             self.finish_front(link, out);
         }
+    }
+
+    /// The request at the front, if all before it is finished, nothing of it has been sent, and it may
+    /// start.
+    pub fn untouched(&self) -> Option<&SendWr> {
+        let wqe = self.queue.front()?;
+        let is_next = self.una == self.next && self.next == self.high && self.next == wqe.first;
+        let is_free = !wqe.is_waiting() && !wqe.is_done && !self.is_held_back();
+        (self.cursor == 0 && is_next && is_free).then_some(&wqe.wr)
+    }
+
+    /// Completes that request without a packet. Its sequence numbers are passed over, and the PSNs of
+    /// those behind it stay without a gap.
+    pub fn finish_untouched(&mut self, link: &Link, out: &mut Reports) {
+        if self.untouched().is_none() {
+            return;
+        }
+        let Some(wqe) = self.queue.front() else {
+            return;
+        };
+        let end = wqe.end();
+        let passed = (end - self.una) & u64::from(Psn::MASK);
+        self.attr.sq_psn = self.attr.sq_psn.minus(passed as u32);
+        (self.una, self.next, self.high) = (end, end, end);
+        // The cursor stays at the front, which is another request now.
+        self.finish_front(link, out);
+        self.finish_done(link, out);
     }
 
     /// What is sent again passes what need not be done again.

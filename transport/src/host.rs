@@ -1,0 +1,552 @@
+//! The provider `host`: between devices of one user on one host packets go through shared memory.
+//!
+//! A device that is opened with [`SameHost::Rings`] or [`SameHost::Direct`] reaches every peer device
+//! that was opened so, too, without the network: addresses, queue pairs, states, completions and
+//! errors are softroce's, because they are made by the same state machines. Peers elsewhere, or that
+//! did not ask for it, are reached by UDP as ever; so are datagrams and the connection manager.
+//!
+//! How it works. A device listens on a socket in the abstract namespace, under its user and its
+//! address. Who is given a peer connects there, hands over a ring (`ring`) in a sealed memfd
+//! (`segment`), and sends in it from then on; the other direction is the peer's own connection. The
+//! answer (`note`) brings an eventfd to wake the peer, and its table of queue pairs and regions
+//! (`exports`). With that, a WRITE, READ or atomic whose turn has come is carried out by the
+//! initiator (`copy`): in memory that is mapped on both sides, or by `process_vm_readv` and
+//! `process_vm_writev` if a try at connecting has shown that the system lets us. Whatever is not
+//! found in the table or cannot be reached goes through the ring as packets, and the peer's engine
+//! judges and copies; so refusals are always the target's own.
+//!
+//! Order: the initiator acts only when everything before is acknowledged, and what comes after leaves
+//! later. So what a SEND announces has been written, and nothing is written that should have been
+//! flushed.
+//!
+//! **Trust.** Peers on this path must trust each other as threads of one program do. Only processes of
+//! one user meet, and the checks of keys, rights and bounds are the initiator's, against a table that
+//! the target shows; a peer that skips them writes where it likes, which a process of the same user
+//! could do by other means. Against mistakes and crashes this side is safe: nothing that a peer
+//! writes into a ring, a note or a table makes it panic, leave its memory or wait for ever, and
+//! a peer's death is noticed at once by its sockets.
+//!
+//! Deliberately absent: faults and capture, which are about wires (a device with either uses UDP
+//! only); windows and datagrams as direct accesses.
+
+#[allow(unsafe_code)] // copies into the memory of other processes
+mod copy;
+mod exports;
+#[allow(unsafe_code)] // file descriptors as control messages
+mod note;
+mod ring;
+#[allow(unsafe_code)] // mappings
+mod segment;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Token};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+pub(crate) use self::copy::{Ours, Theirs, Way, atomic, copy};
+pub(crate) use self::exports::{Exports, QpEntry, Reader, Wish, find, grants};
+use self::note::{Note, hear, is_hung_up, peer_of_ours, tell};
+use self::ring::{Receiver, Sender, words_of};
+pub(crate) use self::segment::Segment;
+use crate::memory::Key;
+use crate::raw::event_fd::EventFd;
+
+/// Units of a ring, 64 bytes each: twice what a peer's budget lets be under way.
+const RING_UNITS: usize = 1 << 14;
+/// Full packets that a ring holds for one direction of requests, and as many for what they ask for.
+pub(crate) const RING_PACKETS: u32 = 96;
+/// Records taken from one ring in one turn at most.
+const RECORDS_MAX: usize = 64;
+/// Rings at once, to us; who comes later is turned away and uses UDP.
+const INLETS_MAX: usize = 4096;
+const LISTENER: Token = Token(0);
+const DOORBELL: Token = Token(1);
+/// Tokens of connections: from here on, outlets even and inlets odd.
+const LINKS: usize = 2;
+
+/// How a device reaches peers on its own host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SameHost {
+    /// By UDP, as all others.
+    #[default]
+    Udp,
+    /// By rings in shared memory; the target's engine copies.
+    Rings,
+    /// By rings; and WRITE, READ and atomics by the initiator, where the system lets it.
+    Direct,
+}
+
+/// What came in through rings.
+#[derive(Debug, Default)]
+pub(crate) struct HostBatch {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) records: Vec<(SocketAddr, Range<usize>)>,
+}
+
+/// Our way to a peer.
+#[derive(Debug)]
+pub(crate) struct Outlet {
+    socket: Socket,
+    ring: Segment,
+    sender: Sender,
+    pid: libc::pid_t,
+    /// Wakes the peer; it comes with the peer's answer, as what follows.
+    doorbell: Option<EventFd>,
+    table: Option<Segment>,
+    /// The system lets us reach the peer's memory.
+    is_reachable: bool,
+    slabs: HashMap<u32, Segment>,
+    /// Something was sent since the peer was last looked at.
+    is_dirty: bool,
+    is_gone: bool,
+}
+
+/// A peer's way to us.
+#[derive(Debug)]
+struct Inlet {
+    reader: Arc<Reader>,
+    receiver: Receiver,
+    source: SocketAddr,
+    /// No more will come than lies in the ring.
+    is_closed: bool,
+    /// What lies there makes no sense.
+    is_broken: bool,
+}
+
+impl Inlet {
+    fn is_waiting(&self) -> bool {
+        !self.is_broken && self.receiver.is_waiting(self.reader.ring.words())
+    }
+
+    /// Whether nothing will come any more.
+    fn is_over(&self) -> bool {
+        self.is_broken || (self.is_closed && !self.is_waiting())
+    }
+}
+
+#[derive(Debug)]
+enum Entry {
+    Free,
+    /// It has not said who it is.
+    Unnamed(Socket),
+    Named(Inlet),
+}
+
+/// All rings of one device. See the [module](self).
+#[derive(Debug)]
+pub(crate) struct Hosts {
+    local: SocketAddr,
+    is_direct: bool,
+    listener: Socket,
+    poll: mio::Poll,
+    occurred: Events,
+    doorbell: EventFd,
+    /// A word for peers to try to read.
+    probe: Box<u64>,
+    outlets: Vec<Option<Outlet>>,
+    inlets: Vec<Entry>,
+    /// Outlets whose peer is gone and of which nobody has been told.
+    gone: Vec<u32>,
+}
+
+/// The name that a device listens under.
+fn name(address: SocketAddr) -> io::Result<SockAddr> {
+    let user = note::user();
+    SockAddr::unix(format!("\0lowtide-host/{user}/{address}"))
+}
+
+impl Hosts {
+    /// Listens for peers of the device at `local`.
+    ///
+    /// # Errors
+    /// `AddrInUse` when somebody has the name; or the system's.
+    pub(crate) fn open(
+        local: SocketAddr,
+        kind: SameHost,
+        word: u64,
+    ) -> io::Result<(Hosts, Exports)> {
+        let listener = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
+        listener.set_nonblocking(true)?;
+        listener.bind(&name(local)?)?;
+        listener.listen(1024)?;
+        let doorbell = EventFd::new()?;
+        let poll = mio::Poll::new()?;
+        for (fd, token) in [
+            (listener.as_raw_fd(), LISTENER),
+            (doorbell.as_fd().as_raw_fd(), DOORBELL),
+        ] {
+            poll.registry()
+                .register(&mut SourceFd(&fd), token, Interest::READABLE)?;
+        }
+        let hosts = Hosts {
+            local,
+            is_direct: kind == SameHost::Direct,
+            listener,
+            poll,
+            occurred: Events::with_capacity(64),
+            doorbell,
+            probe: Box::new(word),
+            outlets: Vec::new(),
+            inlets: Vec::new(),
+            gone: Vec::new(),
+        };
+        Ok((hosts, Exports::new()?))
+    }
+
+    /// Makes a way to a peer; none if it is not on this host, not of our user, or uses UDP only.
+    pub(crate) fn connect(&mut self, peer: SocketAddr) -> Option<u32> {
+        let outlet = self.try_connect(peer).ok()??;
+        let index = match self.outlets.iter().position(Option::is_none) {
+            Some(index) => index,
+            None => {
+                self.outlets.push(None);
+                self.outlets.len() - 1
+            }
+        };
+        let fd = outlet.socket.as_raw_fd();
+        let token = Token(LINKS + 2 * index);
+        let watched = self
+            .poll
+            .registry()
+            .register(&mut SourceFd(&fd), token, Interest::READABLE);
+        watched.ok()?;
+        self.outlets[index] = Some(outlet);
+        Some(index as u32)
+    }
+
+    fn try_connect(&self, peer: SocketAddr) -> io::Result<Option<Outlet>> {
+        let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
+        socket.set_nonblocking(true)?;
+        socket.connect(&name(peer)?)?;
+        let Some(pid) = peer_of_ours(&socket) else {
+            return Ok(None);
+        };
+        let ring = Segment::create(8 * words_of(RING_UNITS))?;
+        let sender = Sender::new(ring.words());
+        tell(&socket, &Note::Hello(self.local), &[ring.as_fd()])?;
+        Ok(Some(Outlet {
+            socket,
+            ring,
+            sender,
+            pid,
+            doorbell: None,
+            table: None,
+            is_reachable: false,
+            slabs: HashMap::new(),
+            is_dirty: false,
+            is_gone: false,
+        }))
+    }
+
+    pub(crate) fn disconnect(&mut self, outlet: u32) {
+        self.outlets[outlet as usize] = None;
+        self.gone.retain(|gone| *gone != outlet);
+    }
+
+    /// Sends a packet; false if it was lost.
+    pub(crate) fn send(&mut self, outlet: u32, parts: &[&[u8]]) -> bool {
+        let Some(Some(outlet)) = self.outlets.get_mut(outlet as usize) else {
+            return false;
+        };
+        match outlet.sender.send(outlet.ring.words(), parts) {
+            Ok(is_sent) => {
+                outlet.is_dirty |= is_sent;
+                is_sent
+            }
+            Err(ring::Broken) => {
+                // The socket's end follows, and with it everything else.
+                let _ = outlet.socket.shutdown(std::net::Shutdown::Both);
+                false
+            }
+        }
+    }
+
+    /// Wakes the peers that sleep and have been sent something.
+    pub(crate) fn ring_doorbells(&mut self) {
+        for outlet in self.outlets.iter_mut().flatten() {
+            if std::mem::take(&mut outlet.is_dirty) && outlet.sender.is_wanted(outlet.ring.words())
+            {
+                if outlet.doorbell.is_none() {
+                    // It was sent before the peer could say that it sleeps.
+                    outlet.hear(self.is_direct);
+                }
+                if let Some(doorbell) = &outlet.doorbell {
+                    doorbell.raise();
+                }
+            }
+        }
+    }
+
+    /// A way to a peer on which the initiator may act by itself.
+    pub(crate) fn direct(&mut self, outlet: u32) -> Option<Direct<'_>> {
+        let outlet = self.outlets.get(outlet as usize)?.as_ref()?;
+        let table = outlet.table.as_ref().filter(|_| self.is_direct)?;
+        outlet.sender.begin_reaching(outlet.ring.words());
+        Some(Direct { outlet, table })
+    }
+
+    /// Takes what has come into `batch`; whether that was all.
+    pub(crate) fn receive(&mut self, batch: &mut HostBatch) -> bool {
+        batch.bytes.clear();
+        batch.records.clear();
+        let mut is_drained = true;
+        for entry in &mut self.inlets {
+            let Entry::Named(inlet) = entry else { continue };
+            for _ in 0..RECORDS_MAX {
+                let start = batch.bytes.len();
+                let words = inlet.reader.ring.words();
+                match inlet.receiver.receive(words, &mut batch.bytes) {
+                    Ok(Some(len)) => batch.records.push((inlet.source, start..start + len)),
+                    Ok(None) => break,
+                    Err(ring::Broken) => {
+                        inlet.is_broken = true;
+                        let _ = inlet.reader.socket.shutdown(std::net::Shutdown::Both);
+                        break;
+                    }
+                }
+            }
+            is_drained &= !inlet.is_waiting();
+        }
+        is_drained
+    }
+
+    /// Looks at connections: new ones, news on old ones, and those that have ended.
+    pub(crate) fn attend(&mut self, exports: &mut Exports) {
+        loop {
+            let polled = self
+                .poll
+                .poll(&mut self.occurred, Some(std::time::Duration::ZERO));
+            if polled.is_err() || self.occurred.is_empty() {
+                return;
+            }
+            let tokens: Vec<usize> = self.occurred.iter().map(|event| event.token().0).collect();
+            for token in tokens {
+                match token.checked_sub(LINKS) {
+                    None if token == LISTENER.0 => self.accept(exports),
+                    None => {}
+                    Some(link) if link % 2 == 0 => self.hear_outlet(link / 2),
+                    Some(link) => self.hear_inlet(link / 2, exports),
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self, exports: &mut Exports) {
+        while let Ok((socket, _)) = self.listener.accept() {
+            let free = self.inlets.iter().position(|e| matches!(e, Entry::Free));
+            let index = free.unwrap_or(self.inlets.len());
+            let is_welcome = index < INLETS_MAX && peer_of_ours(&socket).is_some();
+            if !is_welcome || socket.set_nonblocking(true).is_err() {
+                continue;
+            }
+            let (fd, token) = (socket.as_raw_fd(), Token(LINKS + 2 * index + 1));
+            let registry = self.poll.registry();
+            let watched = registry.register(&mut SourceFd(&fd), token, Interest::READABLE);
+            if watched.is_err() {
+                continue;
+            }
+            if index == self.inlets.len() {
+                self.inlets.push(Entry::Free);
+            }
+            self.inlets[index] = Entry::Unnamed(socket);
+            self.hear_inlet(index, exports);
+        }
+    }
+
+    fn hear_inlet(&mut self, index: usize, exports: &mut Exports) {
+        let Some(entry) = self.inlets.get_mut(index) else {
+            return;
+        };
+        match std::mem::replace(entry, Entry::Free) {
+            Entry::Free => {}
+            Entry::Unnamed(socket) => match hear(&socket) {
+                Ok(None) => *entry = Entry::Unnamed(socket),
+                Ok(Some((Note::Hello(source), fds))) => {
+                    // What is no ring, or cannot be answered, is dropped with its connection.
+                    if let Some(inlet) = self.welcome(socket, source, fds, exports) {
+                        self.inlets[index] = Entry::Named(inlet);
+                    }
+                }
+                Ok(Some(_)) | Err(_) => {}
+            },
+            Entry::Named(mut inlet) => {
+                // Nothing more is said on it, so it can only have ended.
+                inlet.is_closed |= !matches!(hear(&inlet.reader.socket), Ok(None));
+                match inlet.is_over() {
+                    true => exports.remove_reader(&inlet.reader),
+                    false => *entry = Entry::Named(inlet),
+                }
+            }
+        }
+    }
+
+    fn welcome(
+        &self,
+        socket: Socket,
+        source: SocketAddr,
+        fds: Vec<OwnedFd>,
+        exports: &mut Exports,
+    ) -> Option<Inlet> {
+        let ring = fds.into_iter().next()?;
+        let ring = Segment::adopt(ring, 8 * words_of(2)).ok()?;
+        let receiver = Receiver::new(ring.words()).ok()?;
+        let note = Note::Welcome {
+            probe: (&raw const *self.probe).expose_provenance() as u64,
+            word: *self.probe,
+        };
+        // Who has left already may have left something in its ring.
+        let told = tell(&socket, &note, &[self.doorbell.as_fd(), exports.table()]);
+        let reader = Arc::new(Reader { ring, socket });
+        exports.add_reader(reader.clone());
+        // Who sleeps while another thread lets the peer in is woken, too.
+        receiver.may_sleep(reader.ring.words());
+        Some(Inlet {
+            reader,
+            receiver,
+            source,
+            is_closed: told.is_err(),
+            is_broken: false,
+        })
+    }
+
+    fn hear_outlet(&mut self, index: usize) {
+        if let Some(Some(outlet)) = self.outlets.get_mut(index) {
+            outlet.hear(self.is_direct);
+            if outlet.is_gone && !self.gone.contains(&(index as u32)) {
+                self.gone.push(index as u32);
+            }
+        }
+    }
+
+    /// An outlet whose peer is gone. Ask when everything that came has been taken: it may be the
+    /// answer to what was sent there.
+    pub(crate) fn poll_gone(&mut self) -> Option<u32> {
+        self.gone.pop()
+    }
+
+    /// Forgets the inlets that have ended.
+    pub(crate) fn sweep(&mut self, exports: &mut Exports) {
+        for entry in &mut self.inlets {
+            let is_over = matches!(entry, Entry::Named(inlet) if inlet.is_over());
+            if is_over && let Entry::Named(inlet) = std::mem::replace(entry, Entry::Free) {
+                exports.remove_reader(&inlet.reader);
+            }
+        }
+    }
+
+    /// Says that we are going to sleep on [`Self::as_raw_fd`]; false if something has come.
+    pub(crate) fn may_sleep(&self) -> bool {
+        // All of them: whoever sends next must know.
+        self.named().fold(true, |may, inlet| {
+            let may_sleep = inlet.receiver.may_sleep(inlet.reader.ring.words());
+            (may_sleep || inlet.is_broken) && may
+        })
+    }
+
+    fn named(&self) -> impl Iterator<Item = &Inlet> {
+        self.inlets.iter().filter_map(|entry| match entry {
+            Entry::Named(inlet) => Some(inlet),
+            _ => None,
+        })
+    }
+}
+
+/// Readable when something has come for somebody who sleeps, and when [`Hosts::attend`] is due.
+impl AsRawFd for Hosts {
+    fn as_raw_fd(&self) -> RawFd {
+        self.poll.as_raw_fd()
+    }
+}
+
+impl Outlet {
+    /// Takes what the peer has to say.
+    fn hear(&mut self, is_direct: bool) {
+        loop {
+            match hear(&self.socket) {
+                Ok(None) => return,
+                Ok(Some((note, fds))) => {
+                    if self.note(note, fds, is_direct).is_none() {
+                        self.is_gone = true;
+                        return;
+                    }
+                }
+                Err(_) => {
+                    self.is_gone = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// None for what makes no sense.
+    fn note(&mut self, note: Note, fds: Vec<OwnedFd>, is_direct: bool) -> Option<()> {
+        let mut fds = fds.into_iter();
+        match note {
+            Note::Welcome { probe, word } if self.doorbell.is_none() => {
+                self.doorbell = Some(EventFd::adopt(fds.next()?).ok()?);
+                let table = Segment::adopt(fds.next()?, exports::TABLE_LEN).ok()?;
+                self.table = Some(table);
+                self.is_reachable = is_direct && copy::can_reach(self.pid, probe, word);
+            }
+            Note::Slab(key) if self.doorbell.is_some() => {
+                // One that cannot be mapped is reached by other means.
+                if let Ok(slab) = Segment::adopt(fds.next()?, 8) {
+                    self.slabs.insert(key.0, slab);
+                }
+            }
+            Note::SlabGone(key) => {
+                self.slabs.remove(&key.0);
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+/// The right to reach a peer's memory; the peer takes nothing out of service meanwhile.
+#[derive(Debug)]
+pub(crate) struct Direct<'h> {
+    outlet: &'h Outlet,
+    table: &'h Segment,
+}
+
+impl Direct<'_> {
+    /// Where the range lies, if the peer's table allows this to a queue pair connected to `qpn`, and
+    /// it can be reached.
+    pub(crate) fn find(
+        &self,
+        qpn: u32,
+        key: Key,
+        (va, len): (u64, usize),
+        wish: Wish,
+    ) -> Option<Theirs<'_>> {
+        let domain = grants(self.table, qpn, wish)?;
+        let found = find(self.table, key, domain, (va, len), wish)?;
+        if found.is_slab
+            && let Some(slab) = self.outlet.slabs.get(&key.0)
+        {
+            let offset = usize::try_from(found.offset).ok()?;
+            let is_inside = offset.checked_add(len).is_some_and(|end| end <= slab.len());
+            return is_inside.then_some(Theirs::Mapped(slab, offset));
+        }
+        // A process that has ended may have left its number to another.
+        let is_alive = self.outlet.is_reachable && !is_hung_up(&self.outlet.socket);
+        is_alive.then_some(Theirs::Process(self.outlet.pid, found.address))
+    }
+}
+
+impl Drop for Direct<'_> {
+    fn drop(&mut self) {
+        let words = self.outlet.ring.words();
+        self.outlet.sender.end_reaching(words);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,54 @@
+//! One conversation for every provider: softroce over UDP, by rings, with direct accesses, and each
+//! device of libibverbs that this machine has, in both roles against softroce and against itself.
+//! `ci/guest/verbs` holds the same conversation on the kernel's rxe.
+
+mod common;
+#[path = "../examples/providers/conversation.rs"]
+mod conversation;
+#[path = "../examples/providers/parts.rs"]
+mod parts;
+
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::thread;
+
+use conversation::converse;
+use lowtide_transport::ibv;
+
+/// Operations of a conversation that drives: six for each of eight sizes, and four more.
+const OPERATIONS: u32 = 6 * 8 + 4;
+
+fn speak(client: &str, server: &str) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let there = listener.local_addr().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let stream = listener.accept().unwrap().0;
+            let served = converse(server, stream, false);
+            assert!(served.is_ok(), "{server}: {served:?}");
+        });
+        let driven = converse(client, TcpStream::connect(there).unwrap(), true);
+        assert_eq!(driven.ok(), Some(OPERATIONS), "{client} to {server}");
+    });
+}
+
+fn softroce(kind: &str) -> String {
+    format!("{kind}:{}", common::address().ip())
+}
+
+#[test]
+fn softroce_speaks_the_same_whichever_way_its_packets_go() {
+    for kind in ["softroce", "rings", "host"] {
+        speak(&softroce(kind), &softroce(kind));
+    }
+    // Each side says what it can do, and the lesser of two is done.
+    speak(&softroce("host"), &softroce("rings"));
+}
+
+#[test]
+fn every_device_of_libibverbs_speaks_it_too() {
+    // No device is no failure: then the guest of `ci/guest/verbs` is the one that proves it.
+    for device in ibv::devices().unwrap_or_default() {
+        let verbs = format!("verbs:{}", device.name);
+        speak(&verbs, &verbs);
+    }
+}
