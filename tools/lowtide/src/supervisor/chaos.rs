@@ -68,10 +68,13 @@ struct Victim {
 
 #[derive(Debug)]
 enum Effect {
-    /// Over at once; the restart is the business of [`Nodes`].
+    /// Over at once if the node comes back; the restart is the business of [`Nodes`].
     Death {
-        /// Whether the root still has to be told that the node will not come back.
-        tell_root: bool,
+        /// Whether it does not, which the root must be told.
+        is_last: bool,
+        /// Life of the root that was told. A root may die before it has written that down, so its next
+        /// life is told again.
+        told: Option<u64>,
     },
     Pause {
         until: Instant,
@@ -123,7 +126,10 @@ impl Chaos {
                 },
                 struck: now,
                 victims: Vec::new(),
-                effect: Effect::Death { tell_root: false },
+                effect: Effect::Death {
+                    is_last: false,
+                    told: None,
+                },
                 over: Some(now),
                 before: NodeCounters::default(),
                 epoch: 0,
@@ -165,7 +171,15 @@ impl Chaos {
     /// Takes note of a death that nobody ordered.
     pub fn note_death(&mut self, nodes: &Nodes, node: NodeIndex, exit: &str) {
         let spec = format!("unplanned:{} ({exit})", nodes.get(node).member.name);
-        self.add(spec, &[node], nodes, Effect::Death { tell_root: false });
+        self.add(
+            spec,
+            &[node],
+            nodes,
+            Effect::Death {
+                is_last: false,
+                told: None,
+            },
+        );
     }
 
     /// Whether every fault was injected and is recovered from.
@@ -205,9 +219,13 @@ impl Chaos {
         let now = Instant::now();
         let effect = match *fault {
             Fault::Kill { restart, .. } => Effect::Death {
-                tell_root: !restart,
+                is_last: !restart,
+                told: None,
             },
-            Fault::PowerOff { .. } => Effect::Death { tell_root: false },
+            Fault::PowerOff { .. } => Effect::Death {
+                is_last: false,
+                told: None,
+            },
             Fault::Pause { duration_ms, .. } => Effect::Pause {
                 until: now + Duration::from_millis(duration_ms),
             },
@@ -232,7 +250,7 @@ impl Chaos {
     fn add(&mut self, spec: String, victims: &[NodeIndex], nodes: &Nodes, effect: Effect) {
         let before = nodes.totals();
         let now = Instant::now();
-        let over = matches!(effect, Effect::Death { tell_root: false }).then_some(now);
+        let over = matches!(effect, Effect::Death { is_last: false, .. }).then_some(now);
         self.injected.push(Injected {
             report: FaultReport {
                 spec,
@@ -284,19 +302,27 @@ impl Injected {
         now: Instant,
         events: &mut Vec<String>,
     ) -> Result<(), NodesError> {
+        if let Effect::Death {
+            is_last: true,
+            told,
+        } = &mut self.effect
+        {
+            let node = nodes.get(self.victims[0].index).member.id;
+            let root = nodes.find("root").expect("every cluster has a root");
+            let life = Some(nodes.root().incarnation);
+            if *told != life
+                && nodes.get(root).is_answering()
+                && nodes.order(root, &Order::Gone { node }).is_ok()
+            {
+                *told = life;
+                self.over = Some(now);
+            }
+        }
         if self.over.is_some() {
             return Ok(());
         }
         match &mut self.effect {
-            Effect::Death { .. } => {
-                let node = nodes.get(self.victims[0].index).member.id;
-                let root = nodes.find("root").expect("every cluster has a root");
-                if nodes.get(root).is_answering()
-                    && nodes.order(root, &Order::Gone { node }).is_ok()
-                {
-                    self.over = Some(now);
-                }
-            }
+            Effect::Death { .. } => {}
             Effect::Pause { until } if now >= *until => {
                 nodes.set_paused(self.victims[0].index, false)?;
                 events.push(format!("{} continues", self.report.spec));
