@@ -520,26 +520,16 @@ impl Drop for CqHandle {
 impl CompletionQueue {
     /// The next completion, if there is one.
     pub fn poll(&self) -> Option<WorkCompletion> {
-        let mut state = self.filled();
+        let mut state = self.0.device.shared.lock_polled(self.0.raw.id());
         self.take(&mut state)
     }
 
     /// Appends up to `max` completions to `done`; how many.
     pub fn poll_many(&self, max: usize, done: &mut Vec<WorkCompletion>) -> usize {
-        let mut state = self.filled();
+        let mut state = self.0.device.shared.lock_polled(self.0.raw.id());
         let before = done.len();
         done.extend(std::iter::from_fn(|| self.take(&mut state)).take(max));
         done.len() - before
-    }
-
-    /// The device, driven if nothing is there.
-    fn filled(&self) -> MutexGuard<'_, State> {
-        let shared = &self.0.device.shared;
-        let mut state = shared.lock();
-        if state.tables.is_cq_empty(self.0.raw.id()) {
-            shared.drive_for(&mut state, self.0.raw.id());
-        }
-        state
     }
 
     fn take(&self, state: &mut State) -> Option<WorkCompletion> {

@@ -112,10 +112,7 @@ impl CompletionQueue {
         mut take: impl FnMut(WorkCompletion),
     ) -> Result<usize, Error> {
         let shared = &self.0.context.shared;
-        let mut state = shared.lock();
-        if state.tables.is_cq_empty(self.0.id) {
-            shared.drive_for(&mut state, self.0.id);
-        }
+        let mut state = shared.lock_polled(self.0.id);
         let mut taken = 0;
         while taken < max {
             match state.tables.pop_cq(self.0.id) {

@@ -3,9 +3,9 @@
 //! Owns: the lock, the round of work (receive, expire, manage, send), the thread, and when
 //! acknowledgements wait for a post (`habit`).
 //!
-//! The thread sleeps in epoll. Threads that post or poll drive the device themselves and note the
-//! time; as long as that is less than [`TICK`] ago the thread only looks again after another
-//! [`TICK`], and no packet wakes it meanwhile. A thread that is going to sleep until a completion comes
+//! The thread sleeps in epoll. Threads that poll drive the device themselves and note the time; as
+//! long as that is less than [`TICK`] ago, or one has found completions since, the thread only looks
+//! again after another [`TICK`], and no packet wakes it meanwhile. A thread that is going to sleep until a completion comes
 //! says so, and the device's thread takes over at once. No thread that drives the device blocks on
 //! anything but its lock.
 
@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     origin: Instant,
     /// When a program's thread last drove the device, on the device's clock.
     driven_at: AtomicU64,
+    /// A program's thread has found completions since the device's thread last asked.
+    is_polled: AtomicBool,
     /// Until when the device's thread sleeps, on the device's clock.
     sleeps_until: AtomicU64,
     /// The device's thread sleeps until rings wake it. Written under the lock.
@@ -129,6 +131,7 @@ pub(super) fn start(
         completed: Condvar::new(),
         origin,
         driven_at: AtomicU64::new(0),
+        is_polled: AtomicBool::new(false),
         sleeps_until: AtomicU64::new(NEVER),
         // The thread begins with a sleep.
         waits_for_rings: AtomicBool::new(has_rings),
@@ -207,9 +210,22 @@ impl Shared {
         self.finish(state);
     }
 
-    /// The same for one that looks into an empty completion queue. What is owed to peers for what it
-    /// finds there may wait for the post that it will make of it.
-    pub(crate) fn drive_for(&self, state: &mut MutexGuard<'_, State>, cq: CqId) {
+    /// The state, for a program's thread that looks into a completion queue: driven if that is empty.
+    pub(crate) fn lock_polled(&self, cq: CqId) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        if state.tables.is_cq_empty(cq) {
+            self.drive_for(&mut state, cq);
+        } else {
+            // Who finds something each time drives nothing, and the device's thread would go on to be
+            // ahead of it, woken by each packet. Relaxed: as `note_driven`.
+            self.is_polled.store(true, Ordering::Relaxed);
+        }
+        state
+    }
+
+    /// Drives the device for one that has found an empty completion queue. What is owed to peers for
+    /// what it finds there now may wait for the post that it will make of it.
+    fn drive_for(&self, state: &mut MutexGuard<'_, State>, cq: CqId) {
         let now = state.device.now();
         self.note_driven(now);
         state.habit.note_empty_poll();
@@ -283,6 +299,7 @@ impl Shared {
     pub(super) fn hand_over(&self, state: &mut State) {
         state.pay();
         self.driven_at.store(0, Ordering::Relaxed);
+        self.is_polled.store(false, Ordering::Relaxed);
         let _ = self.wake();
     }
 
@@ -327,7 +344,9 @@ impl Shared {
             // An interrupted or failed wait is a wait that was short.
             let _ = poll.poll(&mut occurred, wait);
             let driven_at = Duration::from_nanos(self.driven_at.load(Ordering::Relaxed));
-            if self.origin.elapsed().saturating_sub(driven_at) < TICK && !driven_at.is_zero() {
+            let is_driven =
+                !driven_at.is_zero() && self.origin.elapsed().saturating_sub(driven_at) < TICK;
+            if self.is_polled.swap(false, Ordering::Relaxed) || is_driven {
                 std::thread::park_timeout(TICK);
                 wait = Some(Duration::ZERO);
                 continue;
