@@ -2,7 +2,7 @@
 // while nothing comes.
 //
 //   cc pingpong.c $(pkg-config --cflags --libs lowtide) -o pingpong
-//   ./pingpong 127.0.0.2 &                the server's own address
+//   ./pingpong 127.0.0.2 &                the server's own address; it says when it listens
 //   ./pingpong 127.0.0.3 127.0.0.2        the client's own, and the server's
 #include <lowtide.h>
 #include <stdio.h>
@@ -93,10 +93,13 @@ int main(int argc, char **argv)
         check(!lowtide_parse_gid(argv[2], &server)
                   && lowtide_cm_connect(events, &server, 0, LOWTIDE_PS_TCP, PORT, qp, NULL, NULL),
               "connect");
-    else
-        check(lowtide_cm_listen(events, LOWTIDE_PS_TCP, PORT, NULL)
-                  && !lowtide_cm_accept(next(events, LOWTIDE_CM_EVENT_CONNECT_REQUEST), qp, NULL),
-              "accept");
+    else {
+        check(lowtide_cm_listen(events, LOWTIDE_PS_TCP, PORT, NULL) != NULL, "listen");
+        puts("listening");
+        fflush(stdout);
+        struct lowtide_cm_id *request = next(events, LOWTIDE_CM_EVENT_CONNECT_REQUEST);
+        check(!lowtide_cm_accept(request, qp, NULL), "accept");
+    }
     struct lowtide_cm_id *connection = next(events, LOWTIDE_CM_EVENT_ESTABLISHED);
     for (int round = 0; round < ROUNDS; round++) {
         snprintf(memory[0], LENGTH, "ball %d", round);

@@ -2,6 +2,7 @@
 //!
 //! They are linked with the library that cargo has just built beside this test.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -98,7 +99,13 @@ fn two_processes_play_ping_pong() {
     let programs = Programs::new("pingpong");
     let program = programs.compile("examples/pingpong.c");
     let (server, client) = (address(), address());
-    let serving = start(&program, &[&server]);
+    let mut serving = start(&program, &[&server]);
+    // A client that comes too early is refused.
+    let mut said = [0; b"listening\n".len()];
+    let heard = serving.stdout.as_mut().unwrap().read_exact(&mut said);
+    if heard.is_err() || said != *b"listening\n" {
+        panic!("{said:?}: {:?}", serving.wait_with_output());
+    }
     let playing = start(&program, &[&client, &server]);
     succeeds(playing.wait_with_output().unwrap(), "1000 rounds");
     succeeds(serving.wait_with_output().unwrap(), "1000 rounds");
