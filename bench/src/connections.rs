@@ -116,6 +116,8 @@ pub fn connections(bench: &Bench) -> Result<Vec<Row>, Failure> {
     }
     let counted = 2.0 * (PAIRS - 1) as f64;
     let kib = (resident()? - before) / 1024.0 / counted;
+    // What is still owed leaves first, and nobody is told when it has: an ACK, a timer that finds
+    // nothing to do.
     std::thread::sleep(Duration::from_millis(200));
     let (used, began) = (processor_time()?, Instant::now());
     std::thread::sleep(IDLE);

@@ -89,6 +89,7 @@ fn fill(out: &Path, ci: &Path, bench: &Bench, program: &str) -> Result<(), Failu
         fs::create_dir_all(out.join("programs"))?;
         fs::copy(lowtide, out.join("programs/lowtide"))?;
         fs::copy(ci.join("wire.sh"), out.join("wire.sh"))?;
+        fs::copy(ci.join("../lib/wait.sh"), out.join("wait.sh"))?;
         fs::write(out.join("scale"), "some\n")?;
         fs::write(out.join("rate"), format!("{rounds} {program}\n"))
     };

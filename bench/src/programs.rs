@@ -76,15 +76,44 @@ pub fn free_port() -> Result<u16, Failure> {
 pub struct Served(Child);
 
 impl Served {
-    /// Starts it; its output goes nowhere.
+    /// Starts it, and returns when it listens on this TCP port; its output goes nowhere.
     ///
     /// # Errors
-    /// It cannot be started.
-    pub fn start(command: &mut Command) -> Result<Served, Failure> {
+    /// It cannot be started, ends, or does not listen within 5 s.
+    pub fn start(command: &mut Command, port: u16) -> Result<Served, Failure> {
+        const PATIENCE: Duration = Duration::from_secs(5);
         let name = command.get_program().display().to_string();
         let quiet = command.stdout(Stdio::null()).stderr(Stdio::null());
-        quiet.spawn().map(Served).map_err(Failure::io(name))
+        let mut served = quiet.spawn().map(Served).map_err(Failure::io(&name))?;
+        let began = Instant::now();
+        while !listens(port)? {
+            if let Some(status) = served.0.try_wait().map_err(Failure::io(&name))? {
+                return Err(Failure::Broken(format!("{name} as a server: {status}")));
+            }
+            if began.elapsed() > PATIENCE {
+                return Err(Failure::Broken(format!("{name} does not listen on {port}")));
+            }
+            // Programs of others do not say that they listen; the kernel's table is all there is.
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(served)
     }
+}
+
+/// Whether somebody listens on a TCP port: proc(5), state 0A.
+fn listens(port: u16) -> Result<bool, Failure> {
+    let end = format!(":{port:04X}");
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let text = std::fs::read_to_string(table).map_err(Failure::io(table))?;
+        let is_found = text.lines().any(|line| {
+            let words: Vec<&str> = line.split_whitespace().take(4).collect();
+            matches!(words[..], [_, local, _, "0A"] if local.ends_with(&end))
+        });
+        if is_found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl Drop for Served {
@@ -95,25 +124,18 @@ impl Drop for Served {
     }
 }
 
-/// What a client prints. It is started again while its server does not listen yet.
+/// What a program prints.
 ///
 /// # Errors
-/// It fails for longer than a server takes to start.
+/// It fails.
 pub fn ask(command: &mut Command) -> Result<String, Failure> {
-    const PATIENCE: Duration = Duration::from_secs(5);
     let name = command.get_program().display().to_string();
-    let began = Instant::now();
-    loop {
-        let done = command.output().map_err(Failure::io(&name))?;
-        if done.status.success() {
-            return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
-        }
-        if began.elapsed() > PATIENCE {
-            let said = String::from_utf8_lossy(&done.stderr).into_owned();
-            return Err(Failure::Broken(format!("{name}: {}\n{said}", done.status)));
-        }
-        std::thread::sleep(Duration::from_millis(50));
+    let done = command.output().map_err(Failure::io(&name))?;
+    if done.status.success() {
+        return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
     }
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    Err(Failure::Broken(format!("{name}: {}\n{said}", done.status)))
 }
 
 /// Writes everything back that is dirty on the disk of `dir`, so that no round pays for another.

@@ -38,15 +38,16 @@ impl Ucx {
     /// # Errors
     /// It fails, or prints something else.
     pub fn run(&self) -> Result<Figures, Failure> {
-        let port = programs::free_port()?.to_string();
+        let port = programs::free_port()?;
+        let of_port = port.to_string();
         let [first, last] = processors()?.map(|cpu| cpu.to_string());
         let mut server = self.command();
-        server.args(["-p", &port, "-c", &last]);
-        let _server = Served::start(&mut server)?;
+        server.args(["-p", &of_port, "-c", &last]);
+        let _server = Served::start(&mut server, port)?;
         let (iterations, warm_up) = (self.iterations, self.iterations / 10);
         let mut client = self.command();
         client
-            .args(["127.0.0.1", "-f", "-p", &port, "-c", &first])
+            .args(["127.0.0.1", "-f", "-p", &of_port, "-c", &first])
             .args(["-t", self.test, "-s", &self.len.to_string()])
             .args(["-n", &iterations.to_string(), "-w", &warm_up.to_string()]);
         let text = programs::ask(&mut client)?;

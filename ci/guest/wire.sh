@@ -8,11 +8,12 @@
 #   ours COMMAND…                 in our namespace
 #   link_mtu BYTES                of both ends
 #   impair NETEM…                 both directions; nothing for a clean wire
-#   wait_for COMMAND…             until it succeeds, 10 s at most
+#   wait_for, listens             of ci/lib/wait.sh
 #   tried N                       the job has gone through all its cells: to be said at the end
 #
 # Jobs print a line that begins with "ok" or "FAIL" for each cell.
 set -u
+. /run/out/wait.sh
 KERNEL4=10.9.0.1 KERNEL6=fd00:9::1 OURS4=10.9.0.2 OURS6=fd00:9::2
 PROGRAMS=/tmp/programs
 SCALE=$(cat /run/out/scale)
@@ -31,25 +32,6 @@ impair() {
     ours tc qdisc del dev vb root 2>/dev/null
     [ $# = 0 ] && return
     tc qdisc add dev va root netem "$@" && ours tc qdisc add dev vb root netem "$@"
-}
-
-wait_for() {
-    local tries
-    for tries in {1..200}; do
-        "$@" && return
-        sleep 0.05
-    done
-    echo "never came: $*"
-    return 1
-}
-
-# Whether a TCP port is listened on, in the namespace that COMMAND enters. Not with ss: it makes the
-# kernel load a module, and a guest hung in that once.
-listens() {
-    local port
-    port=$(printf %04X "$1")
-    shift
-    "$@" grep -qs ":$port [0-9A-F]*:0000 0A" /proc/net/tcp /proc/net/tcp6
 }
 
 tried() { echo "tried $1"; }

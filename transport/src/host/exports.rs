@@ -193,6 +193,7 @@ impl Exports {
     fn wait_for_readers(&self) {
         for reader in &self.readers {
             while Receiver::is_reached(reader.ring.words()) && !is_hung_up(&reader.socket) {
+                // Microseconds at most, and rare: not worth a wake-up by every peer at every access.
                 std::thread::sleep(LOOK);
             }
         }

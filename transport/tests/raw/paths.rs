@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicU64;
 use std::thread;
 
 use lowtide_transport::verbs::SameHost;
@@ -203,12 +203,11 @@ fn a_region_goes_under_traffic() {
             va: b.pages.address(),
             rkey: region.rkey(),
         };
-        let is_over = AtomicBool::new(false);
+        let rounds = AtomicU64::new(0);
         thread::scope(|scope| {
-            scope.spawn(|| {
-                let mut round = 0;
+            let writer = scope.spawn(|| {
                 let status = loop {
-                    round += 1;
+                    let round = rounds.fetch_add(1, Ordering::Relaxed) + 1;
                     x.fill(0, 8192, round);
                     a.post(1, SendOp::Write(remote), &[x.sge(0, 1 << 16)]);
                     match a.next().status {
@@ -217,12 +216,14 @@ fn a_region_goes_under_traffic() {
                     }
                 };
                 assert_eq!(status, Status::RemoteAccess);
-                is_over.store(true, Ordering::Relaxed);
             });
-            thread::sleep(Duration::from_millis(2));
+            // In the midst of one, after others.
+            while rounds.load(Ordering::Relaxed) < 4 && !writer.is_finished() {
+                thread::yield_now();
+            }
             drop(region);
             b.pages.write(0, &[0xEE; 1 << 16]);
-            while !is_over.load(Ordering::Relaxed) {
+            while !writer.is_finished() {
                 thread::yield_now();
             }
             assert!(b.pages.read(0, 1 << 16).iter().all(|byte| *byte == 0xEE));

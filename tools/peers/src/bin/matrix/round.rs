@@ -142,6 +142,21 @@ impl Ask<'_, '_> {
         Err(format!("completion {:?}, {:?}", done.kind, done.status).into())
     }
 
+    /// Waits until a request has found no receive. A counter cannot be slept on, so it is looked at
+    /// whenever nothing has completed for a while.
+    fn wait_for_refusal(&mut self, before: u64) -> Outcome<()> {
+        let start = Instant::now();
+        while self.end.counters().send_rnr_err == before {
+            if start.elapsed() > PATIENCE {
+                return Err("no request came that finds no receive".into());
+            }
+            if let Some(done) = self.link.wait(Duration::from_millis(1))? {
+                return Err(format!("completion {:?}, {:?}", done.kind, done.status).into());
+            }
+        }
+        Ok(())
+    }
+
     fn fill(&self, is_pattern: bool) {
         let len = (self.link.head() + self.size) as usize;
         let bytes = match is_pattern {
@@ -221,8 +236,9 @@ impl Ask<'_, '_> {
         }
         let key = self.bind(control)?;
         if self.operation == "rnr" {
+            let refused = self.end.counters().send_rnr_err;
             control.say("go")?;
-            std::thread::sleep(std::time::Duration::from_millis(3));
+            self.wait_for_refusal(refused)?;
         }
         let takes = match self.operation {
             "send" | "send-imm" | "send-inv" | "rnr" => Some((CompletionKind::Recv, self.size)),
