@@ -73,6 +73,20 @@ fn one_probe_finds_all_of_a_lost_tail() {
 }
 
 #[test]
+fn a_probe_waits_less_where_packets_were_lost_before() {
+    let took = |losses| {
+        let (mut net, _) = losing(Early::Reported, losses);
+        let began = net.now;
+        let (_, probes) = write_forty(&mut net);
+        (probes, net.now.since(began))
+    };
+    let (probes, calm) = took(&[(39, 1)]);
+    assert!(probes == 1 && calm > PROBE_MIN, "{calm:?}");
+    let (probes, lossy) = took(&[(2, 1), (39, 2)]);
+    assert!(probes == 1 && lossy < Nanos(PROBE_MIN.0 / 2), "{lossy:?}");
+}
+
+#[test]
 fn a_lost_report_is_made_good_by_the_next() {
     let (mut net, _) = losing(Early::Reported, &[]);
     let (mut writes, mut reports) = (0, 0);

@@ -63,6 +63,19 @@ impl Board {
         (self.held | self.lost).count_ones()
     }
 
+    /// Whether a packet has arrived, or is lost; none if neither is known.
+    pub fn fate(&self, seq: u64) -> Option<bool> {
+        let bit = match seq.checked_sub(self.base) {
+            None => return Some(true),
+            Some(n) => 1u64.checked_shl(n as u32).unwrap_or(0),
+        };
+        match (self.held & bit != 0, self.lost & bit != 0) {
+            (true, _) => Some(true),
+            (_, true) => Some(false),
+            _ => None,
+        }
+    }
+
     /// The oldest packet to be sent again.
     pub const fn first_lost(&self) -> Option<u64> {
         match self.lost {
