@@ -57,6 +57,17 @@ fn only_what_was_lost_is_sent_again() {
 }
 
 #[test]
+fn a_whole_window_behind_a_gap_is_kept() {
+    let (mut net, _) = losing(Early::Reported, &[(0, 1), (100, 1)]);
+    for id in 1..=3 {
+        send(&mut net, id, write_to(0), 40 * 1024);
+    }
+    net.run(2_000);
+    assert_eq!(net.completions(0).len(), 3);
+    assert_eq!(net.ends[0].qp.counters().retransmitted_pkts, 2);
+}
+
+#[test]
 fn a_lost_repetition_is_found_by_what_was_sent_after_it() {
     let (mut net, _) = losing(Early::Reported, &[(2, 3), (20, 2), (30, 1), (36, 1)]);
     assert_eq!(write_forty(&mut net), (7, 0));

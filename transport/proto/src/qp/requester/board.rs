@@ -8,7 +8,8 @@
 //! Invariants: `held` and `lost` are disjoint, and of packets that were sent; bit `n` of either is the
 //! packet `base + n`; the peer has executed all before `base`.
 
-/// Packets looked at from `base` on: as many as a report tells of.
+/// Packets looked at from `base` on: as many as a report tells of. The peer keeps later ones too; of
+/// them nothing is known yet, and they count as under way.
 const SPAN: u64 = 64;
 /// Packets from `base` on whose order of sending is remembered: the window.
 const MEMORY: u64 = super::WINDOW as u64;
