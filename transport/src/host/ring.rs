@@ -34,6 +34,9 @@ const WORD_HEAD: usize = 8;
 const WORD_ASLEEP: usize = 16;
 const WORD_REACHING: usize = 24;
 const WORD_RECORDS: usize = 64;
+/// Bytes of the longest record. Packets are far shorter; a peer may make its ring as long as it
+/// likes, and must not have us copy, or reserve, all of that.
+const LEN_MAX: usize = 1 << 16;
 /// Words of a unit: a cache line.
 const UNIT: usize = 8;
 
@@ -90,7 +93,8 @@ impl Sender {
     /// Bytes of the longest record.
     pub fn len_max(&self) -> usize {
         // One unit behind it is for the next header.
-        (self.units.saturating_sub(1) * UNIT).saturating_sub(1) * 8
+        let room = (self.units.saturating_sub(1) * UNIT).saturating_sub(1) * 8;
+        room.min(LEN_MAX)
     }
 
     /// Sends the concatenation of `parts`; false if there is no room. Follow with [`Self::is_wanted`].
@@ -213,7 +217,7 @@ impl Receiver {
     /// Appends the next record to `into` and returns its length; none if there is none.
     ///
     /// # Errors
-    /// A length that the ring cannot hold.
+    /// A length that the ring cannot hold, or that no packet has.
     pub fn receive(
         &mut self,
         words: &[AtomicU64],
@@ -224,7 +228,7 @@ impl Receiver {
             0 => return Ok(None),
             header => usize::try_from(header - 1).map_err(|_| Broken)?,
         };
-        if len > self.units * UNIT * 8 || units_of(len) >= self.units {
+        if len > LEN_MAX || units_of(len) >= self.units {
             return Err(Broken);
         }
         let mask = self.units * UNIT - 1;
@@ -338,6 +342,16 @@ mod tests {
             assert_eq!(Receiver::new(&words).unwrap_err(), Broken);
         }
         assert!(broken_sends > 100 && broken_receives > 100);
+        // A ring that could hold it, and a record that is no packet's.
+        let words = self::words(1 << 13);
+        for (len, is_sound) in [(LEN_MAX, true), (LEN_MAX + 1, false)] {
+            Sender::new(&words);
+            let mut receiver = Receiver::new(&words).unwrap();
+            words[WORD_RECORDS].store(len as u64 + 1, Ordering::Relaxed);
+            let mut out = Vec::new();
+            assert_eq!(receiver.receive(&words, &mut out).is_ok(), is_sound, "{len}");
+            assert_eq!(out.len(), if is_sound { len } else { 0 });
+        }
         for units in [0, 1] {
             assert!(Receiver::new(&self::words(units)).is_err());
         }
