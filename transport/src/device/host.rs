@@ -208,6 +208,8 @@ impl Device {
     /// it can be; or fails it, if the peer is gone.
     pub(super) fn act(&mut self, index: u32, peer: u32) -> Act {
         let slot = &mut self.slots[index as usize];
+        // It stays only if more is copied now: whatever goes as packets goes whole.
+        let from = std::mem::take(&mut slot.copied);
         let (
             Some(Machine::Connected(qp)),
             Peer {
@@ -234,7 +236,7 @@ impl Device {
         let (Some((remote, wish, way)), len @ 1..) = (wish(wr), wr.local.total() as usize) else {
             return Act::Nothing;
         };
-        let (wr, dest, from) = (*wr, qp.dest(), slot.copied);
+        let (wr, dest) = (*wr, qp.dest());
         if self.faults.is_blocked(address) {
             return Act::Nothing;
         }
@@ -261,7 +263,6 @@ impl Device {
             self.slots[index as usize].copied = done;
             return Act::More;
         }
-        self.slots[index as usize].copied = 0;
         if let Some(Machine::Connected(qp)) = &mut self.slots[index as usize].machine {
             qp.finish_untouched();
         }
@@ -361,3 +362,6 @@ fn place_of(memory: &mut Memory, domain: u32, fragment: &Fragment, way: Way) -> 
     let span = memory.check(domain, Key(key), fragment.addr, fragment.len, wanted);
     memory.place_of(span.ok()?)
 }
+
+#[cfg(test)]
+mod tests;
