@@ -14,10 +14,11 @@ use lowtide_transport_proto::qp::{
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
+use super::budget::UNKNOWN_PEER;
 use super::output::{ACK_REQ, resolve};
 use super::{Device, DeviceOptions, Input, Machine, Peer};
 use crate::host::{
-    self, Exports, HostBatch, Hosts, Ours, QpEntry, RING_PACKETS, SameHost, Theirs, Way, Wish,
+    self, Exports, Gone, HostBatch, Hosts, Ours, QpEntry, RING_PACKETS, SameHost, Theirs, Way, Wish,
 };
 use crate::memory::{Access, Key, Memory};
 use crate::udp::{Arrival, HEADER_MAX, Payload, TRAILER_MAX};
@@ -113,18 +114,30 @@ impl Device {
         }
     }
 
-    /// Ends what was under way to peers that are gone. To be called when all that came has been
+    /// Ends what was under way to peers that are gone; those that had nothing to spare for a ring are
+    /// reached by UDP from now on. To be called when all that came has been
     /// handled.
     pub(crate) fn bury(&mut self) {
         let (Some(hosts), Some(exports)) = (&mut self.hosts, &mut self.memory.exports) else {
             return;
         };
         hosts.sweep(exports);
-        while let Some(outlet) = self.hosts.as_mut().and_then(Hosts::poll_gone) {
+        while let Some(Gone {
+            outlet,
+            is_turned_away,
+        }) = self.hosts.as_mut().and_then(Hosts::poll_gone)
+        {
             let gone = |peer: &&mut super::Peer| peer.users > 0 && peer.outlet == Some(outlet);
             let Some(peer) = self.peers.iter_mut().find(gone) else {
                 continue;
             };
+            if is_turned_away && let Some(hosts) = &mut self.hosts {
+                // By UDP, then; what was sent into the ring is lost, and repeated.
+                peer.outlet = None;
+                peer.budget.learn(UNKNOWN_PEER);
+                hosts.disconnect(outlet);
+                continue;
+            }
             peer.is_gone = true;
             let address = peer.address;
             for index in 0..self.slots.len() as u32 {

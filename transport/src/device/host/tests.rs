@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lowtide_transport_proto::qp::{
-    Access as Rights, InitAttr, QpCaps, Rkey, RtrAttr, RtsAttr, Sge, SgList, Status, WrId,
+    Access as Rights, InitAttr, QpCaps, Rkey, RtrAttr, RtsAttr, SgList, Sge, Status, WrId,
 };
 use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, RnrTimer};
 
@@ -100,7 +100,11 @@ impl Side {
             va: 0,
             rkey: Rkey(to.key.0),
         };
-        let wr = SendWr::new(WrId(id), SendOp::Write(remote), SgList::new(&[local]).unwrap());
+        let wr = SendWr::new(
+            WrId(id),
+            SendOp::Write(remote),
+            SgList::new(&[local]).unwrap(),
+        );
         self.device.qp(self.id).unwrap().post_send(wr).unwrap();
     }
 
