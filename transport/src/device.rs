@@ -43,7 +43,7 @@ use std::time::Instant;
 
 use lowtide_transport_proto::icrc::{self, Flow, Ip};
 use lowtide_transport_proto::qp::{
-    self, Completion, Lkey, QpCaps, QpEvent, QpKind, QueuePair, UdQueuePair,
+    self, Completion, Lkey, QpCaps, QpEvent, QpKind, QpState, QueuePair, UdQueuePair,
 };
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Mtu, Qpn};
@@ -461,6 +461,14 @@ impl Device {
             Machine::Connected(qp) => qp.poll_event(),
             Machine::Datagram(qp) => qp.poll_event(),
         }
+    }
+
+    /// State of a queue pair, and its sends that are not finished, or finished and not polled.
+    pub(crate) fn posted(&self, id: QpId) -> Option<(QpState, u32)> {
+        Some(match self.slots.get(id.0 as usize)?.machine.as_ref()? {
+            Machine::Connected(qp) => (qp.state(), qp.sends_posted()),
+            Machine::Datagram(qp) => (qp.state(), qp.sends_posted()),
+        })
     }
 
     fn mark_ready(&mut self, index: u32) {

@@ -211,17 +211,17 @@ impl Requester {
     }
 
     pub fn post(&mut self, wr: SendWr, link: &Link, out: &Reports) -> Result<(), PostError> {
-        let total = wr.local.total();
-        let (packets, len) = match wr.op {
-            SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. } | SendOp::AtomicWrite(_) => (1, 8),
-            SendOp::Flush(_) => (1, 0),
-            SendOp::LocalInvalidate(_) | SendOp::BindWindow(_) => (0, 0),
-            _ => (link.mtu.packets(total), total),
-        };
-        let reliable_only = wr.op.wants_response() || matches!(wr.op, SendOp::SendInvalidate(_));
-        if total != len || (reliable_only && link.kind == QpKind::Uc) {
+        if !wr.suits(link.kind) {
             return Err(PostError::Invalid);
         }
+        let packets = match wr.op {
+            SendOp::CompareSwap { .. }
+            | SendOp::FetchAdd { .. }
+            | SendOp::AtomicWrite(_)
+            | SendOp::Flush(_) => 1,
+            SendOp::LocalInvalidate(_) | SendOp::BindWindow(_) => 0,
+            _ => link.mtu.packets(wr.local.total()),
+        };
         if self.queue.len() as u32 + out.sends >= self.depth {
             return Err(PostError::QueueFull);
         }
