@@ -1,5 +1,6 @@
 //! Packets that arrive ahead of a gap: the caller keeps them, the queue pair says whose turn it is.
 
+use super::QpState::{Rtr, Rts, Sqd, Sqe};
 use super::QueuePair;
 use crate::wire::{Packet, Psn};
 
@@ -19,7 +20,8 @@ impl QueuePair {
     /// The PSN of a kept packet that is to be handed to [`Self::handle_packet`] now.
     #[must_use]
     pub fn wants_kept(&self) -> Option<Psn> {
-        self.responder.wants_kept()
+        let is_receiving = matches!(self.state, Rtr | Rts | Sqd | Sqe);
+        self.responder.wants_kept().filter(|_| is_receiving)
     }
 
     /// The caller does not have that packet any more.

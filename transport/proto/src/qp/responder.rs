@@ -185,7 +185,7 @@ impl Responder {
     }
 
     pub fn wants_kept(&self) -> Option<Psn> {
-        (self.kept & 1 != 0).then_some(self.expected)
+        (self.kept & 1 != 0 && !self.answers.is_full()).then_some(self.expected)
     }
 
     pub fn forget_kept(&mut self, link: &Link, out: &mut Reports) {

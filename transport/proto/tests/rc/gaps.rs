@@ -261,3 +261,32 @@ fn what_a_peer_forgot_is_sent_again() {
         write_forty(&mut net);
     }
 }
+
+#[test]
+fn nothing_that_was_kept_is_asked_for_after_an_error() {
+    let (mut net, _) = losing(Early::Reported, &[]);
+    let write = |psn| {
+        let packet = request(
+            Opcode::RcWriteOnly,
+            FIRST_PSN + psn,
+            Extension::Reth(reth(0, 4)),
+            b"late",
+        );
+        (psn, packet)
+    };
+    for (psn, bytes) in [write(1), write(2)] {
+        let (outcome, answers) = ask(&mut net, &bytes);
+        assert_eq!((outcome, answers.len()), (Outcome::Ahead, 1), "{psn}");
+        let qp = &mut net.ends[1].qp;
+        qp.note_kept(&Packet::new_checked(&bytes).unwrap());
+        assert_eq!(qp.wants_kept(), None);
+    }
+    ask(&mut net, &write(0).1);
+    let qp = &mut net.ends[1].qp;
+    assert_eq!(qp.wants_kept(), Some(Psn::new(FIRST_PSN + 1)));
+    qp.to_error();
+    assert_eq!(qp.wants_kept(), None);
+    // A new life begins with nothing.
+    qp.to_reset();
+    assert_eq!(qp.wants_kept(), None);
+}
