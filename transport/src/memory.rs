@@ -32,6 +32,8 @@ mod lent;
 mod shared;
 mod shown;
 mod window;
+#[allow(unsafe_code)] // words of memory that is zero
+mod zeroed;
 
 use std::io;
 use std::sync::Arc;
@@ -45,6 +47,7 @@ pub use self::lent::{LENT_KEY_MIN, Lent, Piece};
 pub use self::shared::SharedMemory;
 use self::window::Window;
 pub use self::window::{WindowKind, WindowPlace};
+pub(crate) use self::zeroed::zeroed_words;
 use crate::host::Exports;
 use crate::names::{Names, Random};
 

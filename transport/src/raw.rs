@@ -15,11 +15,12 @@
 //! Objects live as long as something holds them, so nothing is ever destroyed under something that
 //! uses it; where C answers EBUSY, the last holder's drop does the work here.
 //!
-//! Progress: whoever posts or polls drives the device under its lock, so an acknowledgement that is
-//! owed leaves before its completion is seen, or with the post that the program makes of it, if it has
-//! made one each time before (`habit`). When nobody has for a millisecond, the device's own
-//! thread takes over and sleeps in epoll; idle devices cost nothing. Asking for a notification hands
-//! over at once.
+//! Progress: whoever posts or polls tries for the device's token and drives it, so an acknowledgement
+//! that is owed leaves before its completion is seen, or with the post that the program makes of it, if
+//! it has made one each time before (`habit`). If another thread has the token, a post waits in a line
+//! for that thread (`posts`), and a poll finds what is there (`ring`); neither waits. When nobody has
+//! driven the device for a millisecond, its own thread takes over and sleeps in epoll; idle devices
+//! cost nothing. Asking for a notification hands over at once. All other calls wait for the token.
 //!
 //! A GID is an address and knows no UDP port: peers are taken to listen on the port that this device
 //! listens on, [`lowtide_transport_proto::wire::UDP_PORT`] unless the caller chose another.
@@ -33,11 +34,15 @@ mod address;
 mod completion;
 pub(crate) mod event_fd;
 mod habit;
+mod posting;
+mod posts;
 mod progress;
 mod queue_pair;
 mod region;
+mod ring;
 mod shared_receive;
 mod tables;
+mod token;
 pub mod types;
 
 use std::fmt;
@@ -52,6 +57,7 @@ use lowtide_transport_proto::wire::{MESSAGE_LEN_MAX, Mtu};
 pub use self::address::AddressHandle;
 pub use self::completion::{CompletionChannel, CompletionQueue};
 use self::event_fd::EventFd;
+pub(crate) use self::posts::Room;
 pub(crate) use self::progress::{Shared, State};
 pub use self::queue_pair::{BadWr, QueuePair, Queues};
 pub use self::region::{MemoryRegion, MemoryWindow};

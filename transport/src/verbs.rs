@@ -520,13 +520,13 @@ impl Drop for CqHandle {
 impl CompletionQueue {
     /// The next completion, if there is one.
     pub fn poll(&self) -> Option<WorkCompletion> {
-        let mut state = self.0.device.shared.lock_polled(self.0.raw.id());
+        let mut state = self.0.device.shared.lock_polled(self.0.raw.completions());
         self.take(&mut state)
     }
 
     /// Appends up to `max` completions to `done`; how many.
     pub fn poll_many(&self, max: usize, done: &mut Vec<WorkCompletion>) -> usize {
-        let mut state = self.0.device.shared.lock_polled(self.0.raw.id());
+        let mut state = self.0.device.shared.lock_polled(self.0.raw.completions());
         let before = done.len();
         done.extend(std::iter::from_fn(|| self.take(&mut state)).take(max));
         done.len() - before
@@ -534,7 +534,7 @@ impl CompletionQueue {
 
     fn take(&self, state: &mut State) -> Option<WorkCompletion> {
         let handle = &*self.0;
-        let done = state.tables.pop_cq(handle.raw.id())?;
+        let done = handle.raw.completions().pop()?;
         let post = handle.posts().take(done.wr_id);
         let post = post.expect("what completes has been posted");
         let bytes = post

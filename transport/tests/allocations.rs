@@ -136,7 +136,10 @@ struct Raw {
 }
 
 fn raw() -> Raw {
-    let context = Context::open(common::address(), &DeviceOptions::default()).unwrap();
+    raw_on(Context::open(common::address(), &DeviceOptions::default()).unwrap())
+}
+
+fn raw_on(context: Context) -> Raw {
     let pd = context.protection_domain();
     let cq = context.completion_queue(64, None).unwrap();
     let queues = Queues {
@@ -214,6 +217,27 @@ fn raw_sends_allocate_nothing() {
     let (a, b) = (raw(), raw());
     a.connect(&b);
     b.connect(&a);
+    // What is posted beside another thread that drives the device waits in memory that is taken the
+    // first time.
+    common::beside_one_that_drives(&raw_on(b.context.clone()).qp, || {
+        let (wr_id, sg_list) = (0, &[][..]);
+        // SAFETY: it names no memory.
+        unsafe { b.qp.post_recv(&[RecvWr { wr_id, sg_list }]) }.unwrap();
+    });
+    common::beside_one_that_drives(&raw_on(a.context.clone()).qp, || {
+        let wr = SendWr {
+            wr_id: 0,
+            op: SendOp::Send,
+            sg_list: &[],
+            flags: SendFlags::INLINE,
+            to: None,
+        };
+        // SAFETY: as above.
+        unsafe { a.qp.post_send(&[wr]) }.unwrap();
+    });
+    for cq in [&a.cq, &b.cq] {
+        while cq.poll(1, &mut Vec::new()).unwrap() == 0 {}
+    }
     let mut done = Vec::with_capacity(16);
     let mut rounds = |count: u64| {
         for round in 0..count {

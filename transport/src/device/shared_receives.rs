@@ -1,23 +1,28 @@
 //! A receive queue that several queue pairs share (SRQ).
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use lowtide_transport_proto::qp::RecvWr;
 
 use super::{Device, QUEUE_PAIRS_MAX, WORK_REQUESTS_MAX};
+use crate::raw::Room;
 
 /// The queue. It is bounded; each receive goes to one queue pair.
 #[derive(Debug)]
 pub(crate) struct SharedReceives {
     queue: VecDeque<RecvWr>,
+    /// What posters have been promised.
+    room: Arc<Room>,
     depth: u32,
     limit: u32,
     is_limit_reached: bool,
 }
 
 impl SharedReceives {
-    pub(super) fn new(depth: u32) -> SharedReceives {
+    pub(super) fn new(depth: u32, room: Arc<Room>) -> SharedReceives {
         SharedReceives {
+            room,
             queue: VecDeque::with_capacity(depth as usize),
             depth,
             limit: 0,
@@ -25,18 +30,15 @@ impl SharedReceives {
         }
     }
 
-    /// Appends; the receive again if there is no room.
-    pub(crate) fn post(&mut self, wr: RecvWr) -> Result<(), RecvWr> {
-        if self.queue.len() as u32 >= self.depth {
-            return Err(wr);
-        }
-        self.queue.push_back(wr);
-        Ok(())
+    /// Appends. The caller has taken room.
+    pub(crate) fn post(&mut self, wr: impl IntoIterator<Item = RecvWr>) {
+        self.queue.extend(wr);
     }
 
     /// The next receive, for good.
     pub(super) fn take(&mut self) -> Option<RecvWr> {
         let wr = self.queue.pop_front()?;
+        self.room.give(1);
         if (self.queue.len() as u32) < self.limit {
             // Told once; whoever wants to be told again sets it again.
             self.limit = 0;
@@ -67,7 +69,7 @@ impl SharedReceives {
 
 impl Device {
     /// Makes a shared receive queue; none when it is too deep or there are too many.
-    pub(crate) fn create_srq(&mut self, depth: u32) -> Option<u32> {
+    pub(crate) fn create_srq(&mut self, depth: u32, room: Arc<Room>) -> Option<u32> {
         if depth > WORK_REQUESTS_MAX {
             return None;
         }
@@ -79,7 +81,7 @@ impl Device {
                 self.srqs.len() - 1
             }
         };
-        self.srqs[index] = Some(SharedReceives::new(depth));
+        self.srqs[index] = Some(SharedReceives::new(depth, room));
         Some(index as u32)
     }
 
@@ -103,15 +105,16 @@ mod tests {
 
     #[test]
     fn the_limit_is_told_once_and_only_when_it_is_crossed() {
-        let mut shared = SharedReceives::new(4);
+        let mut shared = SharedReceives::new(4, Arc::new(Room::new(4)));
         let wr = |id| RecvWr {
             wr_id: WrId(id),
             local: SgList::EMPTY,
         };
         for id in 0..4 {
-            shared.post(wr(id)).unwrap();
+            assert!(shared.room.take());
+            shared.post([wr(id)]);
         }
-        assert_eq!(shared.post(wr(4)), Err(wr(4)));
+        assert!(!shared.room.take());
         shared.set_limit(3);
         assert_eq!(shared.take(), Some(wr(0)));
         assert!(!shared.poll_limit(), "three are left");

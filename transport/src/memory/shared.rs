@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use lowtide_transport_proto::qp::AtomicOp;
 
-use super::AccessError;
+use super::{AccessError, zeroed_words};
 use crate::host::{self, Segment};
 
 /// Bytes that several threads and peers read and write at once, as whole atomic words.
@@ -29,9 +29,8 @@ enum Words {
 impl SharedMemory {
     /// `len` zero bytes.
     pub fn new(len: usize) -> Arc<SharedMemory> {
-        let words = (0..len.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
         Arc::new(SharedMemory {
-            words: Words::Own(words),
+            words: Words::Own(zeroed_words(len.div_ceil(8))),
             len,
         })
     }

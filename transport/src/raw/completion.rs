@@ -1,13 +1,26 @@
 //! Completion queues and the channels that tell of them.
+//!
+//! Polling takes from a ring without the device's token. Only a poll that finds nothing tries for
+//! it, to drive the device; if another thread has it, that one drives.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
+use lowtide_transport_proto::qp::{CompletionKind, Status};
+
+use super::ring::{ENTRY, Ring};
 use super::tables::{ChannelLine, Line};
-use super::types::{CqId, Error, WorkCompletion};
+use super::types::{CqId, Error, Qpn, Rkey, WcFlags, WorkCompletion};
 use super::{CQE_MAX, Context};
+use crate::memory::zeroed_words;
 use crate::raw::event_fd::EventFd;
+
+/// Entries of a ring at first, as a logarithm; a deeper queue's grows when it has to.
+const LOG_FIRST: usize = 16;
+/// Sizes of rings: the largest holds [`CQE_MAX`].
+const RINGS: usize = CQE_MAX.ilog2() as usize + 1;
 
 /// Where completion queues report that something has come. Cloning shares it.
 #[derive(Debug, Clone)]
@@ -39,6 +52,122 @@ pub struct CompletionQueue(Arc<Handle>);
 struct Handle {
     context: Context,
     id: CqId,
+    done: Arc<Completions>,
+}
+
+/// Completions that have not been polled. The holder of the token appends, anybody takes.
+#[derive(Debug)]
+pub(crate) struct Completions {
+    /// By the logarithm of how many one holds.
+    rings: [OnceLock<Box<Ring>>; RINGS],
+    /// Which is in use.
+    current: AtomicUsize,
+    /// Something has been lost for want of room.
+    is_broken: AtomicBool,
+}
+
+impl Completions {
+    pub(super) fn new(depth: u32) -> Completions {
+        let log = depth.next_power_of_two().ilog2() as usize;
+        let new = Completions {
+            rings: [const { OnceLock::new() }; RINGS],
+            current: AtomicUsize::new(log.min(LOG_FIRST)),
+            is_broken: AtomicBool::new(false),
+        };
+        new.ring();
+        new
+    }
+
+    fn ring(&self) -> &Ring {
+        // Acquire pairs with `push`: what was moved to this ring is there.
+        let log = self.current.load(Ordering::Acquire);
+        self.rings[log].get_or_init(|| Box::new(Ring::new(zeroed_words(ENTRY << log))))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.ring().len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether a receive is among the first: something that a program may answer. Under the token.
+    pub(super) fn has_received(&self) -> bool {
+        self.ring().first(2).any(|words| is_recv(&words))
+    }
+
+    /// The oldest.
+    pub(crate) fn pop(&self) -> Option<WorkCompletion> {
+        self.ring().pop().map(|words| decode(&words))
+    }
+
+    /// Appends; the caller has seen that the queue is deep enough. Under the token.
+    pub(super) fn push(&self, work: &WorkCompletion) {
+        let words = encode(work);
+        let ring = self.ring();
+        if ring.push(words) {
+            return;
+        }
+        let log = self.current.load(Ordering::Relaxed) + 1;
+        let larger =
+            self.rings[log].get_or_init(|| Box::new(Ring::new(zeroed_words(ENTRY << log))));
+        while let Some(words) = ring.pop() {
+            larger.push(words);
+        }
+        larger.push(words);
+        self.current.store(log, Ordering::Release);
+    }
+
+    pub(super) fn is_broken(&self) -> bool {
+        self.is_broken.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_broken(&self) {
+        self.is_broken.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A completion as an entry of the ring.
+fn encode(work: &WorkCompletion) -> [u64; ENTRY] {
+    let pair = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
+    let what = u32::from(work.status.code()) | (work.kind as u32) << 8 | work.flags.bits() << 16;
+    // A message has immediate data or invalidates a key.
+    let word = work.imm.or(work.invalidated.map(|key| key.0)).unwrap_or(0);
+    let has = u32::from(work.imm.is_some()) | u32::from(work.invalidated.is_some()) << 1;
+    [
+        work.wr_id,
+        pair(work.byte_len, what),
+        pair(word, work.qpn.value() | has << 24),
+        pair(work.vendor_err, work.source.value()),
+    ]
+}
+
+fn is_recv(words: &[u64; ENTRY]) -> bool {
+    kind(words).is_some_and(CompletionKind::is_recv)
+}
+
+fn kind(words: &[u64; ENTRY]) -> Option<CompletionKind> {
+    CompletionKind::from_code((words[1] >> 8) as u8)
+}
+
+fn decode(words: &[u64; ENTRY]) -> WorkCompletion {
+    let high = |word: u64| (word >> 32) as u32;
+    let has = |bit: u32| words[2] >> (24 + bit) & 1 != 0;
+    let [what, number] = [words[1] as u32, words[2] as u32 & 0xFF_FFFF];
+    let whole = "only whole entries are taken";
+    WorkCompletion {
+        wr_id: words[0],
+        status: Status::from_code(what as u8).expect(whole),
+        kind: kind(words).expect(whole),
+        vendor_err: high(words[3]),
+        byte_len: high(words[1]),
+        imm: has(0).then_some(high(words[2])),
+        invalidated: has(1).then_some(Rkey(high(words[2]))),
+        qpn: Qpn::new(number),
+        source: Qpn::new(words[3] as u32),
+        flags: WcFlags::from_bits(what >> 16),
+    }
 }
 
 impl Drop for Handle {
@@ -74,10 +203,11 @@ impl Context {
             return Err(Error::Limit("completion queue entries"));
         }
         let line = channel.map(|channel| channel.line.clone());
-        let id = self.shared.lock().tables.add_cq(depth, line);
+        let (id, done) = self.shared.lock().tables.add_cq(depth, line);
         Ok(CompletionQueue(Arc::new(Handle {
             context: self.clone(),
             id,
+            done,
         })))
     }
 }
@@ -92,8 +222,12 @@ impl CompletionQueue {
         &self.0.context
     }
 
+    pub(crate) fn completions(&self) -> &Completions {
+        &self.0.done
+    }
+
     /// Appends up to `max` completions to `done` and returns how many. Drives the device if none is
-    /// there.
+    /// there, unless another thread has it in hand. Never waits for one.
     ///
     /// # Errors
     /// [`Error::Exhausted`] when nothing is left of a queue that had no room once.
@@ -101,8 +235,7 @@ impl CompletionQueue {
         self.poll_each(max, |work| done.push(work))
     }
 
-    /// Hands up to `max` completions to `take` and returns how many. `take` runs under the device's
-    /// lock, so it must not call into the device.
+    /// Hands up to `max` completions to `take` and returns how many.
     ///
     /// # Errors
     /// As of [`CompletionQueue::poll`].
@@ -111,17 +244,19 @@ impl CompletionQueue {
         max: usize,
         mut take: impl FnMut(WorkCompletion),
     ) -> Result<usize, Error> {
-        let shared = &self.0.context.shared;
-        let mut state = shared.lock_polled(self.0.id);
+        let done = self.completions();
+        if max > 0 {
+            self.0.context.shared.look(done);
+        }
         let mut taken = 0;
         while taken < max {
-            match state.tables.pop_cq(self.0.id) {
+            match done.pop() {
                 Some(work) => take(work),
                 None => break,
             }
             taken += 1;
         }
-        if taken == 0 && max > 0 && state.tables.is_cq_broken(self.0.id) {
+        if taken == 0 && max > 0 && done.is_broken() {
             return Err(Error::Exhausted("completion: the queue has overflowed"));
         }
         Ok(taken)
@@ -129,9 +264,8 @@ impl CompletionQueue {
 
     /// Sleeps until there is a completion; false when `deadline` has passed.
     pub fn wait(&self, deadline: Instant) -> bool {
-        let id = self.0.id;
-        let shared = &self.0.context.shared;
-        shared.sleep_until(deadline, |state| !state.tables.is_cq_empty(id))
+        let (shared, done) = (&self.0.context.shared, self.completions());
+        shared.sleep_until(deadline, |_| !done.is_empty())
     }
 
     /// Has the next completion told to the channel, once; `solicited_only`: the next one of a
@@ -153,5 +287,58 @@ impl CompletionQueue {
             return Err(Error::Limit("completion queue entries"));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn work(wr_id: u64) -> WorkCompletion {
+        WorkCompletion {
+            wr_id,
+            status: Status::Success,
+            kind: CompletionKind::RecvWriteImm,
+            vendor_err: 7,
+            byte_len: 1 << 31,
+            imm: Some(u32::MAX),
+            invalidated: None,
+            qpn: Qpn::new(0xFF_FFFF),
+            source: Qpn::new(0xABCDEF),
+            flags: WcFlags::GRH | WcFlags::WITH_IMM,
+        }
+    }
+
+    #[test]
+    fn an_entry_says_all_that_a_completion_does() {
+        let failed = WorkCompletion {
+            status: Status::Flushed,
+            kind: CompletionKind::Send,
+            byte_len: 0,
+            imm: None,
+            flags: WcFlags::NONE,
+            ..work(u64::MAX)
+        };
+        let invalidated = WorkCompletion {
+            imm: None,
+            invalidated: Some(Rkey(0x1234_5678)),
+            kind: CompletionKind::Recv,
+            flags: WcFlags::WITH_INV,
+            ..work(0)
+        };
+        for work in [work(1), failed, invalidated] {
+            assert_eq!(decode(&encode(&work)), work);
+            assert_eq!(is_recv(&encode(&work)), work.kind.is_recv());
+        }
+    }
+
+    #[test]
+    fn a_deep_queue_grows_and_keeps_the_order() {
+        let done = Completions::new(1 << (LOG_FIRST + 2));
+        let count = 3 << LOG_FIRST;
+        (0..count).for_each(|id| done.push(&work(id)));
+        assert_eq!(done.len() as u64, count);
+        (0..count).for_each(|id| assert_eq!(done.pop(), Some(work(id))));
+        assert!(done.is_empty() && done.pop().is_none());
     }
 }

@@ -1,28 +1,31 @@
-//! The device under its lock, and the thread that drives it when nobody else does.
+//! The device's state, and the thread that drives it when nobody else does.
 //!
-//! Owns: the lock, the round of work (receive, expire, manage, send), the thread, and when
-//! acknowledgements wait for a post (`habit`).
+//! Owns: the round of work (receive, expire, manage, send), the thread, and when acknowledgements
+//! wait for a post (`habit`). Who may touch the state is `token`'s.
 //!
 //! The thread sleeps in epoll. Threads that poll drive the device themselves and note the time; as
 //! long as that is less than [`TICK`] ago, or one has found completions since, the thread only looks
 //! again after another [`TICK`], and no packet wakes it meanwhile. A thread that is going to sleep until a completion comes
 //! says so, and the device's thread takes over at once. No thread that drives the device blocks on
-//! anything but its lock.
+//! anything.
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, Weak};
+use std::sync::{Arc, Mutex, Once, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lowtide_transport_proto::time::Nanos;
 
+use super::completion::Completions;
 use super::habit::Habit;
+use super::posting::QUEUES;
+use super::posts::Pending;
 use super::tables::Tables;
-use super::types::CqId;
+use super::token::{Sleepers, Token};
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
 use crate::host::HostBatch;
@@ -47,8 +50,8 @@ pub(crate) struct State {
     pub(crate) tables: Tables,
     /// Whether what a poll has brought is answered at once.
     habit: Habit,
-    /// Threads asleep until something completes.
-    sleepers: u32,
+    /// Which queues have been posted to by threads that found the token taken.
+    pub(super) posts: Arc<Pending>,
     batch: ReceiveBatch,
     /// Slots of it to be filled at once: few while hardly anything comes, for each is a look into
     /// the socket that may find nothing.
@@ -62,9 +65,11 @@ pub(crate) struct State {
 
 /// A device that several threads share.
 pub(crate) struct Shared {
-    state: Mutex<State>,
-    /// Some completion queue got something.
-    completed: Condvar,
+    /// Taken by `token` only.
+    pub(super) state: Mutex<State>,
+    pub(super) posts: Arc<Pending>,
+    /// Threads asleep until some completion queue gets something.
+    pub(super) sleepers: Sleepers,
     origin: Instant,
     /// When a program's thread last drove the device, on the device's clock.
     driven_at: AtomicU64,
@@ -112,12 +117,13 @@ pub(super) fn start(
         device.receive_budget(),
         random.hash_one(1),
     );
+    let posts = Arc::new(Pending::new(QUEUES));
     let state = State {
         device,
         manager,
         tables: Tables::new()?,
         habit: Habit::default(),
-        sleepers: 0,
+        posts: posts.clone(),
         batch: ReceiveBatch::default(),
         slots: 1,
         host_batch: HostBatch::default(),
@@ -128,7 +134,8 @@ pub(super) fn start(
     let origin = state.device.origin();
     let shared = Arc::new(Shared {
         state: Mutex::new(state),
-        completed: Condvar::new(),
+        posts,
+        sleepers: Sleepers::default(),
         origin,
         driven_at: AtomicU64::new(0),
         is_polled: AtomicBool::new(false),
@@ -192,16 +199,8 @@ impl Drop for Thread {
 }
 
 impl Shared {
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic under the lock is a bug that has been reported; the state is no worse than after
-        // a lost packet.
-        self.state
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
     /// Drives the device for a program's thread.
-    pub(crate) fn drive(&self, state: &mut MutexGuard<'_, State>) {
+    pub(crate) fn drive(&self, state: &mut State) {
         let now = state.device.now();
         self.note_driven(now);
         state.receive(now);
@@ -210,30 +209,45 @@ impl Shared {
         self.finish(state);
     }
 
-    /// The state, for a program's thread that looks into a completion queue: driven if that is empty.
-    pub(crate) fn lock_polled(&self, cq: CqId) -> MutexGuard<'_, State> {
-        let mut state = self.lock();
-        if state.tables.is_cq_empty(cq) {
-            self.drive_for(&mut state, cq);
-        } else {
-            // Who finds something each time drives nothing, and the device's thread would go on to be
-            // ahead of it, woken by each packet. Relaxed: as `note_driven`.
+    /// Looks for completions, for a program's thread: drives the device if `queue` is empty, and the
+    /// token is free.
+    pub(crate) fn look(&self, queue: &Completions) {
+        if !queue.is_empty() {
+            self.note_found();
+        } else if let Some(mut state) = self.try_lock() {
+            self.drive_for(&mut state, queue);
+        }
+    }
+
+    /// Who finds something each time drives nothing, and the device's thread would go on to be ahead
+    /// of it, woken by each packet. Relaxed: as `note_driven`.
+    fn note_found(&self) {
+        if !self.is_polled.load(Ordering::Relaxed) {
             self.is_polled.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The state, for a program's thread that takes completions with it: driven if there is none.
+    pub(crate) fn lock_polled(&self, queue: &Completions) -> Token<'_> {
+        let mut state = self.lock();
+        match queue.is_empty() {
+            true => self.drive_for(&mut state, queue),
+            false => self.note_found(),
         }
         state
     }
 
     /// Drives the device for one that has found an empty completion queue. What is owed to peers for
     /// what it finds there now may wait for the post that it will make of it.
-    fn drive_for(&self, state: &mut MutexGuard<'_, State>, cq: CqId) {
+    fn drive_for(&self, state: &mut State, queue: &Completions) {
         let now = state.device.now();
         self.note_driven(now);
         state.habit.note_empty_poll();
-        state.receive_for(now, cq);
+        state.receive_for(now, queue);
         self.note_taken();
-        let has_received = state.tables.has_received(cq);
+        let has_received = queue.has_received();
         if state.habit.note_found(has_received) {
-            self.notify(state);
+            self.sleepers.notify();
         } else {
             state.send(now);
             self.finish(state);
@@ -241,7 +255,7 @@ impl Shared {
     }
 
     /// Sends what was posted, and what has waited for that.
-    pub(crate) fn send_posted(&self, state: &mut MutexGuard<'_, State>) {
+    pub(crate) fn send_posted(&self, state: &mut State) {
         state.habit.note_post();
         state.transmit();
         self.note_deadline(state);
@@ -261,20 +275,13 @@ impl Shared {
         }
     }
 
-    fn finish(&self, state: &mut MutexGuard<'_, State>) {
-        self.notify(state);
+    fn finish(&self, state: &mut State) {
+        self.sleepers.notify();
         self.note_deadline(state);
     }
 
-    /// Wakes whoever sleeps until something completes.
-    fn notify(&self, state: &State) {
-        if state.sleepers > 0 {
-            self.completed.notify_all();
-        }
-    }
-
     /// Wakes the device's thread if it would oversleep a timer.
-    pub(crate) fn note_deadline(&self, state: &mut MutexGuard<'_, State>) {
+    pub(crate) fn note_deadline(&self, state: &mut State) {
         let due = match state.next_timeout() {
             _ if state.device.has_output() => 0,
             due => due.map_or(NEVER, |due| due.0),
@@ -305,7 +312,7 @@ impl Shared {
 
     /// Sends what waits for a post, if nobody is at work here.
     pub(super) fn pay(&self) {
-        if let Ok(mut state) = self.state.try_lock() {
+        if let Some(mut state) = self.try_lock() {
             state.pay();
         }
     }
@@ -315,23 +322,6 @@ impl Shared {
         let mut source = mio::unix::SourceFd(&fd);
         self.registry
             .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)
-    }
-
-    /// Sleeps until `is_done`; false when `deadline` has passed.
-    pub(crate) fn sleep_until(&self, deadline: Instant, is_done: impl Fn(&State) -> bool) -> bool {
-        let mut state = self.lock();
-        self.hand_over(&mut state);
-        while !is_done(&state) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            state.sleepers += 1;
-            let waited = self.completed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
-            state.sleepers -= 1;
-        }
-        true
     }
 
     /// The device's thread.
@@ -356,7 +346,7 @@ impl Shared {
             state.habit.note_thread();
             let is_drained = state.receive(now);
             state.send(now);
-            self.notify(&state);
+            self.sleepers.notify();
             let due = state.next_timeout();
             let now = state.device.now();
             self.sleeps_until
@@ -387,12 +377,12 @@ impl State {
     }
 
     /// The same, until something is in the completion queue: who polls it wants no more.
-    fn receive_for(&mut self, now: Nanos, cq: CqId) {
-        self.receive_all(now, Some(cq));
+    fn receive_for(&mut self, now: Nanos, queue: &Completions) {
+        self.receive_all(now, Some(queue));
         self.expire(now);
     }
 
-    fn receive_all(&mut self, now: Nanos, until: Option<CqId>) -> bool {
+    fn receive_all(&mut self, now: Nanos, until: Option<&Completions>) -> bool {
         let is_looking = self.device.is_look_due(now);
         let mut is_drained = is_looking;
         if is_looking {
@@ -407,6 +397,9 @@ impl State {
     fn receive_host(&mut self, now: Nanos) -> bool {
         let mut batch = std::mem::take(&mut self.host_batch);
         let is_drained = self.device.receive_host(&mut batch);
+        if !batch.records.is_empty() {
+            self.take_posts();
+        }
         for (source, range) in &batch.records {
             let packet = &batch.bytes[range.clone()];
             if let Input::Taken { id, .. } = self.device.handle_host(now, *source, packet) {
@@ -421,7 +414,7 @@ impl State {
         is_drained
     }
 
-    fn receive_batches(&mut self, now: Nanos, until: Option<CqId>) -> bool {
+    fn receive_batches(&mut self, now: Nanos, until: Option<&Completions>) -> bool {
         for _ in 0..BATCHES_MAX {
             // An error of the socket is as good as silence; the next call sees it again.
             let slots = self.slots;
@@ -429,6 +422,9 @@ impl State {
                 .device
                 .receive_some(&mut self.batch, slots)
                 .unwrap_or(0);
+            if filled > 0 {
+                self.take_posts();
+            }
             for slot in 0..filled {
                 self.take(now, slot);
             }
@@ -440,7 +436,7 @@ impl State {
             if filled < slots {
                 return true;
             }
-            if until.is_some_and(|cq| !self.tables.is_cq_empty(cq)) {
+            if until.is_some_and(|queue| !queue.is_empty()) {
                 return false;
             }
         }
@@ -461,6 +457,7 @@ impl State {
             if filled == 0 {
                 return true;
             }
+            self.take_posts();
             for slot in 0..filled {
                 self.take(now, slot);
             }
@@ -503,6 +500,10 @@ impl State {
                 Input::Taken { id, .. } => {
                     self.manager.note_communication(id);
                     self.tables.collect(&mut self.device, id);
+                    while let Some((_, datagram)) = self.device.handle_kept(now, id) {
+                        self.device.give_back(datagram);
+                        self.tables.collect(&mut self.device, id);
+                    }
                 }
                 Input::Management(range) => {
                     self.manager.handle(now, arrival.source, &datagram[range]);

@@ -4,11 +4,14 @@
 
 mod modify;
 
+use std::sync::Arc;
+
 use lowtide_transport_proto::qp::{
     self, PostError, QpCaps, QpKind, SGE_MAX, SgList, UdSendWr, WrId,
 };
-use lowtide_transport_proto::wire::Psn;
+use lowtide_transport_proto::wire::{Mtu, Psn};
 
+use super::posting::{Posting, Request, queue_of};
 use super::tables::{QpEntry, attr_of};
 use super::types::{
     Error, Gid, Lkey, QpCap, QpInitAttr, QpType, Qpn, RecvWr, SendFlags, SendOp, SendWr, Sge,
@@ -44,6 +47,9 @@ pub struct QueuePair {
     id: QpId,
     qpn: Qpn,
     init: QpInitAttr,
+    /// The port's MTU: what a datagram holds.
+    mtu: Mtu,
+    posting: Arc<Posting>,
     /// Keeps them alive.
     _queues: [CompletionQueue; 2],
     _shared: Option<SharedReceiveQueue>,
@@ -67,10 +73,11 @@ impl ProtectionDomain {
             ));
         }
         let cap = checked_cap(init.cap, queues.shared.is_some())?;
+        let mtu = context.port_mtu();
         let kind = match init.kind {
             QpType::Rc => Kind::Connected(QpKind::Rc),
             QpType::Uc => Kind::Connected(QpKind::Uc),
-            QpType::Ud => Kind::Datagram(context.port_mtu()),
+            QpType::Ud => Kind::Datagram(mtu),
         };
         let caps = QpCaps {
             send_wr_max: cap.max_send_wr,
@@ -96,6 +103,8 @@ impl ProtectionDomain {
             }
         };
         let init = QpInitAttr { cap, ..*init };
+        let depths = [cap.max_send_wr, cap.max_recv_wr];
+        let posting = Arc::new(Posting::new(depths, cap.max_inline_data));
         let entry = QpEntry {
             qpn,
             init,
@@ -105,6 +114,8 @@ impl ProtectionDomain {
             attr: attr_of(cap),
             inline,
             sends_posted: 0,
+            posting: posting.clone(),
+            held: [0; 2],
             tells_drained: false,
         };
         state.tables.add_qp(id, entry);
@@ -114,6 +125,8 @@ impl ProtectionDomain {
             id,
             qpn,
             init,
+            mtu,
+            posting,
             _queues: [queues.send.clone(), queues.recv.clone()],
             _shared: queues.shared.cloned(),
         })
@@ -165,7 +178,8 @@ impl QueuePair {
         Psn::new(self.context().shared.lock().draw() as u32)
     }
 
-    /// Posts sends, in order, and sends what may be sent.
+    /// Posts sends, in order, and sends what may be sent. If another thread drives the device, that
+    /// one sends; this never waits for it, but in a state that does not admit posting.
     ///
     /// # Errors
     /// The first that was not taken, and why; those before it were.
@@ -174,7 +188,8 @@ impl QueuePair {
     /// Until a request has completed (or one after it), the memory that it names is the device's:
     /// it reads it, and for READ and atomics changes it, so no reference of Rust's may stand in the
     /// way of that. Memory of an `INLINE` request is read here, as `sg_list` says, and must be
-    /// readable now. Address handles must be of this device.
+    /// readable now. Address handles must be of this device, and exist until then: the request fails
+    /// otherwise.
     pub unsafe fn post_send(&self, list: &[SendWr<'_>]) -> Result<(), BadWr> {
         let mut result = Ok(());
         // SAFETY: the caller's promise.
@@ -191,8 +206,8 @@ impl QueuePair {
         result
     }
 
-    /// The same for requests that lie in no slice: `feed` posts one after the other, under the
-    /// device's lock, so it must not call into the device by another way.
+    /// The same for requests that lie in no slice: `feed` posts one after the other. It must not call
+    /// into the device by another way.
     ///
     /// # Safety
     /// As of [`QueuePair::post_send`].
@@ -201,23 +216,34 @@ impl QueuePair {
         feed: impl FnOnce(&mut dyn FnMut(&SendWr<'_>) -> Result<(), Error>),
     ) {
         let shared = &self.context().shared;
-        let mut state = shared.lock();
-        // SAFETY: the caller's promise.
-        feed(&mut |wr| unsafe { self.post_one(&mut state, wr) });
-        state.collect(self.id);
-        shared.send_posted(&mut state);
+        // In another state it may have been moved by the connection manager.
+        let waits = !self.posting.admits_sends();
+        let clear = |state: &mut State| state.take_posts_of(self.id);
+        if let Some(mut state) = shared.lock_to_post(waits, clear) {
+            // SAFETY: the caller's promise.
+            feed(&mut |wr| unsafe { self.post_one(&mut state, wr) });
+            state.collect(self.id);
+            shared.send_posted(&mut state);
+        } else {
+            // SAFETY: as above.
+            feed(&mut |wr| unsafe { self.leave_send(wr) });
+            shared.leave(queue_of(self.id));
+        }
     }
 
     /// # Safety
     /// As of `post_send`.
     unsafe fn post_one(&self, state: &mut State, wr: &SendWr<'_>) -> Result<(), Error> {
-        let is_inline = wr.flags.contains(SendFlags::INLINE);
-        let local = match is_inline {
-            // SAFETY: the caller's promise.
-            true => unsafe { self.take_inline(state, wr) }?,
-            false => list(wr.sg_list, self.init.cap.max_send_sge)?,
-        };
-        self.post_list(state, wr, local)
+        if !wr.flags.contains(SendFlags::INLINE) {
+            let local = list(wr.sg_list, self.init.cap.max_send_sge)?;
+            return self.post_list(state, wr, local);
+        }
+        let request = self.request(wr, self.inline_list(wr)?)?;
+        self.take_room(state, 0)?;
+        // SAFETY: the caller's promise; the place is the device's own.
+        let fill = |place: &mut [u8]| unsafe { gather(wr.sg_list, place) };
+        let request = state.with_inline(self.id, request, fill);
+        self.post_with_room(state, request)
     }
 
     /// Posts a request whose memory is `local`, whatever its list says.
@@ -227,55 +253,108 @@ impl QueuePair {
         wr: &SendWr<'_>,
         local: SgList,
     ) -> Result<(), Error> {
-        let signalled = self.init.sq_sig_all || wr.flags.contains(SendFlags::SIGNALED);
-        let solicited = wr.flags.contains(SendFlags::SOLICITED);
-        let wr_id = WrId(wr.wr_id);
-        let posted = if self.init.kind == QpType::Ud {
-            let imm = match wr.op {
-                SendOp::Send => None,
-                SendOp::SendImm(imm) => Some(imm),
-                _ => return Err(Error::Argument("datagrams can only be sent")),
-            };
-            let to = wr
-                .to
-                .ok_or(Error::Argument("a datagram needs a destination"))?;
-            let address = qp::AddressHandle(to.ah.0);
-            if !state.device.has_address(address) {
-                return Err(Error::Argument("no such address handle"));
+        let request = self.request(wr, local)?;
+        self.take_room(state, 0)?;
+        self.post_with_room(state, request)
+    }
+
+    fn post_with_room(&self, state: &mut State, request: Request) -> Result<(), Error> {
+        let posted = match request {
+            Request::Datagram(wr) if !state.device.has_address(wr.address) => {
+                Err(Error::Argument("no such address handle"))
             }
-            let wr = UdSendWr {
-                wr_id,
-                local,
-                address,
-                dest: to.qpn,
-                qkey: to.qkey,
-                imm,
-                signalled,
-                solicited,
-            };
-            state.device.datagram(self.id).map(|qp| qp.post_send(wr))
-        } else {
-            let wr = qp::SendWr {
-                wr_id,
-                op: wr.op,
-                local,
-                signalled,
-                solicited,
-                fence: wr.flags.contains(SendFlags::FENCE),
-            };
-            state.device.qp(self.id).map(|qp| qp.post_send(wr))
+            request => state.post_request(self.id, request),
         };
-        let posted = posted.expect("it lives as long as its handle");
-        posted.map_err(posting_error)?;
-        state.tables.qp(self.id).sends_posted += 1;
+        posted.inspect_err(|_| self.posting.room[0].give(1))
+    }
+
+    /// Leaves a request for whoever has the token.
+    ///
+    /// # Safety
+    /// As of `post_send`.
+    unsafe fn leave_send(&self, wr: &SendWr<'_>) -> Result<(), Error> {
+        let is_inline = wr.flags.contains(SendFlags::INLINE);
+        let local = match is_inline {
+            true => self.inline_list(wr)?,
+            false => list(wr.sg_list, self.init.cap.max_send_sge)?,
+        };
+        let request = self.request(wr, local)?;
+        if !self.posting.room[0].take() {
+            return Err(Error::QueueFull);
+        }
+        self.posting.sends().push(|waiting| {
+            waiting.request = Some(request);
+            waiting.inline.clear();
+            if is_inline {
+                waiting.inline.resize(local.total() as usize, 0);
+                // SAFETY: the caller's promise; the vector is ours.
+                unsafe { gather(wr.sg_list, &mut waiting.inline) };
+            }
+        });
         Ok(())
     }
 
-    /// Copies inline data to the place of the next request.
-    ///
-    /// # Safety
-    /// What `sg_list` names is readable.
-    unsafe fn take_inline(&self, state: &mut State, wr: &SendWr<'_>) -> Result<SgList, Error> {
+    /// What a request asks of the state machine, if it may be asked.
+    fn request(&self, wr: &SendWr<'_>, local: SgList) -> Result<Request, Error> {
+        let signalled = self.init.sq_sig_all || wr.flags.contains(SendFlags::SIGNALED);
+        let solicited = wr.flags.contains(SendFlags::SOLICITED);
+        let wr_id = WrId(wr.wr_id);
+        let kind = match self.init.kind {
+            QpType::Rc => QpKind::Rc,
+            QpType::Uc => QpKind::Uc,
+            QpType::Ud => {
+                let imm = match wr.op {
+                    SendOp::Send => None,
+                    SendOp::SendImm(imm) => Some(imm),
+                    _ => return Err(Error::Argument("datagrams can only be sent")),
+                };
+                let to = wr
+                    .to
+                    .ok_or(Error::Argument("a datagram needs a destination"))?;
+                if local.total() > self.mtu.bytes() {
+                    return Err(posting_error(PostError::Invalid));
+                }
+                return Ok(Request::Datagram(UdSendWr {
+                    wr_id,
+                    local,
+                    address: qp::AddressHandle(to.ah.0),
+                    dest: to.qpn,
+                    qkey: to.qkey,
+                    imm,
+                    signalled,
+                    solicited,
+                }));
+            }
+        };
+        let wr = qp::SendWr {
+            wr_id,
+            op: wr.op,
+            local,
+            signalled,
+            solicited,
+            fence: wr.flags.contains(SendFlags::FENCE),
+        };
+        match wr.suits(kind) {
+            true => Ok(Request::Connected(wr)),
+            false => Err(posting_error(PostError::Invalid)),
+        }
+    }
+
+    /// Room in the send queue (0) or the receive queue (1), for who has the token.
+    fn take_room(&self, state: &mut State, side: usize) -> Result<(), Error> {
+        if self.posting.room[side].take() {
+            return Ok(());
+        }
+        // What has finished and reports nothing may not have been noticed.
+        state.collect(self.id);
+        match self.posting.room[side].take() {
+            true => Ok(()),
+            false => Err(Error::QueueFull),
+        }
+    }
+
+    /// A list as long as the inline data of a request, if it may have any.
+    fn inline_list(&self, wr: &SendWr<'_>) -> Result<SgList, Error> {
         let is_sent = matches!(
             wr.op,
             SendOp::Send
@@ -293,40 +372,14 @@ impl QueuePair {
         if total > max || wr.sg_list.len() > self.init.cap.max_send_sge as usize {
             return Err(Error::Limit("inline data"));
         }
-        let entry = state.tables.qp(self.id);
-        let place = entry.sends_posted % u64::from(self.init.cap.max_send_wr.max(1)) * max;
-        let Some(key) = entry.inline.filter(|_| total > 0) else {
-            return Ok(SgList::EMPTY);
-        };
-        if self.is_full(state) {
-            // Its place is still that of an older request.
-            return Err(Error::QueueFull);
-        }
-        let region = state.device.memory.private_mut(key);
-        let mut room = region.map_or(&mut [][..], |bytes| &mut bytes[place as usize..]);
-        for sge in wr.sg_list {
-            let (now, later) = room.split_at_mut(sge.len as usize);
-            // SAFETY: the caller says that these bytes are readable; `now` is a place of ours, and
-            // so not one of them.
-            unsafe {
-                std::ptr::copy_nonoverlapping(sge.addr as *const u8, now.as_mut_ptr(), now.len());
-            }
-            room = later;
-        }
-        Ok(SgList::one(Lkey(key.0), place, total as u32))
+        Ok(match total {
+            0 => SgList::EMPTY,
+            _ => SgList::one(Lkey(0), 0, total as u32),
+        })
     }
 
-    /// Whether the send queue has no room.
-    fn is_full(&self, state: &mut State) -> bool {
-        let depth = self.init.cap.max_send_wr;
-        let posted = match self.init.kind {
-            QpType::Ud => state.device.datagram(self.id).map(|qp| qp.sends_posted()),
-            _ => state.device.qp(self.id).map(|qp| qp.sends_posted()),
-        };
-        posted.is_none_or(|posted| posted >= depth)
-    }
-
-    /// Posts receives, in order.
+    /// Posts receives, in order. If another thread drives the device, they are there before it
+    /// handles what comes next; this never waits for it, but in RESET.
     ///
     /// # Errors
     /// The first that was not taken, and why; those before it were.
@@ -335,28 +388,42 @@ impl QueuePair {
     /// Until a receive has completed the memory that it names is the device's: it changes it, so no
     /// reference of Rust's may stand in the way of that.
     pub unsafe fn post_recv(&self, list: &[RecvWr<'_>]) -> Result<(), BadWr> {
-        let mut state = self.context().shared.lock();
-        let mut result = Ok(());
-        for (index, wr) in list.iter().enumerate() {
-            let posted = recv_wr(wr, self.init.cap.max_recv_sge)
-                .and_then(|wr| self.post_receive(&mut state, wr));
-            if let Err(error) = posted {
-                result = Err(BadWr { index, error });
-                break;
-            }
+        let shared = &self.context().shared;
+        let checked = |wr: &RecvWr<'_>| recv_wr(wr, self.init.cap.max_recv_sge);
+        let waits = !self.posting.admits_receives();
+        let clear = |state: &mut State| state.take_posts_of(self.id);
+        if let Some(mut state) = shared.lock_to_post(waits, clear) {
+            let result = each(list, |wr| self.post_receive(&mut state, checked(wr)?));
+            state.collect(self.id);
+            result
+        } else {
+            let result = each(list, |wr| self.leave_receive(checked(wr)?));
+            shared.leave(queue_of(self.id));
+            result
         }
-        state.collect(self.id);
-        result
+    }
+
+    fn leave_receive(&self, wr: qp::RecvWr) -> Result<(), Error> {
+        if self._shared.is_some() {
+            return Err(posting_error(PostError::Invalid));
+        }
+        if !self.posting.room[1].take() {
+            return Err(Error::QueueFull);
+        }
+        self.posting.receives().push(|waiting| *waiting = Some(wr));
+        Ok(())
     }
 
     pub(crate) fn post_receive(&self, state: &mut State, wr: qp::RecvWr) -> Result<(), Error> {
-        let posted = match self.init.kind {
-            QpType::Ud => state.device.datagram(self.id).map(|qp| qp.post_recv(wr)),
-            // Nothing to be sent comes of a receive.
-            _ => state.device.connected(self.id).map(|qp| qp.post_recv(wr)),
-        };
-        let posted = posted.expect("it lives as long as its handle");
-        posted.map_err(posting_error)
+        if self._shared.is_none() {
+            self.take_room(state, 1)?;
+        }
+        let posted = state.post_receive(self.id, wr);
+        posted.inspect_err(|_| {
+            if self._shared.is_none() {
+                self.posting.room[1].give(1);
+            }
+        })
     }
 
     /// Attaches a datagram queue pair to a multicast group (IGMP or MLD joins it on the device's
@@ -410,6 +477,88 @@ impl Drop for QueuePair {
             state.device.memory.deregister(Key(key));
         }
     }
+}
+
+impl State {
+    /// Hands a request for which room is taken to its state machine.
+    pub(super) fn post_request(&mut self, id: QpId, request: Request) -> Result<(), Error> {
+        let posted = match request {
+            Request::Connected(wr) => self.device.qp(id).map(|qp| qp.post_send(wr)),
+            Request::Datagram(wr) => self.device.datagram(id).map(|qp| qp.post_send(wr)),
+        };
+        let posted = posted.expect("it lives as long as its handle");
+        posted.map_err(posting_error)?;
+        let entry = self.tables.qp(id);
+        entry.sends_posted += 1;
+        entry.held[0] += 1;
+        Ok(())
+    }
+
+    /// The same for a receive.
+    pub(super) fn post_receive(&mut self, id: QpId, wr: qp::RecvWr) -> Result<(), Error> {
+        // Nothing to be sent comes of a receive.
+        let posted = match self.device.connected(id) {
+            Some(qp) => Some(qp.post_recv(wr)),
+            None => self.device.datagram(id).map(|qp| qp.post_recv(wr)),
+        };
+        let posted = posted.expect("it lives as long as its handle");
+        posted.map_err(posting_error)?;
+        self.tables.qp(id).held[1] += 1;
+        Ok(())
+    }
+
+    /// The request with its inline data where the device finds it; `fill` puts it there. Room is
+    /// taken for it.
+    pub(super) fn with_inline(
+        &mut self,
+        id: QpId,
+        mut request: Request,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Request {
+        let local = match &mut request {
+            Request::Connected(wr) => &mut wr.local,
+            Request::Datagram(wr) => &mut wr.local,
+        };
+        let entry = self.tables.qp(id);
+        let (cap, turn) = (entry.init.cap, entry.sends_posted);
+        let Some(key) = entry.inline.filter(|_| local.total() > 0) else {
+            return request;
+        };
+        // Requests finish in order, so that this one's place is free.
+        let place = turn % u64::from(cap.max_send_wr.max(1)) * u64::from(cap.max_inline_data);
+        if let Some(region) = self.device.memory.private_mut(key) {
+            fill(&mut region[place as usize..][..local.total() as usize]);
+            *local = SgList::one(Lkey(key.0), place, local.total());
+        }
+        request
+    }
+}
+
+/// Copies the bytes that a list names.
+///
+/// # Safety
+/// They are readable, as many as `into` is long, and not part of it.
+unsafe fn gather(list: &[Sge], into: &mut [u8]) {
+    let mut room = into;
+    for sge in list {
+        let (now, later) = room.split_at_mut(sge.len as usize);
+        // SAFETY: the caller's promise.
+        unsafe {
+            std::ptr::copy_nonoverlapping(sge.addr as *const u8, now.as_mut_ptr(), now.len());
+        }
+        room = later;
+    }
+}
+
+/// Posts each, up to the first that is not taken.
+pub(super) fn each<W>(
+    list: &[W],
+    mut post: impl FnMut(&W) -> Result<(), Error>,
+) -> Result<(), BadWr> {
+    for (index, wr) in list.iter().enumerate() {
+        post(wr).map_err(|error| BadWr { index, error })?;
+    }
+    Ok(())
 }
 
 /// The elements of a request.

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use lowtide_transport_proto::qp::SGE_MAX;
 
-use super::queue_pair::recv_wr;
+use super::posting::{SharedPosting, queue_of_shared};
+use super::queue_pair::{each, recv_wr};
 use super::types::{Error, RecvWr, SrqAttr, SrqId};
-use super::{BadWr, ProtectionDomain};
+use super::{BadWr, ProtectionDomain, State};
 use crate::device::WORK_REQUESTS_MAX;
 
 /// Receives that several queue pairs take from. Cloning shares it.
@@ -18,11 +19,13 @@ struct Handle {
     pd: ProtectionDomain,
     id: SrqId,
     max_sge: u32,
+    posting: Arc<SharedPosting>,
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
         let mut state = self.pd.context.shared.lock();
+        state.tables.remove_srq(self.id);
         state.device.destroy_srq(self.id.0);
     }
 }
@@ -40,12 +43,16 @@ impl ProtectionDomain {
             return Err(Error::Limit("elements of a request's list"));
         }
         let mut state = self.context.shared.lock();
-        let id = state.device.create_srq(attr.max_wr);
-        let id = id.ok_or(Error::Exhausted("shared receive queue"))?;
+        let posting = Arc::new(SharedPosting::new(attr.max_wr));
+        let id = state.device.create_srq(attr.max_wr, posting.room.clone());
+        let id = SrqId(id.ok_or(Error::Exhausted("shared receive queue"))?);
+        state.tables.add_srq(id, posting.clone());
+        drop(state);
         Ok(SharedReceiveQueue(Arc::new(Handle {
             pd: self.clone(),
-            id: SrqId(id),
+            id,
             max_sge: attr.max_sge,
+            posting,
         })))
     }
 }
@@ -60,7 +67,8 @@ impl SharedReceiveQueue {
         self.0.pd.is_of(&pd.context) && self.0.pd.domain == pd.domain
     }
 
-    /// Posts receives, in order.
+    /// Posts receives, in order. Never waits for another thread: as of
+    /// [`super::QueuePair::post_recv`].
     ///
     /// # Errors
     /// The first that was not taken, and why; those before it were.
@@ -68,15 +76,31 @@ impl SharedReceiveQueue {
     /// # Safety
     /// As of [`super::QueuePair::post_recv`].
     pub unsafe fn post_recv(&self, list: &[RecvWr<'_>]) -> Result<(), BadWr> {
-        let mut state = self.0.pd.context.shared.lock();
-        for (index, wr) in list.iter().enumerate() {
-            let bad = |error| BadWr { index, error };
-            let wr = recv_wr(wr, self.0.max_sge).map_err(bad)?;
-            let queue = state.device.srq(self.0.id.0);
-            let queue = queue.ok_or(Error::Argument("no such queue")).map_err(bad)?;
-            queue.post(wr).map_err(|_| bad(Error::QueueFull))?;
+        let (shared, posting) = (&self.0.pd.context.shared, &self.0.posting);
+        let checked = |wr: &RecvWr<'_>| {
+            let wr = recv_wr(wr, self.0.max_sge)?;
+            match posting.room.take() {
+                true => Ok(wr),
+                false => Err(Error::QueueFull),
+            }
+        };
+        let clear = |state: &mut State| state.take_posts_of_shared(self.id());
+        if let Some(mut state) = shared.lock_to_post(false, clear) {
+            each(list, |wr| {
+                let queue = state.device.srq(self.id().0);
+                let queue = queue.ok_or(Error::Argument("no such queue"))?;
+                queue.post([checked(wr)?]);
+                Ok(())
+            })
+        } else {
+            let result = each(list, |wr| {
+                let wr = checked(wr)?;
+                posting.receives().push(|waiting| *waiting = Some(wr));
+                Ok(())
+            });
+            shared.leave(queue_of_shared(self.id()));
+            result
         }
-        Ok(())
     }
 
     /// Arms the limit: when fewer receives are left, an event comes, once. 0 disarms it.

@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use lowtide_transport_proto::qp::{Completion, CompletionKind, QpEvent, Status};
 
+use super::completion::Completions;
 use super::event_fd::EventFd;
+use super::posting::{Posting, SharedPosting};
 use super::types::{
     AsyncEvent, CqId, QpAttr, QpCap, QpInitAttr, QpState, QpType, Qpn, SrqId, WcFlags,
     WorkCompletion,
@@ -24,9 +26,6 @@ use crate::memory::Key;
 
 /// Asynchronous events that may wait; later ones are lost without a trace.
 const EVENTS_MAX: usize = 4096;
-
-/// Entries of a completion queue for which memory is reserved when it is made.
-const CQE_RESERVED: u32 = 1 << 16;
 
 /// What is known of a queue pair besides its state machine.
 #[derive(Debug)]
@@ -41,6 +40,10 @@ pub(crate) struct QpEntry {
     /// Room for inline data: a region of as many places as the send queue has.
     pub(super) inline: Option<Key>,
     pub(super) sends_posted: u64,
+    /// What posters without the token know of it.
+    pub(super) posting: Arc<Posting>,
+    /// Requests in the state machine, sends and receives, for which room is taken.
+    pub(super) held: [u32; 2],
     /// Its owner wants to know when the send queue has drained.
     pub(super) tells_drained: bool,
 }
@@ -105,11 +108,10 @@ enum Armed {
 
 #[derive(Debug)]
 struct Cq {
-    entries: VecDeque<WorkCompletion>,
+    done: Arc<Completions>,
     depth: u32,
     channel: Option<ChannelLine>,
     armed: Armed,
-    is_broken: bool,
 }
 
 /// See the [module](self).
@@ -117,6 +119,8 @@ struct Cq {
 pub(crate) struct Tables {
     qps: Vec<Option<QpEntry>>,
     cqs: Vec<Option<Cq>>,
+    /// What posters without the token know of shared receive queues.
+    srqs: Vec<Option<Arc<SharedPosting>>>,
     pub(super) events: Line<AsyncEvent>,
 }
 
@@ -125,6 +129,7 @@ impl Tables {
         Ok(Tables {
             qps: Vec::new(),
             cqs: Vec::new(),
+            srqs: Vec::new(),
             events: Line::new()?,
         })
     }
@@ -149,15 +154,23 @@ impl Tables {
         entry.expect("it lives as long as its handle")
     }
 
+    pub(super) fn posting(&self, id: QpId) -> Option<&Arc<Posting>> {
+        Some(&self.qps.get(id.0 as usize)?.as_ref()?.posting)
+    }
+
     // Completion queues.
 
-    pub(super) fn add_cq(&mut self, depth: u32, channel: Option<ChannelLine>) -> CqId {
+    pub(super) fn add_cq(
+        &mut self,
+        depth: u32,
+        channel: Option<ChannelLine>,
+    ) -> (CqId, Arc<Completions>) {
+        let done = Arc::new(Completions::new(depth));
         let cq = Cq {
-            entries: VecDeque::with_capacity(depth.min(CQE_RESERVED) as usize),
+            done: done.clone(),
             depth,
             channel,
             armed: Armed::No,
-            is_broken: false,
         };
         let index = match self.cqs.iter().position(Option::is_none) {
             Some(index) => index,
@@ -167,7 +180,7 @@ impl Tables {
             }
         };
         self.cqs[index] = Some(cq);
-        CqId(index as u32)
+        (CqId(index as u32), done)
     }
 
     /// No queue pair uses it any more: their handles keep it alive.
@@ -183,43 +196,13 @@ impl Tables {
             .retain(|event| *event != AsyncEvent::CqError(id));
     }
 
-    pub(crate) fn is_cq_empty(&self, id: CqId) -> bool {
-        let cq = self.cqs[id.0 as usize].as_ref();
-        cq.is_none_or(|cq| cq.entries.is_empty())
-    }
-
-    /// Whether a receive is among the first completions: something that a program may answer.
-    pub(super) fn has_received(&self, id: CqId) -> bool {
-        let cq = self.cqs[id.0 as usize].as_ref();
-        cq.is_some_and(|cq| cq.entries.iter().take(2).any(|work| work.kind.is_recv()))
-    }
-
-    /// Whether something has been lost for want of room.
-    pub(super) fn is_cq_broken(&self, id: CqId) -> bool {
-        let cq = self.cqs[id.0 as usize].as_ref();
-        cq.is_some_and(|cq| cq.is_broken)
-    }
-
-    pub(crate) fn pop_cq(&mut self, id: CqId) -> Option<WorkCompletion> {
-        let entries = &mut self.cqs[id.0 as usize].as_mut()?.entries;
-        let work = entries.pop_front();
-        if entries.is_empty() {
-            // Begins at the front again: what it never fills is never touched.
-            entries.clear();
-        }
-        work
-    }
-
     /// Changes how many entries fit; false if more are there.
     pub(super) fn resize_cq(&mut self, id: CqId, depth: u32) -> bool {
         let Some(cq) = self.cqs[id.0 as usize].as_mut() else {
             return false;
         };
-        let fits = cq.entries.len() <= depth as usize;
+        let fits = cq.done.len() <= depth as usize;
         if fits {
-            let reserved = depth.min(CQE_RESERVED) as usize;
-            cq.entries
-                .reserve(reserved.saturating_sub(cq.entries.len()));
             cq.depth = depth;
         }
         fits
@@ -235,21 +218,57 @@ impl Tables {
         }
     }
 
-    /// Forgets a queue pair's completions: it has been reset.
-    pub(super) fn purge(&mut self, qpn: Qpn) {
-        for cq in self.cqs.iter_mut().flatten() {
-            cq.entries.retain(|entry| entry.qpn != qpn);
+    /// Forgets a queue pair's completions and what of its work holds room: it has been reset.
+    pub(super) fn purge(&mut self, id: QpId) {
+        let entry = self.qp(id);
+        let qpn = entry.qpn;
+        entry.forget();
+        for (index, cq) in self.cqs.iter_mut().enumerate() {
+            let Some(cq) = cq else { continue };
+            // Others' entries are new again to whoever sleeps until something comes: a poll
+            // meanwhile may have found nothing.
+            let kept: Vec<_> = std::iter::from_fn(|| cq.done.pop())
+                .filter(|entry| entry.qpn != qpn)
+                .collect();
+            for work in kept {
+                cq.push(CqId(index as u32), work, true);
+            }
         }
+    }
+
+    // Shared receive queues.
+
+    pub(super) fn add_srq(&mut self, id: SrqId, posting: Arc<SharedPosting>) {
+        let index = id.0 as usize;
+        if self.srqs.len() <= index {
+            self.srqs.resize_with(index + 1, || None);
+        }
+        self.srqs[index] = Some(posting);
+    }
+
+    pub(super) fn remove_srq(&mut self, id: SrqId) {
+        self.srqs[id.0 as usize] = None;
+    }
+
+    pub(super) fn srq(&self, id: SrqId) -> Option<&Arc<SharedPosting>> {
+        self.srqs.get(id.0 as usize)?.as_ref()
     }
 
     /// Moves a queue pair's completions to their queues, and its events to the line.
     pub(super) fn collect(&mut self, device: &mut Device, id: QpId) {
-        let Some(entry) = self.qps.get(id.0 as usize).and_then(Option::as_ref) else {
+        let Some(entry) = self.qps.get_mut(id.0 as usize).and_then(Option::as_mut) else {
             return;
         };
         let qpn = entry.qpn;
         let mut broken = None;
+        if let Some((state, sends)) = device.posted(id) {
+            entry.posting.note_state(state);
+            // Finished and not reported.
+            entry.give(0, entry.held[0] - sends);
+        }
         while let Some(completion) = device.poll_completion(id) {
+            // Whoever sees the completion finds room.
+            entry.give(usize::from(completion.kind.is_recv()), 1);
             let cq = match completion.kind.is_recv() {
                 true => entry.recv_cq,
                 false => entry.send_cq,
@@ -319,17 +338,36 @@ impl Tables {
     }
 }
 
+impl QpEntry {
+    /// Gives back the room of so many sends (0) or receives (1). Shared receives have their own.
+    fn give(&mut self, side: usize, count: u32) {
+        if side == 1 && self.srq.is_some() {
+            return;
+        }
+        self.held[side] -= count;
+        self.posting.room[side].give(count);
+    }
+
+    /// Nothing is posted any more.
+    fn forget(&mut self) {
+        self.posting.clear();
+        for (held, room) in self.held.iter_mut().zip(&self.posting.room) {
+            room.give(std::mem::take(held));
+        }
+    }
+}
+
 impl Cq {
     /// Appends and tells whoever waits; false if this is what broke the queue.
     fn push(&mut self, id: CqId, work: WorkCompletion, solicited: bool) -> bool {
-        if self.is_broken {
+        if self.done.is_broken() {
             return true;
         }
-        if self.entries.len() >= self.depth as usize {
-            self.is_broken = true;
+        if self.done.len() >= self.depth as usize {
+            self.done.set_broken();
             return false;
         }
-        self.entries.push_back(work);
+        self.done.push(&work);
         let is_awaited = match self.armed {
             Armed::No => false,
             Armed::Solicited => solicited,

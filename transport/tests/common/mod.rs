@@ -3,9 +3,12 @@
 use std::io::IoSlice;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use lowtide_transport::message::{ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, SendError};
+use lowtide_transport::raw;
 
 /// Nothing here takes longer, even on a machine that does ten other things.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -168,4 +171,32 @@ fn message(number: u64, into: &mut Vec<u8>) -> u64 {
     into.clear();
     into.extend((0..len).map(|i| (i as u64).wrapping_mul(number | 1).wrapping_add(number) as u8));
     len as u64
+}
+
+#[allow(dead_code, reason = "each test program uses what it needs")]
+/// Runs `act` while another thread is in the middle of the device, where a real one would send or
+/// copy; fails if `act` waits for it. `other` is a queue pair of the device that nobody uses.
+pub fn beside_one_that_drives(other: &raw::QueuePair, act: impl FnOnce() + Send) {
+    let (held, is_held) = mpsc::channel();
+    let (release, is_released) = mpsc::channel::<()>();
+    let (done, is_done) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let stay = || {
+                held.send(()).unwrap();
+                // An error is the release.
+                let _ = is_released.recv();
+            };
+            // SAFETY: nothing is posted.
+            unsafe { other.post_sends(|_| stay()) };
+        });
+        is_held.recv_timeout(PATIENCE).unwrap();
+        scope.spawn(move || {
+            act();
+            let _ = done.send(());
+        });
+        let is_done = is_done.recv_timeout(PATIENCE);
+        drop(release);
+        assert_eq!(is_done, Ok(()), "it waited, or failed");
+    });
 }

@@ -2,6 +2,7 @@
 //! softroce reaches a peer.
 
 mod connections;
+mod contention;
 mod datagrams;
 mod events;
 mod memory;
@@ -21,8 +22,8 @@ use crate::NEXT_PAGES;
 use crate::common::{self, PATIENCE};
 use lowtide_transport::raw::types::*;
 use lowtide_transport::raw::{
-    AddressHandle, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair, Queues,
-    SharedReceiveQueue,
+    AddressHandle, BadWr, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair,
+    Queues, SharedReceiveQueue,
 };
 use lowtide_transport::verbs::{DeviceOptions, Faults};
 

@@ -3,3 +3,7 @@
 pub mod ring;
 #[path = "../../../../transport/src/host/ring.rs"]
 pub mod host_ring;
+#[path = "../../../../transport/src/raw/posts.rs"]
+pub mod posts;
+#[path = "../../../../transport/src/raw/ring.rs"]
+pub mod completions;

@@ -1,7 +1,7 @@
 //! Work requests and completions. Names and meanings are those of ibverbs.
 
 use super::memory::{Access, Lkey, Remote, Rkey, SgList};
-use super::types::QpState;
+use super::types::{QpKind, QpState};
 use crate::wire::Qpn;
 
 /// The caller's name for a work request, returned in its completion.
@@ -136,6 +136,22 @@ impl SendWr {
             fence: false,
         }
     }
+
+    /// Whether a connection of this kind does such a thing, with memory of this length.
+    #[must_use]
+    pub const fn suits(&self, kind: QpKind) -> bool {
+        let total = self.local.total();
+        let fits = match self.op {
+            SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. } | SendOp::AtomicWrite(_) => {
+                total == 8
+            }
+            SendOp::Flush(_) | SendOp::LocalInvalidate(_) | SendOp::BindWindow(_) => total == 0,
+            _ => true,
+        };
+        let reliable_only =
+            self.op.wants_response() || matches!(self.op, SendOp::SendInvalidate(_));
+        fits && !(reliable_only && matches!(kind, QpKind::Uc))
+    }
 }
 
 /// A receive work request.
@@ -253,6 +269,25 @@ pub enum CompletionKind {
 }
 
 impl CompletionKind {
+    /// The kind with this number.
+    #[must_use]
+    pub const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0 => Self::Send,
+            1 => Self::Write,
+            2 => Self::Read,
+            3 => Self::CompareSwap,
+            4 => Self::FetchAdd,
+            5 => Self::BindWindow,
+            6 => Self::LocalInvalidate,
+            8 => Self::Flush,
+            9 => Self::AtomicWrite,
+            128 => Self::Recv,
+            129 => Self::RecvWriteImm,
+            _ => return None,
+        })
+    }
+
     /// Whether a receive work request completed.
     #[must_use]
     pub const fn is_recv(self) -> bool {

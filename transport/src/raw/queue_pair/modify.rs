@@ -124,7 +124,7 @@ impl QueuePair {
                     None => self.datagram(state).to_reset(),
                 }
                 state.device.clear_peer(self.id);
-                state.tables.purge(self.qpn);
+                state.tables.purge(self.id);
             }
             (QpState::Err, QpType::Ud) => self.datagram(state).to_error(),
             (QpState::Err, _) => self.connected(state).to_error(),
