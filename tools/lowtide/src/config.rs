@@ -314,9 +314,7 @@ fn check_members(source: &Source, raw: Vec<RawMember>) -> Result<Vec<Member>, Co
         if address.port() == 0 || ip.is_unspecified() || ip.is_multicast() {
             return at(
                 node.address.span(),
-                format!(
-                    "{address} is not where others can reach it, expected one host's IP and port"
-                ),
+                format!("nobody reaches {address}, expected one host's IP address and a port"),
             );
         }
         if !addresses.insert(address) {
