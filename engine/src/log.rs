@@ -59,7 +59,7 @@ pub use segment::{LogError, SyncHandle};
 pub use verdict::{OpenError, Proof, Recovered, Stop, StopReason};
 
 use crate::crc::crc32c_of_all;
-use crate::medium::{Poison, Volume, total_len};
+use crate::medium::{Gated, Medium, MediumError, Poison, Volume, total_len};
 use record::{ALIGN, FORMAT, KIND_OPEN, KIND_RESERVED, KIND_ROOM, KIND_SEAL, OpenBody};
 use segment::{SEGMENT_START, Segment, Shared};
 use std::ops::Range;
@@ -352,14 +352,18 @@ impl Log {
         let stored = if let [body] = a.parts {
             medium.store_all(self.offset, &[head, body])
         } else {
-            let stored = medium.store(self.offset, head);
-            stored.and_then(|()| medium.store_all(self.offset + ALIGN, a.parts))
+            store_behind(medium, self.offset, head, a.parts)
         };
-        if let Err(e) = stored {
-            return Err(self.shared.lost(e).into());
+        if let Err(error) = stored {
+            return Err(self.lost(error));
         }
         self.offset += len;
         Ok(lsn)
+    }
+
+    #[cold]
+    fn lost(&self, error: MediumError) -> AppendError {
+        self.shared.lost(error).into()
     }
 
     /// Ends a batch that is going to be published in `group`. In a node's first log it leaves room
@@ -381,6 +385,7 @@ impl Log {
         BatchEnd { end, has_room }
     }
 
+    #[inline]
     fn header(&self, a: &Append<'_>, body_len: u32, body_crc: u32) -> RecordHeader {
         RecordHeader {
             lsn: self.end(),
@@ -402,6 +407,7 @@ impl Log {
     }
 
     /// Seals the active segment and takes the next one.
+    #[cold]
     fn next_segment(&mut self, wanted: u64) -> Result<(), AppendError> {
         let next = match self.shared.take_ready() {
             Some(next) => next,
@@ -585,4 +591,16 @@ impl Log {
         };
         self.append_any(&open).map_err(OpenError::from)
     }
+}
+
+/// Stores a record whose body is in pieces.
+#[inline(never)]
+fn store_behind(
+    medium: &Gated,
+    offset: u64,
+    head: &[u8],
+    parts: &[&[u8]],
+) -> Result<(), MediumError> {
+    medium.store(offset, head)?;
+    medium.store_all(offset + ALIGN, parts)
 }

@@ -179,10 +179,10 @@ impl SessionHandle {
     /// Waits until the client has joined the cluster; `false` when the time is over first.
     #[must_use]
     pub fn wait_joined(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
+        let since = Instant::now();
         let mut table = self.shared.table();
         while table.life.is_none() && !table.closed {
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+            let Some(left) = timeout.checked_sub(since.elapsed()) else {
                 return false;
             };
             let waited = self.shared.changed.wait_timeout(table, left);

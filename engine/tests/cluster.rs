@@ -14,6 +14,7 @@ use lowtide_engine_core::op::{
     Bytes, Change, Check, Expect, Key, Mode, Range, Request, Update, Want,
 };
 use lowtide_engine_core::session::Session;
+use lowtide_transport::message::{Endpoint, EndpointConfig, Event};
 
 static CLUSTERS: AtomicU8 = AtomicU8::new(1);
 
@@ -236,4 +237,64 @@ fn operations_survive_a_restart_with_fewer_shards() {
 #[test]
 fn operations_through_a_proxy_survive_a_restart_of_the_whole_cluster() {
     run(true, [2, 1]);
+}
+
+/// A server's process takes a client's Open, so that nothing is under way, and dies before it has
+/// joined or said a word. The client must find the life that comes after it.
+#[test]
+fn a_life_that_never_spoke_is_not_waited_for() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let peers = peers();
+    let begin = |id| begin(&peers, id, dir.path(), (false, 1));
+    let mut servers = Vec::from([ROOT, META[0], OBJECT].map(begin));
+    let client = begin(CLIENT);
+    let first = begin(META[1]);
+    let session = client.session();
+    assert!(session.wait_joined(Duration::from_secs(20)));
+    let ticket = session.submit(create(1, b"one")).expect("submitted");
+    session.wait(ticket).expect("executed");
+    session.wait_stable().expect("stable");
+    first.stop().expect("a clean end");
+
+    let ticket = session.submit(create(2, b"two")).expect("submitted");
+    take_opens_and_die(&peers, META[1]);
+    servers.push(begin(META[1]));
+    let mut handles: Vec<&NodeHandle> = servers.iter().collect();
+    handles.push(&client);
+    watch(&handles, || {
+        session.wait(ticket).expect("executed");
+        session.wait_stable().expect("stable");
+    });
+    client.stop().expect("a clean end");
+    for server in servers {
+        server.stop().expect("a clean end");
+    }
+}
+
+/// A process at `node`'s address that acknowledges what comes, until the client has connected and
+/// its Open has come; then it is gone without a goodbye.
+fn take_opens_and_die(peers: &[Peer], node: NodeId) {
+    let me = peers.iter().find(|p| p.id == node).expect("a known node");
+    let nonce = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let nonce = nonce.expect("a clock").as_nanos() as u64;
+    let mut config = EndpointConfig::new(me.addr, u64::from(node.0), nonce);
+    config.hello = node.0.to_le_bytes().to_vec();
+    let mut endpoint = Endpoint::bind(config).expect("the address is free");
+    let mut from_client = None;
+    let mut is_open = false;
+    while !is_open {
+        let round = endpoint.poll(None, &mut |_, event| match event {
+            Event::Connected { conn, node, .. } if node == u64::from(CLIENT.0) => {
+                from_client = Some(conn);
+            }
+            Event::Message { conn, .. } => is_open |= from_client == Some(conn),
+            _ => {}
+        });
+        round.expect("a healthy socket");
+    }
+    // What has come is acknowledged; what the end of the endpoint would say is not heard.
+    endpoint.flush();
+    for peer in peers {
+        endpoint.set_blocked(peer.addr, true);
+    }
 }

@@ -43,7 +43,7 @@ use std::io::{self, PipeReader};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lowtide_transport_proto::cm::{CommId, ConnectParams, QpOffer, ResolveParams};
 use lowtide_transport_proto::wire::{Mtu, Psn};
@@ -60,7 +60,7 @@ use self::manager::{ChannelId, ConnectingQp, Happening};
 use crate::raw::types::QpType;
 use crate::raw::{self, Context};
 use crate::udp::path_mtu;
-use crate::verbs::{Device, QpState, Qpn, QueuePair};
+use crate::verbs::{Device, QpState, Qpn, QueuePair, deadline_in};
 
 /// A queue pair that can be connected: of the safe verbs, of the raw ones, or shared by several
 /// holders. Nobody else implements it.
@@ -170,6 +170,8 @@ pub enum ConnectError {
     Kind(QpType),
     /// It belongs to another device than the event channel.
     OtherDevice,
+    /// It has a connection already, or is on its way to one.
+    InUse,
     /// The peer's IP family is not the device's.
     Family,
     /// The peer's path MTU is larger than this link's; the request was rejected.
@@ -194,6 +196,7 @@ impl fmt::Display for ConnectError {
             ConnectError::OtherDevice => {
                 f.write_str("the queue pair belongs to another device than the event channel")
             }
+            ConnectError::InUse => f.write_str("the queue pair has a connection; drop that first"),
             ConnectError::Family => {
                 f.write_str("the peer's address is of another family than the device's")
             }
@@ -343,7 +346,7 @@ impl EventChannel {
 
     /// The next event, asleep until it comes or `timeout` is over.
     pub fn wait(&self, timeout: Duration) -> Option<Event> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline_in(timeout);
         loop {
             if let Some(event) = self.poll() {
                 return Some(event);
@@ -480,6 +483,9 @@ impl EventChannel {
         let kind = qp.init_attr().kind;
         if kind != QpType::Rc {
             return Some(ConnectError::Kind(kind));
+        }
+        if state.manager.has_qp(qp.id()) {
+            return Some(ConnectError::InUse);
         }
         if state.device.local_addr().is_ipv4() != peer.is_ipv4() {
             return Some(ConnectError::Family);

@@ -26,6 +26,7 @@ mod host;
 pub(crate) mod hostile;
 mod identity;
 mod input;
+mod kept;
 mod output;
 mod shared_receives;
 #[cfg(test)]
@@ -55,6 +56,7 @@ pub(crate) use self::datagram::{ADDRESSES_MAX, GROUPS_MAX};
 use self::identity::Identities;
 pub(crate) use self::identity::Peers;
 pub(crate) use self::input::Input;
+use self::kept::Kept;
 pub(crate) use self::shared_receives::SharedReceives;
 use self::timers::Timers;
 use crate::faults::{FaultInjector, Faults};
@@ -173,6 +175,8 @@ pub(crate) struct Device {
     /// What answers READs so long that input has its turn first; empty but within `transmit`.
     later: Vec<u32>,
     timers: Timers,
+    /// What arrived ahead of a gap.
+    kept: Kept,
     counters: Counters,
     /// From numbers of queue pairs to slots.
     qpns: Names,
@@ -224,6 +228,7 @@ impl Device {
             ready: VecDeque::new(),
             later: Vec::new(),
             timers: Timers::default(),
+            kept: Kept::default(),
             counters: Counters::default(),
             qpns: Names::default(),
             random: random(),
@@ -347,7 +352,12 @@ impl Device {
         if let Some(datagrams) = budget {
             peer.budget.learn(datagrams);
         }
-        self.slots[id.0 as usize].peer = Some(index);
+        let slot = &mut self.slots[id.0 as usize];
+        slot.peer = Some(index);
+        if let (Some(Machine::Connected(qp)), true) = (&mut slot.machine, budget.is_some()) {
+            // Only our own kind tells its budget, and it keeps what arrives ahead of a gap.
+            qp.set_reports_gaps(true);
+        }
         self.meet(index);
     }
 

@@ -210,6 +210,8 @@ pub fn queue_pair(data: &[u8]) {
     ];
     let (id, qpn) = connect(&mut device, ATTACKED, peer(1));
     let before = *device.qp(bystander.id).expect("made").counters();
+    let reports_gaps = choices.below(2) == 0;
+    device.qp(id).expect("made").set_reports_gaps(reports_gaps);
     let (mut posted, mut completed, mut sent) = (0u64, 0u64, 0u64);
     let mut now = device.now();
     for _ in 0..STEPS_MAX {
@@ -228,6 +230,9 @@ pub fn queue_pair(data: &[u8]) {
                 let numbers = [qpn, bystander.qpn];
                 let bytes = attack(&mut choices, &device, from, numbers, &keys, psn);
                 device.handle(now, &arrival(from), &bytes);
+                while let Some((_, datagram)) = device.handle_kept(now, id) {
+                    device.give_back(datagram);
+                }
             }
         }
         while device.expire(now).is_some() {}

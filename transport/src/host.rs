@@ -23,8 +23,9 @@
 //! one user meet, and the checks of keys, rights and bounds are the initiator's, against a table that
 //! the target shows; a peer that skips them writes where it likes, which a process of the same user
 //! could do by other means. Against mistakes and crashes this side is safe: nothing that a peer
-//! writes into a ring, a note or a table makes it panic, leave its memory or wait for ever, and
-//! a peer's death is noticed at once by its sockets.
+//! writes into a ring, a note or a table makes it panic or leave its memory, and a peer's death is
+//! noticed at once by its sockets. But memory that a peer says it is reaching stays in service until
+//! the peer has done, or dies: nobody could take it away from under a copy.
 //!
 //! Deliberately absent: faults and capture, which are about wires (a device with either uses UDP
 //! only); windows and datagrams as direct accesses.
@@ -93,6 +94,7 @@ pub(crate) struct HostBatch {
 #[derive(Debug)]
 pub(crate) struct Outlet {
     socket: Socket,
+    peer: SocketAddr,
     ring: Segment,
     sender: Sender,
     pid: libc::pid_t,
@@ -138,6 +140,14 @@ enum Entry {
     Named(Inlet),
 }
 
+/// An outlet that has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Gone {
+    pub(crate) outlet: u32,
+    /// The peer, or we, had nothing to spare for a ring; the peer may be reached by other means.
+    pub(crate) is_turned_away: bool,
+}
+
 /// All rings of one device. See the [module](self).
 #[derive(Debug)]
 pub(crate) struct Hosts {
@@ -152,13 +162,24 @@ pub(crate) struct Hosts {
     outlets: Vec<Option<Outlet>>,
     inlets: Vec<Entry>,
     /// Outlets whose peer is gone and of which nobody has been told.
-    gone: Vec<u32>,
+    gone: Vec<Gone>,
+    /// To be given up when there is no file descriptor left, so that who waits can be turned away.
+    spare: Option<OwnedFd>,
 }
 
 /// The name that a device listens under.
 fn name(address: SocketAddr) -> io::Result<SockAddr> {
     let user = note::user();
     SockAddr::unix(format!("\0lowtide-host/{user}/{address}"))
+}
+
+/// Whether a device may listen under an address: false if it is known that none does.
+fn may_listen(address: SocketAddr) -> bool {
+    let tried = Socket::new(Domain::UNIX, Type::SEQPACKET, None).and_then(|socket| {
+        socket.set_nonblocking(true)?;
+        socket.connect(&name(address)?)
+    });
+    !tried.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 impl Hosts {
@@ -184,6 +205,7 @@ impl Hosts {
             poll.registry()
                 .register(&mut SourceFd(&fd), token, Interest::READABLE)?;
         }
+        let spare = Some(doorbell.as_fd().try_clone_to_owned()?);
         let hosts = Hosts {
             local,
             is_direct: kind == SameHost::Direct,
@@ -195,6 +217,7 @@ impl Hosts {
             outlets: Vec::new(),
             inlets: Vec::new(),
             gone: Vec::new(),
+            spare,
         };
         Ok((hosts, Exports::new()?))
     }
@@ -232,6 +255,7 @@ impl Hosts {
         tell(&socket, &Note::Hello(self.local), &[ring.as_fd()])?;
         Ok(Some(Outlet {
             socket,
+            peer,
             ring,
             sender,
             pid,
@@ -246,7 +270,7 @@ impl Hosts {
 
     pub(crate) fn disconnect(&mut self, outlet: u32) {
         self.outlets[outlet as usize] = None;
-        self.gone.retain(|gone| *gone != outlet);
+        self.gone.retain(|gone| gone.outlet != outlet);
     }
 
     /// Sends a packet; false if it was lost.
@@ -338,25 +362,47 @@ impl Hosts {
     }
 
     fn accept(&mut self, exports: &mut Exports) {
-        while let Ok((socket, _)) = self.listener.accept() {
-            let free = self.inlets.iter().position(|e| matches!(e, Entry::Free));
-            let index = free.unwrap_or(self.inlets.len());
-            let is_welcome = index < INLETS_MAX && peer_of_ours(&socket).is_some();
-            if !is_welcome || socket.set_nonblocking(true).is_err() {
-                continue;
+        loop {
+            match self.listener.accept() {
+                Ok((socket, _)) => self.let_in(socket, exports),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Nobody would tell us again that somebody waits; if somebody does: the kernel looks
+                // for a descriptor first.
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+                        && self.spare.take().is_some()
+                        && self.listener.accept().is_ok() => {}
+                Err(_) => break,
             }
-            let (fd, token) = (socket.as_raw_fd(), Token(LINKS + 2 * index + 1));
-            let registry = self.poll.registry();
-            let watched = registry.register(&mut SourceFd(&fd), token, Interest::READABLE);
-            if watched.is_err() {
-                continue;
-            }
-            if index == self.inlets.len() {
-                self.inlets.push(Entry::Free);
-            }
-            self.inlets[index] = Entry::Unnamed(socket);
-            self.hear_inlet(index, exports);
+            self.keep_spare();
         }
+        self.keep_spare();
+    }
+
+    fn keep_spare(&mut self) {
+        if self.spare.is_none() {
+            self.spare = self.doorbell.as_fd().try_clone_to_owned().ok();
+        }
+    }
+
+    fn let_in(&mut self, socket: Socket, exports: &mut Exports) {
+        let free = self.inlets.iter().position(|e| matches!(e, Entry::Free));
+        let index = free.unwrap_or(self.inlets.len());
+        let is_welcome = index < INLETS_MAX && peer_of_ours(&socket).is_some();
+        if !is_welcome || socket.set_nonblocking(true).is_err() {
+            return;
+        }
+        let (fd, token) = (socket.as_raw_fd(), Token(LINKS + 2 * index + 1));
+        let registry = self.poll.registry();
+        let watched = registry.register(&mut SourceFd(&fd), token, Interest::READABLE);
+        if watched.is_err() {
+            return;
+        }
+        if index == self.inlets.len() {
+            self.inlets.push(Entry::Free);
+        }
+        self.inlets[index] = Entry::Unnamed(socket);
+        self.hear_inlet(index, exports);
     }
 
     fn hear_inlet(&mut self, index: usize, exports: &mut Exports) {
@@ -416,17 +462,21 @@ impl Hosts {
     }
 
     fn hear_outlet(&mut self, index: usize) {
-        if let Some(Some(outlet)) = self.outlets.get_mut(index) {
-            outlet.hear(self.is_direct);
-            if outlet.is_gone && !self.gone.contains(&(index as u32)) {
-                self.gone.push(index as u32);
-            }
+        let Some(Some(outlet)) = self.outlets.get_mut(index) else {
+            return;
+        };
+        outlet.hear(self.is_direct);
+        if outlet.is_gone && !self.gone.iter().any(|gone| gone.outlet == index as u32) {
+            self.gone.push(Gone {
+                outlet: index as u32,
+                is_turned_away: outlet.doorbell.is_none() && may_listen(outlet.peer),
+            });
         }
     }
 
-    /// An outlet whose peer is gone. Ask when everything that came has been taken: it may be the
+    /// An outlet that has ended. Ask when everything that came has been taken: it may be the
     /// answer to what was sent there.
-    pub(crate) fn poll_gone(&mut self) -> Option<u32> {
+    pub(crate) fn poll_gone(&mut self) -> Option<Gone> {
         self.gone.pop()
     }
 
@@ -489,14 +539,14 @@ impl Outlet {
         let mut fds = fds.into_iter();
         match note {
             Note::Welcome { probe, word } if self.doorbell.is_none() => {
-                self.doorbell = Some(EventFd::adopt(fds.next()?).ok()?);
+                let doorbell = EventFd::adopt(fds.next()?).ok()?;
                 let table = Segment::adopt(fds.next()?, exports::TABLE_LEN).ok()?;
-                self.table = Some(table);
+                (self.doorbell, self.table) = (Some(doorbell), Some(table));
                 self.is_reachable = is_direct && copy::can_reach(self.pid, probe, word);
             }
             Note::Slab(key) if self.doorbell.is_some() => {
-                // One that cannot be mapped is reached by other means.
-                if let Ok(slab) = Segment::adopt(fds.next()?, 8) {
+                // One that cannot be had or mapped is reached by other means.
+                if let Some(Ok(slab)) = fds.next().map(|file| Segment::adopt(file, 8)) {
                     self.slabs.insert(key.0, slab);
                 }
             }

@@ -19,17 +19,20 @@
 //! Source: RoCEv2 over plain UDP sockets as measured on Linux 6.18; `net/ipv4/ip_output.c`,
 //! `net/ipv4/udp_offload.c`.
 
+mod interface;
 mod receive;
 mod taken;
 mod transmit;
 
 use std::io;
 use std::mem;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 
 use socket2::{Domain, Protocol, SockAddr, Socket as RawSocket, Type};
 
+use self::interface::interface_index;
+pub use self::interface::{interface_addresses, interface_mtu, path_mtu};
 pub use self::receive::{Arrival, ReceiveBatch};
 pub use self::transmit::{Frame, Payload, TransmitBatch};
 
@@ -311,110 +314,6 @@ pub fn at_exit(hook: extern "C" fn()) {
     // registers hooks of a library that is unloaded calls them then. Where no more hooks fit it is
     // not called, and what it would have done is left to the peer's patience.
     let _ = unsafe { libc::atexit(hook) };
-}
-
-/// The MTU of the route from `local` to `target`, in bytes, as the kernel knows it.
-///
-/// # Errors
-/// No route, or an address of another family.
-pub fn path_mtu(local: SocketAddr, target: SocketAddr) -> io::Result<u32> {
-    // Only a connected socket has a route to ask for; this one never sends.
-    let probe = UdpSocket::bind(SocketAddr::new(local.ip(), 0))?;
-    probe.connect(target)?;
-    let (level, name) = match target {
-        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU),
-        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_MTU),
-    };
-    let mut mtu: libc::c_int = 0;
-    let mut len = mem::size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: value and length pointers describe live variables of the right size.
-    let result = unsafe {
-        libc::getsockopt(
-            probe.as_raw_fd(),
-            level,
-            name,
-            (&raw mut mtu).cast(),
-            &raw mut len,
-        )
-    };
-    if result == 0 {
-        Ok(mtu.max(0) as u32)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-/// The MTU of the interface that has this address of ours, in bytes.
-///
-/// # Errors
-/// No interface has it, or the kernel does not say.
-pub fn interface_mtu(address: IpAddr) -> io::Result<u32> {
-    let name = match address.is_loopback() {
-        // All of 127.0.0.0/8 is the loopback interface's; it lists but one.
-        true => "lo".into(),
-        false => interface_name(address)?,
-    };
-    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/mtu"))?;
-    text.trim()
-        .parse()
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
-}
-
-fn interface_index(address: Ipv6Addr) -> io::Result<u32> {
-    let name = interface_name(address.into())?;
-    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))?;
-    text.trim()
-        .parse()
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
-}
-
-/// The name of the interface that has this address.
-fn interface_name(address: IpAddr) -> io::Result<String> {
-    let has_it = |(_, each): &(String, IpAddr)| *each == address;
-    let found = interface_addresses()?.into_iter().find(has_it);
-    let (name, _) = found.ok_or_else(|| io::Error::from_raw_os_error(libc::EADDRNOTAVAIL))?;
-    Ok(name)
-}
-
-/// The IP addresses of this host, each with the name of its interface.
-///
-/// # Errors
-/// The kernel does not say.
-pub fn interface_addresses() -> io::Result<Vec<(String, IpAddr)>> {
-    let mut list = std::ptr::null_mut();
-    // SAFETY: the list is stored in `list`, to be freed below.
-    if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let mut found = Vec::new();
-    let mut next = list;
-    // SAFETY: null or an entry of the list, which is valid until freeifaddrs.
-    while let Some(entry) = unsafe { next.as_ref() } {
-        // SAFETY: null or a socket address of at least this much.
-        let family = unsafe { entry.ifa_addr.as_ref() }.map(|name| i32::from(name.sa_family));
-        let address = match family {
-            Some(libc::AF_INET) => {
-                // SAFETY: its family says that it is a sockaddr_in.
-                let v4 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
-                Some(IpAddr::from(u32::from_be(v4.sin_addr.s_addr).to_be_bytes()))
-            }
-            Some(libc::AF_INET6) => {
-                // SAFETY: its family says that it is a sockaddr_in6.
-                let v6 = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in6>().read_unaligned() };
-                Some(IpAddr::from(v6.sin6_addr.s6_addr))
-            }
-            _ => None,
-        };
-        if let Some(address) = address {
-            // SAFETY: the name of an interface is a C string, valid as the entry.
-            let name = unsafe { std::ffi::CStr::from_ptr(entry.ifa_name) };
-            found.push((name.to_string_lossy().into_owned(), address));
-        }
-        next = entry.ifa_next;
-    }
-    // SAFETY: made by getifaddrs above, and not used after this.
-    unsafe { libc::freeifaddrs(list) };
-    Ok(found)
 }
 
 fn is_offload_refusal(error: &io::Error) -> bool {

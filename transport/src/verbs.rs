@@ -563,7 +563,7 @@ impl CompletionQueue {
 
     /// The next completion, asleep until it comes or `timeout` is over.
     pub fn wait(&self, timeout: Duration) -> Option<WorkCompletion> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline_in(timeout);
         loop {
             if let Some(completion) = self.poll() {
                 return Some(completion);
@@ -573,4 +573,11 @@ impl CompletionQueue {
             }
         }
     }
+}
+
+/// When `timeout` will be over; a time that no clock reaches is as good as for ever.
+pub(crate) fn deadline_in(timeout: Duration) -> Instant {
+    const FOREVER: Duration = Duration::from_secs(1 << 32);
+    let now = Instant::now();
+    now.checked_add(timeout).unwrap_or(now + FOREVER)
 }

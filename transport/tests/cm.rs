@@ -5,6 +5,7 @@ mod common;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::PATIENCE;
@@ -302,6 +303,29 @@ fn a_queue_pair_that_cannot_be_connected_comes_back() {
         ConnectError::Refused(CmError::UnknownConnection)
     );
     assert_eq!(refused.qp.state(), QpState::Init);
+}
+
+/// Were it in two, the end of one would be the end of the other.
+#[test]
+fn a_shared_queue_pair_is_in_one_connection_at_a_time() {
+    let [client, server] = pair();
+    let _listener = server.channel.listen(SERVICE).unwrap();
+    let qp = Arc::new(client.qp());
+    let connect = || {
+        let options = ConnectOptions::default();
+        let to = server.address();
+        client.channel.connect(to, SERVICE, qp.clone(), &options)
+    };
+    let first = connect().unwrap();
+    assert_eq!(connect().unwrap_err().error, ConnectError::InUse);
+    let Some(Event::Request(request)) = server.channel.wait(Duration::MAX) else {
+        panic!("a request");
+    };
+    drop(request);
+    assert!(matches!(client.event(), Event::Rejected { .. }));
+    assert_eq!(connect().unwrap_err().error, ConnectError::InUse);
+    drop(first);
+    connect().unwrap();
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, config, connect, run_until};
-use lowtide_transport::message::{CloseReason, ConnId, Endpoint, EndpointConfig, Event, SendError};
+use lowtide_transport::message::{
+    CloseReason, ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, SendError,
+};
 
 #[test]
 fn connecting_before_the_peer_exists_succeeds_once_it_does() {
@@ -135,6 +137,36 @@ fn a_restarted_peer_that_connects_ends_the_old_connection() {
         );
         assert_eq!(events, ["closed", "connected"]);
     }
+}
+
+#[test]
+fn a_restarted_peer_that_does_not_call_back_is_found_out_by_a_probe() {
+    let mut a = Endpoint::bind(config(1)).unwrap();
+    let second_life = EndpointConfig {
+        incarnation: 2,
+        ..config(2)
+    };
+    let first_life = EndpointConfig {
+        incarnation: 1,
+        ..second_life.clone()
+    };
+    let mut b = Endpoint::bind(first_life).unwrap();
+    let (old, _) = connect(&mut a, &mut b);
+    // A peer that is there hears nothing of it, and neither do we.
+    let quiet = &mut |_: &mut EndpointCtx, event: Event<'_>| panic!("{event:?}");
+    for _ in 0..10 {
+        let before = b.counters().rx_datagrams;
+        a.probe(old);
+        while b.counters().rx_datagrams == before || a.is_sending(old) {
+            a.poll(Some(Duration::ZERO), quiet).unwrap();
+            b.poll(Some(Duration::ZERO), quiet).unwrap();
+        }
+    }
+    kill(b, &a);
+    let mut b = Endpoint::bind(second_life).unwrap();
+    a.probe(old);
+    let closed = until_closed(&mut [&mut a, &mut b]);
+    assert_eq!(closed, (old, CloseReason::PeerRestarted));
 }
 
 #[test]

@@ -65,6 +65,8 @@ pub enum Tooth {
     AgeIgnored,
     /// The root's epoch goes on although nobody waits for m.
     NeverRests,
+    /// A connection to a process that died before it spoke is not asked when the view names another.
+    SilentEndIgnored,
 }
 
 impl Tooth {
@@ -99,6 +101,7 @@ impl Tooth {
         Tooth::PressedDiscardsAll,
         Tooth::AgeIgnored,
         Tooth::NeverRests,
+        Tooth::SilentEndIgnored,
     ];
 }
 

@@ -17,7 +17,7 @@ pub(super) struct Chain {
     pub segments: Vec<Segment>,
     /// Their file names.
     pub names: Vec<String>,
-    pub free: Vec<Arc<dyn Medium>>,
+    pub free: Vec<Arc<Gated>>,
     pub files: usize,
     pub next_name: u32,
     pub headers_damaged: usize,
@@ -40,7 +40,7 @@ impl Chain {
         let mut found: Vec<(u64, String, Segment)> = Vec::new();
         for (number, file) in segment_files(volume, &config.prefix)? {
             let medium = open_segment(volume, &file, config)?;
-            let medium: Arc<dyn Medium> = Arc::new(Gated::new(&file, medium, poison.clone()));
+            let medium = Arc::new(Gated::new(&file, medium, poison.clone()));
             chain.files += 1;
             chain.next_name = chain.next_name.max(number + 1);
             match segment_header(&*medium, &file, config)? {

@@ -187,10 +187,11 @@ impl MappedFile {
         }
     }
 
-    /// Brings a page into the window, or begins it with zeros if a store begins it.
+    /// Brings the page that a store begins in into the window. One that it begins starts with zeros.
     #[inline]
-    fn settle(&self, page: u64, begins: bool) {
-        if !begins && !self.states.is(page, RESIDENT) {
+    fn settle(&self, offset: u64) {
+        let page = offset / PAGE;
+        if !offset.is_multiple_of(PAGE) && !self.states.is(page, RESIDENT) {
             self.bring(page);
         }
     }
@@ -459,10 +460,10 @@ impl Medium for MappedFile {
     fn store_all(&self, offset: u64, stretches: &[&[u8]]) -> Result<(), MediumError> {
         let len = total_len(stretches);
         self.check(Call::Store, offset, len)?;
-        let touched = pages(&(offset..offset + len));
-        for page in touched.clone() {
-            self.settle(page, page * PAGE >= offset);
+        if len == 0 {
+            return Ok(());
         }
+        self.settle(offset);
         let words = self.window();
         let mut at = offset;
         for bytes in stretches {
@@ -470,7 +471,9 @@ impl Medium for MappedFile {
             at += bytes.len() as u64;
         }
         // Behind the stores, so that a sync which takes the mark has seen them.
-        for page in touched {
+        let (first, last) = (offset / PAGE, (at - 1) / PAGE);
+        self.states.set(first);
+        for page in first + 1..last + 1 {
             self.states.set(page);
         }
         Ok(())

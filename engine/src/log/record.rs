@@ -21,7 +21,7 @@
 //!
 //! Deliberately absent: compression, and any meaning of the body or of caller kinds.
 
-use crate::crc::crc32c;
+use crate::crc::{crc32c, crc32c_of_words};
 
 /// A position in a log: `sequence number of the segment × segment length + offset in the file`.
 /// Zero is no position. Positions never repeat in the life of a log, except that what lies after the
@@ -102,8 +102,7 @@ impl RecordHeader {
     #[inline]
     pub(super) fn encode_words(&self) -> [[u8; 8]; ALIGN as usize / 8] {
         let [kind, flags] = [self.kind, self.flags].map(u64::from);
-        let mut words = [
-            0,
+        let words = [
             self.lsn.0,
             self.epoch,
             self.group,
@@ -113,9 +112,10 @@ impl RecordHeader {
             self.tag,
         ]
         .map(u64::to_le_bytes);
-        let crc = crc32c(words[1..].as_flattened());
-        words[0] = (u64::from(MAGIC) | u64::from(crc) << 32).to_le_bytes();
-        words
+        let crc = crc32c_of_words(&words);
+        let first = (u64::from(MAGIC) | u64::from(crc) << 32).to_le_bytes();
+        let [lsn, epoch, group, durable, lives, kinds, tag] = words;
+        [first, lsn, epoch, group, durable, lives, kinds, tag]
     }
 
     /// Decodes a header. Says nothing about whether it belongs where it was found.

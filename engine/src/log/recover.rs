@@ -16,7 +16,7 @@ use super::teeth::{Tooth, bites};
 use super::verdict::{OpenError, Proof, Recovered, Stop, StopReason};
 use super::{Log, LogConfig, ReadError, Record};
 use crate::crc::crc32c;
-use crate::medium::{Medium, MediumError, PAGE, Poison, Volume};
+use crate::medium::{Gated, Medium, MediumError, PAGE, Poison, Volume};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -130,7 +130,7 @@ pub struct Scanned {
     live: Vec<Segment>,
     /// Segments after that one: their numbers follow, their contents are dead.
     after: Vec<Segment>,
-    free: Vec<Arc<dyn Medium>>,
+    free: Vec<Arc<Gated>>,
     files: usize,
     next_name: u32,
     end_offset: u64,

@@ -38,7 +38,7 @@ pub struct LogError {
 #[derive(Debug, Clone)]
 pub(super) struct Segment {
     pub seq: u64,
-    pub medium: Arc<dyn Medium>,
+    pub medium: Arc<Gated>,
 }
 
 #[derive(Debug, Default)]
@@ -48,7 +48,7 @@ pub(super) struct Table {
     /// Headers durable, numbers following the last live one.
     pub ready: VecDeque<Segment>,
     /// Reusable, oldest first.
-    pub free: VecDeque<Arc<dyn Medium>>,
+    pub free: VecDeque<Arc<Gated>>,
     /// Files there are.
     pub files: usize,
     /// Number of the next file's name.
@@ -81,6 +81,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+#[cold]
+fn poisoned(cause: &str) -> LogError {
+    let cause = cause.to_owned();
+    LogError { cause }
+}
+
 impl Shared {
     pub fn new(
         config: LogConfig,
@@ -107,12 +113,11 @@ impl Shared {
         format!("{prefix}-{number:05}.seg")
     }
 
+    #[inline]
     pub fn check(&self) -> Result<(), LogError> {
         match self.poison.cause() {
             None => Ok(()),
-            Some(cause) => Err(LogError {
-                cause: cause.to_owned(),
-            }),
+            Some(cause) => Err(poisoned(cause)),
         }
     }
 
@@ -239,7 +244,7 @@ impl Shared {
     }
 
     /// Gives a file the next number and makes its header durable, before any record goes in.
-    fn make_ready(&self, medium: Arc<dyn Medium>) -> Result<(), LogError> {
+    fn make_ready(&self, medium: Arc<Gated>) -> Result<(), LogError> {
         // Only preparation changes it, and there is one at a time.
         let seq = lock(&self.table).next_seq;
         let header = SegmentHeader {
@@ -270,7 +275,7 @@ impl Shared {
     }
 
     /// Creates another file; `None` if the limit is reached or the disk is full.
-    fn create(&self) -> Result<Option<Arc<dyn Medium>>, LogError> {
+    fn create(&self) -> Result<Option<Arc<Gated>>, LogError> {
         let name = {
             let table = lock(&self.table);
             if table.files >= self.config.segments_max {

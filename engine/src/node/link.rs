@@ -23,6 +23,8 @@ struct Link {
     taken: Option<ConnId>,
     /// Life last heard on this link; frames for it carry it.
     life: Life,
+    /// Newest incarnation in a view for which an own connection that nothing has come on was probed.
+    probed: Incarnation,
     waiting: VecDeque<Vec<Piece>>,
     sequence: u32,
 }
@@ -52,6 +54,7 @@ impl Links {
                 made_up: false,
                 taken: None,
                 life,
+                probed: Incarnation(0),
                 waiting: VecDeque::new(),
                 sequence: 0,
             };
@@ -111,6 +114,7 @@ impl Links {
             link.made_up = true;
         }
         link.life.incarnation = Incarnation(0);
+        link.probed = Incarnation(0);
         self.by_conn.insert(conn, node);
         Some((node, broke))
     }
@@ -152,9 +156,23 @@ impl Links {
         true
     }
 
-    /// Life last heard from a peer on its current connection; incarnation 0 when none was.
-    pub(super) fn life(&self, peer: NodeId) -> Option<Life> {
-        self.links.get(&peer).map(|l| l.life)
+    /// A view names this life of a peer. Returns whether the connection belongs to an older one: it
+    /// leads nowhere, even if it is too idle to have noticed. If nothing has come on it, it may
+    /// belong to a process that took what was sent and died before it spoke; then that is asked.
+    pub(super) fn is_replaced(&mut self, ctx: &mut EndpointCtx, life: Life) -> bool {
+        let Some(link) = self.links.get_mut(&life.node) else {
+            return false;
+        };
+        if link.life.incarnation > Incarnation(0) {
+            return link.life.incarnation < life.incarnation;
+        }
+        if let Some(conn) = link.made.filter(|_| link.made_up)
+            && link.probed < life.incarnation
+        {
+            link.probed = life.incarnation;
+            ctx.probe(conn);
+        }
+        false
     }
 
     /// Sends a message, or keeps it until there is room; drops it without a connection.

@@ -14,7 +14,7 @@ use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::DestinationConfig;
 use lowtide_engine_core::destination::shard::SHARDS_MAX;
 use lowtide_engine_core::effect::Effect;
-use lowtide_engine_core::ids::{NodeId, Time};
+use lowtide_engine_core::ids::{Life, NodeId, Time};
 use lowtide_engine_core::proxy::{Proxy, ProxyConfig};
 use lowtide_engine_core::room::{Budget, HomeRule};
 use lowtide_engine_core::root::{Root, RootConfig};
@@ -381,8 +381,7 @@ impl Inner {
             .status = status;
     }
 
-    /// The view names a newer life of a peer than the one a connection belongs to: that
-    /// connection leads nowhere, even if it is too idle to have noticed.
+    /// Starts over with peers of which the view names a newer life than the connection's.
     fn drop_replaced_lives(&mut self, ctx: &mut EndpointCtx) {
         let view = match &self.core {
             Core::Client(c) => c.view(),
@@ -390,19 +389,12 @@ impl Inner {
             Core::Destination(c) => c.front().view(),
             Core::Root(..) | Core::Aggregator(_) => return,
         };
-        let replaced: Vec<NodeId> = view
-            .seats
-            .iter()
-            .filter(|seat| {
-                self.links.life(seat.life.node).is_some_and(|life| {
-                    life.incarnation.0 > 0 && life.incarnation < seat.life.incarnation
-                })
-            })
-            .map(|seat| seat.life.node)
-            .collect();
-        for peer in replaced {
-            self.links.reset(ctx, peer);
-            self.core.handle_disconnected(peer);
+        let lives = view.seats.iter().map(|seat| seat.life);
+        let links = &mut self.links;
+        let replaced: Vec<Life> = lives.filter(|life| links.is_replaced(ctx, *life)).collect();
+        for life in replaced {
+            self.links.reset(ctx, life.node);
+            self.core.handle_disconnected(life.node);
         }
     }
 

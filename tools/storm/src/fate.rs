@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::{Destination, DestinationConfig, Image, Stage};
-use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, ViewId};
 use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
 use lowtide_engine_core::root::{Root, RootConfig, RootState};
 use lowtide_engine_core::session::Ticket;
 
 use crate::app::{App, REGISTERS};
-use crate::net::{Side, pair};
+use crate::net::pair;
 use crate::plan::{Fault, Index};
 use crate::probe::Probe;
 use crate::shards::Shards;
@@ -40,6 +40,7 @@ impl World {
         n.wake_at = u64::MAX;
         n.acknowledged = Seq(0);
         n.epoch = Epoch(0);
+        n.compared = ViewId::default();
         let (id, boot) = (n.id, n.boot);
         n.life = Life {
             node: id,
@@ -60,6 +61,7 @@ impl World {
             }
         }
         for key in self.net.pairs_of(node) {
+            self.lay_ghost(key);
             self.settle_link(key);
         }
         self.after(node);
@@ -312,20 +314,7 @@ impl World {
             self.nodes[0].root_disk.pending.clear();
         }
         for key in self.net.pairs_of(node) {
-            let (_, side) = pair(node, if key.0 == node { key.1 } else { key.0 });
-            let link = self.net.link(key);
-            link.wanted[side] = false;
-            if link.side == [Side::Closed; 2] {
-                continue;
-            }
-            let already = link.broken;
-            link.broken = true;
-            link.side[side] = Side::Closed;
-            link.lane[side].queue.clear();
-            if !already {
-                self.cut_lane(key, 1 - side);
-            }
-            self.settle_link(key);
+            self.bereave(key, usize::from(key.1 == node));
         }
     }
 

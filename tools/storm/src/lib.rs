@@ -1,12 +1,12 @@
 //! A deterministic simulator of whole clusters: the real state machines of the engine, with a
 //! simulated network, simulated storage, faults and an all-seeing oracle.
 //!
-//! Reading order: [`plan`] (what a seed stands for), [`world`] (events and connections),
-//! [`mod@step`], `shards` and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
+//! Reading order: [`plan`] (what a seed stands for), [`world`] (events), `connection`, [`mod@step`], `shards` and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
 //! [`runner`] (many seeds, determinism, minimising), [`scenario`] (scripts instead of chance).
 #![forbid(unsafe_code)]
 
 pub mod app;
+mod connection;
 pub mod disk;
 pub mod fate;
 pub mod net;

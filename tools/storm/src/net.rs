@@ -4,9 +4,16 @@
 //! then the end of the connection is noticed; only after both sides noticed may it come up again.
 //! A partition (possibly one way) holds messages back, and no connection comes up across it.
 //!
+//! The end of a process is noticed as over real queue pairs, which retry for ever: a peer with
+//! nothing under way is none the wiser ([`Ghost`]). It hears from the next process at that address
+//! that the connection is over, when it sends again or that process calls it. When a view names a
+//! newer life than the connection's, the hands of a node send something by themselves.
+//!
 //! Deliberately absent: loss and reordering within a connection, which the transport repairs.
 
 use std::collections::{BTreeMap, VecDeque};
+
+use lowtide_engine_core::ids::Incarnation;
 
 /// Something that travels in one direction of a connection.
 #[derive(Clone, Debug)]
@@ -42,6 +49,19 @@ pub struct Lane {
     pub blocked_until: u64,
 }
 
+/// The process at one end is gone, and the other end does not know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ghost {
+    /// Index within the pair of the side that does not know.
+    pub side: usize,
+    /// Newest incarnation that the node had whose process is gone.
+    pub newest: Incarnation,
+    /// Whether that process had joined.
+    pub joined: bool,
+    /// Something is under way, which the next process at that address answers.
+    pub asks: bool,
+}
+
 /// The connection of one pair, index 0 for the lower node.
 #[derive(Debug, Default)]
 pub struct Link {
@@ -51,6 +71,8 @@ pub struct Link {
     pub lane: [Lane; 2],
     /// The transport has given this connection up; what is sent is lost.
     pub broken: bool,
+    /// It is given up at one side only.
+    pub ghost: Option<Ghost>,
     /// Either side wants it, and an attempt is scheduled.
     pub dialing: bool,
     /// Wanted by the lower or the higher node.
@@ -92,6 +114,16 @@ impl Net {
     #[must_use]
     pub fn pairs(&self) -> Vec<(usize, usize)> {
         self.links.keys().copied().collect()
+    }
+
+    /// Whether `from` has a connection to `to`, and all that it has sent there has arrived.
+    #[must_use]
+    pub fn is_delivered(&self, from: usize, to: usize) -> bool {
+        let (key, side) = pair(from, to);
+        let link = self.links.get(&key);
+        let is_open = |l: &&Link| l.side[side] == Side::Open && !l.broken;
+        link.filter(is_open)
+            .is_some_and(|l| l.lane[1 - side].queue.is_empty())
     }
 
     /// Whether any message is in flight.

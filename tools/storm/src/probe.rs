@@ -77,6 +77,10 @@ probes! {
     RoomRanOut,
     /// It refused a lock for that, and granted it when there was room again.
     GrantedAfterRoomCameBack,
+    /// A view told a node that the peer of an idle connection had been replaced.
+    SilentEndFoundByView,
+    /// So it was after the peer had died before it joined.
+    EndBeforeJoinFoundByView,
     IdleEpochsWatched,
     RestWatched,
 }

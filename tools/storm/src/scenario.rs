@@ -427,6 +427,12 @@ impl Scenario {
         self.world.after(client);
     }
 
+    /// Whether `from` has a connection to `to`, and all that it has sent there has arrived.
+    #[must_use]
+    pub fn is_connected_and_idle(&self, from: Index, to: Index) -> bool {
+        self.world.net.is_delivered(from, to)
+    }
+
     /// Nothing that `from` sends reaches `to` from now on.
     pub fn cut(&mut self, from: Index, to: Index) {
         let (key, side) = pair(to, from);

@@ -311,6 +311,7 @@ impl World {
             }
         }
         self.report(node);
+        self.compare_lives(node);
         self.start_sync(node);
         self.set_timers(node);
     }
@@ -478,6 +479,7 @@ impl World {
         }
         n.epoch = epoch;
         n.life = life;
+        n.newest = n.newest.max(life.incarnation);
         match &n.core {
             Core::Client(c) => {
                 let known = self.oracle.known(life);

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use lowtide_engine_core::aggregator::Aggregator;
 use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::Destination;
-use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, Time, ViewId};
+use lowtide_engine_core::ids::{Epoch, Incarnation, Life, NodeId, Seq, Step, Time, ViewId};
 use lowtide_engine_core::op::{Bytes, Stamp};
 use lowtide_engine_core::proxy::Proxy;
 use lowtide_engine_core::root::Root;
@@ -21,7 +21,7 @@ use lowtide_engine_core::session::{SessionError, Ticket};
 use crate::app::App;
 use crate::disk::{Disk, RootDisk};
 use crate::fate::Losses;
-use crate::net::{Item, Net, Side, pair};
+use crate::net::Net;
 use crate::oracle::Oracle;
 use crate::plan::{Fault, Index, Plan};
 use crate::probe::{Probe, Probes};
@@ -81,6 +81,10 @@ pub struct Node {
     pub epoch: Epoch,
     /// Newest life.
     pub life: Life,
+    /// Newest incarnation that any process of the node has had.
+    pub newest: Incarnation,
+    /// The view that was compared with the connections last.
+    pub compared: ViewId,
     /// Newest acknowledged operation of this life.
     pub acknowledged: Seq,
     /// Comes back when the plan's end heals everything.
@@ -236,6 +240,8 @@ impl World {
                 reported: Step(0),
                 epoch: Epoch(0),
                 life: Life::default(),
+                newest: Incarnation(0),
+                compared: ViewId::default(),
                 acknowledged: Seq(0),
                 returns: true,
                 originate: (0, 0),
@@ -454,132 +460,6 @@ impl World {
             Event::Start { node } => self.start(node),
             Event::Unfull { node } => self.nodes[node].disk.full = false,
             Event::BreakLater { key } => self.break_link(key),
-        }
-    }
-
-    /// Hands an encoded envelope to the connection.
-    pub(crate) fn transmit(&mut self, from: Index, to: Index, bytes: Vec<u8>) {
-        let (key, side) = pair(from, to);
-        let link = self.net.link(key);
-        if from == to || link.broken || link.side[side] != Side::Open {
-            return;
-        }
-        self.push(key, 1 - side, Item::Message(bytes));
-    }
-
-    /// Puts an item on a lane, in order.
-    pub(crate) fn push(&mut self, key: (Index, Index), lane: usize, item: Item) {
-        let delay = 1 + self.rng.below(self.plan.delay_max);
-        let now = self.now;
-        let l = &mut self.net.link(key).lane[lane];
-        l.last_at = l.last_at.max(now + delay).max(l.blocked_until);
-        l.queue.push_back(item);
-        let at = l.last_at;
-        self.at(at, Event::Deliver { key, lane });
-    }
-
-    fn deliver(&mut self, key: (Index, Index), lane: usize) {
-        let node = if lane == 0 { key.0 } else { key.1 };
-        let peer = if lane == 0 { key.1 } else { key.0 };
-        let l = &mut self.net.link(key).lane[lane];
-        let until = l.blocked_until.max(self.nodes[node].paused_until);
-        if until > self.now {
-            self.at(until, Event::Deliver { key, lane });
-            return;
-        }
-        let Some(item) = l.queue.pop_front() else {
-            return;
-        };
-        let link = self.net.link(key);
-        match item {
-            Item::Up => {
-                link.side[lane] = Side::Open;
-                self.connected(node, peer);
-            }
-            Item::Message(bytes) => self.receive(node, peer, &bytes),
-            Item::Down => {
-                let was_open = link.side[lane] == Side::Open;
-                link.side[lane] = Side::Closed;
-                if was_open {
-                    self.disconnected(node, peer);
-                }
-                self.settle_link(key);
-            }
-        }
-    }
-
-    /// A connection that both sides gave up may be dialed again.
-    pub(crate) fn settle_link(&mut self, key: (Index, Index)) {
-        let link = self.net.link(key);
-        let closed = link.side == [Side::Closed; 2];
-        let empty = link.lane.iter().all(|l| l.queue.is_empty());
-        if !closed || !empty {
-            return;
-        }
-        link.broken = false;
-        if link.wanted != [false; 2] && !link.dialing {
-            link.dialing = true;
-            let delay = self.rng.range(1, 2 * self.plan.delay_max);
-            self.at(self.now + delay, Event::Dial { key });
-        }
-    }
-
-    fn dial(&mut self, key: (Index, Index)) {
-        let alive = [key.0, key.1].iter().all(|&n| {
-            let node = &self.nodes[n];
-            !matches!(node.core, Core::Down) && node.paused_until <= self.now
-        });
-        let now = self.now;
-        let link = self.net.link(key);
-        let passable = link.lane.iter().all(|l| l.blocked_until <= now);
-        if link.wanted == [false; 2] || link.side != [Side::Closed; 2] {
-            link.dialing = false;
-            return;
-        }
-        if !alive || !passable {
-            let delay = self.rng.range(3, 4 + 4 * self.plan.delay_max);
-            self.at(now + delay, Event::Dial { key });
-            return;
-        }
-        link.dialing = false;
-        link.side = [Side::Opening; 2];
-        self.push(key, 0, Item::Up);
-        self.push(key, 1, Item::Up);
-    }
-
-    /// `node` wants a connection to `peer` from now on.
-    pub(crate) fn want(&mut self, node: Index, peer: Index) {
-        if node == peer {
-            return;
-        }
-        let (key, side) = pair(node, peer);
-        self.net.link(key).wanted[side] = true;
-        self.settle_link(key);
-    }
-
-    /// The transport gives a connection up: a prefix of what is in flight still arrives.
-    pub(crate) fn break_link(&mut self, key: (Index, Index)) {
-        let link = self.net.link(key);
-        if link.broken || link.side == [Side::Closed; 2] {
-            return;
-        }
-        link.broken = true;
-        for lane in 0..2 {
-            self.cut_lane(key, lane);
-        }
-        self.note(7, || format!("link {key:?} breaks"));
-    }
-
-    /// Loses a suffix of a lane and ends it.
-    pub(crate) fn cut_lane(&mut self, key: (Index, Index), lane: usize) {
-        let length = self.net.link(key).lane[lane].queue.len() as u64;
-        let keep = self.rng.below(length + 1) as usize;
-        let link = self.net.link(key);
-        link.lane[lane].queue.truncate(keep);
-        if link.side[lane] == Side::Closed {
-            link.lane[lane].queue.clear();
-        } else {
-            self.push(key, lane, Item::Down);
         }
     }
 

@@ -561,3 +561,27 @@ fn a_range_and_its_slots_are_both_granted() {
         s.finish();
     }
 }
+
+/// D1's second process never hears from the root: it takes the Open of S1, and dies before it has
+/// joined or said a word. Nothing is under way then, so only the view of its third process tells S1
+/// that it must open its session again; D1 waits for S1's claims, and m for D1.
+#[test]
+fn a_home_that_died_before_it_spoke_is_not_waited_for() {
+    let mut s = Scenario::new(two_by_two(1));
+    let (d1, s1, c0) = (s.d(1), s.s(1), s.c(0));
+    let ticket = s.put(c0, &[(0, 10, 7), (1, 10, 7)]);
+    let first = s.wait(ticket).expect("not refused").epoch;
+    s.until("it is stable", |s| s.minimum() > first);
+    s.crash(d1);
+    // S1 notices the end of the first process by this.
+    let ticket = s.put(c0, &[(0, 10, 8), (1, 10, 8)]);
+    s.cut(0, d1);
+    s.start(d1);
+    s.until("S1 has said Open", |s| s.is_connected_and_idle(s1, d1));
+    s.crash(d1);
+    s.mend(0, d1);
+    s.start(d1);
+    let second = s.wait(ticket).expect("not refused").epoch;
+    s.until("the second is stable too", |s| s.minimum() > second);
+    s.finish();
+}

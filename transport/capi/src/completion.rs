@@ -167,6 +167,11 @@ pub unsafe extern "C" fn lowtide_get_cq_event(
     code(|| {
         // SAFETY: the header's contract.
         let (channel, out) = unsafe { (get(channel, "channel")?, get_mut(cq, "cq")?) };
+        let out_context = match cq_context.is_null() {
+            true => None,
+            // SAFETY: as above. Before an event is taken, which could not be given back.
+            false => Some(unsafe { get_mut(cq_context, "cq_context") }?),
+        };
         let (cq, context) = next(channel.raw.as_fd(), || {
             loop {
                 let id = channel.raw.event()?;
@@ -180,9 +185,8 @@ pub unsafe extern "C" fn lowtide_get_cq_event(
             }
         })?;
         *out = cq;
-        if !cq_context.is_null() {
-            // SAFETY: as above.
-            *unsafe { get_mut(cq_context, "cq_context") }? = context;
+        if let Some(place) = out_context {
+            *place = context;
         }
         Ok(())
     })

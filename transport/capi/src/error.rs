@@ -27,6 +27,7 @@ impl Fault {
     fn errno(&self) -> c_int {
         match self {
             Fault::Verbs(error) => error.errno(),
+            Fault::Connect(ConnectError::InUse) => libc::EBUSY,
             Fault::Null(_) | Fault::Argument(_) | Fault::Connect(_) => libc::EINVAL,
             Fault::Again => libc::EAGAIN,
             Fault::Interrupted => libc::EINTR,

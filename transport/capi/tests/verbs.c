@@ -452,6 +452,8 @@ static void connections(struct end *a, struct end *b)
         struct lowtide_cm_id *ours
             = lowtide_cm_connect(channels[0], &b->gid, 0, LOWTIDE_PS_TCP, 7, qps[0], &param, a);
         MUST(ours && lowtide_destroy_qp(qps[0]) == EBUSY);
+        MUST(!lowtide_cm_connect(channels[0], &b->gid, 0, 0x0106, 7, qps[0], &param, a));
+        MUST(errno == EBUSY);
         struct lowtide_cm_event *event = next(channels[1], LOWTIDE_CM_EVENT_CONNECT_REQUEST);
         struct lowtide_cm_id *theirs = event->id;
         MUST(event->listen_id == listener && lowtide_cm_context(theirs) == b);

@@ -123,6 +123,8 @@ pub struct Cm {
     connections: BTreeMap<CommId, Connection>,
     /// Server side: connections by the client's address and id, to know a repeated request.
     requests: BTreeMap<(IpAddr, CommId), CommId>,
+    /// The same of inquiries, whose ids are numbers of their own.
+    inquiries: BTreeMap<(IpAddr, CommId), CommId>,
     /// Server side: connections by the client's queue pair, to know its host's next life.
     remote_qps: BTreeMap<(SocketAddr, Qpn), CommId>,
     /// Every connection's `due`, in order.
@@ -142,6 +144,7 @@ impl Cm {
             datagram_services: BTreeSet::new(),
             connections: BTreeMap::new(),
             requests: BTreeMap::new(),
+            inquiries: BTreeMap::new(),
             remote_qps: BTreeMap::new(),
             timers: BTreeSet::new(),
             transmits: VecDeque::new(),
@@ -498,7 +501,7 @@ impl Cm {
     // Connections.
 
     fn allocate(&mut self) -> Result<CommId, CmError> {
-        if self.connections.len() >= self.config.connections_max {
+        if self.connections.len() >= self.config.connections_max && !self.make_room() {
             return Err(CmError::TooManyConnections);
         }
         // Ends: fewer connections exist than ids.
@@ -509,6 +512,19 @@ impl Cm {
                 return Ok(id);
             }
         }
+    }
+
+    /// Forgets the connection that has been over for longest: lest peers that we refuse fill the
+    /// table with what is only remembered. False if there is none.
+    fn make_room(&mut self) -> bool {
+        let over = self.timers.iter().map(|(_, id)| *id).find(|id| {
+            let state = self.connections.get(id).map(|c| c.state);
+            state == Some(CmState::TimeWait)
+        });
+        if let Some(id) = over {
+            self.forget(id);
+        }
+        over.is_some()
     }
 
     fn tid(&self, id: CommId) -> u64 {
@@ -560,8 +576,12 @@ impl Cm {
         if let Some(connection) = self.connections.remove(&id)
             && !connection.is_client
         {
-            self.requests
-                .remove(&(connection.peer.ip(), connection.remote));
+            let key = (connection.peer.ip(), connection.remote);
+            for known in [&mut self.requests, &mut self.inquiries] {
+                if known.get(&key) == Some(&id) {
+                    known.remove(&key);
+                }
+            }
             let key = (connection.peer, connection.remote_qpn);
             if self.remote_qps.get(&key) == Some(&id) {
                 self.remote_qps.remove(&key);

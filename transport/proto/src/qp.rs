@@ -1,7 +1,7 @@
 //! Queue pairs: the state machines between posted work and packets.
 //!
 //! [`QueuePair`] is a reliable connection (RC; UC differs only in what it leaves out). It is split
-//! by concern: `requester` (send queue, segmentation, acknowledgements, go-back-N), `responder`
+//! by concern: `requester` (send queue, segmentation, acknowledgements, repetition), `responder`
 //! (expected PSN, placement, answers, replay of duplicates), `timers` (one table). [`UdQueuePair`]
 //! is the datagram. `work`, `memory` and `types` hold the vocabulary, that of ibverbs.
 //!
@@ -10,6 +10,12 @@
 //! `handle_transmit_failure`. Outputs: `poll_transmit` (and, when it has nothing,
 //! `execute_local`), `poll_completion`, `poll_event`, `poll_timeout`, to be drained in this order
 //! after any command or input. `now` never goes backwards.
+//!
+//! Loss. What arrives ahead of a gap ([`Outcome::Ahead`]) the caller may keep and hand in again in its
+//! turn (`ahead`). To a peer that does so too, and is known to, only what was lost is sent again; to
+//! others everything from the gap on, for the IBTA knows no other way (go-back-N). Such a peer reports
+//! a gap by an atomic acknowledgement with a sequence NAK, of which the IBTA has no use; its 64 bits
+//! say which of the packets behind it are kept.
 //!
 //! Payload is never copied here: a [`Transmit`] names the fragments of registered memory that its
 //! payload consists of, and received payload is handed to a [`Memory`] with the place where it
@@ -26,6 +32,7 @@
 //! caller's, behind [`Memory`].
 //! Source: IBTA volume 1, chapters 9 and 10; Linux `rxe_req.c`, `rxe_comp.c`, `rxe_resp.c`.
 
+mod ahead;
 mod memory;
 mod reports;
 mod requester;
@@ -57,6 +64,7 @@ use reports::Reports;
 use requester::{Failure, Requester};
 use responder::Responder;
 use timers::TimerTable;
+use types::transmit;
 
 /// A connected queue pair: see the [module](self).
 #[derive(Debug)]
@@ -82,6 +90,8 @@ struct Link {
     mtu: Mtu,
     pkey: u16,
     access: Access,
+    /// The peer reports gaps, and understands reports.
+    reports_gaps: bool,
 }
 
 impl QueuePair {
@@ -104,6 +114,7 @@ impl QueuePair {
                 mtu: Mtu::B1024,
                 pkey: PKEY_DEFAULT,
                 access: Access::default(),
+                reports_gaps: false,
             },
             requester: Requester::new(caps.send_wr_max),
             responder: Responder::new(recv_wr_max, caps.shared_receives),
@@ -303,6 +314,7 @@ impl QueuePair {
     pub fn to_reset(&mut self) {
         self.state = QpState::Reset;
         self.is_established = false;
+        self.link.reports_gaps = false;
         self.timers.stop_all();
         self.requester.clear();
         self.responder.clear();
@@ -390,6 +402,7 @@ impl QueuePair {
         };
         match outcome {
             Outcome::Accepted => self.out.counters.rcvd_pkts += 1,
+            Outcome::Ahead => {} // counted in its turn
             Outcome::Dropped(_) => self.out.counters.dropped_pkts += 1,
         }
         outcome
@@ -584,21 +597,4 @@ impl QueuePair {
 /// Two partition keys match if their low 15 bits do and one of them is a full member.
 fn pkeys_match(a: u16, b: u16) -> bool {
     a & 0x7fff == b & 0x7fff && (a | b) & 0x8000 != 0
-}
-
-/// Put `header` in front of `payload`, with the pad the payload needs.
-fn transmit(mut header: crate::wire::Header, payload: Fragments) -> Transmit {
-    header.pad = crate::wire::pad_len(payload.total() as usize) as u8;
-    let is_response = header.opcode.is_response();
-    let mut bytes = [0; crate::wire::HEADER_LEN_MAX];
-    let header_len = header.emit(&mut bytes) as u8;
-    Transmit {
-        header: bytes,
-        header_len,
-        psn: header.psn,
-        payload,
-        pad: header.pad,
-        is_response,
-        is_retransmission: false,
-    }
 }

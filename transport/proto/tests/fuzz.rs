@@ -4,8 +4,10 @@ mod common;
 
 use std::net::SocketAddr;
 
+use std::collections::BTreeMap;
+
 use common::pcap::golden;
-use common::{Rng, Setup, TestMemory, base_of, connected, piece, remote};
+use common::{Early, QPNS, Rng, Setup, TestMemory, base_of, connected, piece, remote};
 use lowtide_transport_proto::cm::{
     Cm, CmConfig, ConnectParams, MAD_LEN, Message, QpOffer, ResolveParams, ServiceId,
 };
@@ -109,7 +111,7 @@ fn mutate(rng: &mut Rng, bytes: &mut Vec<u8>) {
 fn mutated_golden_packets_never_panic_a_queue_pair() {
     let corpus: Vec<Vec<u8>> = golden().iter().map(|g| g.udp_payload().to_vec()).collect();
     let mut rng = Rng(3);
-    let (mut accepted, mut dropped, mut failures) = (0u64, 0u64, 0u64);
+    let (mut accepted, mut ahead, mut dropped, mut failures) = (0u64, 0u64, 0u64, 0u64);
     for round in 0..2_000 {
         let kind = if round % 4 == 3 {
             QpKind::Uc
@@ -122,9 +124,14 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
                 kind,
                 timeout: 8,
                 retry_cnt: 3,
+                early: match round % 2 {
+                    0 => Early::Reported,
+                    _ => Early::Dropped,
+                },
                 ..Setup::default()
             },
         );
+        let mut kept = BTreeMap::new();
         let mut memory = TestMemory::default();
         memory.register(REGION, vec![1; 16 << 10]);
         let mut now = Nanos(1);
@@ -132,13 +139,30 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
         for _ in 0..1_000 {
             now = now + Nanos(rng.below(20_000));
             let mut bytes = corpus[rng.below(corpus.len() as u64) as usize].clone();
+            if rng.chance(50) {
+                bytes = report(&mut rng);
+            }
             aim(&mut rng, &mut bytes, &qp);
             mutate(&mut rng, &mut bytes);
             exercise(&bytes);
             if let Ok(packet) = Packet::new_checked(&bytes) {
                 match qp.handle_packet(now, &packet, &mut memory) {
                     Outcome::Accepted => accepted += 1,
+                    Outcome::Ahead => {
+                        ahead += 1;
+                        kept.insert(packet.psn().value(), bytes.clone());
+                        qp.note_kept(&packet);
+                    }
                     Outcome::Dropped(_) => dropped += 1,
+                }
+            }
+            while let Some(psn) = qp.wants_kept() {
+                match kept.remove(&psn.value()).filter(|_| rng.chance(900)) {
+                    None => qp.forget_kept(),
+                    Some(bytes) => {
+                        let packet = Packet::new_checked(&bytes).unwrap();
+                        qp.handle_packet(now, &packet, &mut memory);
+                    }
                 }
             }
             posted += post_something(&mut rng, &mut qp);
@@ -175,8 +199,8 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
         completed += std::iter::from_fn(|| qp.poll_completion()).count();
         assert_eq!(posted, completed, "every request completes exactly once");
     }
-    println!("{accepted} accepted, {dropped} dropped, {failures} of 2000 queue pairs failed");
-    assert!(accepted > 1_000 && dropped > 1_000 && failures > 200);
+    println!("{accepted} accepted, {ahead} ahead, {dropped} dropped, {failures} of 2000 failed");
+    assert!(accepted > 1_000 && ahead > 1_000 && dropped > 1_000 && failures > 200);
 }
 
 #[test]
@@ -217,7 +241,7 @@ fn mutated_datagrams_never_panic_a_queue_pair() {
         if let Ok(packet) = Packet::new_checked(&bytes) {
             match qp.handle_packet(&packet, &[0; GRH_LEN], &mut memory) {
                 Outcome::Accepted => accepted += 1,
-                Outcome::Dropped(_) => dropped += 1,
+                Outcome::Ahead | Outcome::Dropped(_) => dropped += 1,
             }
         }
         while let Some(completion) = qp.poll_completion() {
@@ -227,6 +251,19 @@ fn mutated_datagrams_never_panic_a_queue_pair() {
     }
     println!("{accepted} accepted, {dropped} dropped");
     assert!(accepted > 10_000 && dropped > 10_000);
+}
+
+/// A report of a gap, of random packets behind it.
+fn report(rng: &mut Rng) -> Vec<u8> {
+    let aeth = Aeth {
+        syndrome: Syndrome::Nak(NakCode::SequenceError),
+        msn: 1,
+    };
+    let extension = Extension::AtomicAck(aeth, rng.next() & rng.next());
+    let header = Header::new(Opcode::RcAtomicAcknowledge, QPNS[0], Psn::new(0), extension);
+    let mut bytes = vec![0; header.len() + ICRC_LEN];
+    header.emit(&mut bytes);
+    bytes
 }
 
 /// Address the packet to `qp` and bring its PSN, keys and addresses near what `qp` expects, so that

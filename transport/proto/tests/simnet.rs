@@ -333,6 +333,8 @@ fn grid(setup: Setup) {
                 flip,
             };
             let mut run = Run::new(setup, faults, u64::from(loss * 7 + reorder + duplicate));
+            // What is kept may be lost again, where the network is worst.
+            run.net.forgets = flip;
             run.run();
             let goodput = 2_000 * TRAFFIC / (run.net.now.0 / 1_000);
             println!(
@@ -356,12 +358,23 @@ fn mixed_traffic_completes_once_in_order_over_bad_networks() {
 }
 
 #[test]
+fn the_same_where_ends_keep_what_arrives_ahead_of_a_gap() {
+    for early in [Early::Kept, Early::Reported] {
+        grid(Setup {
+            early,
+            ..Setup::default()
+        });
+    }
+}
+
+#[test]
 fn the_same_with_small_packets_chunked_reads_and_wrapping_psns() {
     grid(Setup {
         mtu: Mtu::B256,
         psn: [0xff_fff0, 0xff_0000],
         read_chunk_packets: 8,
         rd_atomic: 2,
+        early: Early::Reported,
         ..Setup::default()
     });
 }

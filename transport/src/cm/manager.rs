@@ -283,6 +283,12 @@ impl Manager {
         }
     }
 
+    /// Whether a connection has this queue pair, whatever has become of it.
+    pub(crate) fn has_qp(&self, qp: QpId) -> bool {
+        let mut known = self.entries.values().filter_map(|entry| entry.qp);
+        known.any(|known| known.id == qp)
+    }
+
     // Inputs.
 
     /// A management datagram has come from `source`.

@@ -14,10 +14,11 @@ use lowtide_transport_proto::qp::{
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
+use super::budget::UNKNOWN_PEER;
 use super::output::{ACK_REQ, resolve};
 use super::{Device, DeviceOptions, Input, Machine, Peer};
 use crate::host::{
-    self, Exports, HostBatch, Hosts, Ours, QpEntry, RING_PACKETS, SameHost, Theirs, Way, Wish,
+    self, Exports, Gone, HostBatch, Hosts, Ours, QpEntry, RING_PACKETS, SameHost, Theirs, Way, Wish,
 };
 use crate::memory::{Access, Key, Memory};
 use crate::udp::{Arrival, HEADER_MAX, Payload, TRAILER_MAX};
@@ -113,18 +114,30 @@ impl Device {
         }
     }
 
-    /// Ends what was under way to peers that are gone. To be called when all that came has been
+    /// Ends what was under way to peers that are gone; those that had nothing to spare for a ring are
+    /// reached by UDP from now on. To be called when all that came has been
     /// handled.
     pub(crate) fn bury(&mut self) {
         let (Some(hosts), Some(exports)) = (&mut self.hosts, &mut self.memory.exports) else {
             return;
         };
         hosts.sweep(exports);
-        while let Some(outlet) = self.hosts.as_mut().and_then(Hosts::poll_gone) {
+        while let Some(Gone {
+            outlet,
+            is_turned_away,
+        }) = self.hosts.as_mut().and_then(Hosts::poll_gone)
+        {
             let gone = |peer: &&mut super::Peer| peer.users > 0 && peer.outlet == Some(outlet);
             let Some(peer) = self.peers.iter_mut().find(gone) else {
                 continue;
             };
+            if is_turned_away && let Some(hosts) = &mut self.hosts {
+                // By UDP, then; what was sent into the ring is lost, and repeated.
+                peer.outlet = None;
+                peer.budget.learn(UNKNOWN_PEER);
+                hosts.disconnect(outlet);
+                continue;
+            }
             peer.is_gone = true;
             let address = peer.address;
             for index in 0..self.slots.len() as u32 {
@@ -208,6 +221,8 @@ impl Device {
     /// it can be; or fails it, if the peer is gone.
     pub(super) fn act(&mut self, index: u32, peer: u32) -> Act {
         let slot = &mut self.slots[index as usize];
+        // It stays only if more is copied now: whatever goes as packets goes whole.
+        let from = std::mem::take(&mut slot.copied);
         let (
             Some(Machine::Connected(qp)),
             Peer {
@@ -234,7 +249,7 @@ impl Device {
         let (Some((remote, wish, way)), len @ 1..) = (wish(wr), wr.local.total() as usize) else {
             return Act::Nothing;
         };
-        let (wr, dest, from) = (*wr, qp.dest(), slot.copied);
+        let (wr, dest) = (*wr, qp.dest());
         if self.faults.is_blocked(address) {
             return Act::Nothing;
         }
@@ -261,7 +276,6 @@ impl Device {
             self.slots[index as usize].copied = done;
             return Act::More;
         }
-        self.slots[index as usize].copied = 0;
         if let Some(Machine::Connected(qp)) = &mut self.slots[index as usize].machine {
             qp.finish_untouched();
         }
@@ -361,3 +375,6 @@ fn place_of(memory: &mut Memory, domain: u32, fragment: &Fragment, way: Way) -> 
     let span = memory.check(domain, Key(key), fragment.addr, fragment.len, wanted);
     memory.place_of(span.ok()?)
 }
+
+#[cfg(test)]
+mod tests;

@@ -44,6 +44,16 @@ pub(crate) enum Input {
     Delivered,
 }
 
+impl Input {
+    /// The queue pair that took it.
+    pub(crate) fn queue_pair(&self) -> Option<QpId> {
+        match self {
+            Input::Taken { id, .. } => Some(*id),
+            _ => None,
+        }
+    }
+}
+
 impl Device {
     /// Fills `batch` with what has arrived; less than its capacity means that the socket is empty.
     pub(crate) fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
@@ -163,10 +173,8 @@ impl Device {
                 placed: None,
             };
         }
-        let Some((slot, peer)) = slot.and_then(|slot| {
-            let peer = slot.peer?;
-            slot.machine.is_some().then_some((slot, peer))
-        }) else {
+        let connected = slot.filter(|slot| slot.machine.is_some());
+        let Some(peer) = connected.and_then(|slot| slot.peer) else {
             self.counters.rx_unknown_qp += 1;
             return match packet.row().class {
                 Class::Rc if !packet.opcode().is_response() => {
@@ -179,6 +187,45 @@ impl Device {
             self.counters.rx_wrong_peer += 1;
             return Input::Dropped;
         }
+        if is_congested && packet.row().class != Class::Cnp {
+            // Notifications about notifications would never end.
+            self.notify_congestion(now, index, peer);
+        }
+        self.counters.np_ecn_marked_roce_packets += u64::from(is_congested);
+        self.handle_connected(now, index, peer, packet)
+    }
+
+    /// Takes the packet of a queue pair that was kept and whose turn has come, and the datagram; until
+    /// there is none after each `Taken`. The datagram is to be given back with [`Self::give_back`].
+    pub(crate) fn handle_kept(&mut self, now: Nanos, id: QpId) -> Option<(Input, Vec<u8>)> {
+        let slot = self.slots.get_mut(id.0 as usize)?;
+        let (Some(Machine::Connected(qp)), Some(peer)) = (&mut slot.machine, slot.peer) else {
+            return None;
+        };
+        let psn = qp.wants_kept()?;
+        let Some(datagram) = self.kept.take(id.0, psn) else {
+            qp.forget_kept();
+            self.mark_ready(id.0);
+            return None;
+        };
+        // It was one when it was kept.
+        let packet = Packet::new_checked(&datagram).ok()?;
+        let input = self.handle_connected(now, id.0, peer, &packet);
+        Some((input, datagram))
+    }
+
+    pub(crate) fn give_back(&mut self, datagram: Vec<u8>) {
+        self.kept.give_back(datagram);
+    }
+
+    fn handle_connected(
+        &mut self,
+        now: Nanos,
+        index: u32,
+        peer: u32,
+        packet: &Packet<'_>,
+    ) -> Input {
+        let slot = &mut self.slots[index as usize];
         let Some(Machine::Connected(qp)) = slot.machine.as_mut() else {
             return Input::Dropped;
         };
@@ -195,16 +242,12 @@ impl Device {
         };
         let outcome = qp.handle_packet(now, packet, &mut view);
         let placed = view.placed.map(|offset| (offset, packet.payload_range()));
-        let is_notification = packet.row().class == Class::Cnp;
-        if is_notification && outcome == qp::Outcome::Accepted {
-            self.peers[peer as usize].budget.cut(now);
+        if outcome == qp::Outcome::Ahead {
+            self.kept.keep(index, packet.psn(), packet.bytes());
+            qp.note_kept(packet);
         }
-        if is_congested {
-            self.counters.np_ecn_marked_roce_packets += 1;
-            // Notifications about notifications would never end.
-            if !is_notification {
-                self.notify_congestion(now, index, peer);
-            }
+        if packet.row().class == Class::Cnp && outcome == qp::Outcome::Accepted {
+            self.peers[peer as usize].budget.cut(now);
         }
         self.settle(index);
         self.mark_ready(index);

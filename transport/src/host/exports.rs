@@ -192,7 +192,11 @@ impl Exports {
     /// Waits until nobody reaches what has been hidden.
     fn wait_for_readers(&self) {
         for reader in &self.readers {
-            while Receiver::is_reached(reader.ring.words()) && !is_hung_up(&reader.socket) {
+            let words = reader.ring.words();
+            let Some(reach) = Receiver::reach(words) else {
+                continue;
+            };
+            while reach.lasts(words) && !is_hung_up(&reader.socket) {
                 // Microseconds at most, and rare: not worth a wake-up by every peer at every access.
                 std::thread::sleep(LOOK);
             }

@@ -124,7 +124,8 @@ pub(super) fn tell(socket: &Socket, note: &Note, fds: &[BorrowedFd<'_>]) -> io::
     check(sent as libc::c_int)
 }
 
-/// The next note, if one waits.
+/// The next note, if one waits. Fewer file descriptors come with it than were sent if we may have no
+/// more.
 ///
 /// # Errors
 /// `UnexpectedEof` when the peer is gone, `InvalidData` for what is no note; or the socket's.
@@ -157,7 +158,7 @@ pub(super) fn hear(socket: &Socket) -> io::Result<Option<(Note, Vec<OwnedFd>)>> 
     if len == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let is_whole = message.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) == 0;
+    let is_whole = message.msg_flags & libc::MSG_TRUNC == 0;
     let note = Note::parse(&bytes).filter(|_| is_whole && len as usize == NOTE_LEN);
     match note {
         Some(note) => Ok(Some((note, fds))),

@@ -6,7 +6,8 @@
 //! word 0   version                        written once, by the sender
 //! word 8   head: units taken so far       written by the receiver
 //! word 16  asleep                         set by the receiver, cleared by either
-//! word 24  the sender reaches our memory  written by the sender: see `host::table`
+//! word 24  odd: the sender reaches the    written by the sender: see `host::exports`
+//!          receiver's memory
 //! word 64… records, each whole units of eight words: one word of header, then the bytes
 //! ```
 //!
@@ -34,6 +35,9 @@ const WORD_HEAD: usize = 8;
 const WORD_ASLEEP: usize = 16;
 const WORD_REACHING: usize = 24;
 const WORD_RECORDS: usize = 64;
+/// Bytes of the longest record. Packets are far shorter; a peer may make its ring as long as it
+/// likes, and must not have us copy, or reserve, all of that.
+const LEN_MAX: usize = 1 << 16;
 /// Words of a unit: a cache line.
 const UNIT: usize = 8;
 
@@ -90,7 +94,8 @@ impl Sender {
     /// Bytes of the longest record.
     pub fn len_max(&self) -> usize {
         // One unit behind it is for the next header.
-        (self.units.saturating_sub(1) * UNIT).saturating_sub(1) * 8
+        let room = (self.units.saturating_sub(1) * UNIT).saturating_sub(1) * 8;
+        room.min(LEN_MAX)
     }
 
     /// Sends the concatenation of `parts`; false if there is no room. Follow with [`Self::is_wanted`].
@@ -137,15 +142,19 @@ impl Sender {
     /// have done, the receiver takes no memory out of service. What is in service is to be looked up
     /// after this.
     pub fn begin_reaching(&self, words: &[AtomicU64]) {
-        words[WORD_REACHING].store(1, Ordering::Relaxed);
-        // Pairs with the fence in `Receiver::is_reached`.
+        // Nobody else writes it.
+        let reaches = words[WORD_REACHING].load(Ordering::Relaxed) | 1;
+        // Release: who sees this may never see that the last time has ended.
+        words[WORD_REACHING].store(reaches, Ordering::Release);
+        // Pairs with the fence in `Receiver::reach`.
         fence(Ordering::SeqCst);
     }
 
     /// Says that we have done.
     pub fn end_reaching(&self, words: &[AtomicU64]) {
+        let reaches = words[WORD_REACHING].load(Ordering::Relaxed);
         // Release: the accesses come before.
-        words[WORD_REACHING].store(0, Ordering::Release);
+        words[WORD_REACHING].store(reaches.wrapping_add(1) & !1, Ordering::Release);
     }
 
     fn has_room(&self, units: u64) -> bool {
@@ -213,7 +222,7 @@ impl Receiver {
     /// Appends the next record to `into` and returns its length; none if there is none.
     ///
     /// # Errors
-    /// A length that the ring cannot hold.
+    /// A length that the ring cannot hold, or that no packet has.
     pub fn receive(
         &mut self,
         words: &[AtomicU64],
@@ -224,7 +233,7 @@ impl Receiver {
             0 => return Ok(None),
             header => usize::try_from(header - 1).map_err(|_| Broken)?,
         };
-        if len > self.units * UNIT * 8 || units_of(len) >= self.units {
+        if len > LEN_MAX || units_of(len) >= self.units {
             return Err(Broken);
         }
         let mask = self.units * UNIT - 1;
@@ -252,12 +261,26 @@ impl Receiver {
         !self.is_waiting(words)
     }
 
-    /// Whether the sender may still be reaching memory that has just been taken out of service.
-    pub fn is_reached(words: &[AtomicU64]) -> bool {
+    /// What the sender is doing with memory that has just been taken out of service; none if it does
+    /// not reach any.
+    pub fn reach(words: &[AtomicU64]) -> Option<Reach> {
         // Pairs with the fence in `Sender::begin_reaching`.
         fence(Ordering::SeqCst);
         // Acquire pairs with the Release in `Sender::end_reaching`.
-        words[WORD_REACHING].load(Ordering::Acquire) != 0
+        let reaches = words[WORD_REACHING].load(Ordering::Acquire);
+        (reaches % 2 == 1).then_some(Reach(reaches))
+    }
+}
+
+/// One time that a sender reaches the receiver's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach(u64);
+
+impl Reach {
+    /// Whether it lasts. The next one does not count: what is out of service is not found any more.
+    pub fn lasts(self, words: &[AtomicU64]) -> bool {
+        // Acquire as in `Receiver::reach`.
+        words[WORD_REACHING].load(Ordering::Acquire) == self.0
     }
 }
 
@@ -338,6 +361,20 @@ mod tests {
             assert_eq!(Receiver::new(&words).unwrap_err(), Broken);
         }
         assert!(broken_sends > 100 && broken_receives > 100);
+        // A ring that could hold it, and a record that is no packet's.
+        let words = self::words(1 << 13);
+        for (len, is_sound) in [(LEN_MAX, true), (LEN_MAX + 1, false)] {
+            Sender::new(&words);
+            let mut receiver = Receiver::new(&words).unwrap();
+            words[WORD_RECORDS].store(len as u64 + 1, Ordering::Relaxed);
+            let mut out = Vec::new();
+            assert_eq!(
+                receiver.receive(&words, &mut out).is_ok(),
+                is_sound,
+                "{len}"
+            );
+            assert_eq!(out.len(), if is_sound { len } else { 0 });
+        }
         for units in [0, 1] {
             assert!(Receiver::new(&self::words(units)).is_err());
         }
@@ -356,9 +393,13 @@ mod tests {
         assert!(!receiver.may_sleep(&words), "something waits");
         assert!(sender.is_wanted(&words), "which it learns by and by");
         sender.begin_reaching(&words);
-        assert!(Receiver::is_reached(&words));
+        let reach = Receiver::reach(&words).unwrap();
+        assert!(reach.lasts(&words));
         sender.end_reaching(&words);
-        assert!(!Receiver::is_reached(&words));
+        assert!(!reach.lasts(&words) && Receiver::reach(&words).is_none());
+        // Who is back before anybody has looked is not waited for again.
+        sender.begin_reaching(&words);
+        assert!(!reach.lasts(&words) && Receiver::reach(&words).is_some());
     }
 }
 
@@ -420,7 +461,7 @@ mod loom_tests {
     }
 
     /// Memory is not taken out of service while the other side reaches it: the word of the table is
-    /// cleared, then `is_reached` is asked.
+    /// cleared, then what is being reached is waited for.
     #[test]
     fn nobody_reaches_what_is_out_of_service() {
         loom::model(|| {
@@ -431,15 +472,19 @@ mod loom_tests {
             let sender = Sender::new(&words);
             let receiver = Receiver::new(&words).unwrap();
             let reaching = thread::spawn(move || {
-                sender.begin_reaching(&theirs);
-                if table.load(Ordering::Acquire) == 1 {
-                    assert_eq!(target.load(Ordering::Relaxed), 1, "it is still there");
+                for _ in 0..2 {
+                    sender.begin_reaching(&theirs);
+                    if table.load(Ordering::Acquire) == 1 {
+                        assert_eq!(target.load(Ordering::Relaxed), 1, "it is still there");
+                    }
+                    sender.end_reaching(&theirs);
                 }
-                sender.end_reaching(&theirs);
             });
             in_service.store(0, Ordering::Release);
-            while Receiver::is_reached(&words) {
-                thread::yield_now();
+            if let Some(reach) = Receiver::reach(&words) {
+                while reach.lasts(&words) {
+                    thread::yield_now();
+                }
             }
             memory.store(0, Ordering::Relaxed);
             reaching.join().unwrap();

@@ -2,7 +2,8 @@
 //!
 //! Owns: a memfd of fixed length and its mapping. The file is sealed against shrinking and growing
 //! before anybody else gets it, and one that comes from elsewhere is refused unless it is: so no peer
-//! can take pages away under our feet, and touching a mapped segment never raises SIGBUS.
+//! can take pages away under our feet, and touching a mapped segment never raises SIGBUS. A file of
+//! huge pages is refused, too: their pool may be empty when a page is touched.
 //!
 //! The bytes are atomic words. Whatever the other process does to them meanwhile, a load yields some
 //! value, and whoever loads checks it.
@@ -57,7 +58,7 @@ impl Segment {
     ///
     /// # Errors
     /// `InvalidData` for one that could still change its length, or is shorter than `len_min` or no
-    /// whole number of words; or the system's.
+    /// whole number of words, or does not lie in plain memory; or the system's.
     pub(crate) fn adopt(file: OwnedFd, len_min: usize) -> io::Result<Segment> {
         let fd = file.as_raw_fd();
         // SAFETY: plain arguments; a file that knows no seals fails.
@@ -69,7 +70,12 @@ impl Segment {
         // SAFETY: filled above, and all zero is a value of it, too.
         let len = usize::try_from(unsafe { stat.assume_init() }.st_size).unwrap_or(0);
         let is_sound = (len_min.max(8)..=LEN_MAX).contains(&len) && len.is_multiple_of(8);
-        if seals & SEALS != SEALS || !is_sound {
+        let mut system = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+        // SAFETY: the kernel fills the structure.
+        check(unsafe { libc::fstatfs(fd, system.as_mut_ptr()) })?;
+        // SAFETY: filled above, and all zero is a value of it, too.
+        let is_plain = unsafe { system.assume_init() }.f_type == libc::TMPFS_MAGIC;
+        if seals & SEALS != SEALS || !is_sound || !is_plain {
             return Err(io::ErrorKind::InvalidData.into());
         }
         Segment::map(file, len)
@@ -154,6 +160,17 @@ mod tests {
             OwnedFd::from_raw_fd(fd)
         };
         let refused = Segment::adopt(loose, 4096).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
+        // Whether there are any huge pages: their file can be made without one.
+        // SAFETY: a new file, owned here.
+        let huge = unsafe {
+            let flags = libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB;
+            let fd = libc::memfd_create(c"huge".as_ptr(), flags);
+            assert_eq!(libc::ftruncate(fd, 1 << 30), 0);
+            assert_eq!(libc::fcntl(fd, libc::F_ADD_SEALS, SEALS), 0);
+            OwnedFd::from_raw_fd(fd)
+        };
+        let refused = Segment::adopt(huge, 4096).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
         let plain = std::fs::File::open("/proc/self/exe").unwrap().into_raw_fd();
         // SAFETY: just opened.

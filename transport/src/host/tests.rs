@@ -168,7 +168,11 @@ fn a_peer_that_breaks_its_own_index_or_leaves_is_gone_for_us() {
             drop(b);
         }
         a.take();
-        assert_eq!(a.hosts.poll_gone(), Some(outlet));
+        let gone = Gone {
+            outlet,
+            is_turned_away: false,
+        };
+        assert_eq!(a.hosts.poll_gone(), Some(gone));
         assert_eq!(a.hosts.poll_gone(), None);
         a.hosts.disconnect(outlet);
     }

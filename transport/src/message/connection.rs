@@ -47,6 +47,9 @@ pub(crate) struct Stream {
     granted: u16,
     /// Offers that the peer has been told we have taken.
     taken_told: u32,
+    /// A parcel is wanted although there is nothing to say: whether the peer is there shows by its
+    /// answer.
+    is_probing: bool,
     tx_sequence: u32,
     rx_sequence: u32,
     assembly: Assembly,
@@ -98,6 +101,7 @@ impl Stream {
             owed: 0,
             granted,
             taken_told: 0,
+            is_probing: false,
             tx_sequence: 0,
             rx_sequence: 0,
             assembly: Assembly::default(),
@@ -120,8 +124,13 @@ impl Stream {
         self.owed += 1;
     }
 
+    /// Sends something soon, unless what is under way will be answered anyway.
+    pub(crate) fn probe(&mut self) {
+        self.is_probing = true;
+    }
+
     /// Posts what waits and may go, and returns credits if many are owed, or at once if an offer has
-    /// been taken.
+    /// been taken or a probe is wanted.
     pub(crate) fn pump(&mut self, device: &mut Device, pool: &mut SlotPool) {
         while self.outbox.is_waiting() && self.credits > 0 {
             if !self.post(device, pool, None) {
@@ -131,12 +140,14 @@ impl Stream {
         }
         let is_owing = self.owed > 0 && self.owed >= self.granted / 2;
         let taken = self.inbox.taken();
-        let is_due = is_owing || taken != self.taken_told;
+        self.is_probing &= self.outbox.posted() == 0;
+        let is_due = is_owing || taken != self.taken_told || self.is_probing;
         if is_due
             && self.outbox.credits_posted() < CREDITS_MAX
             && self.post(device, pool, Some(taken))
         {
             self.taken_told = taken;
+            self.is_probing = false;
         }
     }
 

@@ -441,6 +441,18 @@ impl EndpointCtx {
         }
     }
 
+    /// Asks whether the peer's process is still the one that this connection leads to, if nothing is
+    /// under way that would ask it anyway: if not, `Closed` follows as soon as its successor hears
+    /// of it. No event follows from a peer that is there.
+    pub fn probe(&mut self, conn: ConnId) {
+        if let Some(index) = self.index(conn)
+            && let Some((stream, _)) = self.stream(index)
+        {
+            stream.probe();
+            self.mark_dirty(index);
+        }
+    }
+
     /// Whether something sent on the connection has not been acknowledged: closing it now would lose
     /// that. What is acknowledged has reached the peer's endpoint, in a `poll` of which it is
     /// handed up.

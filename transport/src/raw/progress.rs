@@ -500,6 +500,10 @@ impl State {
                 Input::Taken { id, .. } => {
                     self.manager.note_communication(id);
                     self.tables.collect(&mut self.device, id);
+                    while let Some((_, datagram)) = self.device.handle_kept(now, id) {
+                        self.device.give_back(datagram);
+                        self.tables.collect(&mut self.device, id);
+                    }
                 }
                 Input::Management(range) => {
                     self.manager.handle(now, arrival.source, &datagram[range]);

@@ -1,6 +1,7 @@
 //! What is the same whichever way a peer is reached, and that it is the way asked for.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicU64;
 use std::thread;
@@ -364,6 +365,9 @@ fn other_process() {
         remote.va,
         remote.rkey.0.into(),
     ]);
+    if role == "starved" {
+        starve();
+    }
     for line in std::io::stdin().lines() {
         let words: Vec<u64> = line
             .unwrap()
@@ -391,6 +395,19 @@ fn other_process() {
         }
         tell(&[]);
     }
+}
+
+/// From here on this process gets no file descriptor.
+fn starve() {
+    let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
+    let limit = libc::rlimit {
+        rlim_cur: next as libc::rlim_t,
+        rlim_max: next as libc::rlim_t,
+    };
+    // SAFETY: a live structure, which is only read.
+    let result = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+    assert_eq!(result, 0);
+    assert!(std::fs::File::open("/dev/null").is_err());
 }
 
 fn gid_of(low: u64) -> Gid {
@@ -467,4 +484,22 @@ fn a_process_that_cannot_be_reached_copies_for_us() {
     let (a, mut peer, remote) = pair_of_processes("shut");
     assert_eq!(reach(&a, &mut peer, remote, true), 0);
     assert!(a.context.counters().host_tx_packets > 0 || SAME_HOST == SameHost::Udp);
+}
+
+/// A peer that has no file descriptor left for a ring is reached by UDP.
+#[test]
+fn a_process_without_descriptors_is_reached_by_udp() {
+    let (a, mut peer, _) = pair_of_processes("starved");
+    for round in 0..3 {
+        peer.tell("0");
+        peer.hear();
+        a.post(round, SendOp::Send, &[a.sge(0, 64)]);
+        assert_eq!(a.succeed().wr_id, round);
+        peer.tell("1");
+        peer.hear();
+    }
+    let counters = a.context.counters();
+    assert!(counters.tx_datagrams >= 3 && counters.host_direct == 0);
+    peer.child.kill().unwrap();
+    peer.child.wait().unwrap();
 }

@@ -42,6 +42,12 @@ fn inside() {
     let ends = [end(QpType::Rc), end(QpType::Rc)];
     connect(&ends, 8, 1);
     let [a, b] = &ends;
+    // It is this namespace's that is asked, though /sys shows the outer one's.
+    let mtu = || a.context.query_port(1).unwrap().active_mtu;
+    lo_mtu(1400);
+    assert_eq!(mtu(), Mtu::B1024);
+    lo_mtu(65_536);
+    assert_eq!(mtu(), Mtu::B4096);
     b.receive(1, &[]);
     a.post(2, SendOp::Send, &[]);
     a.succeed();
@@ -98,18 +104,27 @@ fn connect(ends: &[End; 2], timeout: u8, retry_cnt: u8) {
 /// Takes this namespace's loopback interface up or down.
 fn lo(is_up: bool) {
     let flags = if is_up { libc::IFF_UP } else { 0 };
+    let flags = flags as libc::c_short;
+    set_lo(
+        libc::SIOCSIFFLAGS,
+        libc::__c_anonymous_ifr_ifru { ifru_flags: flags },
+    );
+}
+
+fn lo_mtu(bytes: libc::c_int) {
+    set_lo(
+        libc::SIOCSIFMTU,
+        libc::__c_anonymous_ifr_ifru { ifru_mtu: bytes },
+    );
+}
+
+fn set_lo(what: libc::Ioctl, to: libc::__c_anonymous_ifr_ifru) {
     // SAFETY: all zero is an empty request.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[..2].copy_from_slice(&[b'l', b'o'].map(|byte| byte as libc::c_char));
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    request.ifr_ifru = to;
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
     // SAFETY: the request is alive, and of the type that the call expects.
-    let done = unsafe {
-        libc::ioctl(
-            socket.as_raw_fd(),
-            libc::SIOCSIFFLAGS as _,
-            &raw mut request,
-        )
-    };
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), what as _, &raw mut request) };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }

@@ -87,7 +87,7 @@ impl Cm {
         tid: u64,
         req: &SidrReq<'_>,
     ) -> CmOutcome {
-        if let Some(&id) = self.requests.get(&(from.ip(), req.request))
+        if let Some(&id) = self.inquiries.get(&(from.ip(), req.request))
             && let Some(old) = self.connections.get(&id)
         {
             if old.tid == tid {
@@ -121,7 +121,7 @@ impl Cm {
             ..Connection::new(CmState::SidrReqReceived, from, tid)
         };
         self.connections.insert(id, connection);
-        self.requests.insert((from.ip(), req.request), id);
+        self.inquiries.insert((from.ip(), req.request), id);
         self.set_due(id, Some(due));
         let inquiry = Inquiry {
             from,

@@ -315,6 +315,42 @@ fn a_service_that_nobody_offers_and_a_full_server_refuse() {
     assert_eq!(pair.cm[SERVER].poll_event(), None);
 }
 
+/// Peers that are refused leave memories behind, which do not keep anybody else out.
+#[test]
+fn what_is_over_gives_way_to_what_is_new() {
+    let mut pair = Pair::new();
+    pair.cm[SERVER].config.connections_max = 4;
+    let [client, server] = pair.connected();
+    for n in 10..20 {
+        let other = ConnectParams {
+            qp: offer(n),
+            ..params(b"")
+        };
+        pair.cm[CLIENT].connect(pair.now, &other).unwrap();
+        pair.settle();
+        let CmEvent::ConnectRequest { id, .. } = pair.event(SERVER) else {
+            panic!()
+        };
+        pair.cm[SERVER]
+            .reject(pair.now, id, reason::CONSUMER, b"")
+            .unwrap();
+        pair.settle();
+        assert!(matches!(pair.event(CLIENT), CmEvent::Rejected { .. }));
+    }
+    let own = ConnectParams {
+        to: at(CLIENT),
+        ..params(b"")
+    };
+    for _ in 0..3 {
+        pair.cm[SERVER].connect(pair.now, &own).unwrap();
+    }
+    // All that is left lives.
+    let refused = pair.cm[SERVER].connect(pair.now, &own);
+    assert_eq!(refused, Err(CmError::TooManyConnections));
+    assert_eq!(pair.cm[SERVER].state(server), Some(CmState::Established));
+    assert_eq!(pair.cm[CLIENT].state(client), Some(CmState::Established));
+}
+
 #[test]
 fn silence_ends_in_a_timeout_after_repetitions() {
     let mut pair = Pair::new();

@@ -22,13 +22,13 @@ pub struct CmConfig {
     pub first_comm_id: u32,
     /// High half of the transaction ids.
     pub tid_high: u32,
-    /// Connections at once, those winding down included.
+    /// Connections at once; those that are over give way to new ones.
     pub connections_max: usize,
     /// Pause before the first repetition of a message.
     pub resend_after: Nanos,
     /// Time after which a message is no longer repeated.
     pub give_up_after: Nanos,
-    /// How long an ended connection is remembered, to answer duplicates.
+    /// How long an ended connection is remembered at most, to answer duplicates.
     pub time_wait: Nanos,
 }
 

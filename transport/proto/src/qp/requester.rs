@@ -13,16 +13,23 @@
 //! completes in its place.
 //!
 //! Loss is noticed by a sequence NAK, by an answer beyond a READ or atomic that has none (both go
-//! back once per `una`), by an ACK of just the probe, or by the ACK timeout.
+//! back once per `una`), by an ACK of just the probe, or by the ACK timeout. Peers that report gaps
+//! (see the module `qp`) get only what was lost again: `repeat` and `board`.
 //!
 //! Source: Linux `rxe_req.c`, `rxe_comp.c`; the probe is ours, modelled on RFC 8985's.
 
+mod board;
+mod failure;
 mod local;
+mod repeat;
 mod segment;
 mod timeout;
 
+use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 
+use board::Board;
+pub(super) use failure::Failure;
 use segment::Wqe;
 
 use super::memory::Memory;
@@ -37,28 +44,12 @@ use crate::wire::{Extension, Kind, NakCode, Packet, Psn, Syndrome};
 pub const WINDOW: u32 = 128;
 /// Packets after which an ACK is asked for in the middle of a message.
 const ACK_REQ_INTERVAL: u32 = 32;
+/// The same after a loss: where packets get lost, those that ask do too.
+const ACK_REQ_INTERVAL_LOSSY: u32 = 8;
+/// Packets after a loss that count as after a loss.
+const LOSSY: u64 = 1024;
 /// Retry counts of this value are never decremented.
 const RETRY_FOREVER: u8 = 7;
-
-/// Why the send queue stops: the packet to blame and the status of its work request.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Failure {
-    seq: u64,
-    status: Status,
-    /// Not a packet is to blame, but the first request at or behind `seq` that waits to be done at
-    /// this end.
-    is_local: bool,
-}
-
-impl Failure {
-    const fn of_packet(seq: u64, status: Status) -> Self {
-        Self {
-            seq,
-            status,
-            is_local: false,
-        }
-    }
-}
 
 #[derive(Debug)]
 pub(super) struct Requester {
@@ -93,6 +84,12 @@ pub(super) struct Requester {
     timed: Option<(u64, Nanos)>,
     /// Draining: no request starts here or beyond.
     drain_at: Option<u64>,
+    /// After a loss, at a peer that reports gaps: what it has. Made at the first loss.
+    board: Option<Box<Board>>,
+    /// The board says what is true.
+    is_tracking: bool,
+    /// Packets before this one follow a loss.
+    lossy_until: u64,
 }
 
 impl Requester {
@@ -124,6 +121,9 @@ impl Requester {
             round_trip: RoundTrip::new(),
             timed: None,
             drain_at: None,
+            board: None,
+            is_tracking: false,
+            lossy_until: 0,
         }
     }
 
@@ -139,6 +139,7 @@ impl Requester {
         queue.clear();
         *self = Self {
             queue,
+            board: self.board.take(),
             depth: self.depth,
             attr: self.attr,
             ..Self::new(0)
@@ -150,14 +151,20 @@ impl Requester {
     }
 
     pub fn in_flight(&self) -> u32 {
+        self.span() - self.board().map_or(0, Board::absent).min(self.span())
+    }
+
+    /// Packets between the oldest that is not acknowledged and the next new one.
+    fn span(&self) -> u32 {
         // Bounded by the window and one READ of 2^23 packets.
         self.next.saturating_sub(self.una) as u32
     }
 
     pub fn can_send(&self, timers: &TimerTable) -> bool {
         self.probe_due
+            || self.has_lost()
             || (self.next < self.end
-                && self.in_flight() < WINDOW
+                && self.span() < WINDOW
                 && !timers.is_set(Timer::RnrWait)
                 && !self.is_held_back())
     }
@@ -166,6 +173,7 @@ impl Requester {
     pub fn has_one_packet(&self, timers: &TimerTable) -> bool {
         self.next + 1 == self.end
             && !self.probe_due
+            && !self.has_lost()
             && self.can_send(timers)
             && self
                 .queue
@@ -227,40 +235,6 @@ impl Requester {
         Ok(())
     }
 
-    /// Complete everything: up to the packet to blame as flushed, that one with its status.
-    pub fn flush(&mut self, mut failure: Option<Failure>, link: &Link, out: &mut Reports) {
-        while let Some(wqe) = self.queue.pop_front() {
-            let status = match failure {
-                Some(f) if f.is_local && wqe.is_waiting() && wqe.first >= f.seq => f.status,
-                Some(f) if !f.is_local && (wqe.first..wqe.end()).contains(&f.seq) => f.status,
-                _ => Status::Flushed,
-            };
-            failure = failure.filter(|_| status == Status::Flushed);
-            out.complete(wqe.completion(status, link));
-        }
-        self.una = self.end;
-        self.next = self.end;
-        self.high = self.end;
-        self.reads_out = 0;
-        self.cursor = 0;
-        self.probe_due = false;
-    }
-
-    /// The failure of a packet whose payload cannot be found.
-    pub fn local_failure(&self, psn: Psn) -> Failure {
-        let seq = self.una + u64::from(psn.offset_from(self.psn(self.una)));
-        Failure::of_packet(seq, Status::LocalProtection)
-    }
-
-    /// The failure of the oldest request.
-    pub fn oldest_failure(&self, status: Status) -> Failure {
-        Failure {
-            seq: self.una,
-            status,
-            is_local: self.queue.front().is_some_and(Wqe::is_waiting),
-        }
-    }
-
     // Sending.
 
     pub fn poll_transmit(
@@ -281,15 +255,18 @@ impl Requester {
             transmit.is_retransmission = true;
             self.probed = Some(self.una);
             self.timed = None;
+            self.note_probe(link);
             out.counters.probes += 1;
             out.counters.retransmitted_pkts += 1;
             return Some(transmit);
         }
-        if allow != Allow::All
-            || self.in_flight() >= WINDOW
-            || timers.is_set(Timer::RnrWait)
-            || self.is_held_back()
-        {
+        if allow != Allow::All {
+            return None;
+        }
+        if self.has_lost() {
+            return self.repeat_lost(link, out);
+        }
+        if self.span() >= WINDOW || timers.is_set(Timer::RnrWait) || self.is_held_back() {
             return None;
         }
         let wqe = *self.queue.get(self.cursor)?;
@@ -297,10 +274,11 @@ impl Requester {
             return None;
         }
         let ack_req = self.next + 1 == wqe.end()
-            || self.since_ack_req + 1 >= ACK_REQ_INTERVAL
-            || self.in_flight() + 1 >= WINDOW
+            || self.since_ack_req + 1 >= self.ack_req_interval()
+            || self.span() + 1 >= WINDOW
             || wqe.wants_response();
-        let (mut transmit, psns) = self.build(&wqe, self.next, ack_req, link);
+        let seq = self.next;
+        let (mut transmit, psns) = self.build(&wqe, seq, ack_req, link);
         self.since_ack_req = if ack_req { 0 } else { self.since_ack_req + 1 };
         self.reads_out += u32::from(wqe.wants_response());
         if self.next < self.high {
@@ -308,6 +286,9 @@ impl Requester {
             out.counters.retransmitted_pkts += 1;
         } else if ack_req && self.timed.is_none() {
             self.timed = Some((self.next, now));
+        }
+        if let Some(board) = self.board_mut() {
+            board.note_sent(seq);
         }
         self.next += u64::from(psns);
         self.high = self.high.max(self.next);
@@ -379,11 +360,18 @@ impl Requester {
             return (STALE, None);
         }
         let una = self.una;
+        let mut is_repaired = false;
         let result = match packet.extension() {
             Extension::AtomicAck(aeth, original)
                 if matches!(aeth.syndrome, Syndrome::Ack { .. }) =>
             {
                 self.handle_answer(seq, &original.to_ne_bytes(), true, memory, link, out)
+            }
+            Extension::AtomicAck(aeth, map) if is_report(aeth.syndrome, link) => {
+                self.acknowledge(seq, link, out);
+                out.counters.rcvd_seq_err += 1;
+                is_repaired = self.una >= seq && self.handle_report(seq, map);
+                Ok(Outcome::Accepted)
             }
             Extension::AtomicAck(..) => Ok(Outcome::Dropped(DropReason::Unsupported)),
             Extension::Aeth(aeth) => match (packet.row().kind, aeth.syndrome) {
@@ -401,6 +389,7 @@ impl Requester {
             self.progress(now, timers);
         }
         match result {
+            Ok(Outcome::Accepted) if is_repaired => (Outcome::Accepted, None),
             Ok(Outcome::Accepted) if self.una <= seq && !timers.is_set(Timer::RnrWait) => {
                 // It speaks of a packet beyond one that is not answered: that one was lost.
                 self.go_back_once(timers);
@@ -424,7 +413,10 @@ impl Requester {
         let status = match syndrome {
             Syndrome::Ack { .. } => {
                 self.acknowledge(seq + 1, link, out);
-                if self.probed.is_some_and(|probed| self.una == probed + 1) {
+                self.note_executed(seq + 1);
+                if self.probed.is_some_and(|probed| self.una == probed + 1)
+                    && self.board().is_none()
+                {
                     // The responder had nothing beyond the probe: the rest was lost.
                     self.go_back_once(timers);
                 }
@@ -470,6 +462,7 @@ impl Requester {
         out: &mut Reports,
     ) -> Result<Outcome, Failure> {
         self.acknowledge(seq, link, out);
+        self.note_executed(seq + 1);
         let Some(wqe) = self.queue.front().copied().filter(|_| self.una == seq) else {
             return Ok(Outcome::Accepted);
         };
@@ -558,4 +551,9 @@ impl Requester {
         timers.stop(Timer::Probe);
         self.arm(now, timers);
     }
+}
+
+/// Whether an atomic acknowledgement of this kind reports a gap.
+const fn is_report(syndrome: Syndrome, link: &Link) -> bool {
+    link.reports_gaps && matches!(syndrome, Syndrome::Nak(NakCode::SequenceError))
 }

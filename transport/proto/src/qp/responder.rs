@@ -6,12 +6,13 @@
 //! the caller polls, straight from memory; whatever cannot be taken now is dropped unexecuted, for
 //! the peer will repeat it.
 //!
-//! After a gap (or an RNR NAK) one NAK is sent and then silence kept until the expected packet
-//! comes. What is owed stands in line in `answers`, which also remembers READs and atomics.
+//! What comes up to 63 packets ahead of a gap the caller keeps, if it can, and hands in again when its
+//! turn has come. After a gap (or an RNR NAK) one NAK is sent and then silence kept until the expected
+//! packet comes; peers that report gaps are told of every change instead. What is owed stands in line in `answers`, which also remembers READs and atomics.
 //!
 //! Source: Linux `rxe_resp.c`. It differs from rxe in three places: no sequence NAK follows an RNR
 //! NAK, a message longer than its receive is an invalid request, and an ACK comes unasked after
-//! 64 packets.
+//! 64 packets and when a gap has been closed.
 
 mod answers;
 mod one_sided;
@@ -72,6 +73,10 @@ pub(super) struct Responder {
     msn: u32,
     /// A NAK says what is expected; nothing more is said until it comes.
     nak_sent: bool,
+    /// That was an RNR NAK.
+    is_rnr: bool,
+    /// Bit `n`: the caller keeps packet `expected + n`.
+    kept: u64,
     open: Open,
     /// With a shared receive queue: at most one, taken from there and not used yet.
     recv: VecDeque<RecvWr>,
@@ -91,6 +96,8 @@ impl Responder {
             expected: Psn::new(0),
             msn: 0,
             nak_sent: false,
+            is_rnr: false,
+            kept: 0,
             open: Open::None,
             recv: VecDeque::with_capacity(recv_depth as usize),
             recv_depth,
@@ -112,6 +119,7 @@ impl Responder {
         self.answers.clear();
         self.open = Open::None;
         (self.msn, self.nak_sent, self.unacknowledged) = (0, false, 0);
+        (self.is_rnr, self.kept) = (false, 0);
     }
 
     pub fn set_rnr_timer(&mut self, timer: RnrTimer) {
@@ -169,6 +177,22 @@ impl Responder {
         }
     }
 
+    /// The caller keeps the packet with this PSN, which is ahead of a gap.
+    pub fn note_kept(&mut self, psn: Psn, link: &Link, out: &mut Reports) {
+        let ahead = psn.offset_from(self.expected);
+        self.kept |= 1u64.checked_shl(ahead).unwrap_or(0);
+        self.complain(link, out);
+    }
+
+    pub fn wants_kept(&self) -> Option<Psn> {
+        (self.kept & 1 != 0).then_some(self.expected)
+    }
+
+    pub fn forget_kept(&mut self, link: &Link, out: &mut Reports) {
+        self.kept &= !1;
+        self.complain(link, out);
+    }
+
     // Requests.
 
     /// Returns what became of the packet, and whether the queue pair must go to ERR.
@@ -187,28 +211,42 @@ impl Responder {
         }
         match packet.psn().ahead_of(self.expected) {
             0 => {}
-            1.. => {
+            ahead @ 1.. => {
                 out.counters.out_of_seq_request += 1;
-                if !self.nak_sent {
-                    self.nak(self.expected, Syndrome::Nak(NakCode::SequenceError), out);
-                }
-                return (Outcome::Dropped(DropReason::OutOfSequence), false);
+                self.complain(link, out);
+                let outcome = match 1u64.checked_shl(ahead.cast_unsigned()) {
+                    Some(bit) if !self.is_rnr && self.kept & bit == 0 => Outcome::Ahead,
+                    _ => Outcome::Dropped(DropReason::OutOfSequence),
+                };
+                return (outcome, false);
             }
             _ => {
                 out.counters.duplicate_request += 1;
-                return (self.handle_duplicate(packet, memory, link), false);
+                return (self.handle_duplicate(packet, memory, link, out), false);
             }
         }
         let psn = self.expected;
+        self.kept &= !1;
         match self.execute(packet, memory, link, out) {
             Ok(psns) => {
-                self.nak_sent = false;
+                let had_gap = core::mem::take(&mut self.nak_sent) && !self.is_rnr;
+                self.is_rnr = false;
                 self.expected = psn.plus(psns);
-                self.acknowledge_if_due(packet);
+                self.kept = self.kept.checked_shr(psns).unwrap_or(0);
+                match self.kept {
+                    0 if had_gap => self.acknowledge(),
+                    0 => self.acknowledge_if_due(packet),
+                    // It is the caller's turn.
+                    kept if kept & 1 != 0 => self.nak_sent = had_gap,
+                    _ if link.reports_gaps => self.complain(link, out),
+                    // What is sent again from the last gap on will fill the next one, too.
+                    _ => self.acknowledge_if_due(packet),
+                }
                 (Outcome::Accepted, false)
             }
             Err(Refusal::Rnr) => {
                 out.counters.send_rnr_err += 1;
+                self.is_rnr = true;
                 self.nak(psn, Syndrome::Rnr(self.rnr_timer), out);
                 (Outcome::Dropped(DropReason::NoReceive), false)
             }
@@ -434,11 +472,15 @@ impl Responder {
         packet: &Packet<'_>,
         memory: &mut impl Memory,
         link: &Link,
+        out: &mut Reports,
     ) -> Outcome {
         let psn = packet.psn();
         let is_known = match (packet.row().kind, packet.extension()) {
             (Kind::Send | Kind::Write, _) => {
-                self.acknowledge();
+                match self.nak_sent && link.reports_gaps {
+                    true => self.complain(link, out),
+                    false => self.acknowledge(),
+                }
                 true
             }
             (Kind::ReadRequest, Extension::Reth(reth)) => {
@@ -480,6 +522,19 @@ impl Responder {
     fn acknowledge(&mut self) {
         self.unacknowledged = 0;
         self.answers.acknowledge(self.expected.minus(1), self.msn);
+    }
+
+    /// There is a gap at the expected packet: tell, unless it has been told.
+    fn complain(&mut self, link: &Link, out: &mut Reports) {
+        if link.reports_gaps && !self.is_rnr {
+            self.nak_sent = true;
+            self.unacknowledged = 0;
+            if self.answers.report(self.expected, self.msn, self.kept >> 1) {
+                out.counters.send_nak += 1;
+            }
+        } else if !self.nak_sent {
+            self.nak(self.expected, Syndrome::Nak(NakCode::SequenceError), out);
+        }
     }
 
     fn nak(&mut self, psn: Psn, syndrome: Syndrome, out: &mut Reports) {

@@ -202,6 +202,23 @@ impl Transmit {
     }
 }
 
+/// Put `header` in front of `payload`, with the pad the payload needs.
+pub(super) fn transmit(mut header: crate::wire::Header, payload: Fragments) -> Transmit {
+    header.pad = crate::wire::pad_len(payload.total() as usize) as u8;
+    let is_response = header.opcode.is_response();
+    let mut bytes = [0; HEADER_LEN_MAX];
+    let header_len = header.emit(&mut bytes) as u8;
+    Transmit {
+        header: bytes,
+        header_len,
+        psn: header.psn,
+        payload,
+        pad: header.pad,
+        is_response,
+        is_retransmission: false,
+    }
+}
+
 macro_rules! events {
     ($($(#[$doc:meta])* $name:ident)*) => {
         /// What a queue pair reports besides completions; each at most once until polled.
@@ -233,6 +250,9 @@ events! {
 pub enum Outcome {
     /// It changed something, or was a duplicate that is answered again.
     Accepted,
+    /// A packet before it is missing. A caller that keeps it says so
+    /// ([`note_kept`](super::QueuePair::note_kept)); else the peer sends it again.
+    Ahead,
     /// It changed nothing.
     Dropped(DropReason),
 }

@@ -237,6 +237,12 @@ impl<'a> Packet<'a> {
         self.header_len..self.payload_end
     }
 
+    /// All of it.
+    #[must_use]
+    pub const fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// Everything before the ICRC.
     #[must_use]
     pub fn covered_bytes(&self) -> &'a [u8] {

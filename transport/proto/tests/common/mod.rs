@@ -229,6 +229,22 @@ pub struct SimNet {
     free_at: [u64; 2],
     /// If set, decides what happens to each packet before the faults: false drops it.
     pub filter: Option<Box<Filter>>,
+    /// What each end keeps of what arrives ahead of a gap, by PSN.
+    pub kept: [BTreeMap<u32, Vec<u8>>; 2],
+    pub early: Early,
+    /// Thousandths of what is kept that is lost again.
+    pub forgets: u32,
+}
+
+/// What an end does with packets that arrive ahead of a gap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Early {
+    /// Nothing, as Linux rxe.
+    Dropped,
+    /// They are kept, and the peer does not know.
+    Kept,
+    /// They are kept, and the peer knows what that means.
+    Reported,
 }
 
 /// How the ends are connected.
@@ -246,6 +262,7 @@ pub struct Setup {
     pub access: Access,
     pub depth: u32,
     pub shared_receives: bool,
+    pub early: Early,
 }
 
 impl Default for Setup {
@@ -263,6 +280,7 @@ impl Default for Setup {
             access: Access::ALL,
             depth: 64,
             shared_receives: false,
+            early: Early::Dropped,
         }
     }
 }
@@ -287,6 +305,9 @@ impl SimNet {
             wire: BinaryHeap::new(),
             free_at: [0; 2],
             filter: None,
+            kept: [BTreeMap::new(), BTreeMap::new()],
+            early: setup.early,
+            forgets: 0,
         }
     }
 
@@ -380,7 +401,21 @@ impl SimNet {
         }
         assert_eq!(packet.dest(), QPNS[to]);
         let end = &mut self.ends[to];
-        end.qp.handle_packet(self.now, &packet, &mut end.memory);
+        let outcome = end.qp.handle_packet(self.now, &packet, &mut end.memory);
+        if outcome == Outcome::Ahead && self.early != Early::Dropped {
+            self.kept[to].insert(packet.psn().value(), bytes.to_vec());
+            end.qp.note_kept(&packet);
+        }
+        while let Some(psn) = end.qp.wants_kept() {
+            let kept = self.kept[to].remove(&psn.value());
+            if self.rng.chance(self.forgets) {
+                end.qp.forget_kept();
+                break;
+            }
+            let bytes = kept.expect("what is wanted was kept");
+            let packet = Packet::new_checked(&bytes).unwrap();
+            end.qp.handle_packet(self.now, &packet, &mut end.memory);
+        }
     }
 
     /// Run until nothing is left to happen, at most `steps` events.
@@ -407,6 +442,7 @@ pub fn connected(i: usize, setup: Setup) -> QueuePair {
         shared_receives: setup.shared_receives,
     };
     let mut qp = QueuePair::new(setup.kind, QPNS[i], caps);
+    qp.set_reports_gaps(setup.early == Early::Reported);
     qp.to_init(InitAttr {
         access: setup.access,
         pkey: PKEY_DEFAULT,

@@ -45,7 +45,12 @@ impl EndpointCtx {
             .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
         for datagram in arrival.bytes.chunks(arrival.segment) {
             let input = self.device.handle(now, arrival, datagram);
+            let id = input.queue_pair();
             self.take(now, arrival.source, datagram, input, handler);
+            while let Some((input, datagram)) = id.and_then(|id| self.device.handle_kept(now, id)) {
+                self.take(now, arrival.source, &datagram, input, handler);
+                self.device.give_back(datagram);
+            }
         }
     }
 

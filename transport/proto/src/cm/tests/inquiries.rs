@@ -114,3 +114,32 @@ fn inquiries_in_vain_say_why() {
     assert!(matches!(pair.event(SERVER), CmEvent::Inquiry { .. }));
     assert_eq!(pair.cm[CLIENT].poll_timeout(), None);
 }
+
+/// Ids of requests and of inquiries are two sorts of numbers: one that is used for both ends nothing.
+#[test]
+fn an_inquiry_with_the_id_of_a_connection_leaves_it_alone() {
+    let mut pair = Pair::new();
+    pair.cm[SERVER].listen_datagram(ServiceId::udp(7174));
+    let [client, server] = pair.connected();
+    let ask = Message::SidrReq(SidrReq {
+        request: client,
+        pkey: PKEY_DEFAULT,
+        service: ServiceId::udp(7174),
+        cma: None,
+        private_data: &[],
+    });
+    assert_eq!(pair.give(SERVER, &ask.encode(7)), CmOutcome::Accepted);
+    let CmEvent::Inquiry { id, .. } = pair.event(SERVER) else {
+        panic!()
+    };
+    assert_eq!(pair.cm[SERVER].state(server), Some(CmState::Established));
+    // Nor does forgetting the one forget the other: the request is still known.
+    pair.cm[SERVER]
+        .answer(pair.now, id, sidr_status::REJECT, (Qpn::new(0), 0), &[])
+        .unwrap();
+    pair.advance(Nanos::from_millis(5_001));
+    assert_eq!(pair.cm[SERVER].state(id), None);
+    pair.cm[CLIENT].disconnect(pair.now, client).unwrap();
+    pair.settle();
+    assert_eq!(pair.event(SERVER), CmEvent::Disconnected { id: server });
+}

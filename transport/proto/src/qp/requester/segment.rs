@@ -35,6 +35,17 @@ impl Wqe {
         self.packets == 0 && !self.is_done
     }
 
+    /// Whether there is a request packet of this sequence number; the others are those of a READ's
+    /// answer.
+    pub const fn is_packet(&self, seq: u64, chunk: u16) -> bool {
+        let index = seq - self.first;
+        match (&self.wr.op, chunk) {
+            (SendOp::Read(_), 0) => index == 0,
+            (SendOp::Read(_), chunk) => index.is_multiple_of(chunk as u64),
+            _ => true,
+        }
+    }
+
     /// Bytes of the answer's packet `index`, and whether the answer is an atomic's; none if an
     /// answer makes no sense.
     pub fn answer(&self, index: u32, link: &Link) -> Option<(u32, bool)> {

@@ -61,6 +61,7 @@ impl Requester {
         self.since_ack_req = 0;
         self.timed = None;
         self.probe_due = false;
+        self.is_tracking = false;
         timers.stop(Timer::AckTimeout);
         timers.stop(Timer::Probe);
     }

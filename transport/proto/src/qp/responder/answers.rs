@@ -1,15 +1,15 @@
 //! The line of answers owed to the peer, and the memory of READs and atomics for answering again.
 //!
 //! Invariants: answers leave in the order in which they were put in line; the line is bounded (the
-//! responder takes no request while it is full, and a request adds at most one answer); adjacent
-//! ACKs merge into the later one.
+//! responder takes no request while it is full, and a request adds at most one answer); an ACK or
+//! a report of a gap replaces one that stands last in line.
 
 use alloc::collections::VecDeque;
 
 use super::super::memory::{Access, Fragment, Fragments, Key, Memory, Rkey};
 use super::super::types::{Allow, Transmit};
 use super::super::{Link, transmit};
-use crate::wire::{Aeth, Extension, Header, Opcode, Position, Psn, Reth, Syndrome};
+use crate::wire::{Aeth, Extension, Header, NakCode, Opcode, Position, Psn, Reth, Syndrome};
 
 /// Deepest replay ring.
 const REPLAY_MAX: usize = 128;
@@ -69,6 +69,12 @@ enum Answer {
         psn: Psn,
         msn: u32,
         original: u64,
+    },
+    /// Packet `psn` is missing; bit `n` of `kept`: `psn + 1 + n` is not.
+    Report {
+        psn: Psn,
+        msn: u32,
+        kept: u64,
     },
     Read(ReadAnswer),
 }
@@ -133,14 +139,32 @@ impl Answers {
 
     /// An ACK of everything to `psn`.
     pub fn acknowledge(&mut self, psn: Psn, msn: u32) {
-        if let Some(Answer::Acknowledge {
-            syndrome: Syndrome::ACK,
-            ..
-        }) = self.line.back()
-        {
+        self.drop_older();
+        self.nak(psn, msn, Syndrome::ACK);
+    }
+
+    /// A report of the gap at `psn`. Whether it is another than waits already.
+    pub fn report(&mut self, psn: Psn, msn: u32, kept: u64) -> bool {
+        let is_new = !self.drop_older();
+        self.line.push_back(Answer::Report { psn, msn, kept });
+        is_new
+    }
+
+    /// What is said of everything to a PSN makes what was said last of less needless. Whether that
+    /// was a report.
+    fn drop_older(&mut self) -> bool {
+        let is_report = matches!(self.line.back(), Some(Answer::Report { .. }));
+        let is_ack = matches!(
+            self.line.back(),
+            Some(Answer::Acknowledge {
+                syndrome: Syndrome::ACK,
+                ..
+            })
+        );
+        if is_report || is_ack {
             self.line.pop_back();
         }
-        self.nak(psn, msn, Syndrome::ACK);
+        is_report
     }
 
     /// A NAK or RNR NAK of `psn`.
@@ -267,6 +291,14 @@ impl Answers {
                     msn: *msn,
                 });
                 Header::new(Opcode::RcAcknowledge, link.dest, *psn, aeth)
+            }
+            Answer::Report { psn, msn, kept } => {
+                let aeth = Aeth {
+                    syndrome: Syndrome::Nak(NakCode::SequenceError),
+                    msn: *msn,
+                };
+                let extension = Extension::AtomicAck(aeth, *kept);
+                Header::new(Opcode::RcAtomicAcknowledge, link.dest, *psn, extension)
             }
             Answer::Atomic { psn, msn, original } => {
                 let aeth = Aeth {

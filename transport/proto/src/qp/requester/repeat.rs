@@ -1,0 +1,117 @@
+//! Selective repetition, to peers that report gaps: only what was lost is sent again.
+
+use alloc::boxed::Box;
+
+use super::super::types::Transmit;
+use super::super::{Link, Reports};
+use super::board::Board;
+use super::{ACK_REQ_INTERVAL, ACK_REQ_INTERVAL_LOSSY, LOSSY, Requester, Wqe};
+
+impl Requester {
+    /// The peer reports a gap at `seq`, and which of the packets behind it keeps. False if it has kept
+    /// none, so that everything must be sent again.
+    pub(super) fn handle_report(&mut self, seq: u64, map: u64) -> bool {
+        if map == 0 {
+            return false;
+        }
+        self.track(seq);
+        let next = self.next;
+        if let Some(board) = self.board_mut() {
+            board.report(seq, map, next);
+            // An answer to what was sent again, or has waited behind a gap, times nothing.
+            self.timed = None;
+            self.note_lossy();
+        }
+        self.rest();
+        true
+    }
+
+    /// The peer has executed every request before `end`.
+    pub(super) fn note_executed(&mut self, end: u64) {
+        let next = self.next;
+        if let Some(board) = self.board_mut() {
+            board.acknowledge(end, next);
+            self.rest();
+        }
+    }
+
+    /// A probe repeats the oldest packet: an answer tells that all sent before it has arrived, or is
+    /// lost.
+    pub(super) fn note_probe(&mut self, link: &Link) {
+        let (una, next) = (self.una, self.next);
+        let front = self.queue.front();
+        if link.reports_gaps && front.is_some_and(|wqe| !wqe.wants_response()) {
+            self.track(una);
+            if let Some(board) = self.board_mut() {
+                board.note_repeated(una, next);
+            }
+            self.note_lossy();
+        }
+    }
+
+    /// Send the oldest lost packet again.
+    pub(super) fn repeat_lost(&mut self, link: &Link, out: &mut Reports) -> Option<Transmit> {
+        let seq = self.board()?.first_lost()?;
+        let at = self.queue.partition_point(|wqe| wqe.end() <= seq);
+        let (mut transmit, _) = self.build(self.queue.get(at)?, seq, true, link);
+        transmit.is_retransmission = true;
+        out.counters.retransmitted_pkts += 1;
+        let next = self.next;
+        if let Some(board) = self.board_mut() {
+            board.note_repeated(seq, next);
+        }
+        Some(transmit)
+    }
+
+    pub(super) fn has_lost(&self) -> bool {
+        self.board()
+            .is_some_and(|board| board.first_lost().is_some())
+    }
+
+    /// Packets after which an ACK is asked for.
+    pub(super) fn ack_req_interval(&self) -> u32 {
+        match self.next < self.lossy_until {
+            true => ACK_REQ_INTERVAL_LOSSY,
+            false => ACK_REQ_INTERVAL,
+        }
+    }
+
+    fn note_lossy(&mut self) {
+        self.lossy_until = self.next + LOSSY;
+    }
+
+    pub(super) fn board(&self) -> Option<&Board> {
+        self.board.as_deref().filter(|_| self.is_tracking)
+    }
+
+    pub(super) fn board_mut(&mut self) -> Option<&mut Board> {
+        self.board.as_deref_mut().filter(|_| self.is_tracking)
+    }
+
+    /// Have a board; the peer expects `base`.
+    fn track(&mut self, base: u64) {
+        if self.is_tracking {
+            return;
+        }
+        let chunk = self.attr.read_chunk_packets;
+        let is_packet = |seq| {
+            let at = self.queue.partition_point(|wqe: &Wqe| wqe.end() <= seq);
+            self.queue
+                .get(at)
+                .is_some_and(|wqe| wqe.is_packet(seq, chunk))
+        };
+        let board = Board::new(base, self.next, is_packet);
+        match &mut self.board {
+            Some(old) => **old = board,
+            // Once in the life of the queue pair.
+            None => self.board = Some(Box::new(board)),
+        }
+        self.is_tracking = true;
+    }
+
+    fn rest(&mut self) {
+        if self.board().is_some_and(Board::is_over) {
+            self.is_tracking = false;
+        }
+    }
+}
