@@ -230,6 +230,9 @@ pub struct Where {
     /// Which client of that cluster to be [default: the last one]
     #[arg(long = "as", value_name = "NAME", requires = "cluster")]
     pub client: Option<String>,
+    /// Transport of that cluster
+    #[arg(long, value_enum, default_value_t = Provider::Auto, requires = "cluster")]
+    pub provider: Provider,
 }
 
 /// Options of `put`.

@@ -1,7 +1,6 @@
 //! `lowtide run`.
 
 use std::io::Write;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -11,7 +10,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::{Failure, Kind};
 use crate::cli::RunArgs;
-use crate::fault::Shape;
+use crate::fault::{Fault, Shape};
 use crate::report::Report;
 use crate::state::State;
 use crate::supervisor::{self, Options, RunError};
@@ -54,8 +53,11 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
             address::NODES_MAX
         )));
     }
-    // All nodes of a run are on loopback addresses.
-    engine::choose_provider(args.provider, Ipv4Addr::LOCALHOST.into()).map_err(Failure::usage)?;
+    let on_wire = |fault: &&Fault| matches!(fault, Fault::Loss { .. } | Fault::Partition { .. });
+    let on_wire = args.faults.iter().find(on_wire).map(Fault::to_string);
+    let needs_wire = on_wire.as_deref().or(engine::needs_wire(0.0));
+    let chosen = engine::choose_provider(args.provider, None, needs_wire);
+    let (carrier, why) = chosen.map_err(Failure::usage)?;
     let input = match &args.input {
         Some(dir) => dir.clone(),
         None => input::default_input().ok_or_else(|| {
@@ -78,7 +80,8 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
         shape,
         shards: args.shards,
         faults: args.faults.clone(),
-        provider: args.provider,
+        carrier,
+        why,
         seed: args.seed.unwrap_or_else(seed_from_clock),
         restart_after: Duration::from_millis(args.restart_after),
         patience: Duration::from_secs(args.patience),
