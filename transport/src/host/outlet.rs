@@ -19,6 +19,13 @@ use super::{RING_UNITS, name};
 use crate::memory::Key;
 use crate::raw::event_fd::EventFd;
 
+/// Slabs of one peer that are mapped here; each takes a file descriptor of this process. More are
+/// reached by other means.
+pub(super) const SLABS_MAX: usize = 64;
+/// Notes that are heard at once: more than a socket holds, so that only a peer that never ends has
+/// more.
+const NOTES_MAX: usize = 4096;
+
 /// Our way to a peer.
 #[derive(Debug)]
 pub(super) struct Outlet {
@@ -32,7 +39,7 @@ pub(super) struct Outlet {
     table: Option<Segment>,
     /// The system lets us reach the peer's memory.
     is_reachable: bool,
-    slabs: HashMap<u32, Segment>,
+    pub(super) slabs: HashMap<u32, Segment>,
     /// Something was sent since the peer was last looked at.
     pub(super) is_dirty: bool,
     pub(super) is_gone: bool,
@@ -80,7 +87,7 @@ impl Outlet {
 
     /// Takes what the peer has to say.
     pub(super) fn hear(&mut self, is_direct: bool) {
-        loop {
+        for _ in 0..NOTES_MAX {
             match hear(&self.socket) {
                 Ok(None) => return,
                 Ok(Some((note, fds))) => {
@@ -108,8 +115,10 @@ impl Outlet {
                 self.is_reachable = is_direct && copy::can_reach(self.pid, probe, word);
             }
             Note::Slab(key) if self.doorbell.is_some() => {
-                // One that cannot be had or mapped is reached by other means.
-                if let Some(Ok(slab)) = fds.next().map(|file| Segment::adopt(file, 8)) {
+                // One that cannot be had or mapped, or is one too many, is reached by other means.
+                if self.slabs.len() < SLABS_MAX
+                    && let Some(Ok(slab)) = fds.next().map(|file| Segment::adopt(file, 8))
+                {
                     self.slabs.insert(key.0, slab);
                 }
             }
