@@ -102,7 +102,7 @@ mod tests {
     /// Bit by bit, from the polynomial alone.
     fn by_definition(bytes: &[u8]) -> u32 {
         !bytes.iter().fold(!0, |state, byte| {
-            let step = |state: u32, _| state >> 1 ^ (state & 1) * 0x82f6_3b78;
+            let step = |state: u32, _| (state >> 1) ^ ((state & 1) * 0x82f6_3b78);
             (0..8).fold(state ^ u32::from(*byte), step)
         })
     }

@@ -48,7 +48,7 @@ pub use memory::{
     SgList, Sge, TooManySges,
 };
 pub use requester::WINDOW;
-pub use timers::{PROBE_MIN, RTT_INITIAL};
+pub use timers::{PROBE_MIN, PROBE_MIN_LOSSY, RTT_INITIAL};
 pub use types::{
     Allow, Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpEvent, QpKind,
     QpState, RtrAttr, RtsAttr, Transmit,

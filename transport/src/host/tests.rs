@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
+use super::note::is_hung_up;
+use super::ring::Sender;
 use super::*;
+use crate::memory::Key;
 
 fn address() -> SocketAddr {
     use std::sync::atomic::{AtomicU8, Ordering};

@@ -351,7 +351,7 @@ impl Requester {
             );
         }
         if !timers.is_set(Timer::Probe) {
-            timers.set(Timer::Probe, now + self.round_trip.probe_after());
+            timers.set(Timer::Probe, now + self.probe_after());
         }
     }
 
@@ -383,7 +383,7 @@ impl Requester {
             Extension::AtomicAck(aeth, map) if is_report(aeth.syndrome, link) => {
                 self.acknowledge(seq, link, out);
                 out.counters.rcvd_seq_err += 1;
-                is_repaired = self.una >= seq && self.handle_report(seq, map);
+                is_repaired = self.una >= seq && self.handle_report(now, seq, map);
                 Ok(Outcome::Accepted)
             }
             Extension::AtomicAck(..) => Ok(Outcome::Dropped(DropReason::Unsupported)),
