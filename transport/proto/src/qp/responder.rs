@@ -344,10 +344,11 @@ impl Responder {
 
     /// Have a receive at the front of `recv`, if there is any.
     fn fetch_receive(&mut self, memory: &mut impl Memory) -> bool {
-        if self.recv.is_empty() && self.is_shared {
-            if let Some(wr) = memory.shared_receive() {
-                self.recv.push_back(wr);
-            }
+        if self.recv.is_empty()
+            && self.is_shared
+            && let Some(wr) = memory.shared_receive()
+        {
+            self.recv.push_back(wr);
         }
         !self.recv.is_empty()
     }
