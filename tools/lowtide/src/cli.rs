@@ -33,7 +33,8 @@ Exit status:
   2  a mistake in the command line or in a configuration file
   3  the cluster, the network or a file system failed
   4  verified, but some of the input could not be read (see --skip-unreadable)
-  130  interrupted";
+  130  interrupted
+  141  whoever read the output went away";
 
 /// What to do.
 #[derive(Debug, Subcommand)]

@@ -56,6 +56,8 @@ const READS: u8 = 8;
 const LOAN_STEP: usize = 256 << 10;
 /// Bytes of such memory kept registered while nobody uses them.
 const SPARE_BYTES_MAX: usize = 32 << 20;
+/// Memory that an endpoint with some twenty busy connections registers.
+const LOCKED_BYTES_MIN: u64 = 256 << 20;
 /// Pages are registered whole.
 const ALIGN: usize = 4096;
 
@@ -84,6 +86,23 @@ pub(crate) struct Carrier {
     channel: CompletionChannel,
     domain: ProtectionDomain,
     path: Path,
+}
+
+/// Bytes of memory that this process may lock, as registering does.
+fn may_lock_bytes() -> u64 {
+    // SAFETY: no arguments, and it cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        return u64::MAX;
+    }
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the structure is written during the call only.
+    match unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) } {
+        0 => limit.rlim_cur,
+        _ => u64::MAX,
+    }
 }
 
 /// How peers are reached.
@@ -151,8 +170,10 @@ impl Carrier {
         let cq = context.completion_queue(CQ_DEPTH, Some(&channel))?;
         let domain = context.protection_domain()?;
         let mut receives = Receives::default();
-        if !receives.grow(&domain) {
-            return Err(Error::Limit("locked memory (ulimit -l)"));
+        if may_lock_bytes() < LOCKED_BYTES_MIN || !receives.grow(&domain) {
+            return Err(Error::Limit(
+                "locked memory: `ulimit -l` must be 262144 (KiB) or more",
+            ));
         }
         Ok(Carrier {
             pairs: Vec::new(),

@@ -370,19 +370,22 @@ impl Fabric {
         }
     }
 
-    /// Management datagrams that came beside a device of libibverbs.
-    pub(super) fn receive_mads(&mut self) -> Vec<(SocketAddr, Vec<u8>)> {
-        let Fabric::Verbs(verbs) = self else {
-            return Vec::new();
-        };
+    /// Management datagrams that came beside a device of libibverbs, and whether those are all.
+    pub(super) fn receive_mads(&mut self) -> (Vec<(SocketAddr, Vec<u8>)>, bool) {
         let mut mads = Vec::new();
+        let Fabric::Verbs(verbs) = self else {
+            return (mads, true);
+        };
         let mut bytes = [0; MAD_ROOM];
-        while mads.len() < MADS_MAX
-            && let Ok((len, from)) = verbs.socket.recv_from(&mut bytes)
-        {
-            mads.push((from, bytes[..len].to_vec()));
+        while mads.len() < MADS_MAX {
+            // An error is an answer to something sent earlier, if it is not that there is no more.
+            match verbs.socket.recv_from(&mut bytes) {
+                Ok((len, from)) => mads.push((from, bytes[..len].to_vec())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (mads, true),
+                Err(_) => break,
+            }
         }
-        mads
+        (mads, false)
     }
 
     /// Sends, or stages, a management datagram.

@@ -17,10 +17,9 @@
 mod answers;
 mod one_sided;
 
-use alloc::collections::VecDeque;
-
 use answers::Answers;
 
+use super::lists::Receives;
 use super::memory::{Access, AccessError, AtomicOp, Fragment, Key, Memory, Rkey};
 use super::types::{Allow, DropReason, Outcome, QpEvent, QpKind, RtrAttr, Transmit};
 use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
@@ -79,7 +78,7 @@ pub(super) struct Responder {
     kept: u128,
     open: Open,
     /// With a shared receive queue: at most one, taken from there and not used yet.
-    recv: VecDeque<RecvWr>,
+    recv: Receives,
     recv_depth: u32,
     /// Receives come from a shared receive queue.
     is_shared: bool,
@@ -99,7 +98,7 @@ impl Responder {
             is_rnr: false,
             kept: 0,
             open: Open::None,
-            recv: VecDeque::with_capacity(recv_depth as usize),
+            recv: Receives::new(recv_depth),
             recv_depth,
             is_shared,
             rnr_timer: RnrTimer::new(0),
@@ -345,8 +344,11 @@ impl Responder {
 
     /// Have a receive at the front of `recv`, if there is any.
     fn fetch_receive(&mut self, memory: &mut impl Memory) -> bool {
-        if self.recv.is_empty() && self.is_shared {
-            self.recv.extend(memory.shared_receive());
+        if self.recv.is_empty()
+            && self.is_shared
+            && let Some(wr) = memory.shared_receive()
+        {
+            self.recv.push_back(wr);
         }
         !self.recv.is_empty()
     }

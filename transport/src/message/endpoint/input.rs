@@ -80,14 +80,15 @@ impl EndpointCtx {
 
     /// Takes what a device of libibverbs has done, and what came beside it; whether that was all.
     pub(super) fn receive_completions(&mut self, now: Nanos, handler: &mut Handler<'_>) -> bool {
-        for (from, mad) in self.device.receive_mads() {
+        let (mads, is_last) = self.device.receive_mads();
+        for (from, mad) in mads {
             self.note_mixed(from, handshake::is_wrapped(&mad));
             self.handshakes.handle(now, from, &mad);
             self.manage(now, handler);
         }
         for _ in 0..COMPLETIONS_MAX {
             match self.device.next_input() {
-                None => return true,
+                None => return is_last,
                 Some(fabric::Input::Completed(id)) => self.poll_completions(id, None, handler),
                 Some(fabric::Input::Parcel(id, received)) => {
                     self.note_heard(id, now);
