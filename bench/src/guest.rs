@@ -22,15 +22,15 @@ const LIMIT: &str = "900";
 /// # Errors
 /// There is no guest, or something in it fails.
 pub fn bandwidth(bench: &Bench) -> Result<Vec<Row>, Failure> {
-    let (ours, yardstick) = measure(bench, "ib_write_bw -n 1000")?;
-    let rounds = Rounds {
-        unit: "MiB/s",
-        better: Better::Higher,
-        yardstick_is: "ib_write_bw on the kernel's rxe, 64 KiB, in the same guest",
-        ours,
-        yardstick,
-    };
-    Ok(vec![row(bench, &rounds, "bw-rxe").aim(2.0)])
+    let yardstick_is = "ib_write_bw on the kernel's rxe, 64 KiB, in the same guest";
+    let unit = ("MiB/s", Better::Higher);
+    compare(
+        bench,
+        "ib_write_bw -n 1000",
+        unit,
+        yardstick_is,
+        ("bw-rxe", 2.0),
+    )
 }
 
 /// A short SEND, half of its round trip.
@@ -38,21 +38,37 @@ pub fn bandwidth(bench: &Bench) -> Result<Vec<Row>, Failure> {
 /// # Errors
 /// As [`bandwidth`].
 pub fn latency(bench: &Bench) -> Result<Vec<Row>, Failure> {
-    let (ours, yardstick) = measure(bench, "ib_send_lat -s 64 -n 2000")?;
+    let yardstick_is = "ib_send_lat on the kernel's rxe, 64 B, in the same guest";
+    let unit = ("us", Better::Lower);
+    compare(
+        bench,
+        "ib_send_lat -s 64 -n 2000",
+        unit,
+        yardstick_is,
+        ("lat-rxe", 1.3),
+    )
+}
+
+/// A row of this name and aim, of what `program` measures.
+fn compare(
+    bench: &Bench,
+    program: &str,
+    (unit, better): (&'static str, Better),
+    yardstick_is: &'static str,
+    (name, aim): (&str, f64),
+) -> Result<Vec<Row>, Failure> {
+    let (ours, yardstick) = measure(bench, program)?;
     let rounds = Rounds {
-        unit: "us",
-        better: Better::Lower,
-        yardstick_is: "ib_send_lat on the kernel's rxe, 64 B, in the same guest",
+        unit,
+        better,
+        yardstick_is,
         ours,
         yardstick,
     };
-    Ok(vec![row(bench, &rounds, "lat-rxe").aim(1.3)])
-}
-
-fn row(bench: &Bench, rounds: &Rounds, name: &str) -> Row {
-    rounds
+    let row = rounds
         .row(name, Pick::Median, &bench.machine)
-        .with("guest", "QEMU without KVM, 2 processors, links of MTU 4096")
+        .with("guest", "QEMU without KVM, 2 processors, links of MTU 4096");
+    Ok(vec![row.aim(aim)])
 }
 
 /// The figures of all rounds, ours and rxe's.

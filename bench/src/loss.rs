@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Instant;
 
@@ -45,7 +46,11 @@ pub fn loss(bench: &Bench) -> Result<Vec<Row>, Failure> {
         for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
             yardstick.push(wire.between(tcp_client, tcp_server)? / 1e6);
             let (one, other) = Meeting::pair();
-            let rate = wire.between(move || write(one), move || be_written(other))?;
+            let (done, is_done) = channel();
+            let rate = wire.between(
+                move || write(one, done),
+                move || be_written(other, &is_done),
+            )?;
             ours.push(rate / 1e6);
         }
         let figures = Rounds {
@@ -61,8 +66,8 @@ pub fn loss(bench: &Bench) -> Result<Vec<Row>, Failure> {
     Ok(rows)
 }
 
-/// Bytes per second of WRITEs.
-fn write(meeting: Meeting) -> Result<f64, Failure> {
+/// Bytes per second of WRITEs. `_done` is dropped when nothing more is awaited.
+fn write(meeting: Meeting, _done: Sender<()>) -> Result<f64, Failure> {
     let end = End::open_at(SocketAddr::from((ENDS[0], PORT)), LEN, meeting)?;
     let op = SendOp::Write(end.remote);
     let began = Instant::now();
@@ -83,13 +88,15 @@ fn write(meeting: Meeting) -> Result<f64, Failure> {
     Ok((LEN * COUNT) as f64 / seconds)
 }
 
-fn be_written(meeting: Meeting) -> Result<(), Failure> {
+fn be_written(meeting: Meeting, is_done: &Receiver<()>) -> Result<(), Failure> {
     let end = End::open_at(SocketAddr::from((ENDS[1], PORT)), LEN, meeting)?;
     end.qp
         .post_recv(0, Buffer::Empty)
         .map_err(Failure::broken)?;
     // The other end gives up long before.
     let heard = (0..COUNT).find_map(|_| end.next().ok());
+    // The ACK of that may be lost: whoever is gone cannot send another.
+    let _ = is_done.recv();
     heard
         .map(drop)
         .ok_or_else(|| Failure::broken("the writer is silent"))

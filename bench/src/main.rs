@@ -6,6 +6,7 @@
 //!
 //! Deliberately absent: limits that fail. A row may name its aim; whether it is met is for readers.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -267,7 +268,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     if cli.name == "list" {
         for benchmark in BENCHMARKS {
-            println!("{:18} {}", benchmark.name, benchmark.about);
+            let line = writeln!(io::stdout(), "{:18} {}", benchmark.name, benchmark.about);
+            if line.is_err() {
+                // Nobody reads on.
+                return ExitCode::FAILURE;
+            }
         }
         return ExitCode::SUCCESS;
     }
@@ -319,11 +324,11 @@ fn run(cli: &Cli, benchmark: &Benchmark) -> Result<Vec<Row>, Failure> {
 
 fn publish(rows: &[Row], as_json: bool, keep: bool) -> Result<(), Failure> {
     for row in rows {
-        if as_json {
-            println!("{}", row.to_json());
-        } else {
-            println!("{row}");
-        }
+        let line = match as_json {
+            true => row.to_json(),
+            false => row.to_string(),
+        };
+        writeln!(io::stdout(), "{line}").map_err(Failure::io("standard output"))?;
     }
     if keep {
         row::append_to_results(rows)?;

@@ -120,6 +120,8 @@ pub struct NodeConfig {
     pub capture: Option<PathBuf>,
     /// How peers on this host are reached; by UDP if packets are lost on purpose or captured.
     pub same_host: SameHost,
+    /// A device of libibverbs instead of softroce, by name; then all nodes need one.
+    pub device: Option<String>,
 }
 
 impl NodeConfig {
@@ -143,6 +145,7 @@ impl NodeConfig {
             shards: default_shards(),
             capture: None,
             same_host: SameHost::Udp,
+            device: None,
         }
     }
 

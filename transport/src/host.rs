@@ -35,11 +35,11 @@ mod copy;
 mod exports;
 #[allow(unsafe_code)] // file descriptors as control messages
 mod note;
+mod outlet;
 mod ring;
 #[allow(unsafe_code)] // mappings
 mod segment;
 
-use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -51,11 +51,12 @@ use mio::{Events, Interest, Token};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 pub(crate) use self::copy::{Ours, Theirs, Way, atomic, copy};
-pub(crate) use self::exports::{Exports, QpEntry, Reader, Wish, find, grants};
-use self::note::{Note, hear, is_hung_up, peer_of_ours, tell};
-use self::ring::{Receiver, Sender, words_of};
+pub(crate) use self::exports::{Exports, QpEntry, Reader, Wish};
+use self::note::{Note, hear, peer_of_ours, tell};
+pub(crate) use self::outlet::Direct;
+use self::outlet::Outlet;
+use self::ring::{Receiver, words_of};
 pub(crate) use self::segment::Segment;
-use crate::memory::Key;
 use crate::raw::event_fd::EventFd;
 
 /// Units of a ring, 64 bytes each: twice what a peer's budget lets be under way.
@@ -88,25 +89,6 @@ pub enum SameHost {
 pub(crate) struct HostBatch {
     pub(crate) bytes: Vec<u8>,
     pub(crate) records: Vec<(SocketAddr, Range<usize>)>,
-}
-
-/// Our way to a peer.
-#[derive(Debug)]
-pub(crate) struct Outlet {
-    socket: Socket,
-    peer: SocketAddr,
-    ring: Segment,
-    sender: Sender,
-    pid: libc::pid_t,
-    /// Wakes the peer; it comes with the peer's answer, as what follows.
-    doorbell: Option<EventFd>,
-    table: Option<Segment>,
-    /// The system lets us reach the peer's memory.
-    is_reachable: bool,
-    slabs: HashMap<u32, Segment>,
-    /// Something was sent since the peer was last looked at.
-    is_dirty: bool,
-    is_gone: bool,
 }
 
 /// A peer's way to us.
@@ -224,7 +206,7 @@ impl Hosts {
 
     /// Makes a way to a peer; none if it is not on this host, not of our user, or uses UDP only.
     pub(crate) fn connect(&mut self, peer: SocketAddr) -> Option<u32> {
-        let outlet = self.try_connect(peer).ok()??;
+        let outlet = Outlet::connect(self.local, peer).ok()??;
         let index = match self.outlets.iter().position(Option::is_none) {
             Some(index) => index,
             None => {
@@ -241,31 +223,6 @@ impl Hosts {
         watched.ok()?;
         self.outlets[index] = Some(outlet);
         Some(index as u32)
-    }
-
-    fn try_connect(&self, peer: SocketAddr) -> io::Result<Option<Outlet>> {
-        let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
-        socket.set_nonblocking(true)?;
-        socket.connect(&name(peer)?)?;
-        let Some(pid) = peer_of_ours(&socket) else {
-            return Ok(None);
-        };
-        let ring = Segment::create(8 * words_of(RING_UNITS))?;
-        let sender = Sender::new(ring.words());
-        tell(&socket, &Note::Hello(self.local), &[ring.as_fd()])?;
-        Ok(Some(Outlet {
-            socket,
-            peer,
-            ring,
-            sender,
-            pid,
-            doorbell: None,
-            table: None,
-            is_reachable: false,
-            slabs: HashMap::new(),
-            is_dirty: false,
-            is_gone: false,
-        }))
     }
 
     pub(crate) fn disconnect(&mut self, outlet: u32) {
@@ -309,10 +266,9 @@ impl Hosts {
 
     /// A way to a peer on which the initiator may act by itself.
     pub(crate) fn direct(&mut self, outlet: u32) -> Option<Direct<'_>> {
-        let outlet = self.outlets.get(outlet as usize)?.as_ref()?;
-        let table = outlet.table.as_ref().filter(|_| self.is_direct)?;
-        outlet.sender.begin_reaching(outlet.ring.words());
-        Some(Direct { outlet, table })
+        let outlet = self.outlets.get(outlet as usize)?.as_ref();
+        let outlet = outlet.filter(|_| self.is_direct)?;
+        outlet.direct()
     }
 
     /// Takes what has come into `batch`; whether that was all.
@@ -511,90 +467,6 @@ impl Hosts {
 impl AsRawFd for Hosts {
     fn as_raw_fd(&self) -> RawFd {
         self.poll.as_raw_fd()
-    }
-}
-
-impl Outlet {
-    /// Takes what the peer has to say.
-    fn hear(&mut self, is_direct: bool) {
-        loop {
-            match hear(&self.socket) {
-                Ok(None) => return,
-                Ok(Some((note, fds))) => {
-                    if self.note(note, fds, is_direct).is_none() {
-                        self.is_gone = true;
-                        return;
-                    }
-                }
-                Err(_) => {
-                    self.is_gone = true;
-                    return;
-                }
-            }
-        }
-    }
-
-    /// None for what makes no sense.
-    fn note(&mut self, note: Note, fds: Vec<OwnedFd>, is_direct: bool) -> Option<()> {
-        let mut fds = fds.into_iter();
-        match note {
-            Note::Welcome { probe, word } if self.doorbell.is_none() => {
-                let doorbell = EventFd::adopt(fds.next()?).ok()?;
-                let table = Segment::adopt(fds.next()?, exports::TABLE_LEN).ok()?;
-                (self.doorbell, self.table) = (Some(doorbell), Some(table));
-                self.is_reachable = is_direct && copy::can_reach(self.pid, probe, word);
-            }
-            Note::Slab(key) if self.doorbell.is_some() => {
-                // One that cannot be had or mapped is reached by other means.
-                if let Some(Ok(slab)) = fds.next().map(|file| Segment::adopt(file, 8)) {
-                    self.slabs.insert(key.0, slab);
-                }
-            }
-            Note::SlabGone(key) => {
-                self.slabs.remove(&key.0);
-            }
-            _ => return None,
-        }
-        Some(())
-    }
-}
-
-/// The right to reach a peer's memory; the peer takes nothing out of service meanwhile.
-#[derive(Debug)]
-pub(crate) struct Direct<'h> {
-    outlet: &'h Outlet,
-    table: &'h Segment,
-}
-
-impl Direct<'_> {
-    /// Where the range lies, if the peer's table allows this to a queue pair connected to `qpn`, and
-    /// it can be reached.
-    pub(crate) fn find(
-        &self,
-        qpn: u32,
-        key: Key,
-        (va, len): (u64, usize),
-        wish: Wish,
-    ) -> Option<Theirs<'_>> {
-        let domain = grants(self.table, qpn, wish)?;
-        let found = find(self.table, key, domain, (va, len), wish)?;
-        if found.is_slab
-            && let Some(slab) = self.outlet.slabs.get(&key.0)
-        {
-            let offset = usize::try_from(found.offset).ok()?;
-            let is_inside = offset.checked_add(len).is_some_and(|end| end <= slab.len());
-            return is_inside.then_some(Theirs::Mapped(slab, offset));
-        }
-        // A process that has ended may have left its number to another.
-        let is_alive = self.outlet.is_reachable && !is_hung_up(&self.outlet.socket);
-        is_alive.then_some(Theirs::Process(self.outlet.pid, found.address))
-    }
-}
-
-impl Drop for Direct<'_> {
-    fn drop(&mut self) {
-        let words = self.outlet.ring.words();
-        self.outlet.sender.end_reaching(words);
     }
 }
 

@@ -15,6 +15,7 @@
 //!
 //! Source: rdma-core's `verbs.h` and manual pages.
 
+pub(crate) mod carrier;
 mod completion;
 mod convert;
 mod ffi;

@@ -1,7 +1,7 @@
 //! Messages between processes: connections over reliable queue pairs.
 //!
-//! Owns: [`Endpoint`], the thing an engine holds: one soft-RoCE device, its connections, its
-//! receive pool and the wait for something to happen. A connection carries whole messages both
+//! Owns: [`Endpoint`], the thing an engine holds: one device, its connections, its receive pool and
+//! the wait for something to happen. A connection carries whole messages both
 //! ways, in order, without loss or duplication, for as long as it lives.
 //!
 //! How it works. Each connection is a pair of RC queue pairs set up by the connection manager
@@ -12,6 +12,10 @@
 //! the receiver READs them into memory of its own (`fetch`) and says that it has. So a receive never
 //! needs more than 60 KiB, and a long message is copied once, by the receiver, if the sender has it
 //! in shared memory.
+//!
+//! All this goes over softroce, or over a device of libibverbs (`fabric`, [`EndpointConfig::device`]).
+//! There a parcel is received whole, what is lent is copied once, and a peer whose process is gone
+//! fails the connection ([`CloseReason::Failed`]) instead of telling.
 //!
 //! What a caller may rely on:
 //! * an endpoint belongs to one thread; only [`Waker`] crosses threads;
@@ -37,6 +41,7 @@
 
 mod connection;
 mod endpoint;
+mod fabric;
 mod fetch;
 mod handshake;
 mod loans;
@@ -51,6 +56,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::endpoint::{Endpoint, EndpointCtx};
+pub(crate) use self::fabric::Registrar;
+pub(crate) use self::parcel::SLOT_LEN as PARCEL_ROOM;
 pub use crate::device::Counters;
 pub use crate::faults::Faults;
 pub use crate::host::SameHost;
@@ -88,6 +95,9 @@ pub struct EndpointConfig {
     pub capture: Option<PathBuf>,
     /// How peers on this host are reached. By UDP in any case if there are faults or a capture.
     pub same_host: SameHost,
+    /// A device of libibverbs instead of softroce, by name. `addr` is then an address of the
+    /// device, and the UDP port is for connecting only; every peer must use a device, too.
+    pub device: Option<String>,
 }
 
 impl EndpointConfig {
@@ -105,6 +115,7 @@ impl EndpointConfig {
             socket: SocketOptions::default(),
             capture: None,
             same_host: SameHost::Udp,
+            device: None,
         }
     }
 }
@@ -257,6 +268,8 @@ pub enum BindError {
     Config(&'static str),
     /// The operating system refused.
     Io(SocketAddr, io::Error),
+    /// The device of libibverbs of this name cannot be used.
+    Device(String, crate::raw::types::Error),
 }
 
 impl fmt::Display for BindError {
@@ -265,6 +278,7 @@ impl fmt::Display for BindError {
             BindError::AddrInUse(error) => error.fmt(f),
             BindError::Config(what) => f.write_str(what),
             BindError::Io(addr, error) => write!(f, "cannot bind UDP {addr}: {error}"),
+            BindError::Device(name, error) => write!(f, "cannot use device {name}: {error}"),
         }
     }
 }
@@ -273,6 +287,7 @@ impl std::error::Error for BindError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             BindError::Io(_, error) => Some(error),
+            BindError::Device(_, error) => Some(error),
             _ => None,
         }
     }

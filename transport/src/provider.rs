@@ -1,103 +1,98 @@
-//! Which provider serves: an adapter, the kernel's soft device, or softroce.
+//! Which device of libibverbs carries messages, if one can: an adapter, or the kernel's soft-RoCE.
 //!
-//! Owns the order of preference, and the reason for what was chosen, for logs.
+//! Owns the order of preference, and the reasons why a device was passed over, for logs. Where there
+//! is none, softroce serves.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use crate::ibv::{self, DeviceEntry, NoDevices};
+use crate::raw::types::Error;
 
-/// What the user asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
-    /// An adapter; else the kernel's soft device; else softroce.
-    Auto,
-    /// A device of libibverbs, whatever stands behind it.
-    Verbs,
-    /// Our own RoCEv2 over UDP sockets.
-    Softroce,
-}
-
-/// What serves.
+/// A device of libibverbs that can carry messages ([`crate::message`]).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Chosen {
-    /// This device, by [`crate::ibv`].
-    Verbs(DeviceEntry),
-    /// softroce, by [`crate::raw`].
-    Softroce {
-        /// Why there is nothing better; none if it was asked for.
-        because: Option<NoDevices>,
-    },
+pub struct ForMessages {
+    /// The device.
+    pub device: DeviceEntry,
+    /// An address of its own, where peers reach it.
+    pub address: IpAddr,
 }
 
-impl fmt::Display for Chosen {
+impl fmt::Display for ForMessages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ForMessages { device, address } = self;
+        write!(
+            f,
+            "verbs on {} ({}) at {address}",
+            device.name, device.driver
+        )
+    }
+}
+
+/// Why no device can carry messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotForMessages {
+    /// There is none.
+    None(NoDevices),
+    /// Those that there are, and what each lacks.
+    Each(Vec<(String, Error)>),
+}
+
+impl fmt::Display for NotForMessages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Chosen::Verbs(DeviceEntry { name, driver }) => {
-                write!(f, "verbs on {name} ({driver})")
+            NotForMessages::None(reason) => reason.fmt(f),
+            NotForMessages::Each(devices) => {
+                for (i, (name, error)) in devices.iter().enumerate() {
+                    let separator = if i == 0 { "" } else { "; " };
+                    write!(f, "{separator}{name}: {error}")?;
+                }
+                Ok(())
             }
-            Chosen::Softroce { because: None } => f.write_str("softroce, as asked for"),
-            Chosen::Softroce {
-                because: Some(reason),
-            } => write!(f, "softroce: {reason}"),
         }
     }
 }
 
-/// Chooses.
+impl std::error::Error for NotForMessages {}
+
+/// The best device that can carry messages at the address `local`, or at any of its own. Each is
+/// tried out: it is opened, and memory is registered.
 ///
 /// # Errors
-/// A device was asked for and there is none; the reason.
-pub fn choose(wanted: Wanted) -> Result<Chosen, NoDevices> {
-    match wanted {
-        Wanted::Softroce => Ok(Chosen::Softroce { because: None }),
-        _ => choose_among(wanted, ibv::devices()),
+/// Why there is none.
+pub fn for_messages(local: Option<IpAddr>) -> Result<ForMessages, NotForMessages> {
+    let mut refused = Vec::new();
+    for device in ibv::devices().map_err(NotForMessages::None)? {
+        let opened = ibv::carrier::Carrier::open(&device.name, local);
+        match opened.map(|carrier| carrier.address().or(local)) {
+            Ok(Some(address)) => return Ok(ForMessages { device, address }),
+            Ok(None) => {
+                let lack = Error::Argument("an InfiniBand port has no address: name one");
+                refused.push((device.name, lack));
+            }
+            Err(error) => refused.push((device.name, error)),
+        }
     }
-}
-
-/// `devices`: the best first.
-fn choose_among(
-    wanted: Wanted,
-    devices: Result<Vec<DeviceEntry>, NoDevices>,
-) -> Result<Chosen, NoDevices> {
-    let first = devices.and_then(|list| list.into_iter().next().ok_or(NoDevices::None));
-    match (first, wanted) {
-        (Ok(device), _) => Ok(Chosen::Verbs(device)),
-        (Err(reason), Wanted::Verbs) => Err(reason),
-        (Err(reason), _) => Ok(Chosen::Softroce {
-            because: Some(reason),
-        }),
-    }
+    Err(NotForMessages::Each(refused))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ibv::Driver;
 
     #[test]
-    fn the_best_device_serves_and_softroce_where_there_is_none() {
-        let device = |name: &str, driver| DeviceEntry {
-            name: name.to_owned(),
-            driver,
-        };
-        let list = vec![
-            device("mlx5_0", Driver::Hardware),
-            device("rxe0", Driver::Rxe),
-        ];
-        for wanted in [Wanted::Auto, Wanted::Verbs] {
-            let chosen = choose_among(wanted, Ok(list.clone())).unwrap();
-            assert_eq!(chosen.to_string(), "verbs on mlx5_0 (hardware)");
-        }
-        let none = || Err(NoDevices::NoKernelSupport);
-        let chosen = choose_among(Wanted::Auto, none()).unwrap();
+    fn where_no_device_can_carry_messages_the_reasons_are_told() {
+        // An address that is kept for documentation; so no device has it.
+        let refused = for_messages(Some("192.0.2.9".parse().unwrap())).unwrap_err();
+        assert!(!refused.to_string().is_empty());
+        let each = NotForMessages::Each(vec![
+            ("rxe0".to_owned(), Error::Argument("no such address")),
+            ("mlx5_0".to_owned(), Error::Limit("locked memory")),
+        ]);
+        let words = each.to_string();
         assert!(
-            chosen
-                .to_string()
-                .starts_with("softroce: the kernel has no")
+            words.starts_with("rxe0: ") && words.contains("; mlx5_0: "),
+            "{words}"
         );
-        let refused = choose_among(Wanted::Verbs, none());
-        assert_eq!(refused, Err(NoDevices::NoKernelSupport));
-        let asked = choose(Wanted::Softroce).unwrap();
-        assert_eq!(asked.to_string(), "softroce, as asked for");
     }
 }

@@ -152,6 +152,7 @@ impl Context {
             gid_tbl_len: 1,
             max_msg_sz: MESSAGE_LEN_MAX,
             pkey_tbl_len: 1,
+            lid: 0,
             is_ethernet: true,
         })
     }

@@ -38,8 +38,8 @@ pub use lowtide_transport_proto::qp::{
 pub use lowtide_transport_proto::wire::{Mtu, Qpn};
 
 pub use self::queue_pair::{Address, PostRefused, QueuePair, Reliability};
-use crate::device::WORK_REQUESTS_MAX;
 pub use crate::device::{Counters, DeviceOptions};
+use crate::device::{IN_PLACE, WORK_REQUESTS_MAX};
 pub use crate::faults::Faults;
 pub use crate::host::SameHost;
 pub use crate::memory::Access;
@@ -408,20 +408,31 @@ struct CqHandle {
 #[derive(Debug, Default)]
 struct Posts {
     /// By the name that the raw layer knows them under.
-    entries: Vec<Option<Post>>,
-    free: Vec<usize>,
+    entries: Vec<Post>,
+    /// The first free one, or one beyond the last.
+    free: usize,
+    /// The queues whose requests these are.
+    owners: Vec<Option<Arc<Outstanding>>>,
+    free_owners: Vec<u32>,
     /// The depths of the queues served, and what is left of those that are gone.
     promised: u32,
 }
 
-/// A work request under way, or completed and not polled.
-#[derive(Debug)]
+/// A work request under way, or completed and not polled; or a free place.
+#[derive(Debug, Clone, Copy)]
 struct Post {
-    /// The program's name for it.
+    /// The program's name for it; of a free place the free one after it.
     id: u64,
-    slot: Option<Key>,
-    of: Arc<Outstanding>,
+    /// The key of its slot, or [`NO_SLOT`].
+    slot: Key,
+    /// Index in `owners`, or [`FREE`].
+    of: u32,
 }
+
+/// A key that nothing has.
+const NO_SLOT: Key = Key(IN_PLACE.0);
+/// The owner of what is free.
+const FREE: u32 = u32::MAX;
 
 /// Requests of one queue of a queue pair that are not polled yet.
 #[derive(Debug, Default)]
@@ -429,6 +440,12 @@ struct Outstanding {
     count: AtomicU32,
     /// The queue pair is gone.
     is_orphaned: AtomicBool,
+}
+
+impl Post {
+    fn slot(&self) -> Option<Key> {
+        (self.slot != NO_SLOT).then_some(self.slot)
+    }
 }
 
 impl Posts {
@@ -442,27 +459,66 @@ impl Posts {
         fits
     }
 
+    /// A queue whose requests will come; its index in `owners`.
+    fn own(&mut self, queue: Arc<Outstanding>) -> u32 {
+        let index = self.free_owners.pop().unwrap_or_else(|| {
+            self.owners.push(None);
+            self.owners.len() as u32 - 1
+        });
+        self.owners[index as usize] = Some(queue);
+        index
+    }
+
     /// Puts a request in; its name for the raw layer.
     fn add(&mut self, post: Post) -> u64 {
-        // Relaxed: counted under the lock.
-        post.of.count.fetch_add(1, Ordering::Relaxed);
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.entries.push(None);
-            self.entries.len() - 1
-        });
-        self.entries[index] = Some(post);
+        if let Some(owner) = self.owner(post.of) {
+            // Relaxed: counted under the lock.
+            owner.count.fetch_add(1, Ordering::Relaxed);
+        }
+        let index = self.free;
+        match self.entries.get_mut(index) {
+            Some(place) => self.free = std::mem::replace(place, post).id as usize,
+            None => {
+                self.entries.push(post);
+                self.free = self.entries.len();
+            }
+        }
         index as u64
     }
 
     /// Takes it out again.
     fn take(&mut self, name: u64) -> Option<Post> {
-        let post = self.entries.get_mut(name as usize)?.take()?;
-        self.free.push(name as usize);
-        post.of.count.fetch_sub(1, Ordering::Relaxed);
-        if post.of.is_orphaned.load(Ordering::Relaxed) {
-            self.promised -= 1;
+        let place = self.entries.get_mut(name as usize)?;
+        if place.of == FREE {
+            return None;
+        }
+        let free = Post {
+            id: self.free as u64,
+            slot: NO_SLOT,
+            of: FREE,
+        };
+        let post = std::mem::replace(place, free);
+        self.free = name as usize;
+        if let Some(owner) = self.owner(post.of) {
+            let before = owner.count.fetch_sub(1, Ordering::Relaxed);
+            if owner.is_orphaned.load(Ordering::Relaxed) {
+                self.promised -= 1;
+                self.forget(post.of, before - 1);
+            }
         }
         Some(post)
+    }
+
+    fn owner(&self, index: u32) -> Option<&Outstanding> {
+        self.owners.get(index as usize)?.as_deref()
+    }
+
+    /// Forgets a queue that is gone, if none of its requests is left.
+    fn forget(&mut self, index: u32, left: u32) {
+        if left == 0 {
+            self.owners[index as usize] = None;
+            self.free_owners.push(index);
+        }
     }
 }
 
@@ -472,15 +528,19 @@ struct Queue {
     cq: CompletionQueue,
     depth: u32,
     outstanding: Arc<Outstanding>,
+    /// Its index among the owners of posts.
+    index: u32,
 }
 
 impl Queue {
     /// A queue whose depth has been promised.
     fn new(cq: &CompletionQueue, depth: u32) -> Queue {
+        let outstanding = Arc::<Outstanding>::default();
         Queue {
+            index: cq.0.posts().own(outstanding.clone()),
             cq: cq.clone(),
             depth,
-            outstanding: Arc::default(),
+            outstanding,
         }
     }
 
@@ -493,8 +553,10 @@ impl Drop for Queue {
     fn drop(&mut self) {
         let mut posts = self.cq.0.posts();
         // What is not polled yet keeps its place.
-        posts.promised -= self.depth - self.outstanding.count.load(Ordering::Relaxed);
+        let left = self.outstanding.count.load(Ordering::Relaxed);
+        posts.promised -= self.depth - left;
         self.outstanding.is_orphaned.store(true, Ordering::Relaxed);
+        posts.forget(self.index, left);
     }
 }
 
@@ -509,9 +571,9 @@ impl Drop for CqHandle {
         // Nobody will poll these any more.
         let posts = std::mem::take(&mut *self.posts());
         let mut state = self.device.shared.lock();
-        for post in posts.entries.into_iter().flatten() {
-            if let Some(key) = post.slot {
-                state.device.memory.unreserve(key);
+        for post in posts.entries {
+            if post.of != FREE && post.slot != NO_SLOT {
+                state.device.memory.unreserve(post.slot);
             }
         }
     }
@@ -538,7 +600,7 @@ impl CompletionQueue {
         let post = handle.posts().take(done.wr_id);
         let post = post.expect("what completes has been posted");
         let bytes = post
-            .slot
+            .slot()
             .and_then(|key| Some((key, state.device.memory.detach(key)?)));
         Some(WorkCompletion {
             id: post.id,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{PATIENCE, config, connect, run_until};
 use lowtide_transport::message::{
-    CloseReason, ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, SendError,
+    BindError, CloseReason, ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, Faults, SendError,
 };
 
 #[test]
@@ -265,4 +265,26 @@ fn a_silent_peer_is_given_up_only_if_asked_for() {
     kill(b, &a);
     a.send(at_a, &[IoSlice::new(b"anybody there?")]).unwrap();
     assert_eq!(until_closed(&mut [&mut a]), (at_a, CloseReason::Silent));
+}
+
+#[test]
+fn a_device_of_libibverbs_that_cannot_be_used_is_named() {
+    let missing = EndpointConfig {
+        device: Some("nosuch0".to_owned()),
+        ..config(1)
+    };
+    let error = Endpoint::bind(missing.clone())
+        .err()
+        .expect("no such device");
+    assert!(matches!(&error, BindError::Device(name, _) if name == "nosuch0"));
+    assert!(error.to_string().contains("nosuch0"), "{error}");
+    // What only softroce can do is refused before anything is opened.
+    let lossy = EndpointConfig {
+        faults: Faults {
+            loss_percent: 5.0,
+            ..Faults::default()
+        },
+        ..missing
+    };
+    assert!(matches!(Endpoint::bind(lossy), Err(BindError::Config(_))));
 }

@@ -90,6 +90,7 @@ impl Engine {
         };
         endpoint_config.capture = config.capture.clone();
         endpoint_config.same_host = config.same_host;
+        endpoint_config.device = config.device.clone();
         let endpoint = Endpoint::bind(endpoint_config)?;
         let core = make_core(&config, root, nonce, endpoint.waker())?;
         let peers = config.peers.iter().map(|p| (p.id, p.addr));

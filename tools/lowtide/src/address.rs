@@ -1,4 +1,4 @@
-//! Loopback addresses for a cluster on one machine.
+//! Addresses for a cluster on one machine: loopback ones, or ports of a device's address.
 //!
 //! Each node of a run gets an address of its own in 127.0.0.0/8, derived from the supervisor's
 //! process id, so that two runs at once do not meet. The port is RoCEv2's 4791; where somebody
@@ -7,7 +7,7 @@
 //! Linux answers on all of 127.0.0.0/8 without configuration.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 
 /// UDP ports tried, in order. The first is RoCEv2's own.
 const PORTS: [u16; 3] = [4791, 14791, 24791];
@@ -18,9 +18,9 @@ pub const NODES_MAX: usize = 250;
 /// Number of blocks: x from 1 (so that 127.0.0.1 is never touched) to 255, y from 0 to 255.
 const BLOCKS: u32 = 255 * 256;
 
-/// Every port of every block was taken, or the machine has no loopback network.
+/// Every port was taken, or the machine has no such network.
 #[derive(Debug, thiserror::Error)]
-#[error("no free loopback addresses for {nodes} nodes; the last one tried was {address}: {error}")]
+#[error("no free addresses for {nodes} nodes; the last one tried was {address}: {error}")]
 pub struct NoAddress {
     /// How many were wanted.
     pub nodes: usize,
@@ -58,6 +58,25 @@ pub fn choose(process_id: u32, nodes: usize) -> Result<Vec<SocketAddr>, NoAddres
         address,
         error,
     })
+}
+
+/// Finds `nodes` free UDP ports at one address of a device.
+///
+/// # Errors
+/// [`NoAddress`]: the address is not this machine's, or has no free ports.
+pub fn of_device(address: IpAddr, nodes: usize) -> Result<Vec<SocketAddr>, NoAddress> {
+    let any = SocketAddr::new(address, 0);
+    let bound = |_| UdpSocket::bind(any).and_then(|s| Ok((s.local_addr()?, s)));
+    // All are held until the last is found, so that none is given twice.
+    let held: io::Result<Vec<_>> = (0..nodes).map(bound).collect();
+    match held {
+        Ok(held) => Ok(held.into_iter().map(|(address, _)| address).collect()),
+        Err(error) => Err(NoAddress {
+            nodes,
+            address: any,
+            error,
+        }),
+    }
 }
 
 fn first_taken(addresses: &[SocketAddr]) -> Option<(SocketAddr, io::Error)> {

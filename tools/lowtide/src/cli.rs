@@ -33,7 +33,8 @@ Exit status:
   2  a mistake in the command line or in a configuration file
   3  the cluster, the network or a file system failed
   4  verified, but some of the input could not be read (see --skip-unreadable)
-  130  interrupted";
+  130  interrupted
+  141  whoever read the output went away";
 
 /// What to do.
 #[derive(Debug, Subcommand)]
@@ -229,6 +230,9 @@ pub struct Where {
     /// Which client of that cluster to be [default: the last one]
     #[arg(long = "as", value_name = "NAME", requires = "cluster")]
     pub client: Option<String>,
+    /// Transport of that cluster
+    #[arg(long, value_enum, default_value_t = Provider::Auto, requires = "cluster")]
+    pub provider: Provider,
 }
 
 /// Options of `put`.

@@ -310,6 +310,13 @@ fn check_members(source: &Source, raw: Vec<RawMember>) -> Result<Vec<Member>, Co
             );
         }
         let address = *node.address.get_ref();
+        let ip = address.ip();
+        if address.port() == 0 || ip.is_unspecified() || ip.is_multicast() {
+            return at(
+                node.address.span(),
+                format!("nobody reaches {address}, expected one host's IP address and a port"),
+            );
+        }
         if !addresses.insert(address) {
             return at(
                 node.address.span(),
@@ -612,6 +619,18 @@ proxy = "proxy0"
                 "name = \"a/b\"",
                 Some((9, 8)),
                 "no node name",
+            ),
+            (
+                "127.9.9.2:4791",
+                "127.9.9.2:0",
+                Some((12, 11)),
+                "nobody reaches",
+            ),
+            (
+                "127.9.9.2:4791",
+                "0.0.0.0:4791",
+                Some((12, 11)),
+                "nobody reaches",
             ),
             (
                 "127.9.9.2:4791",

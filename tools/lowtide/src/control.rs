@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -391,11 +392,16 @@ impl Server {
     /// thread; orders of different connections are carried out at the same time.
     ///
     /// # Errors
-    /// The socket cannot be made.
+    /// The socket cannot be made; `AlreadyExists` where something else lies, which is left alone.
     pub fn start(socket: &Path, handler: Arc<Handler>) -> io::Result<Server> {
-        match std::fs::remove_file(socket) {
+        match std::fs::symlink_metadata(socket) {
+            Ok(found) if found.file_type().is_socket() => std::fs::remove_file(socket)?,
+            Ok(_) => {
+                let words = "something else than a socket is there";
+                return Err(io::Error::new(io::ErrorKind::AlreadyExists, words));
+            }
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+            Err(_) => {}
         }
         let listener = with_short_path(socket, |path| UnixListener::bind(path))?;
         let stopping = Arc::new(AtomicBool::new(false));
@@ -511,6 +517,16 @@ mod tests {
             }),
         )
         .unwrap()
+    }
+
+    #[test]
+    fn a_file_where_the_socket_should_be_is_left_alone() {
+        let tmp = tempfile::tempdir().unwrap();
+        let file = tmp.path().join("precious");
+        std::fs::write(&file, "mine").unwrap();
+        let error = Server::start(&file, Arc::new(|_| Answer::Done)).err();
+        assert_eq!(error.unwrap().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&file).unwrap(), b"mine");
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub use lowtide_engine::status::{NodeCounters, Status};
 use lowtide_engine_core::ids::NodeId;
 
 use lowtide_transport::message::SameHost;
-use lowtide_transport::provider::{self, Chosen, Wanted};
+use lowtide_transport::provider::{self, ForMessages};
 
 use crate::config::{Cluster, NodeFile, Provider};
 
@@ -31,18 +31,13 @@ pub fn capture_owner(file: &Path) -> Option<SocketAddr> {
     name.rsplit_once('.')?.0.parse().ok()
 }
 
-/// Starts the node that a file describes.
+/// Starts the node that a file describes, on what was chosen for it.
 ///
 /// # Errors
 /// Its state cannot be opened, its address cannot be had.
-pub fn start(file: &NodeFile) -> Result<NodeHandle, StartError> {
-    let base = config(&file.cluster, &file.member.name);
-    let same_host = match file.provider {
-        Provider::Host => SameHost::Direct,
-        _ => SameHost::Udp,
-    };
+pub fn start(file: &NodeFile, carrier: &Carrier) -> Result<NodeHandle, StartError> {
+    let base = carrier.apply(config(&file.cluster, &file.member.name));
     node::start(NodeConfig {
-        same_host,
         shards: file.shards.unwrap_or(base.shards),
         dir: file.dir.clone(),
         loss_percent: file.loss_percent,
@@ -56,8 +51,18 @@ pub fn start(file: &NodeFile) -> Result<NodeHandle, StartError> {
 ///
 /// # Errors
 /// The client's address cannot be had.
-pub fn join(cluster: &Cluster, client: &str) -> Result<NodeHandle, StartError> {
-    node::start(config(cluster, client))
+pub fn join(cluster: &Cluster, client: &str, carrier: &Carrier) -> Result<NodeHandle, StartError> {
+    node::start(carrier.apply(config(cluster, client)))
+}
+
+/// What of a node's settings only softroce can do.
+#[must_use]
+pub fn needs_wire(loss_percent: f64) -> Option<&'static str> {
+    let captures = std::env::var_os(CAPTURE_VARIABLE).is_some_and(|dir| !dir.is_empty());
+    match loss_percent > 0.0 {
+        true => Some("injected loss"),
+        false => captures.then_some("a capture"),
+    }
 }
 
 /// The settings that follow from the cluster alone; `name` is one of its members.
@@ -120,44 +125,74 @@ pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
     }
 }
 
-/// The transport behind a choice, as reports name it.
-#[must_use]
-pub fn provider_name(provider: Provider) -> &'static str {
-    match provider {
-        Provider::Auto | Provider::Softroce => "softroce",
-        Provider::Host => "host",
-        Provider::Verbs => "verbs",
+/// What carries the messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// softroce, by UDP.
+    Softroce,
+    /// The same, but by shared memory to peers of this machine.
+    Host,
+    /// A device of libibverbs.
+    Verbs(ForMessages),
+}
+
+impl Carrier {
+    fn apply(&self, config: NodeConfig) -> NodeConfig {
+        let (same_host, device) = match self {
+            Carrier::Softroce => (SameHost::Udp, None),
+            Carrier::Host => (SameHost::Direct, None),
+            Carrier::Verbs(chosen) => (SameHost::Udp, Some(chosen.device.name.clone())),
+        };
+        NodeConfig {
+            same_host,
+            device,
+            ..config
+        }
+    }
+
+    /// As files and reports name it.
+    #[must_use]
+    pub fn provider(&self) -> Provider {
+        match self {
+            Carrier::Softroce => Provider::Softroce,
+            Carrier::Host => Provider::Host,
+            Carrier::Verbs(_) => Provider::Verbs,
+        }
     }
 }
 
-/// Which transport carries the messages of a node at `addr`, and why, for the log.
+/// Which transport carries the messages of a node at `addr` (none: at an address that is still to
+/// be chosen), and why, for the log. `needs_wire` says what only softroce can do.
 ///
 /// # Errors
 /// What a forced choice lacks, and what to use.
-pub fn choose_provider(provider: Provider, addr: IpAddr) -> Result<String, String> {
-    match provider {
-        Provider::Softroce => Ok("softroce, as asked for".to_owned()),
+pub fn choose_provider(
+    provider: Provider,
+    addr: Option<IpAddr>,
+    needs_wire: Option<&str>,
+) -> Result<(Carrier, String), String> {
+    let softroce = |why: String| Ok((Carrier::Softroce, format!("softroce{why}")));
+    let loopback = addr.filter(IpAddr::is_loopback);
+    match (provider, needs_wire, loopback) {
+        (Provider::Softroce, ..) => softroce(", as asked for".to_owned()),
+        (Provider::Host, ..) => {
+            let why = "host, as asked for: shared memory to peers of this machine".to_owned();
+            Ok((Carrier::Host, why))
+        }
+        (Provider::Verbs, Some(what), _) => Err(format!(
+            "provider verbs: {what} needs softroce, a device's packets are its own"
+        )),
+        (Provider::Auto, Some(what), _) => softroce(format!(": {what} needs it")),
         // No adapter serves loopback, so none is looked for.
-        Provider::Auto if addr.is_loopback() => {
-            Ok(format!("softroce: {addr} is a loopback address"))
-        }
-        Provider::Auto => match provider::choose(Wanted::Auto) {
-            Ok(Chosen::Verbs(device)) => Ok(format!(
-                "softroce: there is {} ({}), but messages do not run on verbs yet",
-                device.name, device.driver
-            )),
-            Ok(softroce) => Ok(softroce.to_string()),
-            Err(reason) => Ok(format!("softroce: {reason}")),
+        (Provider::Auto, None, Some(addr)) => softroce(format!(": {addr} is a loopback address")),
+        (Provider::Auto | Provider::Verbs, ..) => match provider::for_messages(addr) {
+            Ok(device) => {
+                let why = device.to_string();
+                Ok((Carrier::Verbs(device), why))
+            }
+            Err(reason) if provider == Provider::Auto => softroce(format!(": {reason}")),
+            Err(reason) => Err(format!("provider verbs: {reason}; use softroce")),
         },
-        Provider::Verbs => Err(match provider::choose(Wanted::Verbs) {
-            Ok(chosen) => format!(
-                "provider verbs: there is {chosen}, but messages do not run on it yet; use softroce"
-            ),
-            Err(reason) => format!("provider verbs: {reason}; use softroce"),
-        }),
-        Provider::Host => {
-            Ok("host, as asked for: shared memory to peers of this machine".to_owned())
-        }
     }
 }
 
@@ -198,21 +233,31 @@ mod tests {
 
     #[test]
     fn a_choice_has_a_reason_and_a_forced_one_may_be_refused() {
-        let chosen = |provider, addr: &str| choose_provider(provider, addr.parse().unwrap());
-        for (provider, addr) in [
-            (Provider::Auto, "127.9.8.7"),
-            (Provider::Auto, "192.0.2.1"),
-            (Provider::Softroce, "192.0.2.1"),
+        let chosen = |provider, addr: &str, needs_wire| {
+            choose_provider(provider, Some(addr.parse().unwrap()), needs_wire)
+        };
+        // No device has an address that is kept for documentation.
+        for (provider, addr, needs_wire, why) in [
+            (Provider::Auto, "127.9.8.7", None, "softroce: 127.9.8.7 is"),
+            (Provider::Auto, "192.0.2.1", None, "softroce: "),
+            (
+                Provider::Auto,
+                "192.0.2.1",
+                Some("loss:5"),
+                "softroce: loss:5",
+            ),
+            (Provider::Softroce, "192.0.2.1", None, "softroce, as asked"),
         ] {
-            assert!(chosen(provider, addr).unwrap().starts_with("softroce"));
+            let (carrier, reason) = chosen(provider, addr, needs_wire).unwrap();
+            assert_eq!(carrier, Carrier::Softroce);
+            assert!(reason.starts_with(why), "{reason}");
         }
-        assert!(
-            chosen(Provider::Host, "127.9.8.7")
-                .unwrap()
-                .starts_with("host")
-        );
-        let refused = chosen(Provider::Verbs, "192.0.2.1").unwrap_err();
-        assert!(refused.ends_with("use softroce"));
+        let (carrier, _) = chosen(Provider::Host, "127.9.8.7", None).unwrap();
+        assert_eq!(carrier, Carrier::Host);
+        let refused = chosen(Provider::Verbs, "192.0.2.1", None).unwrap_err();
+        assert!(refused.ends_with("use softroce"), "{refused}");
+        let refused = chosen(Provider::Verbs, "192.0.2.1", Some("loss:5")).unwrap_err();
+        assert!(refused.contains("loss:5 needs softroce"), "{refused}");
     }
 
     #[test]

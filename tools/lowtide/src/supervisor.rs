@@ -18,9 +18,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::config::{Provider, Role};
+use crate::config::Role;
 use crate::control::{Job, Outcome, Progress};
-use crate::engine;
+use crate::engine::{self, Carrier};
 use crate::fault::{Fault, Shape};
 use crate::input::{self, Survey};
 use crate::report::Report;
@@ -64,7 +64,9 @@ pub struct Options {
     /// What to break; validated against `shape`.
     pub faults: Vec<Fault>,
     /// Transport.
-    pub provider: Provider,
+    pub carrier: Carrier,
+    /// Why it was chosen.
+    pub why: String,
     /// Seed of everything random.
     pub seed: u64,
     /// How long a killed process stays dead.
@@ -185,7 +187,12 @@ impl<'a> Run<'a> {
     ) -> Result<Run<'a>, RunError> {
         let shape = &options.shape;
         let count = shape.total();
-        let addresses = address::choose(std::process::id(), count as usize)?;
+        let addresses = match &options.carrier {
+            Carrier::Verbs(chosen) => address::of_device(chosen.address, count as usize)?,
+            Carrier::Softroce | Carrier::Host => {
+                address::choose(std::process::id(), count as usize)?
+            }
+        };
         let cluster = layout::cluster(shape, &addresses);
         let loss_percent = options
             .faults
@@ -196,7 +203,7 @@ impl<'a> Run<'a> {
             })
             .fold(0.0, f64::max);
         let common = layout::Common {
-            provider: options.provider,
+            provider: options.carrier.provider(),
             loss_percent,
             seed: options.seed,
             record_unsynced: options
@@ -223,6 +230,9 @@ impl<'a> Run<'a> {
             state.dir().display(),
             options.seed
         ));
+        if let Carrier::Verbs(_) = options.carrier {
+            display.event(&format!("messages run on {}", options.why));
+        }
         Ok(Run {
             options,
             state: state.dir(),
@@ -248,7 +258,7 @@ impl<'a> Run<'a> {
         self.store()?;
         self.recover()?;
         self.verify(since)?;
-        self.report.provider = accounts::provider(self.options.provider, &self.nodes);
+        self.report.provider = accounts::provider(&self.options.carrier, &self.nodes);
         self.report.seed = self.options.seed;
         accounts::close(&mut self.report, &self.nodes, &self.minimum);
         if self.options.stay {

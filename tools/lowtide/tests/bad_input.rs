@@ -79,7 +79,7 @@ fn what_cannot_be_read_is_named_and_decides_the_exit_status() {
     };
     let output = run(&["--report", "-"]);
     check(&output, 4);
-    let said = stdout(&output);
+    let said = stdout(&output) + &stderr(&output);
     for name in ["secret", "closed"] {
         assert!(
             said.contains(&format!("cannot be read: {name}: ")),
@@ -158,7 +158,7 @@ fn a_file_that_changes_meanwhile_is_named_and_is_no_mismatch() {
         output.unwrap()
     });
     check(&output, 0);
-    let said = stdout(&output);
+    let said = stdout(&output) + &stderr(&output);
     assert!(said.contains("changed during the run: growing: "), "{said}");
     assert!(said.contains("\"mismatches\": 0"), "{said}");
 }
@@ -182,6 +182,24 @@ fn a_state_of_another_version_is_left_alone() {
         );
     }
     assert_eq!(fs::read_dir(&state).unwrap().count(), 1);
+}
+
+#[test]
+fn who_stops_reading_ends_a_command_and_a_full_place_is_left_alone() {
+    let tmp = tempfile::tempdir().unwrap();
+    let state = stored(tmp.path());
+    let mut unread = lowtide(&["verify", "--state", text(&state)])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(unread.stdout.take());
+    let output = unread.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), &*stderr(&output)), (Some(141), ""));
+    let output = export(&state, &tmp.path().join("in"));
+    check(&output, 2);
+    assert!(stderr(&output).contains("in: not empty"));
+    assert_eq!(stdout(&output), "", "nothing was recovered for that");
 }
 
 #[test]

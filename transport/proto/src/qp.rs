@@ -33,6 +33,7 @@
 //! Source: IBTA volume 1, chapters 9 and 10; Linux `rxe_req.c`, `rxe_comp.c`, `rxe_resp.c`.
 
 mod ahead;
+mod lists;
 mod memory;
 mod reports;
 mod requester;
@@ -47,7 +48,7 @@ pub use memory::{
     SgList, Sge, TooManySges,
 };
 pub use requester::WINDOW;
-pub use timers::{PROBE_MIN, RTT_INITIAL};
+pub use timers::{PROBE_MIN, PROBE_MIN_LOSSY, RTT_INITIAL};
 pub use types::{
     Allow, Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpEvent, QpKind,
     QpState, RtrAttr, RtsAttr, Transmit,
@@ -96,7 +97,8 @@ struct Link {
 
 impl QueuePair {
     /// A queue pair in RESET. All memory it will ever need for queues is reserved here, but for the
-    /// replay ring, which [`Self::to_rtr`] reserves.
+    /// replay ring, which [`Self::to_rtr`] reserves, and for lists of several elements, whose others
+    /// take memory when they first come.
     #[must_use]
     pub fn new(kind: QpKind, qpn: Qpn, caps: QpCaps) -> Self {
         // Of shared receives one at a time is in use here.
@@ -455,13 +457,19 @@ impl QueuePair {
         }
     }
 
-    /// The request that is next to be sent, if nothing of it and nothing before it is under way. A
+    /// What is next to be sent, if nothing of it and nothing before it is under way. A
     /// caller that can do without packets what it asks for does so and calls
     /// [`Self::finish_untouched`].
     #[must_use]
-    pub fn untouched(&self) -> Option<&SendWr> {
+    pub fn untouched(&self) -> Option<&SendOp> {
         let is_sending = self.is_sending() && self.link.kind == QpKind::Rc;
         self.requester.untouched().filter(|_| is_sending)
+    }
+
+    /// The local memory of that request, or of whichever stands at the front.
+    #[must_use]
+    pub fn front_list(&self) -> SgList {
+        self.requester.front_list()
     }
 
     /// That request has been carried out.

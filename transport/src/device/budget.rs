@@ -4,10 +4,10 @@
 //! descheduled peer reads nothing, so a window per queue pair would overflow it and go-back-N would
 //! send everything again.
 //!
-//! Rules: the window starts at what the peer says its buffer holds, or [`UNKNOWN_PEER`]; a sequence
-//! NAK, a timeout or a congestion notification (CNP) halves it, at most once per [`EVENT`]; each
-//! round trip (a window's worth of acknowledgements) adds one, up to what the peer said, or
-//! [`WINDOW_MAX`].
+//! Rules: the window starts at what the peer says its buffer holds, or [`UNKNOWN_PEER`]; what is sent
+//! again shrinks it to seven tenths (as TCP's CUBIC, RFC 9438: most losses are no congestion), a
+//! congestion notification (CNP) to a half, at most once per [`EVENT`]; each round trip (a window's
+//! worth of acknowledgements) adds one, up to what the peer said, or [`WINDOW_MAX`].
 //!
 //! Deliberately absent: rates.
 
@@ -69,14 +69,23 @@ impl Budget {
         }
     }
 
-    /// Packets were lost, or some switch on the way is about to lose some.
-    pub(crate) fn cut(&mut self, now: Nanos) {
+    /// Packets were lost.
+    pub(crate) fn note_loss(&mut self, now: Nanos) {
+        self.shrink(now, 7);
+    }
+
+    /// Some switch on the way is about to lose packets.
+    pub(crate) fn note_congestion(&mut self, now: Nanos) {
+        self.shrink(now, 5);
+    }
+
+    fn shrink(&mut self, now: Nanos, tenths: u32) {
         if self.last_cut.is_some_and(|last| now.since(last) < EVENT) {
             return;
         }
         self.last_cut = Some(now);
         self.acknowledged = 0;
-        self.window = (self.window / 2).max(WINDOW_MIN);
+        self.window = (self.window * tenths / 10).max(WINDOW_MIN);
     }
 }
 
@@ -85,15 +94,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_window_halves_once_per_event_and_grows_by_one_per_round_trip() {
+    fn the_window_shrinks_once_per_event_and_grows_by_one_per_round_trip() {
         let mut budget = Budget::default();
         budget.learn(100);
         assert_eq!(budget.room(), 100);
         budget.update(0, 60);
         assert_eq!(budget.room(), 40);
         let at = Nanos::from_millis(10);
-        budget.cut(at);
-        budget.cut(at);
+        budget.note_congestion(at);
+        budget.note_loss(at);
         assert_eq!(budget.room(), 0);
         budget.update(60, 0);
         assert_eq!(
@@ -110,8 +119,10 @@ mod tests {
             100,
             "and no further than what the peer can hold"
         );
-        for ms in 20..40 {
-            budget.cut(Nanos::from_millis(ms));
+        budget.note_loss(Nanos::from_millis(20));
+        assert_eq!(budget.room(), 70);
+        for ms in 21..40 {
+            budget.note_loss(Nanos::from_millis(ms));
         }
         assert_eq!(budget.room(), WINDOW_MIN);
     }

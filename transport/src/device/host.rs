@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 
 use lowtide_transport_proto::qp::{
-    self, AtomicOp, Fragment, Lkey, QpKind, QpState, Remote, SendOp, SendWr,
+    self, AtomicOp, Fragment, Lkey, QpKind, QpState, Remote, SendOp, SgList,
 };
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
@@ -59,8 +59,8 @@ pub(super) fn open(
 }
 
 /// What a request wants of the peer's memory; none for what is not carried out there.
-fn wish(wr: &SendWr) -> Option<(Remote, Wish, Way)> {
-    Some(match wr.op {
+fn wish(op: &SendOp) -> Option<(Remote, Wish, Way)> {
+    Some(match *op {
         SendOp::Write(remote) => (remote, Wish::Write, Way::ToThem),
         SendOp::Read(remote) => (remote, Wish::Read, Way::FromThem),
         SendOp::CompareSwap { remote, .. } | SendOp::FetchAdd { remote, .. } => {
@@ -243,13 +243,17 @@ impl Device {
             }
             return Act::Nothing;
         }
-        let Some(wr) = qp.untouched() else {
+        let Some(op) = qp.untouched() else {
             return Act::Nothing;
         };
-        let (Some((remote, wish, way)), len @ 1..) = (wish(wr), wr.local.total() as usize) else {
+        let Some((remote, wish, way)) = wish(op) else {
             return Act::Nothing;
         };
-        let (wr, dest) = (*wr, qp.dest());
+        let (op, local, dest) = (*op, qp.front_list(), qp.dest());
+        let len = local.total() as usize;
+        if len == 0 {
+            return Act::Nothing;
+        }
         if self.faults.is_blocked(address) {
             return Act::Nothing;
         }
@@ -261,11 +265,12 @@ impl Device {
             return Act::Nothing;
         };
         let domain = slot.domain;
-        let done = match wr.op {
+        let memory = &mut self.memory;
+        let done = match op {
             SendOp::Write(_) | SendOp::Read(_) => {
-                copy_some(&mut self.memory, domain, &wr, (from, COPY_MAX), theirs, way)
+                copy_some(memory, domain, &local, (from, COPY_MAX), theirs, way)
             }
-            _ => atomic(&mut self.memory, domain, &wr, remote.va, theirs).map(|()| len),
+            _ => atomic(memory, domain, (&op, &local), remote.va, theirs).map(|()| len),
         };
         drop(direct);
         // What was refused is asked for by packets, and the peer says what is wrong.
@@ -311,18 +316,18 @@ fn takes_requests(state: QpState) -> bool {
 fn copy_some(
     memory: &mut Memory,
     domain: u32,
-    wr: &SendWr,
+    local: &SgList,
     (from, most): (usize, usize),
     theirs: Theirs<'_>,
     way: Way,
 ) -> Option<usize> {
-    let total = wr.local.total() as usize;
+    let total = local.total() as usize;
     if matches!(theirs, Theirs::Process(..)) && total < COPY_MIN {
         return None;
     }
     let end = total.min(from + most);
     let mut at = from;
-    for fragment in wr.local.slice(from as u32, (end - from) as u32).as_slice() {
+    for fragment in local.slice(from as u32, (end - from) as u32).as_slice() {
         let ours = place_of(memory, domain, fragment, way)?;
         let theirs = match theirs {
             Theirs::Mapped(segment, offset) => Theirs::Mapped(segment, offset + at),
@@ -338,11 +343,11 @@ fn copy_some(
 fn atomic(
     memory: &mut Memory,
     domain: u32,
-    wr: &SendWr,
+    (op, local): (&SendOp, &SgList),
     va: u64,
     theirs: Theirs<'_>,
 ) -> Option<()> {
-    let op = match wr.op {
+    let op = match *op {
         SendOp::CompareSwap { compare, swap, .. } => AtomicOp::CompareSwap { compare, swap },
         SendOp::FetchAdd { add, .. } => AtomicOp::FetchAdd { add },
         _ => return None,
@@ -350,7 +355,7 @@ fn atomic(
     let Theirs::Mapped(segment, offset) = theirs else {
         return None;
     };
-    let [sge] = wr.local.elements() else {
+    let [sge] = local.elements() else {
         return None;
     };
     let is_aligned = va.is_multiple_of(8) && offset.is_multiple_of(8);

@@ -247,7 +247,7 @@ impl Device {
             qp.note_kept(packet);
         }
         if packet.row().class == Class::Cnp && outcome == qp::Outcome::Accepted {
-            self.peers[peer as usize].budget.cut(now);
+            self.peers[peer as usize].budget.note_congestion(now);
         }
         self.settle(index);
         self.mark_ready(index);

@@ -106,7 +106,7 @@ impl Device {
             let counters = qp.counters();
             let losses = counters.retransmitted_pkts - counters.probes;
             if losses > std::mem::replace(&mut slot.losses, losses) {
-                self.peers[peer as usize].budget.cut(now);
+                self.peers[peer as usize].budget.note_loss(now);
             }
             self.settle(index);
             let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;

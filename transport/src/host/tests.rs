@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
+use super::note::is_hung_up;
+use super::outlet::SLABS_MAX;
+use super::ring::Sender;
 use super::*;
+use crate::memory::Key;
 
 fn address() -> SocketAddr {
     use std::sync::atomic::{AtomicU8, Ordering};
@@ -176,6 +180,30 @@ fn a_peer_that_breaks_its_own_index_or_leaves_is_gone_for_us() {
         assert_eq!(a.hosts.poll_gone(), None);
         a.hosts.disconnect(outlet);
     }
+}
+
+/// Each would take a file descriptor, of which this process has few.
+#[test]
+fn a_peer_with_many_slabs_has_some_of_them_mapped() {
+    let (mut a, mut b) = (Side::new(), Side::new());
+    let outlet = a.hosts.connect(b.hosts.local).unwrap();
+    b.take();
+    a.take();
+    let access = crate::memory::Access::ALL;
+    let slab = Arc::new(Segment::create(4096).unwrap());
+    for index in 0..3 * SLABS_MAX as u32 {
+        let place = (0, 0, 4096);
+        b.exports
+            .show(Key(index << 8), 1, access, place, Some(&slab));
+        a.take();
+    }
+    assert_eq!(a.hosts.outlets[0].as_ref().unwrap().slabs.len(), SLABS_MAX);
+    b.exports.withdraw(Key(0));
+    a.take();
+    let known = &a.hosts.outlets[0].as_ref().unwrap().slabs;
+    assert_eq!(known.len(), SLABS_MAX - 1);
+    assert_eq!(a.hosts.poll_gone(), None);
+    assert!(a.hosts.direct(outlet).is_some());
 }
 
 #[test]

@@ -79,6 +79,7 @@ pub(super) fn port_attr(attr: &ffi::PortAttr) -> Result<PortAttr, Error> {
         gid_tbl_len: unsigned(attr.gid_tbl_len),
         max_msg_sz: attr.max_msg_sz,
         pkey_tbl_len: attr.pkey_tbl_len,
+        lid: attr.lid,
         is_ethernet: attr.link_layer == ffi::LINK_LAYER_ETHERNET,
     })
 }

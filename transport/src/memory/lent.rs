@@ -70,6 +70,11 @@ impl Lent {
         self.pieces.drain(..)
     }
 
+    /// The pieces, in order.
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
     /// Bytes in all.
     pub fn len(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)

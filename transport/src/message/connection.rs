@@ -14,15 +14,15 @@
 
 use std::ops::Range;
 
-use lowtide_transport_proto::qp::{Lkey, QueuePair};
-use lowtide_transport_proto::qp::{RecvWr, SendOp, SendWr, SgList, WrId};
+use lowtide_transport_proto::qp::{QueuePair, RecvWr, SgList, WrId};
 
 use super::Violation;
+use super::fabric::Fabric;
 use super::fetch::Inbox;
 use super::loans::Loans;
 use super::outbox::{Outbox, SlotPool};
 use super::parcel::{Header, Kind, MESSAGE_MAX, Offer, SLOT_LEN, next_record};
-use crate::device::{Device, IN_PLACE, QpId};
+use crate::device::{IN_PLACE, QpId};
 
 /// Receives and sends beyond the credits, for credit parcels.
 pub(crate) const RESERVE: u16 = 4;
@@ -131,7 +131,7 @@ impl Stream {
 
     /// Posts what waits and may go, and returns credits if many are owed, or at once if an offer has
     /// been taken or a probe is wanted.
-    pub(crate) fn pump(&mut self, device: &mut Device, pool: &mut SlotPool) {
+    pub(crate) fn pump(&mut self, device: &mut Fabric, pool: &mut SlotPool) {
         while self.outbox.is_waiting() && self.credits > 0 {
             if !self.post(device, pool, None) {
                 break;
@@ -151,23 +151,19 @@ impl Stream {
         }
     }
 
-    fn post(&mut self, device: &mut Device, pool: &mut SlotPool, credit: Option<u32>) -> bool {
+    fn post(&mut self, device: &mut Fabric, pool: &mut SlotPool, credit: Option<u32>) -> bool {
         let reserve = if credit.is_some() { RESERVE } else { 0 };
         if self.outbox.posted() >= usize::from(SENDS_MAX + reserve) {
             return false;
         }
-        let memory = &mut device.memory;
+        let memory = device.memory();
         let posting = self
             .outbox
             .post(pool, memory, credit, self.owed, self.tx_sequence);
-        let (Some(posting), Some(qp)) = (posting, device.qp(self.qp)) else {
+        let Some(posting) = posting else {
             return false;
         };
-        let local = SgList::one(Lkey(posting.key.0), posting.offset, posting.len);
-        if qp
-            .post_send(SendWr::new(WrId(0), SendOp::Send, local))
-            .is_err()
-        {
+        if !device.post_send(self.qp, posting.key, posting.offset, posting.len) {
             // Only a queue pair in error refuses; its completions will close the connection.
             return false;
         }

@@ -19,15 +19,15 @@ use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lowtide_transport_proto::qp::{self, InitAttr, QpCaps};
+use lowtide_transport_proto::qp::QpCaps;
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{PKEY_DEFAULT, Psn, Qpn};
+use lowtide_transport_proto::wire::{Psn, Qpn};
 
 use super::connection::{RESERVE, SENDS_MAX, Stream};
+use super::fabric::Fabric;
 use super::fetch::{FetchPool, READS_MAX};
 use super::handshake::{Greeting, Handshakes};
 use super::loans::LoanPool;
@@ -36,16 +36,17 @@ use super::parcel::MESSAGE_MAX;
 use super::{
     BindError, CloseReason, ConnId, Counters, EndpointConfig, Event, HELLO_MAX, SendError, Waker,
 };
-use crate::device::{Device, DeviceOptions, Peers, QpId};
+use crate::device::QpId;
 use crate::host::HostBatch;
 use crate::memory::Piece;
-use crate::names::Random;
 use crate::udp::ReceiveBatch;
 
 /// Protection domain of our own work requests. What a peer may reach is in one of its connection's.
 const DOMAIN: u32 = 0;
 /// The index part of an id that never had an entry.
 const INDEX_NONE: u32 = 0xFF_FFFF;
+/// Credits of a connection of a device of libibverbs, at most.
+const CREDITS_OF_DEVICES: u16 = 16;
 const TOKEN_SOCKET: mio::Token = mio::Token(0);
 const TOKEN_WAKER: mio::Token = mio::Token(1);
 
@@ -65,7 +66,7 @@ pub struct Endpoint {
 
 /// What a handler may use: the endpoint without its wait.
 pub struct EndpointCtx {
-    device: Device,
+    device: Fabric,
     handshakes: Handshakes,
     config: EndpointConfig,
     connections: Vec<Option<Connection>>,
@@ -86,6 +87,7 @@ pub struct EndpointCtx {
     next_silence_check: Nanos,
     random: RandomState,
     draws: u64,
+    is_mixed_told: bool,
 }
 
 struct Connection {
@@ -118,7 +120,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`BindError`], with the address and what to do.
-    pub fn bind(config: EndpointConfig) -> Result<Endpoint, BindError> {
+    pub fn bind(mut config: EndpointConfig) -> Result<Endpoint, BindError> {
         if config.hello.len() > HELLO_MAX {
             return Err(BindError::Config("the hello is longer than HELLO_MAX"));
         }
@@ -138,24 +140,14 @@ impl Endpoint {
         }
         let addr = config.addr;
         let random = RandomState::new();
-        let options = DeviceOptions {
-            socket: config.socket,
-            faults: config.faults,
-            capture: config.capture.clone(),
-            same_host: config.same_host,
-        };
-        let device = Device::bind(addr, &options, Peers::Own, Random::default);
-        let device = device.map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => BindError::AddrInUse(error),
-            _ => BindError::Io(addr, error),
-        })?;
+        if config.device.is_some() {
+            // Each credit is a receive of a whole parcel, which a device keeps in locked memory.
+            config.limits.credits = config.limits.credits.min(CREDITS_OF_DEVICES);
+        }
+        let device = Fabric::open(&config)?;
         let waiting = || -> io::Result<(mio::Poll, Waker)> {
             let poll = mio::Poll::new()?;
-            let fd = device.as_raw_fd();
-            let mut source = mio::unix::SourceFd(&fd);
-            poll.registry()
-                .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
-            if let Some(fd) = device.host_fd() {
+            for fd in device.fds() {
                 let mut source = mio::unix::SourceFd(&fd);
                 poll.registry()
                     .register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE)?;
@@ -231,8 +223,7 @@ impl Endpoint {
 
     /// Sleeps until the socket, the waker, a timer or `left`; returns whether it was the waker.
     fn wait(&mut self, left: Option<Duration>) -> io::Result<bool> {
-        let device = &self.ctx.device;
-        let timeout = if self.is_drained && !device.has_output() && device.may_sleep() {
+        let timeout = if self.is_drained && self.ctx.device.may_sleep() {
             let due = self.ctx.next_timeout();
             let now = self.ctx.device.now();
             let due = due.map(|due| Duration::from_nanos(due.since(now).0));
@@ -264,18 +255,8 @@ impl Endpoint {
             handler(ctx, event);
         };
         let now = ctx.device.now();
-        let mut is_drained = false;
-        if ctx.device.is_look_due(now) {
-            ctx.device.attend();
-            let filled = ctx.device.receive(batch)?;
-            for slot in 0..filled {
-                match batch.arrival(slot) {
-                    Some(arrival) if !arrival.is_truncated => ctx.arrive(now, &arrival, &mut count),
-                    _ => ctx.device.count_malformed(),
-                }
-            }
-            is_drained = filled < batch.capacity();
-        }
+        let mut is_drained = ctx.receive_packets(now, batch, &mut count)?;
+        is_drained &= ctx.receive_completions(now, &mut count);
         is_drained &= ctx.receive_host(now, host_batch, &mut count);
         while let Some(id) = ctx.device.expire(now) {
             ctx.poll_completions(id, None, &mut count);
@@ -308,7 +289,7 @@ impl std::ops::DerefMut for Endpoint {
 }
 
 impl EndpointCtx {
-    fn new(device: Device, config: EndpointConfig, random: RandomState) -> EndpointCtx {
+    fn new(device: Fabric, config: EndpointConfig, random: RandomState) -> EndpointCtx {
         EndpointCtx {
             handshakes: Handshakes::new(&config, device.local_addr(), random.hash_one(0)),
             lending: LoanPool::new(&config.limits),
@@ -327,6 +308,7 @@ impl EndpointCtx {
             next_silence_check: Nanos::ZERO,
             random,
             draws: 0,
+            is_mixed_told: false,
         }
     }
 
@@ -386,7 +368,7 @@ impl EndpointCtx {
         else {
             return Err(SendError::Closed);
         };
-        let memory = &mut self.device.memory;
+        let memory = self.device.memory();
         if stream
             .outbox
             .push(&mut self.pool, memory, parts, len)
@@ -521,14 +503,8 @@ impl EndpointCtx {
             shared_receives: false,
         };
         let (qp, qpn) = self.device.create_qp(DOMAIN, caps)?;
-        let state = self.device.qp(qp)?;
-        let init = InitAttr {
-            access: qp::Access::READ,
-            pkey: PKEY_DEFAULT,
-        };
-        state.to_init(init).expect("a new queue pair is in Reset");
         for _ in 0..depth {
-            Stream::post_receive(state);
+            self.device.post_receive(qp);
         }
         let index = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
@@ -570,7 +546,7 @@ impl EndpointCtx {
             stream.outbox.clear(&mut self.pool);
             stream
                 .loans
-                .end_all(&mut self.lending, &mut self.device.memory);
+                .end_all(&mut self.lending, self.device.memory());
             stream
                 .inbox
                 .clear(&mut self.fetching, &mut self.device, index);

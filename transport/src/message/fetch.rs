@@ -22,13 +22,14 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use lowtide_transport_proto::qp::{Lkey, Remote, Rkey, SendOp, SendWr, SgList, WrId};
+use lowtide_transport_proto::qp::{Remote, Rkey};
 
+use super::fabric::Fabric;
 use super::loans::OFFERS_MAX;
 use super::parcel::{MESSAGE_MAX, Offer};
 use super::{Limits, Violation};
-use crate::device::{Device, QpId};
-use crate::memory::{Key, Region};
+use crate::device::QpId;
+use crate::memory::Key;
 
 /// READs of one connection under way.
 pub(crate) const READS_MAX: usize = 4;
@@ -273,7 +274,7 @@ impl Inbox {
     pub(crate) fn ask(
         &mut self,
         pool: &mut FetchPool,
-        device: &mut Device,
+        device: &mut Fabric,
         qp: QpId,
         packet_len: u32,
         index: u32,
@@ -292,7 +293,7 @@ impl Inbox {
                 let domain = pool.domain;
                 let register = |slab: Arc<[u8]>| {
                     let begin = slab.as_ptr().align_offset(ALIGN);
-                    Some((device.memory.register_slab(domain, slab)?, begin))
+                    Some((device.memory().register_slab(domain, slab)?, begin))
                 };
                 let place = has_room.then(|| pool.slab(len)).and_then(register);
                 let Some(place) = place else {
@@ -313,9 +314,8 @@ impl Inbox {
             va: fetch.from.va.wrapping_add(u64::from(fetch.asked)),
             ..fetch.from
         };
-        let into = SgList::one(Lkey(key.0), begin as u64 + u64::from(fetch.asked), take);
-        let wr = SendWr::new(WrId(0), SendOp::Read(from), into);
-        if device.qp(qp).is_none_or(|qp| qp.post_send(wr).is_err()) {
+        let into = (key, begin as u64 + u64::from(fetch.asked), take);
+        if !device.post_read(qp, from, into) {
             // Only a queue pair in error refuses; its completions will close the connection.
             return;
         }
@@ -332,7 +332,7 @@ impl Inbox {
     pub(crate) fn note_read(
         &mut self,
         pool: &mut FetchPool,
-        device: &mut Device,
+        device: &mut Fabric,
         index: u32,
     ) -> bool {
         let (len, packets) = self.reads.pop_front().expect("a READ that was posted");
@@ -349,7 +349,7 @@ impl Inbox {
     }
 
     /// Takes the next thing that can be handed up.
-    pub(crate) fn pop(&mut self, pool: &mut FetchPool, device: &mut Device) -> Option<Ready> {
+    pub(crate) fn pop(&mut self, pool: &mut FetchPool, device: &mut Fabric) -> Option<Ready> {
         match self.waiting.front()? {
             Waiting::Fetch => {
                 let fetch = self.fetches.front().expect("one for each in line");
@@ -371,7 +371,7 @@ impl Inbox {
     }
 
     /// Forgets everything; the queue pair must be gone.
-    pub(crate) fn clear(&mut self, pool: &mut FetchPool, device: &mut Device, index: u32) {
+    pub(crate) fn clear(&mut self, pool: &mut FetchPool, device: &mut Fabric, index: u32) {
         for (_, packets) in self.reads.drain(..) {
             pool.packets -= packets;
         }
@@ -392,14 +392,11 @@ impl Inbox {
         &mut self,
         fetch: &Fetch,
         pool: &mut FetchPool,
-        device: &mut Device,
+        device: &mut Fabric,
     ) -> Option<Arc<[u8]>> {
-        let region = device.memory.deregister(fetch.slab?.0);
+        let slab = device.memory().release_slab(fetch.slab?.0);
         self.bytes -= fetch.len as usize;
         pool.release(fetch.len as usize);
-        match region {
-            Some(Region::Slab(slab)) => Some(slab),
-            _ => None,
-        }
+        slab
     }
 }

@@ -8,11 +8,11 @@
 //! ```text
 //!  0        1         2           4          6           8        16            24
 //! +--------+---------+-----------+----------+-----------+--------+-------------+---------
-//! |version | length  | credits   | budget   | reserved  | node   | incarnation | hello …
+//! |version | length  | credits   | budget   | lid       | node   | incarnation | hello …
 //! +--------+---------+-----------+----------+-----------+--------+-------------+---------
 //! ```
 //! Little endian; `length` is the hello's, `budget` how many full datagrams the sender's receive
-//! buffer holds. A complaint is version, zero, zero, zero, queue pair number (u32), node,
+//! buffer holds, `lid` the sender's local identifier (InfiniBand; 0 elsewhere). A complaint is version, zero, zero, zero, queue pair number (u32), node,
 //! incarnation.
 //!
 //! Invariant: a REQ is repeated until it is answered or the connection is closed.
@@ -25,15 +25,15 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 
 use lowtide_transport_proto::cm::{
-    Cm, CmConfig, CmEvent, CmTransmit, CommId, ConnectParams, Message, QpOffer, Rej, ServiceId,
-    reason,
+    Cm, CmConfig, CmEvent, CmTransmit, CommId, ConnectParams, MAD_LEN, Message, QpOffer, Rej,
+    ServiceId, reason,
 };
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Mtu, Psn, Qpn};
 
+use super::fabric::Fabric;
 use super::{EndpointConfig, HELLO_MAX};
 use crate::cm::Gsi;
-use crate::device::Device;
 
 /// Version of the private data and of the parcels.
 const VERSION: u8 = 2;
@@ -48,6 +48,11 @@ const COMPLAINTS_MAX: usize = 1024;
 /// A request that found nobody is repeated so often, whatever the connection manager does: its own
 /// pauses double up to seconds, and a peer that is just starting should not wait for them.
 const REQUEST_PAUSE: Nanos = Nanos::from_millis(200);
+/// How a management datagram of the connection manager begins (version, class, class version), and
+/// what is before and behind it on the wire of RoCE.
+const MAD_START: [u8; 3] = [1, 7, 2];
+const BTH_AND_DETH: usize = 20;
+const ICRC_LEN: usize = 4;
 /// Retries without limit: whether a peer is dead is decided above.
 pub(super) const RETRY_FOREVER: u8 = 7;
 
@@ -58,6 +63,7 @@ pub(super) struct Greeting {
     pub(super) incarnation: u64,
     pub(super) credits: u16,
     pub(super) budget: u16,
+    pub(super) lid: u16,
     pub(super) hello: Vec<u8>,
 }
 
@@ -68,7 +74,7 @@ impl Greeting {
         bytes.push(self.hello.len() as u8);
         bytes.extend_from_slice(&self.credits.to_le_bytes());
         bytes.extend_from_slice(&self.budget.to_le_bytes());
-        bytes.extend_from_slice(&[0; 2]);
+        bytes.extend_from_slice(&self.lid.to_le_bytes());
         bytes.extend_from_slice(&self.node.to_le_bytes());
         bytes.extend_from_slice(&self.incarnation.to_le_bytes());
         bytes.extend_from_slice(&self.hello);
@@ -89,6 +95,7 @@ impl Greeting {
             incarnation: word(fixed, 16),
             credits,
             budget: u16::from_le_bytes([fixed[4], fixed[5]]),
+            lid: u16::from_le_bytes([fixed[6], fixed[7]]),
             hello: hello.to_vec(),
         })
     }
@@ -416,7 +423,7 @@ impl Handshakes {
     }
 
     /// Sends what is waiting.
-    pub(super) fn transmit(&mut self, device: &mut Device) {
+    pub(super) fn transmit(&mut self, device: &mut Fabric) {
         for (to, qpn) in std::mem::take(&mut self.complaints) {
             let rej = Rej {
                 local: CommId(0),
@@ -427,13 +434,13 @@ impl Handshakes {
                 private_data: &self.encode_complaint(qpn),
             };
             let mad = Message::Rej(rej).encode(0);
-            self.gsi.send(device, to, &mad);
+            device.send_mad(&mut self.gsi, to, &mad);
         }
         for transmit in std::mem::take(&mut self.outgoing) {
-            self.gsi.send(device, transmit.to, &transmit.mad);
+            device.send_mad(&mut self.gsi, transmit.to, &transmit.mad);
         }
         while let Some(transmit) = self.cm.poll_transmit() {
-            self.gsi.send(device, transmit.to, &transmit.mad);
+            device.send_mad(&mut self.gsi, transmit.to, &transmit.mad);
         }
     }
 
@@ -456,6 +463,18 @@ fn decode_complaint(bytes: &[u8]) -> Option<(Qpn, u64)> {
     Some((Qpn::new(qpn), word(bytes, 16)))
 }
 
+/// Whether a datagram is the connection manager's without the headers of RoCE: a device of
+/// libibverbs sent it.
+pub(super) fn is_bare(datagram: &[u8]) -> bool {
+    datagram.len() == MAD_LEN && datagram.starts_with(&MAD_START)
+}
+
+/// Whether it is with them: softroce sent it.
+pub(super) fn is_wrapped(datagram: &[u8]) -> bool {
+    let mad = datagram.get(BTH_AND_DETH..).unwrap_or_default();
+    mad.len() == MAD_LEN + ICRC_LEN && mad.starts_with(&MAD_START)
+}
+
 fn offer(qp: &EndQp) -> QpOffer {
     QpOffer {
         qpn: qp.qpn,
@@ -471,12 +490,30 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_request_that_came_the_other_way_is_recognised() {
+        let rej = Rej {
+            local: CommId(1),
+            remote: CommId(2),
+            message: 0,
+            reason: reason::CONSUMER,
+            ca_guid: 0,
+            private_data: &[],
+        };
+        let mad = Message::Rej(rej).encode(7);
+        assert!(is_bare(&mad) && !is_wrapped(&mad));
+        let wrapped = [&[0x64; BTH_AND_DETH][..], &mad, &[0; ICRC_LEN]].concat();
+        assert!(is_wrapped(&wrapped) && !is_bare(&wrapped));
+        assert!(!is_bare(&wrapped[..255]) && !is_wrapped(&mad[..100]));
+    }
+
+    #[test]
     fn greetings_survive_the_zeroes_that_the_wire_appends() {
         let greeting = Greeting {
             node: 7,
             incarnation: u64::MAX,
             credits: 64,
             budget: 984,
+            lid: 3,
             hello: b"hello".to_vec(),
         };
         let mut bytes = greeting.encode();
@@ -491,6 +528,7 @@ mod tests {
             incarnation: 0,
             credits: 2,
             budget: 0,
+            lid: 0,
             hello: vec![],
         };
         let good = good.encode();

@@ -12,9 +12,10 @@
 
 use std::collections::VecDeque;
 
+use super::fabric::Registrar;
 use super::parcel::Offer;
 use super::{Limits, Violation};
-use crate::memory::{Key, Lent, Memory, Piece};
+use crate::memory::{Key, Lent, Piece};
 
 /// Offers that one connection may have open.
 pub(crate) const OFFERS_MAX: usize = 64;
@@ -157,27 +158,28 @@ impl Loans {
             && (self.is_empty() || self.bytes + len <= pool.share_max / 2)
     }
 
-    /// Lends an admitted message under `key`; returns the offer to make.
+    /// Lends an admitted message under a key, drawn from `draw` where keys may be chosen; returns
+    /// the key and the offer to make.
     ///
     /// # Errors
-    /// The message again, if the key is taken.
+    /// The message again, if it cannot be registered.
     pub(crate) fn lend(
         &mut self,
         pool: &mut LoanPool,
-        memory: &mut Memory,
-        key: Key,
+        memory: &mut dyn Registrar,
+        draw: &mut dyn FnMut() -> u32,
         lent: Lent,
-    ) -> Result<Offer, Lent> {
+    ) -> Result<(Key, Offer), Lent> {
         let len = lent.len();
         assert!(self.admits(pool, len));
-        memory.lend(self.domain, key, lent)?;
+        let (key, address) = memory.lend_to(self.domain, draw, lent)?;
         self.open.push_back((key, len));
         self.bytes += len;
         pool.bytes += len;
         pool.bytes_peak = pool.bytes_peak.max(pool.bytes);
         let number = self.made;
         self.made = self.made.wrapping_add(1);
-        Ok(Offer { address: 0, number })
+        Ok((key, Offer { address, number }))
     }
 
     /// An offer has been posted.
@@ -192,7 +194,7 @@ impl Loans {
     pub(crate) fn end_taken(
         &mut self,
         pool: &mut LoanPool,
-        memory: &mut Memory,
+        memory: &mut dyn Registrar,
         taken: u32,
     ) -> Result<bool, Violation> {
         let count = taken.wrapping_sub(self.taken);
@@ -207,27 +209,33 @@ impl Loans {
     }
 
     /// Ends the loan made last, of which the peer has not been told.
-    pub(crate) fn end_newest(&mut self, pool: &mut LoanPool, memory: &mut Memory) -> Lent {
+    pub(crate) fn end_newest(&mut self, pool: &mut LoanPool, memory: &mut dyn Registrar) -> Lent {
         self.made = self.made.wrapping_sub(1);
         let (key, len) = self.open.pop_back().expect("just made");
         self.end(pool, memory, key, len)
     }
 
     /// Ends everything; the queue pair must be gone.
-    pub(crate) fn end_all(&mut self, pool: &mut LoanPool, memory: &mut Memory) {
+    pub(crate) fn end_all(&mut self, pool: &mut LoanPool, memory: &mut dyn Registrar) {
         while !self.open.is_empty() {
             self.end_oldest(pool, memory);
         }
     }
 
-    fn end_oldest(&mut self, pool: &mut LoanPool, memory: &mut Memory) {
+    fn end_oldest(&mut self, pool: &mut LoanPool, memory: &mut dyn Registrar) {
         let (key, len) = self.open.pop_front().expect("as many as were made");
         let lent = self.end(pool, memory, key, len);
         pool.recycle(lent);
     }
 
-    fn end(&mut self, pool: &mut LoanPool, memory: &mut Memory, key: Key, len: usize) -> Lent {
-        let lent = memory.take_back(key).expect("a loan lasts until it ends");
+    fn end(
+        &mut self,
+        pool: &mut LoanPool,
+        memory: &mut dyn Registrar,
+        key: Key,
+        len: usize,
+    ) -> Lent {
+        let lent = memory.end_loan(key).expect("a loan lasts until it ends");
         self.bytes -= len;
         pool.bytes -= len;
         lent
@@ -237,6 +245,7 @@ impl Loans {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Memory;
 
     fn limits(message_max: usize, lent_max: usize) -> Limits {
         Limits {
@@ -257,12 +266,13 @@ mod tests {
             if !loans.admits(&self.pool, len) {
                 return false;
             }
-            self.keys += 1;
             let (pool, memory) = (&mut self.pool, &mut self.memory);
             let lent = Lent::new([Piece::Owned(vec![1; len])]);
-            loans
-                .lend(pool, memory, Key(0x8000_0000 + self.keys), lent)
-                .unwrap();
+            let mut draw = || {
+                self.keys += 1;
+                0x8000_0000 + self.keys
+            };
+            loans.lend(pool, memory, &mut draw, lent).unwrap();
             loans.note_told();
             true
         }

@@ -15,8 +15,9 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 
+use super::fabric::Registrar;
 use super::parcel::{self, HEADER_LEN, Header, Kind, MESSAGE_MAX, OFFER_LEN, Offer, SLOT_LEN};
-use crate::memory::{Key, Memory};
+use crate::memory::Key;
 
 /// Slots cut from one region.
 const SLOTS_PER_REGION: usize = 8;
@@ -43,7 +44,7 @@ impl SlotPool {
         }
     }
 
-    fn take(&mut self, memory: &mut Memory) -> Option<Slot> {
+    fn take(&mut self, memory: &mut dyn Registrar) -> Option<Slot> {
         if self.free.is_empty() {
             let key = memory.register_private(self.domain, SLOTS_PER_REGION * SLOT_LEN)?;
             self.free.extend((0..SLOTS_PER_REGION).rev().map(|i| Slot {
@@ -145,7 +146,7 @@ impl Outbox {
     pub(crate) fn push(
         &mut self,
         pool: &mut SlotPool,
-        memory: &mut Memory,
+        memory: &mut dyn Registrar,
         parts: &[IoSlice<'_>],
         len: usize,
     ) -> Result<(), Full> {
@@ -164,7 +165,7 @@ impl Outbox {
     pub(crate) fn push_offer(
         &mut self,
         pool: &mut SlotPool,
-        memory: &mut Memory,
+        memory: &mut dyn Registrar,
         (len, key): (u32, Key),
         offer: Offer,
     ) -> Result<(), Full> {
@@ -178,7 +179,7 @@ impl Outbox {
     fn push_record(
         &mut self,
         pool: &mut SlotPool,
-        memory: &mut Memory,
+        memory: &mut dyn Registrar,
         parts: &[IoSlice<'_>],
         len: usize,
     ) -> Result<(), Full> {
@@ -225,7 +226,7 @@ impl Outbox {
     fn reserve(
         &mut self,
         pool: &mut SlotPool,
-        memory: &mut Memory,
+        memory: &mut dyn Registrar,
         len: usize,
         kind: Kind,
         slots_max: usize,
@@ -260,7 +261,7 @@ impl Outbox {
         Ok(offset)
     }
 
-    fn tail_bytes<'m>(&self, memory: &'m mut Memory) -> &'m mut [u8] {
+    fn tail_bytes<'m>(&self, memory: &'m mut dyn Registrar) -> &'m mut [u8] {
         let slot = self.held.back().expect("a parcel was reserved").slot;
         slot_bytes(memory, slot)
     }
@@ -270,7 +271,7 @@ impl Outbox {
     pub(crate) fn post(
         &mut self,
         pool: &mut SlotPool,
-        memory: &mut Memory,
+        memory: &mut dyn Registrar,
         credit: Option<u32>,
         credits: u16,
         sequence: u32,
@@ -333,11 +334,10 @@ impl Outbox {
     }
 }
 
-fn slot_bytes(memory: &mut Memory, slot: Slot) -> &mut [u8] {
-    let region = memory
-        .private_mut(slot.key)
-        .expect("slots live as long as the endpoint");
-    &mut region[slot.offset as usize..slot.offset as usize + SLOT_LEN]
+fn slot_bytes(memory: &mut dyn Registrar, slot: Slot) -> &mut [u8] {
+    memory
+        .private_bytes(slot.key, slot.offset as usize, SLOT_LEN)
+        .expect("slots live as long as the endpoint")
 }
 
 /// Copies the concatenated `parts`, which are as long as `out`.
@@ -353,6 +353,7 @@ fn copy_parts(mut out: &mut [u8], parts: &[IoSlice<'_>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Memory;
 
     struct World {
         memory: Memory,

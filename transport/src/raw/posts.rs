@@ -5,9 +5,9 @@
 //!
 //! Who posts tries to take the token. If another has it, the work goes into the queue's line, the
 //! queue is noted in [`Pending`], and the token is tried for once more. Who gives the token back looks
-//! into [`Pending`] afterwards, and if there is something tries to take the token again. Each side
-//! writes before it looks at what the other writes, with a fence between ([`Pending::is_any`]), so
-//! not both miss.
+//! into [`Pending`] afterwards, and if there is something tries to take the token again. Both change the
+//! same word, so one comes first: the holder, and the poster finds the token free, or the poster, and
+//! the holder finds its bit.
 //!
 //! Invariants:
 //! * work that [`Room`] has admitted finds room in its line: a line is as long as its queue is deep,
@@ -18,12 +18,12 @@
 #[cfg(loom)]
 use loom::sync::{
     Mutex, MutexGuard,
-    atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    atomic::{AtomicU32, AtomicU64, Ordering},
 };
 #[cfg(not(loom))]
 use std::sync::{
     Mutex, MutexGuard,
-    atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 /// How much work a queue may have that is not finished.
@@ -161,16 +161,15 @@ impl Pending {
     /// Queue `index` has work in its line. The caller tries to take the token then.
     pub fn note(&self, index: usize) {
         let word = index / 64;
-        // Release: who finds the bit finds the work.
+        // Release: who finds the bit finds the work. Acquire pairs with `is_any`.
         self.queues[word].fetch_or(1 << (index % 64), Ordering::Release);
-        self.any.fetch_or(1 << (word / GROUP), Ordering::Release);
+        self.any.fetch_or(1 << (word / GROUP), Ordering::AcqRel);
     }
 
-    /// Whether some queue has, for who has just noted one, or has just given the token back, and
-    /// tries for the token next.
+    /// Whether some queue has, for who has just given the token back. A change that changes nothing:
+    /// who notes a queue after it finds the token free.
     pub fn is_any(&self) -> bool {
-        fence(Ordering::SeqCst);
-        self.has_any()
+        self.any.fetch_or(0, Ordering::AcqRel) != 0
     }
 
     /// The same, for who has the token.

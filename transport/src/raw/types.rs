@@ -168,6 +168,8 @@ pub struct PortAttr {
     pub max_msg_sz: u32,
     /// Entries of its P_Key table.
     pub pkey_tbl_len: u16,
+    /// Local identifier; InfiniBand only.
+    pub lid: u16,
     /// Whether it is Ethernet (RoCE), not InfiniBand.
     pub is_ethernet: bool,
 }

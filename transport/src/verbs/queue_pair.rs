@@ -13,7 +13,7 @@ use lowtide_transport_proto::qp::{
 };
 use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
 
-use super::{Buffer, Device, Post, Queue};
+use super::{Buffer, Device, NO_SLOT, Post, Queue};
 use crate::device::QpId;
 use crate::memory::Access;
 use crate::raw::types::{Error, SendFlags, SendWr};
@@ -305,7 +305,8 @@ impl QueuePair {
         if queue.is_full() {
             return refuse(PostError::QueueFull, buffer);
         }
-        let of = queue.outstanding.clone();
+        let of = queue.index;
+        let slot = slot.unwrap_or(NO_SLOT);
         let name = queue.cq.0.posts().add(Post { id, slot, of });
         if let Err(error) = post(state, name, list) {
             queue.cq.0.posts().take(name);

@@ -353,6 +353,9 @@ fn other_process() {
         QpType::Rc,
         None,
     );
+    if role == "starved" {
+        starve();
+    }
     let tell = |words: &[u64]| {
         let words: Vec<String> = words.iter().map(u64::to_string).collect();
         println!("\npeer:{}", words.join(" "));
@@ -365,9 +368,6 @@ fn other_process() {
         remote.va,
         remote.rkey.0.into(),
     ]);
-    if role == "starved" {
-        starve();
-    }
     for line in std::io::stdin().lines() {
         let words: Vec<u64> = line
             .unwrap()

@@ -26,7 +26,7 @@ pub(super) fn local(path: &Path) -> Result<RawPath, Failure> {
 pub(super) fn run(cluster: &Where, job: FileJob) -> Result<(), Failure> {
     let outcome = match (&cluster.state, &cluster.cluster) {
         (Some(dir), _) => on_running_client(dir, job)?,
-        (None, Some(file)) => as_client(file, cluster.client.as_deref(), job)?,
+        (None, Some(file)) => as_client(file, cluster, job)?,
         (None, None) => return Err(Failure::usage("name a cluster with --state or --cluster")),
     };
     match outcome {
@@ -67,8 +67,9 @@ fn on_running_client(dir: &Path, job: FileJob) -> Result<Outcome, Failure> {
     follow(&mut control).map_err(Failure::cluster)
 }
 
-fn as_client(file: &Path, name: Option<&str>, job: FileJob) -> Result<Outcome, Failure> {
+fn as_client(file: &Path, place: &Where, job: FileJob) -> Result<Outcome, Failure> {
     let cluster = Cluster::load(file).map_err(Failure::usage)?;
+    let name = place.client.as_deref();
     let client = match name {
         Some(name) => cluster.member(name).filter(|m| m.role == Role::Client),
         // The first ones are likely to be in use.
@@ -81,7 +82,10 @@ fn as_client(file: &Path, name: Option<&str>, job: FileJob) -> Result<Outcome, F
             name.unwrap_or("at all")
         ))
     })?;
-    let node = engine::join(&cluster, &client.name).map_err(Failure::cluster)?;
+    let at = Some(client.address.ip());
+    let chosen = engine::choose_provider(place.provider, at, engine::needs_wire(0.0));
+    let (carrier, _) = chosen.map_err(Failure::usage)?;
+    let node = engine::join(&cluster, &client.name, &carrier).map_err(Failure::cluster)?;
     let jobs = Jobs::start(node.session()).map_err(Failure::cluster)?;
     let id = jobs.submit(Job::Files(job)).map_err(Failure::cluster)?;
     let outcome = loop {

@@ -26,9 +26,11 @@ pub(super) fn node(args: &NodeArgs) -> Result<(), Failure> {
     }
     log_to_stderr();
     let file = NodeFile::load(&args.config).map_err(Failure::usage)?;
-    let provider = engine::choose_provider(file.provider, file.member.address.ip());
-    let provider = provider.map_err(Failure::usage)?;
-    let handle = engine::start(&file).map_err(Failure::cluster)?;
+    let needs_wire = engine::needs_wire(file.loss_percent);
+    let at = Some(file.member.address.ip());
+    let chosen = engine::choose_provider(file.provider, at, needs_wire);
+    let (carrier, provider) = chosen.map_err(Failure::usage)?;
+    let handle = engine::start(&file, &carrier).map_err(Failure::cluster)?;
     tracing::info!(
         name = file.member.name,
         address = %file.member.address,

@@ -1,6 +1,8 @@
 //! `lowtide export` and `lowtide verify`: the state of a stopped or crashed cluster, recovered in
 //! this process without its network.
 
+use std::fmt::Arguments;
+use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lowtide_engine::offline::{self, OfflineConfig, OfflineError, OfflineState};
@@ -24,21 +26,27 @@ const PROBLEMS_MAX: usize = 100;
 
 pub(super) fn export(args: &ExportArgs) -> Result<(), Failure> {
     let state = State::open(&args.state).map_err(Failure::usage)?;
+    // Before the state is touched.
+    if std::fs::read_dir(&args.to).is_ok_and(|mut inside| inside.next().is_some()) {
+        let to = args.to.display();
+        return Err(Failure::usage(format!("--to {to}: not empty")));
+    }
     let session = recover(&state)?;
     let tree = Tree::open(&session).map_err(|e| Failure::cluster(words(e)))?;
     let options = FetchOptions::default();
     let report = fetch::fetch(&tree, &args.to, &options, &Progress::default())
         .map_err(|e| Failure::cluster(words(e)))?;
-    println!(
+    say(format_args!(
         "exported  {} files, {} directories, {} symbolic links, {} further names, {}",
         report.files,
         report.directories,
         report.symlinks,
         report.links,
         Size(report.bytes)
-    );
+    ))?;
     if !report.owners_restored {
-        println!("          owners are yours; only the superuser can restore them");
+        let words = "          owners are yours; only the superuser can restore them";
+        say(format_args!("{words}"))?;
     }
     let damaged = report.damaged.list.iter().map(ToString::to_string);
     judge("damaged entries", report.damaged.count, damaged)
@@ -49,7 +57,7 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let session = recover(&state)?;
     let tree = Tree::open(&session).map_err(|e| Failure::cluster(words(e)))?;
     let report = check::check(&tree).map_err(|e| Failure::cluster(words(e)))?;
-    println!(
+    say(format_args!(
         "checked   {} inodes, {} entries, {} chunks, {}; {} interrupted creations, {} interrupted deletions",
         report.inodes,
         report.entries,
@@ -57,9 +65,14 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         Size(report.bytes),
         report.unfinished.len(),
         report.unfreed.len(),
-    );
+    ))?;
     let findings = report.findings.iter().map(ToString::to_string);
     judge("violations", report.finding_count, findings)
+}
+
+/// A line for the user.
+fn say(line: Arguments<'_>) -> Result<(), Failure> {
+    writeln!(std::io::stdout(), "{line}").map_err(Failure::output)
 }
 
 /// Prints what was found and fails if there was anything.
@@ -95,10 +108,10 @@ fn recover(state: &State) -> Result<Offline<RecoveredObjects>, Failure> {
     };
     let recovered = offline::open(&config).map_err(|e| Failure::cluster(words(e)))?;
     let (undone, completed) = recovered.undone_and_completed();
-    println!(
+    say(format_args!(
         "recovered {} dead lives, {completed} operations completed, {undone} undone",
         recovered.resolved()
-    );
+    ))?;
     Ok(Offline::new(RecoveredObjects {
         placement: placement(&cluster),
         state: Mutex::new(recovered),

@@ -1,7 +1,6 @@
 //! `lowtide run`.
 
 use std::io::Write;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -11,7 +10,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::{Failure, Kind};
 use crate::cli::RunArgs;
-use crate::fault::Shape;
+use crate::fault::{Fault, Shape};
 use crate::report::Report;
 use crate::state::State;
 use crate::supervisor::{self, Options, RunError};
@@ -54,8 +53,11 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
             address::NODES_MAX
         )));
     }
-    // All nodes of a run are on loopback addresses.
-    engine::choose_provider(args.provider, Ipv4Addr::LOCALHOST.into()).map_err(Failure::usage)?;
+    let on_wire = |fault: &&Fault| matches!(fault, Fault::Loss { .. } | Fault::Partition { .. });
+    let on_wire = args.faults.iter().find(on_wire).map(Fault::to_string);
+    let needs_wire = on_wire.as_deref().or(engine::needs_wire(0.0));
+    let chosen = engine::choose_provider(args.provider, None, needs_wire);
+    let (carrier, why) = chosen.map_err(Failure::usage)?;
     let input = match &args.input {
         Some(dir) => dir.clone(),
         None => input::default_input().ok_or_else(|| {
@@ -68,12 +70,18 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
     if let Some(state) = &args.state {
         check_apart(&input, state)?;
     }
+    if let Some(report) = args.report.as_deref()
+        && report.as_os_str() != "-"
+    {
+        check_report(report)?;
+    }
     Ok(Options {
         input,
         shape,
         shards: args.shards,
         faults: args.faults.clone(),
-        provider: args.provider,
+        carrier,
+        why,
         seed: args.seed.unwrap_or_else(seed_from_clock),
         restart_after: Duration::from_millis(args.restart_after),
         patience: Duration::from_secs(args.patience),
@@ -159,21 +167,39 @@ impl Place {
     }
 }
 
-/// Prints the summary and writes the report where it was asked for.
+/// Prints the summary and writes the report where it was asked for. On standard output the report is
+/// alone, for programs that read it there.
 fn publish(report: &Report, file: Option<&Path>) -> Result<(), Failure> {
-    let mut out = std::io::stdout().lock();
     // A reader that went away does not change how the run ended.
-    let _ = writeln!(out, "{report}");
+    let is_alone = file.is_some_and(|path| path.as_os_str() == "-");
+    let _ = match is_alone {
+        true => writeln!(std::io::stderr(), "{report}"),
+        false => writeln!(std::io::stdout(), "{report}"),
+    };
     let Some(path) = file else {
         return Ok(());
     };
     let json = serde_json::to_string_pretty(report).expect("plain data") + "\n";
-    let written = if path.as_os_str() == "-" {
-        out.write_all(json.as_bytes())
-    } else {
-        std::fs::write(path, json)
+    let written = match is_alone {
+        true => std::io::stdout().write_all(json.as_bytes()),
+        false => std::fs::write(path, json),
     };
     written.map_err(|error| Failure::cluster(format!("--report {}: {error}", path.display())))
+}
+
+/// A report that could not be written would cost the whole run.
+fn check_report(path: &Path) -> Result<(), Failure> {
+    let found = match path.metadata() {
+        Ok(_) => std::fs::OpenOptions::new()
+            .append(true)
+            .open(path)
+            .map(drop),
+        Err(_) => {
+            let dir = std::path::absolute(path).map_err(Failure::usage)?;
+            std::fs::read_dir(dir.parent().unwrap_or(&dir)).map(drop)
+        }
+    };
+    found.map_err(|error| Failure::usage(format!("--report {}: {error}", path.display())))
 }
 
 /// Decides about success.
@@ -207,7 +233,7 @@ mod tests {
         options(&good()).unwrap();
         let file = tmp.path().join("file");
         std::fs::write(&file, "").unwrap();
-        let table: [(RunArgs, &str); 5] = [
+        let table: [(RunArgs, &str); 7] = [
             (
                 RunArgs {
                     faults: vec!["kill:meta7@5%".parse().unwrap()],
@@ -221,6 +247,20 @@ mod tests {
                     ..good()
                 },
                 "No such file",
+            ),
+            (
+                RunArgs {
+                    report: Some(tmp.path().join("absent/report.json")),
+                    ..good()
+                },
+                "--report",
+            ),
+            (
+                RunArgs {
+                    report: Some(tmp.path().to_owned()),
+                    ..good()
+                },
+                "directory",
             ),
             (
                 RunArgs {

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::nodes::{Node, Nodes};
-use crate::config::{Provider, Role};
-use crate::engine;
+use crate::config::Role;
+use crate::engine::Carrier;
 use crate::report::{
     LatencyReport, MinimumReport, Report, UndoReport, WindowReport, cpu_of_process,
 };
@@ -84,10 +84,11 @@ pub fn close(report: &mut Report, nodes: &Nodes, minimum: &Standstill) {
 }
 
 /// The transport that carried the messages; of `host`, how many connections went which way.
-pub fn provider(asked: Provider, nodes: &Nodes) -> String {
-    let name = engine::provider_name(asked);
-    if asked != Provider::Host {
-        return name.to_owned();
+pub fn provider(carrier: &Carrier, nodes: &Nodes) -> String {
+    match carrier {
+        Carrier::Softroce => return "softroce".to_owned(),
+        Carrier::Verbs(chosen) => return format!("verbs ({})", chosen.device.name),
+        Carrier::Host => {}
     }
     let (mut rings, mut udp) = (0, 0);
     for (_, node) in nodes.iter() {
@@ -97,7 +98,7 @@ pub fn provider(asked: Provider, nodes: &Nodes) -> String {
     }
     // Each is known to both of its ends.
     let [rings, udp] = [rings, udp].map(|ends| ends.div_ceil(2));
-    format!("{name} ({rings} connections through shared memory, {udp} by UDP)")
+    format!("host ({rings} connections through shared memory, {udp} by UDP)")
 }
 
 /// Processor time of each node's process so far, in seconds.

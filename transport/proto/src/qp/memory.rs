@@ -102,27 +102,32 @@ impl SgList {
     /// The fragments that hold bytes `offset` to `offset + len`, as far as the list reaches.
     #[must_use]
     pub fn slice(&self, offset: u32, len: u32) -> Fragments {
-        let mut fragments = Fragments::EMPTY;
-        let (mut skip, mut left) = (offset, len);
-        for sge in self.elements() {
-            if skip >= sge.len {
-                skip -= sge.len;
-                continue;
-            }
-            let take = left.min(sge.len - skip);
-            if take == 0 {
-                break;
-            }
-            fragments.push(Fragment {
-                key: Key::Local(sge.lkey),
-                addr: sge.addr.wrapping_add(u64::from(skip)),
-                len: take,
-            });
-            left -= take;
-            skip = 0;
-        }
-        fragments
+        slice(self.elements().iter().copied(), offset, len)
     }
+}
+
+/// The fragments of a list that hold bytes `offset` to `offset + len`, as far as it reaches.
+pub(super) fn slice(list: impl Iterator<Item = Sge>, offset: u32, len: u32) -> Fragments {
+    let mut fragments = Fragments::EMPTY;
+    let (mut skip, mut left) = (offset, len);
+    for sge in list {
+        if skip >= sge.len {
+            skip -= sge.len;
+            continue;
+        }
+        let take = left.min(sge.len - skip);
+        if take == 0 {
+            break;
+        }
+        fragments.push(Fragment {
+            key: Key::Local(sge.lkey),
+            addr: sge.addr.wrapping_add(u64::from(skip)),
+            len: take,
+        });
+        left -= take;
+        skip = 0;
+    }
+    fragments
 }
 
 /// By which key a fragment's memory is named.

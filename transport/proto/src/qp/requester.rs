@@ -32,6 +32,7 @@ use board::Board;
 pub(super) use failure::Failure;
 use segment::Wqe;
 
+use super::lists::Lists;
 use super::memory::Memory;
 use super::timers::{RoundTrip, Timer, TimerTable};
 use super::types::{Allow, DropReason, Outcome, QpKind, RtsAttr, Transmit};
@@ -54,6 +55,8 @@ const RETRY_FOREVER: u8 = 7;
 #[derive(Debug)]
 pub(super) struct Requester {
     queue: VecDeque<Wqe>,
+    /// The elements of their lists.
+    lists: Lists,
     depth: u32,
     attr: RtsAttr,
     /// Oldest packet not acknowledged.
@@ -96,6 +99,7 @@ impl Requester {
     pub fn new(depth: u32) -> Self {
         Self {
             queue: VecDeque::with_capacity(depth as usize),
+            lists: Lists::default(),
             depth,
             attr: RtsAttr {
                 sq_psn: Psn::new(0),
@@ -137,8 +141,11 @@ impl Requester {
     pub fn clear(&mut self) {
         let mut queue = core::mem::take(&mut self.queue);
         queue.clear();
+        let mut lists = core::mem::take(&mut self.lists);
+        lists.clear();
         *self = Self {
             queue,
+            lists,
             board: self.board.take(),
             depth: self.depth,
             attr: self.attr,
@@ -226,7 +233,12 @@ impl Requester {
             return Err(PostError::QueueFull);
         }
         self.queue.push_back(Wqe {
-            wr,
+            wr_id: wr.wr_id,
+            op: wr.op,
+            local: self.lists.push_back(&wr.local),
+            signalled: wr.signalled,
+            solicited: wr.solicited,
+            fence: wr.fence,
             first: self.end,
             packets,
             is_done: false,
@@ -309,7 +321,7 @@ impl Requester {
         };
         self.drain_at.is_some_and(|end| wqe.first >= end)
             || (wqe.wants_response() && self.reads_out >= u32::from(self.attr.max_rd_atomic.max(1)))
-            || (wqe.wr.fence && self.next == wqe.first && self.reads_out > 0)
+            || (wqe.fence && self.next == wqe.first && self.reads_out > 0)
     }
 
     fn build(&self, wqe: &Wqe, seq: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
@@ -319,6 +331,7 @@ impl Requester {
             ack_req,
             self.attr.read_chunk_packets,
             link,
+            &self.lists,
         )
     }
 
@@ -338,7 +351,7 @@ impl Requester {
             );
         }
         if !timers.is_set(Timer::Probe) {
-            timers.set(Timer::Probe, now + self.round_trip.probe_after());
+            timers.set(Timer::Probe, now + self.probe_after());
         }
     }
 
@@ -370,7 +383,7 @@ impl Requester {
             Extension::AtomicAck(aeth, map) if is_report(aeth.syndrome, link) => {
                 self.acknowledge(seq, link, out);
                 out.counters.rcvd_seq_err += 1;
-                is_repaired = self.una >= seq && self.handle_report(seq, map);
+                is_repaired = self.una >= seq && self.handle_report(now, seq, map);
                 Ok(Outcome::Accepted)
             }
             Extension::AtomicAck(..) => Ok(Outcome::Dropped(DropReason::Unsupported)),
@@ -475,7 +488,7 @@ impl Requester {
         };
         let offset = index * link.mtu.bytes();
         let mut rest = payload;
-        for fragment in wqe.wr.local.slice(offset, len).as_slice() {
+        for fragment in self.lists.slice(&wqe.local, offset, len).as_slice() {
             let (piece, tail) = rest.split_at(fragment.len as usize);
             if memory.place(*fragment, piece).is_err() {
                 return Err(Failure::of_packet(seq, Status::LocalProtection));
@@ -519,8 +532,9 @@ impl Requester {
         let Some(wqe) = self.queue.pop_front() else {
             return;
         };
+        self.lists.drop_front(&wqe.local);
         self.cursor = self.cursor.saturating_sub(1);
-        if wqe.wr.signalled {
+        if wqe.signalled {
             out.complete(wqe.completion(Status::Success, link));
         }
     }

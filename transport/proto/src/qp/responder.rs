@@ -6,7 +6,7 @@
 //! the caller polls, straight from memory; whatever cannot be taken now is dropped unexecuted, for
 //! the peer will repeat it.
 //!
-//! What comes up to 63 packets ahead of a gap the caller keeps, if it can, and hands in again when its
+//! What comes up to 127 packets ahead of a gap the caller keeps, if it can, and hands in again when its
 //! turn has come. After a gap (or an RNR NAK) one NAK is sent and then silence kept until the expected
 //! packet comes; peers that report gaps are told of every change instead. What is owed stands in line in `answers`, which also remembers READs and atomics.
 //!
@@ -17,10 +17,9 @@
 mod answers;
 mod one_sided;
 
-use alloc::collections::VecDeque;
-
 use answers::Answers;
 
+use super::lists::Receives;
 use super::memory::{Access, AccessError, AtomicOp, Fragment, Key, Memory, Rkey};
 use super::types::{Allow, DropReason, Outcome, QpEvent, QpKind, RtrAttr, Transmit};
 use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
@@ -75,11 +74,11 @@ pub(super) struct Responder {
     nak_sent: bool,
     /// That was an RNR NAK.
     is_rnr: bool,
-    /// Bit `n`: the caller keeps packet `expected + n`.
-    kept: u64,
+    /// Bit `n`: the caller keeps packet `expected + n`. As many as the window has.
+    kept: u128,
     open: Open,
     /// With a shared receive queue: at most one, taken from there and not used yet.
-    recv: VecDeque<RecvWr>,
+    recv: Receives,
     recv_depth: u32,
     /// Receives come from a shared receive queue.
     is_shared: bool,
@@ -99,7 +98,7 @@ impl Responder {
             is_rnr: false,
             kept: 0,
             open: Open::None,
-            recv: VecDeque::with_capacity(recv_depth as usize),
+            recv: Receives::new(recv_depth),
             recv_depth,
             is_shared,
             rnr_timer: RnrTimer::new(0),
@@ -180,7 +179,7 @@ impl Responder {
     /// The caller keeps the packet with this PSN, which is ahead of a gap.
     pub fn note_kept(&mut self, psn: Psn, link: &Link, out: &mut Reports) {
         let ahead = psn.offset_from(self.expected);
-        self.kept |= 1u64.checked_shl(ahead).unwrap_or(0);
+        self.kept |= 1u128.checked_shl(ahead).unwrap_or(0);
         self.complain(link, out);
     }
 
@@ -214,7 +213,7 @@ impl Responder {
             ahead @ 1.. => {
                 out.counters.out_of_seq_request += 1;
                 self.complain(link, out);
-                let outcome = match 1u64.checked_shl(ahead.cast_unsigned()) {
+                let outcome = match 1u128.checked_shl(ahead.cast_unsigned()) {
                     Some(bit) if !self.is_rnr && self.kept & bit == 0 => Outcome::Ahead,
                     _ => Outcome::Dropped(DropReason::OutOfSequence),
                 };
@@ -345,8 +344,11 @@ impl Responder {
 
     /// Have a receive at the front of `recv`, if there is any.
     fn fetch_receive(&mut self, memory: &mut impl Memory) -> bool {
-        if self.recv.is_empty() && self.is_shared {
-            self.recv.extend(memory.shared_receive());
+        if self.recv.is_empty()
+            && self.is_shared
+            && let Some(wr) = memory.shared_receive()
+        {
+            self.recv.push_back(wr);
         }
         !self.recv.is_empty()
     }
@@ -529,7 +531,8 @@ impl Responder {
         if link.reports_gaps && !self.is_rnr {
             self.nak_sent = true;
             self.unacknowledged = 0;
-            if self.answers.report(self.expected, self.msn, self.kept >> 1) {
+            let nearest = (self.kept >> 1) as u64;
+            if self.answers.report(self.expected, self.msn, nearest) {
                 out.counters.send_nak += 1;
             }
         } else if !self.nak_sent {

@@ -4,6 +4,9 @@ use crate::time::Nanos;
 
 /// The earliest a probe goes out after the last progress.
 pub const PROBE_MIN: Nanos = Nanos::from_millis(1);
+/// The same where packets are being lost, to a peer that reports gaps: there silence most often means
+/// that one more was lost.
+pub const PROBE_MIN_LOSSY: Nanos = Nanos::from_micros(100);
 /// Round-trip time assumed before one was measured.
 pub const RTT_INITIAL: Nanos = Nanos::from_millis(1);
 /// The longest pause between two probes.
@@ -102,8 +105,9 @@ impl RoundTrip {
     }
 
     /// How long after the last progress the next probe goes out.
-    pub fn probe_after(&self) -> Nanos {
-        let base = (self.smoothed.0 + 4 * self.variation.0).max(PROBE_MIN.0);
+    pub fn probe_after(&self, is_lossy: bool) -> Nanos {
+        let min = if is_lossy { PROBE_MIN_LOSSY } else { PROBE_MIN };
+        let base = (self.smoothed.0 + 4 * self.variation.0).max(min.0);
         Nanos((base << self.backoff).min(PROBE_MAX.0))
     }
 }
@@ -134,19 +138,20 @@ mod tests {
         for _ in 0..50 {
             rtt.sample(Nanos::from_micros(20));
         }
-        assert_eq!(rtt.probe_after(), PROBE_MIN);
+        assert_eq!(rtt.probe_after(false), PROBE_MIN);
+        assert_eq!(rtt.probe_after(true), PROBE_MIN_LOSSY);
         rtt.back_off();
-        assert_eq!(rtt.probe_after(), Nanos(2 * PROBE_MIN.0));
+        assert_eq!(rtt.probe_after(false), Nanos(2 * PROBE_MIN.0));
         for _ in 0..100 {
             rtt.back_off();
         }
-        assert_eq!(rtt.probe_after(), PROBE_MAX);
+        assert_eq!(rtt.probe_after(false), PROBE_MAX);
         rtt.reset_backoff();
         for _ in 0..50 {
             rtt.sample(Nanos::from_millis(8));
         }
-        assert!(rtt.probe_after() > Nanos::from_millis(8));
+        assert!(rtt.probe_after(false) > Nanos::from_millis(8));
         rtt.sample(Nanos(u64::MAX / 8));
-        assert_eq!(rtt.probe_after(), PROBE_MAX);
+        assert_eq!(rtt.probe_after(false), PROBE_MAX);
     }
 }

@@ -57,6 +57,17 @@ fn only_what_was_lost_is_sent_again() {
 }
 
 #[test]
+fn a_whole_window_behind_a_gap_is_kept() {
+    let (mut net, _) = losing(Early::Reported, &[(0, 1), (100, 1)]);
+    for id in 1..=3 {
+        send(&mut net, id, write_to(0), 40 * 1024);
+    }
+    net.run(2_000);
+    assert_eq!(net.completions(0).len(), 3);
+    assert_eq!(net.ends[0].qp.counters().retransmitted_pkts, 2);
+}
+
+#[test]
 fn a_lost_repetition_is_found_by_what_was_sent_after_it() {
     let (mut net, _) = losing(Early::Reported, &[(2, 3), (20, 2), (30, 1), (36, 1)]);
     assert_eq!(write_forty(&mut net), (7, 0));
@@ -70,6 +81,20 @@ fn one_probe_finds_all_of_a_lost_tail() {
     // The same where the last packet is all that is lost, twice.
     let (mut net, _) = losing(Early::Reported, &[(39, 2)]);
     assert_eq!(write_forty(&mut net), (1 + 2, 2));
+}
+
+#[test]
+fn a_probe_waits_less_where_packets_were_lost_before() {
+    let took = |losses| {
+        let (mut net, _) = losing(Early::Reported, losses);
+        let began = net.now;
+        let (_, probes) = write_forty(&mut net);
+        (probes, net.now.since(began))
+    };
+    let (probes, calm) = took(&[(39, 1)]);
+    assert!(probes == 1 && calm > PROBE_MIN, "{calm:?}");
+    let (probes, lossy) = took(&[(2, 1), (39, 2)]);
+    assert!(probes == 1 && lossy < Nanos(PROBE_MIN.0 / 2), "{lossy:?}");
 }
 
 #[test]

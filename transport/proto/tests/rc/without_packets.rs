@@ -7,12 +7,14 @@ fn what_was_done_without_packets_leaves_no_gap_in_those_behind_it() {
     let mut net = net(Setup::default());
     let log = tap(&mut net, |_, _| false);
     send(&mut net, 1, write_to(0), 5000);
-    let op_of = |net: &SimNet| net.ends[0].qp.untouched().map(|wr| wr.wr_id.0);
-    assert_eq!(op_of(&net), Some(1));
+    let op_of = |net: &SimNet| net.ends[0].qp.untouched().copied();
+    assert_eq!(op_of(&net), Some(write_to(0)));
+    assert_eq!(net.ends[0].qp.front_list().total(), 5000);
     send(&mut net, 2, read_from(0), 9000);
     send(&mut net, 3, write_to(100), 100);
     net.ends[0].qp.finish_untouched();
-    assert_eq!(op_of(&net), Some(2));
+    assert_eq!(op_of(&net), Some(read_from(0)));
+    assert_eq!(net.ends[0].qp.front_list().total(), 9000);
     net.ends[0].qp.finish_untouched();
     net.run(1_000);
     assert_eq!(op_of(&net), None);

@@ -100,7 +100,7 @@ impl Side {
             va: 0,
             rkey: Rkey(to.key.0),
         };
-        let wr = SendWr::new(
+        let wr = qp::SendWr::new(
             WrId(id),
             SendOp::Write(remote),
             SgList::new(&[local]).unwrap(),

@@ -14,7 +14,9 @@ use super::super::outbox::SlotPool;
 use super::super::parcel::{MESSAGE_MAX, Offer};
 use super::super::{ConnId, Event, SendError, Violation};
 use super::{EndpointCtx, Handler};
-use crate::memory::{Key, Lent};
+use std::hash::BuildHasher;
+
+use crate::memory::Lent;
 
 impl EndpointCtx {
     /// Whether a message of `len` bytes may be sent; its connection's index.
@@ -50,32 +52,29 @@ impl EndpointCtx {
     ///
     /// # Errors
     /// The message again, and why it was not taken.
-    pub(super) fn lend(&mut self, index: u32, mut lent: Lent) -> Result<(), (SendError, Lent)> {
+    pub(super) fn lend(&mut self, index: u32, lent: Lent) -> Result<(), (SendError, Lent)> {
         let len = lent.len();
-        let refused = loop {
-            let key = Key(self.draw() as u32);
-            let connection = self.connections[index as usize].as_mut();
-            let Some(stream) = connection.and_then(|connection| connection.stream.as_mut()) else {
-                return Err((SendError::Closed, lent));
-            };
-            let memory = &mut self.device.memory;
-            let offer = match stream.loans.lend(&mut self.lending, memory, key, lent) {
-                Ok(offer) => offer,
-                Err(again) => {
-                    lent = again;
-                    continue;
-                }
-            };
-            let told = (len as u32, key);
-            match stream
-                .outbox
-                .push_offer(&mut self.pool, memory, told, offer)
-            {
-                Ok(()) => break None,
-                Err(_) => break Some(stream.loans.end_newest(&mut self.lending, memory)),
-            }
+        let connection = self.connections[index as usize].as_mut();
+        let Some(stream) = connection.and_then(|connection| connection.stream.as_mut()) else {
+            return Err((SendError::Closed, lent));
         };
-        if let Some(lent) = refused {
+        let memory = self.device.memory();
+        let mut draw = || {
+            self.draws += 1;
+            self.random.hash_one(self.draws) as u32
+        };
+        let lending = &mut self.lending;
+        let (key, offer) = match stream.loans.lend(lending, memory, &mut draw, lent) {
+            Ok(lent) => lent,
+            Err(lent) => return Err((self.refuse(index, len), lent)),
+        };
+        let told = (len as u32, key);
+        let outbox = &mut stream.outbox;
+        if outbox
+            .push_offer(&mut self.pool, memory, told, offer)
+            .is_err()
+        {
+            let lent = stream.loans.end_newest(lending, memory);
             return Err((self.refuse(index, len), lent));
         }
         self.device.counters_mut().bulk_offered += 1;
@@ -96,7 +95,7 @@ impl EndpointCtx {
         else {
             return Ok(());
         };
-        let memory = &mut self.device.memory;
+        let memory = self.device.memory();
         if stream.loans.end_taken(&mut self.lending, memory, taken)? {
             self.lending.note_freed();
             self.offer_room(index, handler);
@@ -136,7 +135,7 @@ impl EndpointCtx {
             let Some(stream) = &mut connection.stream else {
                 continue;
             };
-            let Some(packet_len) = self.device.qp(qp).map(|qp| qp.path_mtu().bytes()) else {
+            let Some(packet_len) = self.device.packet_len(qp) else {
                 continue;
             };
             let (fetching, device) = (&mut self.fetching, &mut self.device);

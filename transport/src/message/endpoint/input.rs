@@ -3,21 +3,26 @@
 //! Owns: the way from a datagram to the handler. Messages are handed up where they arrived; those
 //! behind a message that is still being fetched are held back, and their credits with them.
 
+use std::io;
 use std::net::SocketAddr;
 
 use lowtide_transport_proto::qp::{CompletionKind, Status};
 use lowtide_transport_proto::time::Nanos;
 
-use super::super::connection::{Arrived, Stream};
+use super::super::connection::Arrived;
+use super::super::connection::Stream;
 use super::super::parcel::next_record;
 use super::super::{CloseReason, ConnId, Event, Violation};
+use super::super::{fabric, handshake};
 use super::{EndpointCtx, Handler};
 use crate::device::{Input, QpId};
 use crate::host::HostBatch;
-use crate::udp::Arrival;
+use crate::udp::{Arrival, ReceiveBatch};
 
 /// Reassembly buffers kept for the next message of several packets.
 const SPARE_MAX: usize = 4;
+/// Completions of a device of libibverbs taken in one turn.
+const COMPLETIONS_MAX: usize = 256;
 
 impl EndpointCtx {
     /// Takes what has come through rings from peers on this host; whether that was all.
@@ -27,29 +32,104 @@ impl EndpointCtx {
         batch: &mut HostBatch,
         handler: &mut Handler<'_>,
     ) -> bool {
-        let is_drained = self.device.receive_host(batch);
+        let Some(device) = self.device.soft() else {
+            return true;
+        };
+        let is_drained = device.receive_host(batch);
         for (source, range) in &batch.records {
+            let Some(device) = self.device.soft() else {
+                break;
+            };
             let packet = &batch.bytes[range.clone()];
-            let input = self.device.handle_host(now, *source, packet);
+            let input = device.handle_host(now, *source, packet);
             self.take(now, *source, packet, input, handler);
         }
-        if is_drained {
-            self.device.bury();
+        if is_drained && let Some(device) = self.device.soft() {
+            device.bury();
         }
         is_drained
     }
 
-    pub(super) fn arrive(&mut self, now: Nanos, arrival: &Arrival<'_>, handler: &mut Handler<'_>) {
+    /// Takes what the socket of softroce has; whether that was all.
+    pub(super) fn receive_packets(
+        &mut self,
+        now: Nanos,
+        batch: &mut ReceiveBatch,
+        handler: &mut Handler<'_>,
+    ) -> io::Result<bool> {
+        let Some(device) = self.device.soft() else {
+            return Ok(true);
+        };
+        if !device.is_look_due(now) {
+            return Ok(false);
+        }
+        device.attend();
+        let filled = device.receive(batch)?;
+        for slot in 0..filled {
+            match batch.arrival(slot) {
+                Some(arrival) if !arrival.is_truncated => self.arrive(now, &arrival, handler),
+                _ => {
+                    if let Some(device) = self.device.soft() {
+                        device.count_malformed();
+                    }
+                }
+            }
+        }
+        Ok(filled < batch.capacity())
+    }
+
+    /// Takes what a device of libibverbs has done, and what came beside it; whether that was all.
+    pub(super) fn receive_completions(&mut self, now: Nanos, handler: &mut Handler<'_>) -> bool {
+        let (mads, is_last) = self.device.receive_mads();
+        for (from, mad) in mads {
+            self.note_mixed(from, handshake::is_wrapped(&mad));
+            self.handshakes.handle(now, from, &mad);
+            self.manage(now, handler);
+        }
+        for _ in 0..COMPLETIONS_MAX {
+            match self.device.next_input() {
+                None => return is_last,
+                Some(fabric::Input::Completed(id)) => self.poll_completions(id, None, handler),
+                Some(fabric::Input::Parcel(id, received)) => {
+                    self.note_heard(id, now);
+                    self.poll_completions(id, Some((0, &received)), handler);
+                    self.device.recycle(received);
+                }
+            }
+        }
+        false
+    }
+
+    /// Says, once, that a peer's connection manager speaks by another way than ours: the two would ask
+    /// each other in vain for ever.
+    fn note_mixed(&mut self, from: SocketAddr, is_mixed: bool) {
+        if is_mixed && !std::mem::replace(&mut self.is_mixed_told, true) {
+            tracing::error!(
+                %from,
+                "one of us uses softroce and the other a device of libibverbs: \
+                 all nodes of a cluster need the same provider"
+            );
+        }
+    }
+
+    fn arrive(&mut self, now: Nanos, arrival: &Arrival<'_>, handler: &mut Handler<'_>) {
         let datagrams = arrival.bytes.len().div_ceil(arrival.segment);
-        self.device
-            .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
+        if let Some(device) = self.device.soft() {
+            device.count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
+        }
         for datagram in arrival.bytes.chunks(arrival.segment) {
-            let input = self.device.handle(now, arrival, datagram);
+            let Some(device) = self.device.soft() else {
+                return;
+            };
+            let input = device.handle(now, arrival, datagram);
             let id = input.queue_pair();
             self.take(now, arrival.source, datagram, input, handler);
-            while let Some((input, datagram)) = id.and_then(|id| self.device.handle_kept(now, id)) {
+            let kept = |ctx: &mut Self| ctx.device.soft()?.handle_kept(now, id?);
+            while let Some((input, datagram)) = kept(self) {
                 self.take(now, arrival.source, &datagram, input, handler);
-                self.device.give_back(datagram);
+                if let Some(device) = self.device.soft() {
+                    device.give_back(datagram);
+                }
             }
         }
     }
@@ -63,8 +143,9 @@ impl EndpointCtx {
         handler: &mut Handler<'_>,
     ) {
         match input {
+            Input::Dropped => self.note_mixed(source, handshake::is_bare(datagram)),
             // Nobody here is in a multicast group.
-            Input::Dropped | Input::Delivered => {}
+            Input::Delivered => {}
             Input::Taken { id, placed } => {
                 let placed = placed.map(|(offset, range)| (offset, &datagram[range]));
                 self.note_heard(id, now);
@@ -101,8 +182,8 @@ impl EndpointCtx {
         let mut failure = None;
         let mut is_acknowledged = false;
         let mut is_fetched = false;
-        while let Some(completion) = self.device.poll_completion(id) {
-            match (completion.status, completion.kind) {
+        while let Some((status, kind)) = self.device.poll_completion(id) {
+            match (status, kind) {
                 (Status::Success, CompletionKind::Recv) => is_last = true,
                 (Status::Success, CompletionKind::Read) => is_fetched |= self.note_read(index),
                 (Status::Success, _) => {
@@ -161,9 +242,7 @@ impl EndpointCtx {
         };
         let arrived = stream.receive(payload, offset, is_last, &mut self.spare);
         if is_last {
-            if let Some(qp) = self.device.qp(qp) {
-                Stream::post_receive(qp);
-            }
+            self.device.post_receive(qp);
             self.mark_dirty(index);
         }
         let taken = match arrived {

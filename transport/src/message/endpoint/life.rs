@@ -6,24 +6,21 @@
 use std::net::SocketAddr;
 
 use lowtide_transport_proto::cm::CommId;
-use lowtide_transport_proto::qp::{RtrAttr, RtsAttr};
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{Mtu, Psn, Qpn, RnrTimer};
+use lowtide_transport_proto::wire::{Mtu, Psn, Qpn};
 
 use super::super::connection::Stream;
-use super::super::handshake::{EndQp, Greeting, News, RETRY_FOREVER};
+use super::super::fabric::Ends;
+use super::super::handshake::{EndQp, Greeting, News};
 use super::super::loans::Loans;
 use super::super::outbox::Outbox;
 use super::super::{CloseReason, Event};
 use super::{Connection, EndpointCtx, Handler};
-use crate::udp::path_mtu;
 
 /// Slots of outgoing parcels that a connection may hold: twice what may be on the wire at once.
 const SLOTS_MAX: usize = 16;
 /// Protection domains of what single peers may reach.
 const PEER_DOMAINS: u32 = 1 << 31;
-/// READs of the peer that are remembered, and those of ours under way; a few more than are used.
-const READS_SERVED: u8 = 8;
 /// How often silence is looked for, in parts of the time admitted.
 const SILENCE_CHECKS: u64 = 8;
 
@@ -42,6 +39,7 @@ impl EndpointCtx {
             incarnation: self.config.incarnation,
             credits: self.config.limits.credits,
             budget: self.device.receive_budget().min(u32::from(u16::MAX)) as u16,
+            lid: self.device.lid(),
             hello: hello.to_vec(),
         }
     }
@@ -53,7 +51,7 @@ impl EndpointCtx {
             return;
         };
         let peer = connection.peer;
-        let ours = self.our_qp(connection, link_mtu(self.device.local_addr(), peer));
+        let ours = self.our_qp(connection, self.device.mtu_to(peer));
         let greeting = self.our_greeting(&connection.hello);
         if !self.handshakes.connect(now, index, peer, &ours, &greeting) {
             self.refused
@@ -151,14 +149,18 @@ impl EndpointCtx {
             self.handshakes.refuse(now, request);
             return;
         };
-        let mtu = theirs.mtu.min(link_mtu(self.device.local_addr(), from));
+        let mtu = theirs.mtu.min(self.device.mtu_to(from));
         if mtu < theirs.mtu {
             // The connection manager has no word for a smaller path MTU in a REP.
             self.remove(index);
             self.handshakes.refuse(now, request);
             return;
         }
-        self.bring_up(index, theirs, greeting);
+        if !self.bring_up(index, theirs, greeting) {
+            self.remove(index);
+            self.handshakes.refuse(now, request);
+            return;
+        }
         let Some(connection) = &mut self.connections[index as usize] else {
             return;
         };
@@ -186,51 +188,38 @@ impl EndpointCtx {
             return;
         };
         let peer = connection.peer;
-        let mtu = link_mtu(self.device.local_addr(), peer);
+        let mtu = self.device.mtu_to(peer);
         self.end_replaced(peer, greeting.incarnation, handler);
         // The handler may have closed this one too.
         if self.connections[index as usize].is_some() {
-            self.bring_up(index, EndQp { qpn, psn, mtu }, greeting);
+            if !self.bring_up(index, EndQp { qpn, psn, mtu }, greeting) {
+                self.end(index, CloseReason::Failed, handler);
+                return;
+            }
             self.handshakes.establish(index);
             self.establish(index, handler);
         }
     }
 
-    /// Moves the queue pair to RTS.
-    fn bring_up(&mut self, index: u32, theirs: EndQp, greeting: Greeting) {
+    /// Moves the queue pair to RTS; false if the device knows no way to the peer.
+    fn bring_up(&mut self, index: u32, theirs: EndQp, greeting: Greeting) -> bool {
         let Some(connection) = &mut self.connections[index as usize] else {
-            return;
+            return false;
         };
         connection.peer_qpn = theirs.qpn;
-        let budget = Some(u32::from(greeting.budget)).filter(|budget| *budget > 0);
-        self.device.set_peer(connection.qp, connection.peer, budget);
-        let Some(qp) = self.device.qp(connection.qp) else {
-            return;
-        };
-        let rtr = RtrAttr {
-            dest: theirs.qpn,
-            path_mtu: theirs.mtu,
-            // Both ends of this protocol tell the PSN they begin with; the IBTA has it the other way
-            // round, and `cm`, which kernels must understand, too.
-            rq_psn: theirs.psn,
-            max_dest_rd_atomic: READS_SERVED,
-            min_rnr_timer: RnrTimer::new(1),
-        };
-        // No ACK timeout: probes find losses, and a paused peer is not flooded.
-        let rts = RtsAttr {
-            sq_psn: connection.psn,
-            timeout: 0,
-            retry_cnt: RETRY_FOREVER,
-            rnr_retry: RETRY_FOREVER,
-            max_rd_atomic: READS_SERVED,
-            read_chunk_packets: 0, // a READ of ours is one request
-        };
-        qp.to_rtr(rtr)
-            .expect("the queue pair is in Init until its peer is known");
-        qp.to_rts(rts).expect("Rtr leads to Rts");
         // The serial numbers of connections stay below 2^31 for longer than anybody lives.
         let domain = PEER_DOMAINS | (connection.id.0 >> 24) as u32;
-        self.device.set_peer_domain(connection.qp, domain);
+        let ends = Ends {
+            peer: connection.peer,
+            theirs,
+            psn: connection.psn,
+            budget: Some(u32::from(greeting.budget)).filter(|budget| *budget > 0),
+            lid: greeting.lid,
+            domain,
+        };
+        if !self.device.bring_up(connection.qp, &ends) {
+            return false;
+        }
         let outbox = Outbox::new(theirs.mtu.bytes() as usize, SLOTS_MAX);
         let granted = self.config.limits.credits;
         connection.stream = Some(Stream::new(
@@ -241,6 +230,7 @@ impl EndpointCtx {
             granted,
         ));
         connection.greeting = Some(greeting);
+        true
     }
 
     /// Both sides are ready: from now on the connection exists for the caller.
@@ -325,11 +315,4 @@ impl EndpointCtx {
         .flatten()
         .min()
     }
-}
-
-/// The largest MTU that the link to `peer` carries.
-fn link_mtu(local: SocketAddr, peer: SocketAddr) -> Mtu {
-    // Where the kernel does not know, an Ethernet is the safe guess.
-    let link = path_mtu(local, peer).unwrap_or(1500);
-    Mtu::for_link(link).unwrap_or(Mtu::B256)
 }

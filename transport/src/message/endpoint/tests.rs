@@ -128,7 +128,7 @@ impl World {
         let (ctx, index) = self.stream(HOSTILE, conn);
         let stream = ctx.connections[index as usize].as_mut().unwrap();
         let outbox = &mut stream.stream.as_mut().unwrap().outbox;
-        let memory = &mut ctx.device.memory;
+        let memory = ctx.device.memory();
         outbox
             .push_offer(&mut ctx.pool, memory, (len, Key(key)), offer)
             .unwrap();
@@ -204,7 +204,7 @@ fn an_offer_beyond_what_is_lent_closes_its_connection_alone() {
         let loans = &mut stream.stream.as_mut().unwrap().loans;
         let lent = Lent::new([Piece::Owned(vec![1; 100_000])]);
         loans
-            .lend(&mut ctx.lending, &mut ctx.device.memory, key, lent)
+            .lend(&mut ctx.lending, ctx.device.memory(), &mut || key.0, lent)
             .unwrap();
         world.lie(len, key.0, Offer { address, number: 0 });
         world.expect(Violation::OfferKey);

@@ -8,7 +8,8 @@
 //! Invariants: `held` and `lost` are disjoint, and of packets that were sent; bit `n` of either is the
 //! packet `base + n`; the peer has executed all before `base`.
 
-/// Packets looked at from `base` on: as many as a report tells of.
+/// Packets looked at from `base` on: as many as a report tells of. The peer keeps later ones too; of
+/// them nothing is known yet, and they count as under way.
 const SPAN: u64 = 64;
 /// Packets from `base` on whose order of sending is remembered: the window.
 const MEMORY: u64 = super::WINDOW as u64;
@@ -61,6 +62,19 @@ impl Board {
     /// How many packets are neither under way nor acknowledged.
     pub const fn absent(&self) -> u32 {
         (self.held | self.lost).count_ones()
+    }
+
+    /// Whether a packet has arrived, or is lost; none if neither is known.
+    pub fn fate(&self, seq: u64) -> Option<bool> {
+        let bit = match seq.checked_sub(self.base) {
+            None => return Some(true),
+            Some(n) => 1u64.checked_shl(n as u32).unwrap_or(0),
+        };
+        match (self.held & bit != 0, self.lost & bit != 0) {
+            (true, _) => Some(true),
+            (_, true) => Some(false),
+            _ => None,
+        }
     }
 
     /// The oldest packet to be sent again.

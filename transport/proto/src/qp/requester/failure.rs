@@ -36,6 +36,7 @@ impl Requester {
             failure = failure.filter(|_| status == Status::Flushed);
             out.complete(wqe.completion(status, link));
         }
+        self.lists.clear();
         self.una = self.end;
         self.next = self.end;
         self.high = self.end;

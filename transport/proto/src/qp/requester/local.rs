@@ -1,7 +1,7 @@
 //! Requests that are carried out at this end.
 
-use super::super::memory::{AccessError, Memory};
-use super::super::work::{SendOp, SendWr, Status};
+use super::super::memory::{AccessError, Memory, SgList};
+use super::super::work::{SendOp, Status};
 use super::super::{Link, Reports};
 use super::{Failure, Requester};
 use crate::wire::Psn;
@@ -26,7 +26,7 @@ impl Requester {
         let Some(wqe) = self.queue.get_mut(self.cursor) else {
             return Ok(());
         };
-        let (result, status) = match &wqe.wr.op {
+        let (result, status) = match &wqe.op {
             SendOp::BindWindow(bind) => (memory.bind(bind), Status::WindowBind),
             SendOp::LocalInvalidate(rkey) => {
                 (memory.invalidate_local(*rkey), Status::LocalOperation)
@@ -53,11 +53,17 @@ impl Requester {
 
     /// The request at the front, if all before it is finished, nothing of it has been sent, and it may
     /// start.
-    pub fn untouched(&self) -> Option<&SendWr> {
+    pub fn untouched(&self) -> Option<&SendOp> {
         let wqe = self.queue.front()?;
         let is_next = self.una == self.next && self.next == self.high && self.next == wqe.first;
         let is_free = !wqe.is_waiting() && !wqe.is_done && !self.is_held_back();
-        (self.cursor == 0 && is_next && is_free).then_some(&wqe.wr)
+        (self.cursor == 0 && is_next && is_free).then_some(&wqe.op)
+    }
+
+    /// The local memory of the request at the front.
+    pub fn front_list(&self) -> SgList {
+        let front = self.queue.front();
+        front.map_or(SgList::EMPTY, |wqe| self.lists.list(&wqe.local))
     }
 
     /// Completes that request without a packet. Its sequence numbers are passed over, and the PSNs of

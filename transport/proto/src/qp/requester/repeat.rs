@@ -5,25 +5,42 @@ use alloc::boxed::Box;
 use super::super::types::Transmit;
 use super::super::{Link, Reports};
 use super::board::Board;
+use crate::time::Nanos;
+
 use super::{ACK_REQ_INTERVAL, ACK_REQ_INTERVAL_LOSSY, LOSSY, Requester, Wqe};
 
 impl Requester {
     /// The peer reports a gap at `seq`, and which of the packets behind it keeps. False if it has kept
     /// none, so that everything must be sent again.
-    pub(super) fn handle_report(&mut self, seq: u64, map: u64) -> bool {
+    pub(super) fn handle_report(&mut self, now: Nanos, seq: u64, map: u64) -> bool {
         if map == 0 {
             return false;
         }
         self.track(seq);
         let next = self.next;
-        if let Some(board) = self.board_mut() {
-            board.report(seq, map, next);
-            // An answer to what was sent again, or has waited behind a gap, times nothing.
-            self.timed = None;
-            self.note_lossy();
-        }
-        self.rest();
+        let Some(board) = self.board_mut() else {
+            return false;
+        };
+        board.report(seq, map, next);
+        self.time_kept(now);
+        self.settle();
         true
+    }
+
+    /// What arrived ahead of a gap is timed by the report, not by the end of the gap; what was lost, not
+    /// at all.
+    fn time_kept(&mut self, now: Nanos) {
+        let Some((seq, sent)) = self.timed else {
+            return;
+        };
+        match self.board().and_then(|board| board.fate(seq)) {
+            Some(true) => {
+                self.round_trip.sample(now.since(sent));
+                self.timed = None;
+            }
+            Some(false) => self.timed = None,
+            None => {}
+        }
     }
 
     /// The peer has executed every request before `end`.
@@ -31,7 +48,7 @@ impl Requester {
         let next = self.next;
         if let Some(board) = self.board_mut() {
             board.acknowledge(end, next);
-            self.rest();
+            self.settle();
         }
     }
 
@@ -45,7 +62,6 @@ impl Requester {
             if let Some(board) = self.board_mut() {
                 board.note_repeated(una, next);
             }
-            self.note_lossy();
         }
     }
 
@@ -70,14 +86,19 @@ impl Requester {
 
     /// Packets after which an ACK is asked for.
     pub(super) fn ack_req_interval(&self) -> u32 {
-        match self.next < self.lossy_until {
+        match self.is_lossy() {
             true => ACK_REQ_INTERVAL_LOSSY,
             false => ACK_REQ_INTERVAL,
         }
     }
 
-    fn note_lossy(&mut self) {
-        self.lossy_until = self.next + LOSSY;
+    /// How long after the last progress the next probe goes out.
+    pub(super) fn probe_after(&self) -> Nanos {
+        self.round_trip.probe_after(self.is_lossy())
+    }
+
+    const fn is_lossy(&self) -> bool {
+        self.next < self.lossy_until
     }
 
     pub(super) fn board(&self) -> Option<&Board> {
@@ -109,7 +130,11 @@ impl Requester {
         self.is_tracking = true;
     }
 
-    fn rest(&mut self) {
+    /// After news from the peer.
+    fn settle(&mut self) {
+        if self.has_lost() {
+            self.lossy_until = self.next + LOSSY;
+        }
         if self.board().is_some_and(Board::is_over) {
             self.is_tracking = false;
         }

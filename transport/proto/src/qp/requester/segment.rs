@@ -2,16 +2,22 @@
 //!
 //! Any packet is built from its sequence number alone: sending again needs no memory of sending.
 
+use super::super::lists::{Lists, Packed};
 use super::super::memory::{Fragments, Remote, Rkey};
 use super::super::types::{QpKind, Transmit};
-use super::super::work::{Completion, CompletionKind, Flush, SendOp, SendWr, Status};
+use super::super::work::{Completion, CompletionKind, Flush, SendOp, Status, WrId};
 use super::super::{Link, transmit};
 use crate::wire::{AtomicEth, Extension, Feth, Header, Opcode, Position, Psn, Reth};
 
 /// A posted send work request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wqe {
-    pub wr: SendWr,
+    pub wr_id: WrId,
+    pub op: SendOp,
+    pub local: Packed,
+    pub signalled: bool,
+    pub solicited: bool,
+    pub fence: bool,
     /// Sequence number of its first packet.
     pub first: u64,
     /// How many packets, or response packets, it takes; none for what is done at this end.
@@ -27,7 +33,7 @@ impl Wqe {
 
     /// Whether only a response of its own, not a plain ACK, finishes it.
     pub const fn wants_response(&self) -> bool {
-        self.wr.op.wants_response()
+        self.op.wants_response()
     }
 
     /// Whether it is to be done at this end, still.
@@ -39,7 +45,7 @@ impl Wqe {
     /// answer.
     pub const fn is_packet(&self, seq: u64, chunk: u16) -> bool {
         let index = seq - self.first;
-        match (&self.wr.op, chunk) {
+        match (&self.op, chunk) {
             (SendOp::Read(_), 0) => index == 0,
             (SendOp::Read(_), chunk) => index.is_multiple_of(chunk as u64),
             _ => true,
@@ -49,9 +55,9 @@ impl Wqe {
     /// Bytes of the answer's packet `index`, and whether the answer is an atomic's; none if an
     /// answer makes no sense.
     pub fn answer(&self, index: u32, link: &Link) -> Option<(u32, bool)> {
-        match self.wr.op {
+        match self.op {
             SendOp::Read(_) => {
-                let left = self.wr.local.total() - index * link.mtu.bytes();
+                let left = self.local.total - index * link.mtu.bytes();
                 Some((left.min(link.mtu.bytes()), false))
             }
             SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. } => Some((8, true)),
@@ -61,7 +67,7 @@ impl Wqe {
     }
 
     const fn kind(&self) -> CompletionKind {
-        match self.wr.op {
+        match self.op {
             SendOp::Send | SendOp::SendImm(_) | SendOp::SendInvalidate(_) => CompletionKind::Send,
             SendOp::Write(_) | SendOp::WriteImm(..) => CompletionKind::Write,
             SendOp::Read(_) => CompletionKind::Read,
@@ -77,12 +83,12 @@ impl Wqe {
     pub fn completion(&self, status: Status, link: &Link) -> Completion {
         let byte_len = match self.kind() {
             CompletionKind::Read | CompletionKind::CompareSwap | CompletionKind::FetchAdd => {
-                self.wr.local.total()
+                self.local.total
             }
             _ => 0,
         };
         Completion {
-            wr_id: self.wr.wr_id,
+            wr_id: self.wr_id,
             status,
             kind: self.kind(),
             byte_len,
@@ -102,20 +108,21 @@ impl Wqe {
         ack_req: bool,
         chunk: u16,
         link: &Link,
+        lists: &Lists,
     ) -> (Transmit, u32) {
         let mtu = link.mtu.bytes();
         let index = (seq - self.first) as u32;
         let offset = index * mtu;
-        let left = self.wr.local.total() - offset.min(self.wr.local.total());
+        let left = self.local.total - offset.min(self.local.total);
         let position = match (index == 0, index + 1 == self.packets) {
             (true, true) => Position::Only,
             (true, false) => Position::First,
             (false, false) => Position::Middle,
             (false, true) => Position::Last,
         };
-        let mut payload = self.wr.local.slice(offset, left.min(mtu));
+        let mut payload = lists.slice(&self.local, offset, left.min(mtu));
         let mut psns = 1;
-        let (opcode, extension) = match self.wr.op {
+        let (opcode, extension) = match self.op {
             SendOp::Read(remote) => {
                 payload = Fragments::EMPTY;
                 psns = self.read_packets(index, chunk);
@@ -143,12 +150,12 @@ impl Wqe {
                 (Opcode::RcAtomicWrite, extension)
             }
             SendOp::Flush(flush) => (Opcode::RcFlush, flush_header(flush)),
-            op => message_header(op, position, self.wr.local.total(), link.kind),
+            op => message_header(op, position, self.local.total, link.kind),
         };
         let mut header = Header::new(opcode, link.dest, psn, extension);
         header.pkey = link.pkey;
         header.ack_req = ack_req && link.kind == QpKind::Rc;
-        header.solicited = self.wr.solicited && position.ends() && !self.wants_response();
+        header.solicited = self.solicited && position.ends() && !self.wants_response();
         (transmit(header, payload), psns)
     }
 

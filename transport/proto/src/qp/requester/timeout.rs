@@ -25,7 +25,7 @@ impl Requester {
                 if self.una < self.next {
                     self.probe_due = true;
                     self.round_trip.back_off();
-                    timers.set(Timer::Probe, now + self.round_trip.probe_after());
+                    timers.set(Timer::Probe, now + self.probe_after());
                 }
                 None
             }

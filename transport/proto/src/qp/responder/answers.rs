@@ -320,13 +320,21 @@ impl Answers {
             }
         };
         if is_over {
-            self.line.pop_front();
+            self.drop_first();
         }
         header.pkey = link.pkey;
         Some(Transmit {
             is_retransmission,
             ..transmit(header, payload)
         })
+    }
+
+    fn drop_first(&mut self) {
+        self.line.pop_front();
+        if self.line.is_empty() {
+            // Begins at the front again: memory for the worst case is not touched in all others.
+            self.line.clear();
+        }
     }
 
     /// The memory of a repeated answer is gone after its packet `psn` was made: its peer has what it
@@ -336,7 +344,7 @@ impl Answers {
             && read.again
             && read.psn == psn.plus(1)
         {
-            self.line.pop_front();
+            self.drop_first();
         }
     }
 }

@@ -1,0 +1,794 @@
+//! A device of libibverbs as the message layer uses it: reliable connections, and memory that is
+//! owned here for as long as the device may touch it. Everything outside is safe code.
+//!
+//! What keeps it sound:
+//! * memory that is posted lies in a [`Chunk`] or a slab of this module, and goes only after every
+//!   queue pair that could name it has been destroyed, or after its completion;
+//! * a receive's bytes are seen through [`Received`] alone, between its completion and the next time
+//!   it is posted; the handle keeps its chunk alive;
+//! * of private memory a caller gets what it asks for by `&mut`, one stretch at a time, and changes
+//!   no byte that is posted (the message layer's `outbox`); the device only reads there.
+//!
+//! A peer may READ what was lent to it, but also, if it kept the key, what is lent to another later
+//! from the same chunk: keys last as long as the registration, which is too dear to be made for each
+//! message. Who shares an RDMA network trusts it.
+//!
+//! Deliberately absent: shared receive queues. A queue pair that is destroyed gives its receives
+//! back at once, whatever a driver does with what had completed and was not polled.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use lowtide_transport_proto::qp::{CompletionKind, Lkey, QpState, Remote, SendOp, Status};
+use lowtide_transport_proto::wire::{Mtu, Psn, Qpn, RnrTimer};
+
+use super::{
+    CompletionChannel, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair, Queues,
+    choose_gid,
+};
+use crate::device::QpId;
+use crate::memory::{Key, Lent};
+use crate::message::{PARCEL_ROOM, Registrar};
+use crate::raw::types::{
+    AccessFlags, AhAttr, Error, Gid, PortState, QpAttr, QpAttrMask, QpCap, QpInitAttr, QpType,
+    RecvWr, SendFlags, SendWr, Sge, WorkCompletion,
+};
+
+/// Receive buffers, and stretches to send from, registered at once.
+const BUFFERS_PER_CHUNK: usize = 8;
+/// Completions taken from the device at once.
+const BATCH: usize = 64;
+/// Entries of the completion queue at first.
+const CQ_DEPTH: u32 = 4096;
+/// Local ACK timeout: 67 ms, eight times of which a dead peer is reported.
+const TIMEOUT: u8 = 14;
+const RETRIES: u8 = 6;
+/// A peer that found no receive asks again without end; credits see to it that this is rare.
+const RNR_FOREVER: u8 = 7;
+/// READs of the peer at once, and of ours, if the device can do so many.
+const READS: u8 = 8;
+/// Memory lent to peers is registered in multiples of this, so that it fits the next message too.
+const LOAN_STEP: usize = 256 << 10;
+/// Bytes of such memory kept registered while nobody uses them.
+const SPARE_BYTES_MAX: usize = 32 << 20;
+/// Memory that an endpoint with some twenty busy connections registers.
+const LOCKED_BYTES_MIN: u64 = 256 << 20;
+/// Pages are registered whole.
+const ALIGN: usize = 4096;
+
+/// What a device has done.
+pub(crate) enum Done {
+    /// A request of ours ended, or a queue pair failed.
+    Completed(QpId),
+    /// A message came.
+    Received(QpId, Received),
+}
+
+/// See the [module](self). Fields are dropped in this order: queue pairs before memory.
+pub(crate) struct Carrier {
+    pairs: Vec<Option<Pair>>,
+    free: Vec<u32>,
+    generations: u32,
+    len: usize,
+    batch: VecDeque<WorkCompletion>,
+    polled: Vec<WorkCompletion>,
+    receives: Receives,
+    slabs: Slabs,
+    cq: CompletionQueue,
+    cq_depth: u32,
+    /// Entries that queue pairs may need.
+    cq_needed: u32,
+    channel: CompletionChannel,
+    domain: ProtectionDomain,
+    path: Path,
+}
+
+/// Bytes of memory that this process may lock, as registering does.
+fn may_lock_bytes() -> u64 {
+    // SAFETY: no arguments, and it cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        return u64::MAX;
+    }
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the structure is written during the call only.
+    match unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) } {
+        0 => limit.rlim_cur,
+        _ => u64::MAX,
+    }
+}
+
+/// How peers are reached.
+struct Path {
+    address: Option<IpAddr>,
+    port: u8,
+    gid_index: u8,
+    lid: u16,
+    is_ethernet: bool,
+    mtu: Mtu,
+    reads_served: u8,
+    reads: u8,
+}
+
+struct Pair {
+    qp: QueuePair,
+    generation: u32,
+    /// Buffers of posted receives, oldest first.
+    posted: VecDeque<u32>,
+    done: VecDeque<(Status, CompletionKind)>,
+    /// Entries of the completion queue that it may need.
+    entries: u32,
+}
+
+/// What a work request is called: which queue pair of that place, and what it was.
+#[derive(Clone, Copy)]
+struct Name {
+    pair: u32,
+    generation: u32,
+    kind: CompletionKind,
+}
+
+impl Name {
+    fn pack(self) -> u64 {
+        let kind = match self.kind {
+            CompletionKind::Recv => 0,
+            CompletionKind::Read => 1,
+            _ => 2,
+        };
+        u64::from(self.generation) << 32 | u64::from(self.pair) << 2 | kind
+    }
+
+    fn unpack(word: u64) -> Name {
+        Name {
+            pair: (word as u32) >> 2,
+            generation: (word >> 32) as u32,
+            kind: match word & 3 {
+                0 => CompletionKind::Recv,
+                1 => CompletionKind::Read,
+                _ => CompletionKind::Send,
+            },
+        }
+    }
+}
+
+impl Carrier {
+    /// Opens device `name`, to be reached at the address `local`, or at the first that it has.
+    ///
+    /// # Errors
+    /// No working port has the address, or memory cannot be registered, or the library's.
+    pub(crate) fn open(name: &str, local: Option<IpAddr>) -> Result<Carrier, Error> {
+        let context = Context::open(name)?;
+        let path = Path::of(&context, local)?;
+        let channel = context.completion_channel()?;
+        let cq = context.completion_queue(CQ_DEPTH, Some(&channel))?;
+        let domain = context.protection_domain()?;
+        let mut receives = Receives::default();
+        if may_lock_bytes() < LOCKED_BYTES_MIN || !receives.grow(&domain) {
+            return Err(Error::Limit(
+                "locked memory: `ulimit -l` must be 262144 (KiB) or more",
+            ));
+        }
+        Ok(Carrier {
+            pairs: Vec::new(),
+            free: Vec::new(),
+            generations: 0,
+            len: 0,
+            batch: VecDeque::new(),
+            polled: Vec::new(),
+            receives,
+            slabs: Slabs {
+                domain: domain.clone(),
+                private: Vec::new(),
+                loans: HashMap::new(),
+                spare: Vec::new(),
+                spare_bytes: 0,
+                filled: Vec::new(),
+                free: Vec::new(),
+            },
+            cq,
+            cq_depth: CQ_DEPTH,
+            cq_needed: 0,
+            channel,
+            domain,
+            path,
+        })
+    }
+
+    /// Queue pairs that there are.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address that peers reach it at; none of an InfiniBand port.
+    pub(crate) fn address(&self) -> Option<IpAddr> {
+        self.path.address
+    }
+
+    /// The port's MTU.
+    pub(crate) fn mtu(&self) -> Mtu {
+        self.path.mtu
+    }
+
+    /// The port's local identifier; 0 on Ethernet.
+    pub(crate) fn lid(&self) -> u16 {
+        self.path.lid
+    }
+
+    pub(crate) fn memory(&mut self) -> &mut dyn Registrar {
+        &mut self.slabs
+    }
+
+    /// A reliable connection's queue pair in INIT; none where the device has no more.
+    pub(crate) fn create_qp(&mut self, sends: u32, receives: u32) -> Option<(QpId, Qpn)> {
+        let entries = sends + receives;
+        if self.cq_needed + entries > self.cq_depth {
+            let depth = (self.cq_needed + entries).next_power_of_two();
+            self.cq.resize(depth).ok()?;
+            self.cq_depth = depth;
+        }
+        let init = QpInitAttr {
+            kind: QpType::Rc,
+            cap: QpCap {
+                max_send_wr: sends,
+                max_recv_wr: receives,
+                max_send_sge: 1,
+                max_recv_sge: 1,
+                max_inline_data: 0,
+            },
+            sq_sig_all: true,
+        };
+        let queues = Queues {
+            send: &self.cq,
+            recv: &self.cq,
+            shared: None,
+        };
+        let qp = self.domain.queue_pair(queues, &init).ok()?;
+        let attr = QpAttr {
+            state: QpState::Init,
+            port: self.path.port,
+            access: AccessFlags::REMOTE_READ,
+            ..QpAttr::default()
+        };
+        let mask = QpAttrMask::STATE
+            .with(QpAttrMask::PKEY_INDEX)
+            .with(QpAttrMask::PORT)
+            .with(QpAttrMask::ACCESS);
+        qp.modify(&attr, mask).ok()?;
+        let qpn = qp.qpn();
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.pairs.push(None);
+            self.pairs.len() as u32 - 1
+        });
+        self.generations = self.generations.wrapping_add(1);
+        self.pairs[index as usize] = Some(Pair {
+            qp,
+            generation: self.generations,
+            posted: VecDeque::new(),
+            done: VecDeque::new(),
+            entries,
+        });
+        self.cq_needed += entries;
+        self.len += 1;
+        Some((QpId(index), qpn))
+    }
+
+    /// Destroys a queue pair; what was posted is ours again.
+    pub(crate) fn destroy_qp(&mut self, id: QpId) {
+        let Some(pair) = self.pairs.get_mut(id.0 as usize).and_then(Option::take) else {
+            return;
+        };
+        drop(pair.qp);
+        self.receives.free.extend(pair.posted);
+        // Completions of it that lie in the queue are taken, and passed over, with the next ones.
+        self.cq_needed -= pair.entries;
+        self.len -= 1;
+        self.free.push(id.0);
+    }
+
+    /// Moves a queue pair to RTS: to the queue pair `qpn` at `peer`, whose first PSN is `rq_psn`.
+    pub(crate) fn bring_up(
+        &mut self,
+        id: QpId,
+        (peer, lid): (IpAddr, u16),
+        (dest, rq_psn, path_mtu): (Qpn, Psn, Mtu),
+        sq_psn: Psn,
+    ) -> bool {
+        let Some(pair) = self.pairs.get(id.0 as usize).and_then(Option::as_ref) else {
+            return false;
+        };
+        let path = &self.path;
+        let dgid = if path.is_ethernet {
+            Gid::from_ip(peer)
+        } else {
+            Gid::default()
+        };
+        let attr = QpAttr {
+            state: QpState::Rtr,
+            path_mtu,
+            dest,
+            rq_psn,
+            sq_psn,
+            address: AhAttr {
+                dgid,
+                sgid_index: path.gid_index,
+                hop_limit: 64,
+                dlid: lid,
+                port: path.port,
+                ..AhAttr::default()
+            },
+            max_dest_rd_atomic: path.reads_served,
+            max_rd_atomic: path.reads,
+            min_rnr_timer: RnrTimer::new(1),
+            timeout: TIMEOUT,
+            retry_cnt: RETRIES,
+            rnr_retry: RNR_FOREVER,
+            ..QpAttr::default()
+        };
+        let to_rtr = QpAttrMask::STATE
+            .with(QpAttrMask::ADDRESS)
+            .with(QpAttrMask::PATH_MTU)
+            .with(QpAttrMask::DEST_QPN)
+            .with(QpAttrMask::RQ_PSN)
+            .with(QpAttrMask::MAX_DEST_RD_ATOMIC)
+            .with(QpAttrMask::MIN_RNR_TIMER);
+        let to_rts = QpAttrMask::STATE
+            .with(QpAttrMask::SQ_PSN)
+            .with(QpAttrMask::TIMEOUT)
+            .with(QpAttrMask::RETRY_CNT)
+            .with(QpAttrMask::RNR_RETRY)
+            .with(QpAttrMask::MAX_RD_ATOMIC);
+        let rts = QpAttr {
+            state: QpState::Rts,
+            ..attr
+        };
+        let moved = pair.qp.modify(&attr, to_rtr);
+        let moved = moved.and_then(|()| pair.qp.modify(&rts, to_rts));
+        if let Err(error) = &moved {
+            tracing::warn!(%peer, %error, "no way to the peer");
+        }
+        moved.is_ok()
+    }
+
+    /// Posts a receive of one parcel.
+    pub(crate) fn post_receive(&mut self, id: QpId) {
+        let Some(pair) = self.pairs.get_mut(id.0 as usize).and_then(Option::as_mut) else {
+            return;
+        };
+        let Some((buffer, sge)) = self.receives.take(&self.domain) else {
+            tracing::error!("no memory can be registered for receives: see ulimit -l");
+            return;
+        };
+        let name = Name {
+            pair: id.0,
+            generation: pair.generation,
+            kind: CompletionKind::Recv,
+        };
+        let wr = RecvWr {
+            wr_id: name.pack(),
+            sg_list: &[sge],
+        };
+        // SAFETY: a buffer of ours that nobody sees until it has completed or the queue pair is gone.
+        match unsafe { pair.qp.post_recv(&[wr]) } {
+            Ok(()) => pair.posted.push_back(buffer),
+            // A queue as deep as what is posted is never full.
+            Err(_) => self.receives.free.push(buffer),
+        }
+    }
+
+    /// Posts a SEND of private bytes; false if the device refuses.
+    pub(crate) fn post_send(&mut self, id: QpId, key: Key, offset: u64, len: u32) -> bool {
+        let place = self.slabs.private_place(key, offset, len);
+        self.post(id, SendOp::Send, CompletionKind::Send, place)
+    }
+
+    /// Posts a READ into a slab; the same.
+    pub(crate) fn post_read(
+        &mut self,
+        id: QpId,
+        from: Remote,
+        (key, offset, len): (Key, u64, u32),
+    ) -> bool {
+        let place = self.slabs.slab_place(key, offset, len);
+        self.post(id, SendOp::Read(from), CompletionKind::Read, place)
+    }
+
+    fn post(&mut self, id: QpId, op: SendOp, kind: CompletionKind, place: Option<Sge>) -> bool {
+        let pair = self.pairs.get(id.0 as usize).and_then(Option::as_ref);
+        let (Some(pair), Some(sge)) = (pair, place) else {
+            return false;
+        };
+        let name = Name {
+            pair: id.0,
+            generation: pair.generation,
+            kind,
+        };
+        let wr = SendWr {
+            wr_id: name.pack(),
+            op,
+            sg_list: &[sge],
+            flags: SendFlags::SIGNALED,
+            to: None,
+        };
+        // SAFETY: registered memory of ours, in bounds, which stays until the queue pair is gone or
+        // the request has completed; see the module's head for who looks at it meanwhile.
+        unsafe { pair.qp.post_send(&[wr]) }.is_ok()
+    }
+
+    /// The next thing that the device has done.
+    pub(crate) fn next(&mut self) -> Option<Done> {
+        loop {
+            if self.batch.is_empty() && !self.fill() {
+                return None;
+            }
+            let wc = self.batch.pop_front()?;
+            let name = Name::unpack(wc.wr_id);
+            let pair = self.pairs.get_mut(name.pair as usize);
+            let pair = pair.and_then(Option::as_mut);
+            let Some(pair) = pair.filter(|pair| pair.generation == name.generation) else {
+                continue;
+            };
+            let id = QpId(name.pair);
+            pair.done.push_back((wc.status, name.kind));
+            if name.kind != CompletionKind::Recv {
+                return Some(Done::Completed(id));
+            }
+            // Receives complete in the order posted.
+            let Some(buffer) = pair.posted.pop_front() else {
+                continue;
+            };
+            if wc.status != Status::Success {
+                self.receives.free.push(buffer);
+                return Some(Done::Completed(id));
+            }
+            return Some(Done::Received(
+                id,
+                self.receives.see(buffer, wc.byte_len as usize),
+            ));
+        }
+    }
+
+    fn fill(&mut self) -> bool {
+        // A queue that fails has overrun, which its depth forbids, or its device is gone; then the
+        // queue pairs fail too.
+        let _ = self.cq.poll(BATCH, &mut self.polled);
+        self.batch.extend(self.polled.drain(..));
+        !self.batch.is_empty()
+    }
+
+    /// The completion of a queue pair that came first.
+    pub(crate) fn poll_completion(&mut self, id: QpId) -> Option<(Status, CompletionKind)> {
+        let pair = self.pairs.get_mut(id.0 as usize)?.as_mut()?;
+        pair.done.pop_front()
+    }
+
+    /// A received parcel has been dealt with.
+    pub(crate) fn recycle(&mut self, received: Received) {
+        self.receives.free.push(received.buffer);
+    }
+
+    /// Has the next completion told to the file descriptor; false if there are some already.
+    pub(crate) fn arm(&mut self) -> bool {
+        while self.channel.event().is_some() {}
+        let armed = self.cq.request_notification(false).is_ok();
+        // What came before that is not told.
+        armed && self.batch.is_empty() && !self.fill()
+    }
+}
+
+impl AsFd for Carrier {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+}
+
+impl Path {
+    /// The first working port with the address `local`, or with any that is routed; an InfiniBand
+    /// port has none.
+    fn of(context: &Context, local: Option<IpAddr>) -> Result<Path, Error> {
+        let device = context.query_device()?;
+        let within = |most: u32| most.clamp(1, u32::from(READS)) as u8;
+        for port in 1..=device.phys_port_cnt {
+            let attr = context.query_port(port)?;
+            if attr.state != PortState::Active {
+                continue;
+            }
+            let gids = context.gids(port)?;
+            let gid = match local {
+                Some(local) => {
+                    let own = gids.iter().filter(|entry| entry.gid == Gid::from_ip(local));
+                    choose_gid(&own.copied().collect::<Vec<_>>(), local)
+                }
+                None => [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()]
+                    .into_iter()
+                    .find_map(|any| choose_gid(&gids, any)),
+            };
+            if gid.is_none() && attr.is_ethernet {
+                continue;
+            }
+            return Ok(Path {
+                address: gid.filter(|_| attr.is_ethernet).map(|entry| entry.gid.ip()),
+                port,
+                gid_index: gid.map_or(0, |entry| entry.index as u8),
+                lid: attr.lid,
+                is_ethernet: attr.is_ethernet,
+                mtu: attr.active_mtu,
+                reads_served: within(device.qp_rd_atom),
+                reads: within(device.qp_init_rd_atom),
+            });
+        }
+        Err(Error::Argument(
+            "no active port has the node's address (see `lowtide devices`)",
+        ))
+    }
+}
+
+/// Memory of ours that a device knows.
+struct Chunk {
+    start: NonNull<u8>,
+    layout: Layout,
+    /// Present until dropped.
+    region: Option<MemoryRegion>,
+}
+
+// SAFETY: plain memory; who may look at it and when is the module's to say.
+unsafe impl Send for Chunk {}
+// SAFETY: as above.
+unsafe impl Sync for Chunk {}
+
+impl Chunk {
+    fn new(domain: &ProtectionDomain, len: usize, access: AccessFlags) -> Option<Chunk> {
+        let layout = Layout::from_size_align(len.max(1), ALIGN).ok()?;
+        // SAFETY: not of length zero.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        let mut chunk = Chunk {
+            start,
+            layout,
+            region: None,
+        };
+        let address = start.as_ptr() as u64;
+        // SAFETY: the memory stays until the region is gone (`drop`), and nobody refers to what the
+        // device changes while it may.
+        let region = unsafe { domain.register(address, layout.size() as u64, address, access) };
+        match region {
+            Ok(region) => chunk.region = Some(region),
+            Err(error) => {
+                tracing::warn!(%error, len, "memory cannot be registered");
+                return None;
+            }
+        }
+        Some(chunk)
+    }
+
+    fn len(&self) -> usize {
+        self.layout.size()
+    }
+
+    fn region(&self) -> &MemoryRegion {
+        self.region.as_ref().expect("registered when made")
+    }
+
+    /// A stretch as a work request names it; none beyond the end.
+    fn place(&self, offset: u64, len: u32) -> Option<Sge> {
+        let end = offset.checked_add(u64::from(len))?;
+        (end <= self.len() as u64).then(|| Sge {
+            lkey: self.region().lkey(),
+            addr: self.start.as_ptr() as u64 + offset,
+            len,
+        })
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        self.region = None;
+        // SAFETY: allocated with this layout, and not registered any more.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+/// Buffers of one parcel each.
+#[derive(Default)]
+struct Receives {
+    chunks: Vec<Arc<Chunk>>,
+    free: Vec<u32>,
+}
+
+impl Receives {
+    fn grow(&mut self, domain: &ProtectionDomain) -> bool {
+        let len = BUFFERS_PER_CHUNK * PARCEL_ROOM;
+        let Some(chunk) = Chunk::new(domain, len, AccessFlags::LOCAL_WRITE) else {
+            return false;
+        };
+        let first = (self.chunks.len() * BUFFERS_PER_CHUNK) as u32;
+        self.chunks.push(Arc::new(chunk));
+        self.free.extend(first..first + BUFFERS_PER_CHUNK as u32);
+        true
+    }
+
+    fn take(&mut self, domain: &ProtectionDomain) -> Option<(u32, Sge)> {
+        if self.free.is_empty() && !self.grow(domain) {
+            return None;
+        }
+        let buffer = self.free.pop()?;
+        let (chunk, offset) = self.find(buffer);
+        let sge = chunk.place(offset as u64, PARCEL_ROOM as u32)?;
+        Some((buffer, sge))
+    }
+
+    fn find(&self, buffer: u32) -> (&Arc<Chunk>, usize) {
+        let at = buffer as usize;
+        let offset = at % BUFFERS_PER_CHUNK * PARCEL_ROOM;
+        (&self.chunks[at / BUFFERS_PER_CHUNK], offset)
+    }
+
+    fn see(&self, buffer: u32, len: usize) -> Received {
+        let (chunk, offset) = self.find(buffer);
+        Received {
+            buffer,
+            chunk: chunk.clone(),
+            offset,
+            len: len.min(PARCEL_ROOM),
+        }
+    }
+}
+
+/// A parcel that came. Its buffer is not posted again until [`Carrier::recycle`].
+pub(crate) struct Received {
+    buffer: u32,
+    chunk: Arc<Chunk>,
+    offset: usize,
+    len: usize,
+}
+
+impl Deref for Received {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: inside the chunk, which the handle keeps; initialised when it was allocated; the
+        // receive has completed and is not posted again before the handle is given back.
+        unsafe {
+            let start = self.chunk.start.as_ptr().add(self.offset);
+            std::slice::from_raw_parts(start, self.len)
+        }
+    }
+}
+
+/// A slab that READs fill.
+struct Filled {
+    slab: Arc<[u8]>,
+    start: NonNull<u8>,
+    region: MemoryRegion,
+}
+
+// SAFETY: the pointer is to the slab that it owns alone.
+unsafe impl Send for Filled {}
+
+/// Everything else that is registered.
+struct Slabs {
+    domain: ProtectionDomain,
+    private: Vec<Chunk>,
+    loans: HashMap<u32, (Chunk, Lent)>,
+    spare: Vec<Chunk>,
+    spare_bytes: usize,
+    filled: Vec<Option<Filled>>,
+    free: Vec<u32>,
+}
+
+impl Slabs {
+    fn private_place(&self, key: Key, offset: u64, len: u32) -> Option<Sge> {
+        self.private.get(key.0 as usize)?.place(offset, len)
+    }
+
+    fn slab_place(&self, key: Key, offset: u64, len: u32) -> Option<Sge> {
+        let filled = self.filled.get(key.0 as usize)?.as_ref()?;
+        let end = offset.checked_add(u64::from(len))?;
+        (end <= filled.slab.len() as u64).then(|| Sge {
+            lkey: Lkey(filled.region.lkey().0),
+            addr: filled.start.as_ptr() as u64 + offset,
+            len,
+        })
+    }
+
+    /// Registered memory of at least `len` bytes and at most a few times that.
+    fn chunk_for(&mut self, len: usize) -> Option<Chunk> {
+        let fits = |chunk: &Chunk| (len..=(4 * len).max(LOAN_STEP)).contains(&chunk.len());
+        match self.spare.iter().rposition(fits) {
+            Some(index) => {
+                let chunk = self.spare.remove(index);
+                self.spare_bytes -= chunk.len();
+                Some(chunk)
+            }
+            None => {
+                let len = len.next_multiple_of(LOAN_STEP);
+                Chunk::new(&self.domain, len, AccessFlags::REMOTE_READ)
+            }
+        }
+    }
+}
+
+impl Registrar for Slabs {
+    fn register_private(&mut self, _: u32, len: usize) -> Option<Key> {
+        let chunk = Chunk::new(&self.domain, len, AccessFlags::NONE)?;
+        self.private.push(chunk);
+        Some(Key(self.private.len() as u32 - 1))
+    }
+
+    fn private_bytes(&mut self, key: Key, offset: usize, len: usize) -> Option<&mut [u8]> {
+        let chunk = self.private.get_mut(key.0 as usize)?;
+        chunk.place(offset as u64, u32::try_from(len).ok()?)?;
+        // SAFETY: inside the chunk, as just checked; the borrow of `self` keeps others from getting
+        // another; the device reads of it what is posted, and that is not changed.
+        Some(unsafe { std::slice::from_raw_parts_mut(chunk.start.as_ptr().add(offset), len) })
+    }
+
+    fn lend_to(
+        &mut self,
+        _: u32,
+        _: &mut dyn FnMut() -> u32,
+        lent: Lent,
+    ) -> Result<(Key, u64), Lent> {
+        let Some(chunk) = self.chunk_for(lent.len()) else {
+            return Err(lent);
+        };
+        let mut at = 0;
+        for piece in lent.pieces() {
+            let bytes = piece.bytes();
+            // SAFETY: the chunk is as long as all pieces, and nobody else's: its last loan has ended.
+            unsafe {
+                let to = chunk.start.as_ptr().add(at);
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+            }
+            at += bytes.len();
+        }
+        let key = Key(chunk.region().rkey().0);
+        let address = chunk.start.as_ptr() as u64;
+        self.loans.insert(key.0, (chunk, lent));
+        Ok((key, address))
+    }
+
+    fn end_loan(&mut self, key: Key) -> Option<Lent> {
+        let (chunk, lent) = self.loans.remove(&key.0)?;
+        if self.spare_bytes + chunk.len() <= SPARE_BYTES_MAX {
+            self.spare_bytes += chunk.len();
+            self.spare.push(chunk);
+        }
+        Some(lent)
+    }
+
+    fn register_slab(&mut self, _: u32, mut slab: Arc<[u8]>) -> Option<Key> {
+        let bytes = Arc::get_mut(&mut slab)?;
+        let (start, len) = (NonNull::new(bytes.as_mut_ptr())?, bytes.len());
+        let address = start.as_ptr() as u64;
+        // SAFETY: the slab is ours alone and is not looked at until it leaves this table, when the
+        // registration ends.
+        let region = unsafe {
+            let access = AccessFlags::LOCAL_WRITE;
+            self.domain.register(address, len as u64, address, access)
+        };
+        let filled = Filled {
+            slab,
+            start,
+            region: region.ok()?,
+        };
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.filled.push(None);
+            self.filled.len() as u32 - 1
+        });
+        self.filled[index as usize] = Some(filled);
+        Some(Key(index))
+    }
+
+    fn release_slab(&mut self, key: Key) -> Option<Arc<[u8]>> {
+        let Filled { slab, region, .. } = self.filled.get_mut(key.0 as usize)?.take()?;
+        drop(region);
+        self.free.push(key.0);
+        Some(slab)
+    }
+}
