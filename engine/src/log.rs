@@ -266,6 +266,8 @@ pub struct Log {
     live: Vec<Segment>,
     /// Offset of the next record in the active segment.
     offset: u64,
+    /// Position of that segment's first byte.
+    base: Lsn,
     generation: u32,
     tag: u64,
     /// Group ranges that never happened, from the `OPEN` records still in the log.
@@ -311,6 +313,7 @@ impl Log {
     ///
     /// # Panics
     /// If the kind is one of the log's own.
+    #[inline]
     pub fn append(&mut self, a: Append<'_>) -> Result<Lsn, AppendError> {
         assert!(
             a.kind < KIND_RESERVED,
@@ -440,13 +443,14 @@ impl Log {
         self.live.push(next.clone());
         self.shared.activate(next);
         self.offset = SEGMENT_START;
+        self.base.0 += self.shared.config.segment_bytes;
         Ok(())
     }
 
     /// Where the next record will stand, unless it needs a new segment. Everything appended so far
     /// lies before it.
     pub fn end(&self) -> Lsn {
-        Lsn(self.active().seq * self.shared.config.segment_bytes + self.offset)
+        Lsn(self.base.0 + self.offset)
     }
 
     /// First position kept.

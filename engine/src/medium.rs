@@ -399,13 +399,14 @@ impl Medium for Gated {
 /// Bytes in all; saturating, so that too many fit nowhere.
 #[inline]
 pub(crate) fn total_len(stretches: &[&[u8]]) -> u64 {
-    // What a record is: a header and a body.
-    if let [first, second] = stretches {
-        return (first.len() as u64).saturating_add(second.len() as u64);
-    }
-    // Saturating steps also keep the compiler from adding two numbers by vector.
     let add = |sum: u64, bytes: &&[u8]| sum.saturating_add(bytes.len() as u64);
-    stretches.iter().fold(0, add)
+    match stretches {
+        // A body, and a header with a body: no loop.
+        [only] => only.len() as u64,
+        [first, second] => add(first.len() as u64, second),
+        // Saturating steps also keep the compiler from adding two numbers by vector.
+        _ => stretches.iter().fold(0, add),
+    }
 }
 
 /// Pages that touch `range`, as page numbers.

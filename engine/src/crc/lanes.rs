@@ -37,7 +37,7 @@ const fn shift(words: usize) -> i64 {
     let mut factor: u32 = 1 << 31;
     let mut power = 64 * words - 33;
     while power > 0 {
-        factor = factor >> 1 ^ if factor & 1 == 1 { POLYNOMIAL } else { 0 };
+        factor = (factor >> 1) ^ if factor & 1 == 1 { POLYNOMIAL } else { 0 };
         power -= 1;
     }
     factor as i64

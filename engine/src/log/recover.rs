@@ -484,6 +484,7 @@ impl Scanned {
             shared: shared.clone(),
             live: self.live,
             offset: self.end_offset,
+            base: Lsn(0),
             generation: self.next_generation,
             tag,
             void,
@@ -501,6 +502,7 @@ impl Scanned {
             shared.activate(next);
             log.offset = SEGMENT_START;
         }
+        log.base = Lsn(log.active().seq * segment_bytes);
         // What was accepted is durable, and the OPEN record says so: see `Proof::LaterRecord`.
         shared.set_durable(log.end());
         log.append_open(groups)?;
