@@ -177,7 +177,7 @@ impl Cm {
         if params.private_data.len() > REQ_PRIVATE_MAX {
             return Err(CmError::PrivateDataTooLong);
         }
-        let id = self.allocate()?;
+        let id = self.allocate(self.config.connections_max)?;
         let tid = self.tid(id);
         let message = self.request(id, params);
         let connection = Connection {
@@ -500,8 +500,15 @@ impl Cm {
 
     // Connections.
 
-    fn allocate(&mut self) -> Result<CommId, CmError> {
-        if self.connections.len() >= self.config.connections_max && !self.make_room() {
+    /// How many there may be when a peer asks for one more. An eighth is ours: strangers who ask and
+    /// do not go on must not keep us from connecting.
+    fn callers_max(&self) -> usize {
+        self.config.connections_max - self.config.connections_max / 8
+    }
+
+    /// A free id, if there are fewer than `most`.
+    fn allocate(&mut self, most: usize) -> Result<CommId, CmError> {
+        if self.connections.len() >= most && !self.make_room() {
             return Err(CmError::TooManyConnections);
         }
         // Ends: fewer connections exist than ids.

@@ -33,7 +33,7 @@ impl Cm {
             (true, _) => reason::INVALID_TRANSPORT,
             (false, _) => reason::INVALID_SERVICE_ID,
         };
-        let id = match self.allocate() {
+        let id = match self.allocate(self.callers_max()) {
             Ok(id) if refusal == reason::NO_RESOURCES => id,
             _ => {
                 self.reject_unknown(from, tid, CommId(0), req.local, 0, refusal);

@@ -25,7 +25,7 @@ impl Cm {
         if params.private_data.len() > SIDR_REQ_PRIVATE_MAX {
             return Err(CmError::PrivateDataTooLong);
         }
-        let id = self.allocate()?;
+        let id = self.allocate(self.config.connections_max)?;
         let message = Message::SidrReq(SidrReq {
             request: id,
             pkey: PKEY_DEFAULT,
@@ -109,7 +109,7 @@ impl Cm {
             self.transmits.push_back(CmTransmit { to: from, mad });
             return CmOutcome::Accepted;
         }
-        let Ok(id) = self.allocate() else {
+        let Ok(id) = self.allocate(self.callers_max()) else {
             return CmOutcome::Busy;
         };
         let due = now + self.config.give_up_after;

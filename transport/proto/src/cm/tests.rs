@@ -315,6 +315,36 @@ fn a_service_that_nobody_offers_and_a_full_server_refuse() {
     assert_eq!(pair.cm[SERVER].poll_event(), None);
 }
 
+/// Peers that ask and do not go on leave room for connections of our own.
+#[test]
+fn strangers_cannot_take_the_whole_table() {
+    let mut pair = Pair::new();
+    pair.cm[SERVER].config.connections_max = 16;
+    for n in 10..40 {
+        let other = ConnectParams {
+            qp: offer(n),
+            ..params(b"")
+        };
+        pair.cm[CLIENT].connect(pair.now, &other).unwrap();
+    }
+    pair.settle();
+    let mut asked = 0;
+    while let Some(event) = pair.cm[SERVER].poll_event() {
+        assert!(matches!(event, CmEvent::ConnectRequest { .. }), "{event:?}");
+        asked += 1;
+    }
+    assert_eq!(asked, 14);
+    let own = ConnectParams {
+        to: at(CLIENT),
+        ..params(b"")
+    };
+    for _ in 0..2 {
+        pair.cm[SERVER].connect(pair.now, &own).unwrap();
+    }
+    let refused = pair.cm[SERVER].connect(pair.now, &own);
+    assert_eq!(refused, Err(CmError::TooManyConnections));
+}
+
 /// Peers that are refused leave memories behind, which do not keep anybody else out.
 #[test]
 fn what_is_over_gives_way_to_what_is_new() {

@@ -22,7 +22,8 @@ pub struct CmConfig {
     pub first_comm_id: u32,
     /// High half of the transaction ids.
     pub tid_high: u32,
-    /// Connections at once; those that are over give way to new ones.
+    /// Connections at once; those that are over give way to new ones. An eighth of them peers that
+    /// call cannot have.
     pub connections_max: usize,
     /// Pause before the first repetition of a message.
     pub resend_after: Nanos,
