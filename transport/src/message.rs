@@ -14,8 +14,9 @@
 //! in shared memory.
 //!
 //! All this goes over softroce, or over a device of libibverbs (`fabric`, [`EndpointConfig::device`]).
-//! There a parcel is received whole, what is lent is copied once, and a peer whose process is gone
-//! fails the connection ([`CloseReason::Failed`]) instead of telling.
+//! There a parcel is received whole and what is lent is copied once, into memory that any peer may
+//! READ who kept a key; a peer that cannot be reached for half a second (adapters may take two), or
+//! whose process is gone, ends the connection ([`CloseReason::Failed`]).
 //!
 //! What a caller may rely on:
 //! * an endpoint belongs to one thread; only [`Waker`] crosses threads;

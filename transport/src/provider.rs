@@ -4,7 +4,7 @@
 //! is none, softroce serves.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 
 use crate::ibv::{self, DeviceEntry, NoDevices};
 use crate::raw::types::Error;
@@ -56,7 +56,7 @@ impl fmt::Display for NotForMessages {
 impl std::error::Error for NotForMessages {}
 
 /// The best device that can carry messages at the address `local`, or at any of its own. Each is
-/// tried out: it is opened, and memory is registered.
+/// tried out: it is opened, memory is registered, a queue pair is made, and the address is bound.
 ///
 /// # Errors
 /// Why there is none.
@@ -65,7 +65,14 @@ pub fn for_messages(local: Option<IpAddr>) -> Result<ForMessages, NotForMessages
     for device in ibv::devices().map_err(NotForMessages::None)? {
         let opened = ibv::carrier::Carrier::open(&device.name, local);
         match opened.map(|carrier| carrier.address().or(local)) {
-            Ok(Some(address)) => return Ok(ForMessages { device, address }),
+            // In a container the address may be another network namespace's.
+            Ok(Some(address)) => match UdpSocket::bind((address, 0)) {
+                Ok(_) => return Ok(ForMessages { device, address }),
+                Err(error) => {
+                    let errno = error.raw_os_error().unwrap_or(libc::EADDRNOTAVAIL);
+                    refused.push((device.name, Error::Os(errno)));
+                }
+            },
             Ok(None) => {
                 let lack = Error::Argument("an InfiniBand port has no address: name one");
                 refused.push((device.name, lack));

@@ -288,3 +288,29 @@ fn a_device_of_libibverbs_that_cannot_be_used_is_named() {
     };
     assert!(matches!(Endpoint::bind(lossy), Err(BindError::Config(_))));
 }
+
+#[test]
+fn who_is_refused_and_asks_again_at_once_does_not_stop_everything_else() {
+    let mut none = config(1);
+    none.limits.connections_max = 0;
+    let mut a = Endpoint::bind(none).unwrap();
+    let peer = config(2).addr;
+    a.connect(peer, b"");
+    let mut refused = 0;
+    let start = Instant::now();
+    while refused < 3 {
+        assert!(start.elapsed() < PATIENCE);
+        let events = a.poll(
+            Some(Duration::from_secs(5)),
+            &mut |ctx, event| match event {
+                Event::Closed { reason, .. } => {
+                    assert_eq!(reason, CloseReason::Refused);
+                    refused += 1;
+                    ctx.connect(peer, b"");
+                }
+                other => panic!("{other:?}"),
+            },
+        );
+        assert_eq!(events.unwrap(), 1, "one at a time");
+    }
+}

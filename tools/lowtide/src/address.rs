@@ -11,6 +11,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 
 /// UDP ports tried, in order. The first is RoCEv2's own.
 const PORTS: [u16; 3] = [4791, 14791, 24791];
+/// UDP ports at a device's address.
+const DEVICE_PORTS: std::ops::Range<u16> = 10_000..30_000;
 /// Blocks of addresses tried before giving up.
 const BLOCKS_TRIED: u32 = 64;
 /// Addresses of one block: 127.x.y.1 to 127.x.y.250.
@@ -60,23 +62,35 @@ pub fn choose(process_id: u32, nodes: usize) -> Result<Vec<SocketAddr>, NoAddres
     })
 }
 
-/// Finds `nodes` free UDP ports at one address of a device.
+/// Finds `nodes` free UDP ports at one address of a device, below those that the kernel gives out, so
+/// that a node that is started again finds its own free.
 ///
 /// # Errors
 /// [`NoAddress`]: the address is not this machine's, or has no free ports.
-pub fn of_device(address: IpAddr, nodes: usize) -> Result<Vec<SocketAddr>, NoAddress> {
-    let any = SocketAddr::new(address, 0);
-    let bound = |_| UdpSocket::bind(any).and_then(|s| Ok((s.local_addr()?, s)));
-    // All are held until the last is found, so that none is given twice.
-    let held: io::Result<Vec<_>> = (0..nodes).map(bound).collect();
-    match held {
-        Ok(held) => Ok(held.into_iter().map(|(address, _)| address).collect()),
-        Err(error) => Err(NoAddress {
-            nodes,
-            address: any,
-            error,
-        }),
+pub fn of_device(
+    address: IpAddr,
+    process_id: u32,
+    nodes: usize,
+) -> Result<Vec<SocketAddr>, NoAddress> {
+    let first = DEVICE_PORTS.start + process_id as u16 % (DEVICE_PORTS.len() as u16);
+    let ports = (first..DEVICE_PORTS.end).chain(DEVICE_PORTS.start..first);
+    let mut found = Vec::new();
+    let mut last = None;
+    for address in ports.map(|port| SocketAddr::new(address, port)) {
+        match UdpSocket::bind(address) {
+            Ok(_) => found.push(address),
+            Err(error) => last = Some((address, error)),
+        }
+        if found.len() == nodes {
+            return Ok(found);
+        }
     }
+    let (address, error) = last.expect("there are more ports than nodes");
+    Err(NoAddress {
+        nodes,
+        address,
+        error,
+    })
 }
 
 fn first_taken(addresses: &[SocketAddr]) -> Option<(SocketAddr, io::Error)> {
@@ -100,6 +114,19 @@ mod tests {
         assert!(a.iter().all(|x| !b.contains(x)));
         assert!(a.iter().all(|x| x.ip().is_loopback()));
         assert!(a.iter().all(|x| x.port() == a[0].port()));
+    }
+
+    #[test]
+    fn ports_at_one_address_are_free_and_different() {
+        let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let process = std::process::id();
+        let first = of_device(here, process, 9).unwrap();
+        let held = UdpSocket::bind(first[3]).unwrap();
+        let second = of_device(here, process, 9).unwrap();
+        assert_eq!(second.len(), 9);
+        assert!(!second.contains(&held.local_addr().unwrap()));
+        let nowhere = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+        assert!(of_device(nowhere, process, 9).is_err());
     }
 
     #[test]

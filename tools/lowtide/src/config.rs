@@ -95,7 +95,8 @@ pub struct NodeFile {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Provider {
-    /// A hardware adapter, else the kernel's soft-RoCE, else softroce.
+    /// `run`: a hardware adapter, else the kernel's soft-RoCE, else softroce. Elsewhere softroce, since
+    /// all nodes of a cluster must choose alike.
     #[default]
     Auto,
     /// Lowtide's own RoCEv2 over UDP sockets.

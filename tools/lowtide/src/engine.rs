@@ -161,8 +161,8 @@ impl Carrier {
     }
 }
 
-/// Which transport carries the messages of a node at `addr` (none: at an address that is still to
-/// be chosen), and why, for the log. `needs_wire` says what only softroce can do.
+/// Which transport carries the messages of a node at `addr`, or (none) of all nodes of a cluster whose
+/// addresses are still to be chosen, and why, for the log. `needs_wire` says what only softroce can do.
 ///
 /// # Errors
 /// What a forced choice lacks, and what to use.
@@ -172,8 +172,7 @@ pub fn choose_provider(
     needs_wire: Option<&str>,
 ) -> Result<(Carrier, String), String> {
     let softroce = |why: String| Ok((Carrier::Softroce, format!("softroce{why}")));
-    let loopback = addr.filter(IpAddr::is_loopback);
-    match (provider, needs_wire, loopback) {
+    match (provider, needs_wire, addr) {
         (Provider::Softroce, ..) => softroce(", as asked for".to_owned()),
         (Provider::Host, ..) => {
             let why = "host, as asked for: shared memory to peers of this machine".to_owned();
@@ -183,8 +182,10 @@ pub fn choose_provider(
             "provider verbs: {what} needs softroce, a device's packets are its own"
         )),
         (Provider::Auto, Some(what), _) => softroce(format!(": {what} needs it")),
-        // No adapter serves loopback, so none is looked for.
-        (Provider::Auto, None, Some(addr)) => softroce(format!(": {addr} is a loopback address")),
+        // All nodes must choose alike, and no process of a cluster knows what the others have.
+        (Provider::Auto, None, Some(_)) => {
+            softroce(", which every machine has; provider \"verbs\" takes a device".to_owned())
+        }
         (Provider::Auto | Provider::Verbs, ..) => match provider::for_messages(addr) {
             Ok(device) => {
                 let why = device.to_string();
@@ -236,10 +237,8 @@ mod tests {
         let chosen = |provider, addr: &str, needs_wire| {
             choose_provider(provider, Some(addr.parse().unwrap()), needs_wire)
         };
-        // No device has an address that is kept for documentation.
         for (provider, addr, needs_wire, why) in [
-            (Provider::Auto, "127.9.8.7", None, "softroce: 127.9.8.7 is"),
-            (Provider::Auto, "192.0.2.1", None, "softroce: "),
+            (Provider::Auto, "192.0.2.1", None, "softroce, which every"),
             (
                 Provider::Auto,
                 "192.0.2.1",

@@ -188,7 +188,9 @@ impl<'a> Run<'a> {
         let shape = &options.shape;
         let count = shape.total();
         let addresses = match &options.carrier {
-            Carrier::Verbs(chosen) => address::of_device(chosen.address, count as usize)?,
+            Carrier::Verbs(chosen) => {
+                address::of_device(chosen.address, std::process::id(), count as usize)?
+            }
             Carrier::Softroce | Carrier::Host => {
                 address::choose(std::process::id(), count as usize)?
             }

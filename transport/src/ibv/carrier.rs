@@ -9,15 +9,16 @@
 //! * of private memory a caller gets what it asks for by `&mut`, one stretch at a time, and changes
 //!   no byte that is posted (the message layer's `outbox`); the device only reads there.
 //!
-//! A peer may READ what was lent to it, but also, if it kept the key, what is lent to another later
-//! from the same chunk: keys last as long as the registration, which is too dear to be made for each
-//! message. Who shares an RDMA network trusts it.
+//! A peer may READ what is lent to it, and whatever else lies in the same chunk then or later, if it
+//! keeps the key: messages to others. Keys last as long as the registration, which is too dear to be
+//! made for each message. Who shares an RDMA network trusts it.
 //!
 //! Deliberately absent: shared receive queues. A queue pair that is destroyed gives its receives
 //! back at once, whatever a driver does with what had completed and was not polled.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -35,16 +36,16 @@ use crate::device::QpId;
 use crate::memory::{Key, Lent};
 use crate::message::{PARCEL_ROOM, Registrar};
 use crate::raw::types::{
-    AccessFlags, AhAttr, Error, Gid, PortState, QpAttr, QpAttrMask, QpCap, QpInitAttr, QpType,
-    RecvWr, SendFlags, SendWr, Sge, WorkCompletion,
+    AccessFlags, AhAttr, AsyncEvent, Error, Gid, PortState, QpAttr, QpAttrMask, QpCap, QpInitAttr,
+    QpType, RecvWr, SendFlags, SendWr, Sge, WorkCompletion,
 };
 
 /// Receive buffers, and stretches to send from, registered at once.
 const BUFFERS_PER_CHUNK: usize = 8;
 /// Completions taken from the device at once.
 const BATCH: usize = 64;
-/// Entries of the completion queue at first.
-const CQ_DEPTH: u32 = 4096;
+/// Entries of the completion queue at first, if the device can: not every one can make it longer.
+const CQ_DEPTH: u32 = 32_768;
 /// Local ACK timeout: 67 ms, eight times of which a dead peer is reported.
 const TIMEOUT: u8 = 14;
 const RETRIES: u8 = 6;
@@ -57,7 +58,9 @@ const LOAN_STEP: usize = 256 << 10;
 /// Bytes of such memory kept registered while nobody uses them.
 const SPARE_BYTES_MAX: usize = 32 << 20;
 /// Memory that an endpoint with some twenty busy connections registers.
-const LOCKED_BYTES_MIN: u64 = 256 << 20;
+const LOCKED_BYTES_MIN: usize = 256 << 20;
+/// Lock pages when they are touched.
+const MLOCK_ONFAULT: libc::c_uint = 1;
 /// Pages are registered whole.
 const ALIGN: usize = 4096;
 
@@ -81,28 +84,35 @@ pub(crate) struct Carrier {
     slabs: Slabs,
     cq: CompletionQueue,
     cq_depth: u32,
-    /// Entries that queue pairs may need.
+    /// Entries that queue pairs may need, those of destroyed ones included until the queue has been
+    /// emptied.
     cq_needed: u32,
+    cq_stale: u32,
+    /// Queue pairs that were refused a post: what would have completed has failed.
+    failed: VecDeque<QpId>,
+    /// Why nothing more will come.
+    broken: Option<Error>,
     channel: CompletionChannel,
     domain: ProtectionDomain,
     path: Path,
 }
 
-/// Bytes of memory that this process may lock, as registering does.
-fn may_lock_bytes() -> u64 {
-    // SAFETY: no arguments, and it cannot fail.
-    if unsafe { libc::geteuid() } == 0 {
-        return u64::MAX;
+/// Whether this process may lock so many bytes, as registering does: the kernel is asked to lock as
+/// much of nothing.
+fn may_lock(len: usize) -> bool {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping wherever there is room.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return false;
     }
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the structure is written during the call only.
-    match unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) } {
-        0 => limit.rlim_cur,
-        _ => u64::MAX,
-    }
+    // SAFETY: the mapping just made; with this flag no page of it is touched.
+    let locked = unsafe { libc::syscall(libc::SYS_mlock2, start, len, MLOCK_ONFAULT) };
+    // Where the call is unknown the first registration will tell.
+    let may = locked == 0 || super::last_errno() == libc::ENOSYS;
+    // SAFETY: the same mapping, which nobody else knows.
+    unsafe { libc::munmap(start, len) };
+    may
 }
 
 /// How peers are reached.
@@ -119,6 +129,7 @@ struct Path {
 
 struct Pair {
     qp: QueuePair,
+    path_mtu: Mtu,
     generation: u32,
     /// Buffers of posted receives, oldest first.
     posted: VecDeque<u32>,
@@ -167,15 +178,16 @@ impl Carrier {
         let context = Context::open(name)?;
         let path = Path::of(&context, local)?;
         let channel = context.completion_channel()?;
-        let cq = context.completion_queue(CQ_DEPTH, Some(&channel))?;
+        let cq_depth = CQ_DEPTH.min(context.query_device()?.cqe);
+        let cq = context.completion_queue(cq_depth, Some(&channel))?;
         let domain = context.protection_domain()?;
         let mut receives = Receives::default();
-        if may_lock_bytes() < LOCKED_BYTES_MIN || !receives.grow(&domain) {
+        if !may_lock(LOCKED_BYTES_MIN) || !receives.grow(&domain) {
             return Err(Error::Limit(
                 "locked memory: `ulimit -l` must be 262144 (KiB) or more",
             ));
         }
-        Ok(Carrier {
+        let mut carrier = Carrier {
             pairs: Vec::new(),
             free: Vec::new(),
             generations: 0,
@@ -193,12 +205,34 @@ impl Carrier {
                 free: Vec::new(),
             },
             cq,
-            cq_depth: CQ_DEPTH,
+            cq_depth,
             cq_needed: 0,
+            cq_stale: 0,
+            failed: VecDeque::new(),
+            broken: None,
             channel,
             domain,
             path,
-        })
+        };
+        // Not every device has reliable connections.
+        let trial = carrier.create_qp(1, 1);
+        let (id, _) = trial.ok_or(Error::Unsupported("reliable connections"))?;
+        carrier.destroy_qp(id);
+        Ok(carrier)
+    }
+
+    /// # Errors
+    /// Nothing more will come from the device.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        match &self.broken {
+            None => Ok(()),
+            Some(error) => Err(io::Error::other(format!("the RDMA device failed: {error}"))),
+        }
+    }
+
+    /// Readable when there are completions, and when something happens to the device.
+    pub(crate) fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.channel.as_fd(), self.domain.context().as_fd()]
     }
 
     /// Queue pairs that there are.
@@ -214,6 +248,12 @@ impl Carrier {
     /// The port's MTU.
     pub(crate) fn mtu(&self) -> Mtu {
         self.path.mtu
+    }
+
+    /// Payload of a queue pair's full packets.
+    pub(crate) fn packet_len(&self, id: QpId) -> Option<u32> {
+        let pair = self.pairs.get(id.0 as usize)?.as_ref()?;
+        Some(pair.path_mtu.bytes())
     }
 
     /// The port's local identifier; 0 on Ethernet.
@@ -269,6 +309,7 @@ impl Carrier {
         self.generations = self.generations.wrapping_add(1);
         self.pairs[index as usize] = Some(Pair {
             qp,
+            path_mtu: self.path.mtu,
             generation: self.generations,
             posted: VecDeque::new(),
             done: VecDeque::new(),
@@ -286,8 +327,8 @@ impl Carrier {
         };
         drop(pair.qp);
         self.receives.free.extend(pair.posted);
-        // Completions of it that lie in the queue are taken, and passed over, with the next ones.
-        self.cq_needed -= pair.entries;
+        // Completions of it may lie in the queue until it has been emptied.
+        self.cq_stale += pair.entries;
         self.len -= 1;
         self.free.push(id.0);
     }
@@ -300,9 +341,10 @@ impl Carrier {
         (dest, rq_psn, path_mtu): (Qpn, Psn, Mtu),
         sq_psn: Psn,
     ) -> bool {
-        let Some(pair) = self.pairs.get(id.0 as usize).and_then(Option::as_ref) else {
+        let Some(pair) = self.pairs.get_mut(id.0 as usize).and_then(Option::as_mut) else {
             return false;
         };
+        pair.path_mtu = path_mtu;
         let path = &self.path;
         let dgid = if path.is_ethernet {
             Gid::from_ip(peer)
@@ -357,13 +399,13 @@ impl Carrier {
     }
 
     /// Posts a receive of one parcel.
-    pub(crate) fn post_receive(&mut self, id: QpId) {
+    /// Whether there was memory for it.
+    pub(crate) fn post_receive(&mut self, id: QpId) -> bool {
         let Some(pair) = self.pairs.get_mut(id.0 as usize).and_then(Option::as_mut) else {
-            return;
+            return true;
         };
         let Some((buffer, sge)) = self.receives.take(&self.domain) else {
-            tracing::error!("no memory can be registered for receives: see ulimit -l");
-            return;
+            return false;
         };
         let name = Name {
             pair: id.0,
@@ -377,9 +419,13 @@ impl Carrier {
         // SAFETY: a buffer of ours that nobody sees until it has completed or the queue pair is gone.
         match unsafe { pair.qp.post_recv(&[wr]) } {
             Ok(()) => pair.posted.push_back(buffer),
-            // A queue as deep as what is posted is never full.
-            Err(_) => self.receives.free.push(buffer),
+            Err(_) => {
+                // A queue as deep as what is posted is never full, so the device has failed.
+                self.receives.free.push(buffer);
+                self.fail(id, CompletionKind::Recv);
+            }
         }
+        true
     }
 
     /// Posts a SEND of private bytes; false if the device refuses.
@@ -402,6 +448,7 @@ impl Carrier {
     fn post(&mut self, id: QpId, op: SendOp, kind: CompletionKind, place: Option<Sge>) -> bool {
         let pair = self.pairs.get(id.0 as usize).and_then(Option::as_ref);
         let (Some(pair), Some(sge)) = (pair, place) else {
+            self.fail(id, kind);
             return false;
         };
         let name = Name {
@@ -418,11 +465,26 @@ impl Carrier {
         };
         // SAFETY: registered memory of ours, in bounds, which stays until the queue pair is gone or
         // the request has completed; see the module's head for who looks at it meanwhile.
-        unsafe { pair.qp.post_send(&[wr]) }.is_ok()
+        let posted = unsafe { pair.qp.post_send(&[wr]) }.is_ok();
+        if !posted {
+            self.fail(id, kind);
+        }
+        posted
+    }
+
+    /// What the device would not take counts as ended in error, or it would be waited for for ever.
+    fn fail(&mut self, id: QpId, kind: CompletionKind) {
+        if let Some(pair) = self.pairs.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            pair.done.push_back((Status::LocalOperation, kind));
+            self.failed.push_back(id);
+        }
     }
 
     /// The next thing that the device has done.
     pub(crate) fn next(&mut self) -> Option<Done> {
+        if let Some(id) = self.failed.pop_front() {
+            return Some(Done::Completed(id));
+        }
         loop {
             if self.batch.is_empty() && !self.fill() {
                 return None;
@@ -455,9 +517,12 @@ impl Carrier {
     }
 
     fn fill(&mut self) -> bool {
-        // A queue that fails has overrun, which its depth forbids, or its device is gone; then the
-        // queue pairs fail too.
-        let _ = self.cq.poll(BATCH, &mut self.polled);
+        match self.cq.poll(BATCH, &mut self.polled) {
+            // Then the queue is empty, and nothing of destroyed queue pairs is left in it.
+            Ok(count) if count < BATCH => self.cq_needed -= std::mem::take(&mut self.cq_stale),
+            Ok(_) => {}
+            Err(error) => self.broken = self.broken.or(Some(error)),
+        }
         self.batch.extend(self.polled.drain(..));
         !self.batch.is_empty()
     }
@@ -476,15 +541,16 @@ impl Carrier {
     /// Has the next completion told to the file descriptor; false if there are some already.
     pub(crate) fn arm(&mut self) -> bool {
         while self.channel.event().is_some() {}
-        let armed = self.cq.request_notification(false).is_ok();
+        while let Some(event) = self.domain.context().async_event() {
+            if matches!(event, AsyncEvent::DeviceFatal | AsyncEvent::CqError(_)) {
+                self.broken = self.broken.or(Some(Error::Os(libc::ENODEV)));
+            }
+        }
+        if let Err(error) = self.cq.request_notification(false) {
+            self.broken = self.broken.or(Some(error));
+        }
         // What came before that is not told.
-        armed && self.batch.is_empty() && !self.fill()
-    }
-}
-
-impl AsFd for Carrier {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.channel.as_fd()
+        self.broken.is_none() && self.failed.is_empty() && self.batch.is_empty() && !self.fill()
     }
 }
 
@@ -495,8 +561,11 @@ impl Path {
         let device = context.query_device()?;
         let within = |most: u32| most.clamp(1, u32::from(READS)) as u8;
         for port in 1..=device.phys_port_cnt {
-            let attr = context.query_port(port)?;
-            if attr.state != PortState::Active {
+            let Ok(attr) = context.query_port(port) else {
+                continue;
+            };
+            // Who is neither on Ethernet nor has a local identifier is of a kind that we do not know.
+            if attr.state != PortState::Active || !(attr.is_ethernet || attr.lid != 0) {
                 continue;
             }
             let gids = context.gids(port)?;
@@ -509,6 +578,7 @@ impl Path {
                     .into_iter()
                     .find_map(|any| choose_gid(&gids, any)),
             };
+            let gid = gid.filter(|entry| entry.index <= u32::from(u8::MAX));
             if gid.is_none() && attr.is_ethernet {
                 continue;
             }
@@ -516,7 +586,7 @@ impl Path {
                 address: gid.filter(|_| attr.is_ethernet).map(|entry| entry.gid.ip()),
                 port,
                 gid_index: gid.map_or(0, |entry| entry.index as u8),
-                lid: attr.lid,
+                lid: if attr.is_ethernet { 0 } else { attr.lid },
                 is_ethernet: attr.is_ethernet,
                 mtu: attr.active_mtu,
                 reads_served: within(device.qp_rd_atom),
@@ -660,11 +730,11 @@ impl Deref for Received {
     }
 }
 
-/// A slab that READs fill.
+/// A slab that READs fill. Fields are dropped in this order: the registration before the memory.
 struct Filled {
+    region: MemoryRegion,
     slab: Arc<[u8]>,
     start: NonNull<u8>,
-    region: MemoryRegion,
 }
 
 // SAFETY: the pointer is to the slab that it owns alone.
@@ -790,5 +860,38 @@ impl Registrar for Slabs {
         drop(region);
         self.free.push(key.0);
         Some(slab)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_known_by_its_name_again() {
+        for (pair, generation) in [(0, 1), (7, u32::MAX), ((1 << 30) - 1, 0)] {
+            for kind in [
+                CompletionKind::Recv,
+                CompletionKind::Read,
+                CompletionKind::Send,
+            ] {
+                let name = Name {
+                    pair,
+                    generation,
+                    kind,
+                };
+                let again = Name::unpack(name.pack());
+                assert_eq!(
+                    (again.pair, again.generation, again.kind),
+                    (pair, generation, kind)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_kernel_says_how_much_may_be_locked() {
+        assert!(may_lock(4096));
+        assert!(!may_lock(1 << 60), "more than there are addresses");
     }
 }

@@ -29,7 +29,7 @@ use lowtide_transport_proto::wire::{Psn, Qpn};
 use super::connection::{RESERVE, SENDS_MAX, Stream};
 use super::fabric::Fabric;
 use super::fetch::{FetchPool, READS_MAX};
-use super::handshake::{Greeting, Handshakes};
+use super::handshake::{Greeting, Handshakes, REQUEST_PAUSE};
 use super::loans::LoanPool;
 use super::outbox::SlotPool;
 use super::parcel::MESSAGE_MAX;
@@ -47,6 +47,8 @@ const DOMAIN: u32 = 0;
 const INDEX_NONE: u32 = 0xFF_FFFF;
 /// Credits of a connection of a device of libibverbs, at most.
 const CREDITS_OF_DEVICES: u16 = 16;
+/// And connections at once: some 1.2 MiB of receives each.
+const CONNECTIONS_OF_DEVICES: usize = 256;
 const TOKEN_SOCKET: mio::Token = mio::Token(0);
 const TOKEN_WAKER: mio::Token = mio::Token(1);
 
@@ -82,8 +84,9 @@ pub struct EndpointCtx {
     /// Connections that may have something to post.
     dirty: VecDeque<u32>,
     spare: Vec<Vec<u8>>,
-    /// Connections that were refused before they had an entry.
-    refused: VecDeque<ConnId>,
+    /// Connections that were refused before they had an entry, and when to say so: not at once, lest
+    /// who asks again at once is refused for ever in one turn.
+    refused: VecDeque<(Nanos, ConnId)>,
     next_silence_check: Nanos,
     random: RandomState,
     draws: u64,
@@ -143,6 +146,8 @@ impl Endpoint {
         if config.device.is_some() {
             // Each credit is a receive of a whole parcel, which a device keeps in locked memory.
             config.limits.credits = config.limits.credits.min(CREDITS_OF_DEVICES);
+            let most = &mut config.limits.connections_max;
+            *most = (*most).min(CONNECTIONS_OF_DEVICES);
         }
         let device = Fabric::open(&config)?;
         let waiting = || -> io::Result<(mio::Poll, Waker)> {
@@ -256,7 +261,7 @@ impl Endpoint {
         };
         let now = ctx.device.now();
         let mut is_drained = ctx.receive_packets(now, batch, &mut count)?;
-        is_drained &= ctx.receive_completions(now, &mut count);
+        is_drained &= ctx.receive_completions(now, &mut count)?;
         is_drained &= ctx.receive_host(now, host_batch, &mut count);
         while let Some(id) = ctx.device.expire(now) {
             ctx.poll_completions(id, None, &mut count);
@@ -335,7 +340,7 @@ impl EndpointCtx {
             }
             None => {
                 let id = self.next_id(INDEX_NONE);
-                self.refused.push_back(id);
+                self.refuse_later(id);
                 id
             }
         }
@@ -473,6 +478,12 @@ impl EndpointCtx {
         self.connections.len() - self.free.len()
     }
 
+    /// `Closed` follows for a connection that has no entry.
+    fn refuse_later(&mut self, id: ConnId) {
+        let due = self.device.now() + REQUEST_PAUSE;
+        self.refused.push_back((due, id));
+    }
+
     // The table.
 
     /// The connection that a queue pair serves.
@@ -503,8 +514,9 @@ impl EndpointCtx {
             shared_receives: false,
         };
         let (qp, qpn) = self.device.create_qp(DOMAIN, caps)?;
-        for _ in 0..depth {
-            self.device.post_receive(qp);
+        if !(0..depth).all(|_| self.device.post_receive(qp)) {
+            self.device.destroy_qp(qp);
+            return None;
         }
         let index = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);

@@ -9,7 +9,7 @@
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -134,6 +134,8 @@ pub(super) struct Verbs {
     local: SocketAddr,
     origin: Instant,
     counters: Counters,
+    /// Management datagrams not yet heeded.
+    mads: Vec<(SocketAddr, Vec<u8>)>,
 }
 
 /// What a turn of a device of libibverbs brings.
@@ -178,7 +180,11 @@ impl Fabric {
                 [device.as_raw_fd()].into_iter().chain(host).collect()
             }
             Fabric::Verbs(verbs) => {
-                vec![verbs.socket.as_raw_fd(), verbs.carrier.as_fd().as_raw_fd()]
+                let device = verbs.carrier.fds().map(|fd| fd.as_raw_fd());
+                [verbs.socket.as_raw_fd()]
+                    .into_iter()
+                    .chain(device)
+                    .collect()
             }
         }
     }
@@ -222,7 +228,13 @@ impl Fabric {
                 let link = path_mtu(device.local_addr(), peer).unwrap_or(1500);
                 Mtu::for_link(link).unwrap_or(Mtu::B256)
             }
-            Fabric::Verbs(verbs) => verbs.carrier.mtu(),
+            Fabric::Verbs(verbs) => {
+                let port = verbs.carrier.mtu();
+                let way = path_mtu(verbs.local, peer).ok().and_then(Mtu::for_link);
+                // InfiniBand's packets do not take the way of IP.
+                way.filter(|_| verbs.carrier.lid() == 0)
+                    .map_or(port, |way| port.min(way))
+            }
         }
     }
 
@@ -296,17 +308,18 @@ impl Fabric {
     pub(super) fn packet_len(&mut self, id: QpId) -> Option<u32> {
         match self {
             Fabric::Soft(device) => Some(device.connected(id)?.path_mtu().bytes()),
-            Fabric::Verbs(verbs) => Some(verbs.carrier.mtu().bytes()),
+            Fabric::Verbs(verbs) => verbs.carrier.packet_len(id),
         }
     }
 
-    /// Posts one receive.
-    pub(super) fn post_receive(&mut self, id: QpId) {
+    /// Posts one receive; false if there is no memory for it.
+    pub(super) fn post_receive(&mut self, id: QpId) -> bool {
         match self {
             Fabric::Soft(device) => {
                 if let Some(qp) = device.qp(id) {
                     Stream::post_receive(qp);
                 }
+                true
             }
             Fabric::Verbs(verbs) => verbs.carrier.post_receive(id),
         }
@@ -370,22 +383,38 @@ impl Fabric {
         }
     }
 
-    /// Management datagrams that came beside a device of libibverbs, and whether those are all.
-    pub(super) fn receive_mads(&mut self) -> (Vec<(SocketAddr, Vec<u8>)>, bool) {
-        let mut mads = Vec::new();
+    /// Reads management datagrams that came beside a device of libibverbs; whether those are all.
+    pub(super) fn receive_mads(&mut self) -> bool {
         let Fabric::Verbs(verbs) = self else {
-            return (mads, true);
+            return true;
         };
         let mut bytes = [0; MAD_ROOM];
-        while mads.len() < MADS_MAX {
+        while verbs.mads.len() < MADS_MAX {
             // An error is an answer to something sent earlier, if it is not that there is no more.
             match verbs.socket.recv_from(&mut bytes) {
-                Ok((len, from)) => mads.push((from, bytes[..len].to_vec())),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (mads, true),
+                Ok((len, from)) => verbs.mads.push((from, bytes[..len].to_vec())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(_) => break,
             }
         }
-        (mads, false)
+        false
+    }
+
+    /// Those that were read, to be heeded: whatever was sent before them has been handed up.
+    pub(super) fn take_mads(&mut self) -> Vec<(SocketAddr, Vec<u8>)> {
+        match self {
+            Fabric::Soft(_) => Vec::new(),
+            Fabric::Verbs(verbs) => std::mem::take(&mut verbs.mads),
+        }
+    }
+
+    /// # Errors
+    /// The device of libibverbs is gone, or its completions are.
+    pub(super) fn check(&self) -> io::Result<()> {
+        match self {
+            Fabric::Soft(_) => Ok(()),
+            Fabric::Verbs(verbs) => verbs.carrier.check(),
+        }
     }
 
     /// Sends, or stages, a management datagram.
@@ -472,6 +501,7 @@ impl Verbs {
             local,
             origin: Instant::now(),
             counters: Counters::default(),
+            mads: Vec::new(),
         })
     }
 }

@@ -47,7 +47,7 @@ const COMPLAINT_PAUSE: Nanos = Nanos::from_millis(20);
 const COMPLAINTS_MAX: usize = 1024;
 /// A request that found nobody is repeated so often, whatever the connection manager does: its own
 /// pauses double up to seconds, and a peer that is just starting should not wait for them.
-const REQUEST_PAUSE: Nanos = Nanos::from_millis(200);
+pub(super) const REQUEST_PAUSE: Nanos = Nanos::from_millis(200);
 /// How a management datagram of the connection manager begins (version, class, class version), and
 /// what is before and behind it on the wire of RoCE.
 const MAD_START: [u8; 3] = [1, 7, 2];

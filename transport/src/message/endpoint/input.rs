@@ -79,17 +79,33 @@ impl EndpointCtx {
     }
 
     /// Takes what a device of libibverbs has done, and what came beside it; whether that was all.
-    pub(super) fn receive_completions(&mut self, now: Nanos, handler: &mut Handler<'_>) -> bool {
-        let (mads, is_last) = self.device.receive_mads();
-        for (from, mad) in mads {
-            self.note_mixed(from, handshake::is_wrapped(&mad));
-            self.handshakes.handle(now, from, &mad);
-            self.manage(now, handler);
-        }
+    ///
+    /// The connection manager's datagrams are read first and heeded last: a goodbye must not overtake
+    /// messages that came before it.
+    ///
+    /// # Errors
+    /// The device is gone.
+    pub(super) fn receive_completions(
+        &mut self,
+        now: Nanos,
+        handler: &mut Handler<'_>,
+    ) -> io::Result<bool> {
+        let is_last = self.device.receive_mads();
         for _ in 0..COMPLETIONS_MAX {
             match self.device.next_input() {
-                None => return is_last,
-                Some(fabric::Input::Completed(id)) => self.poll_completions(id, None, handler),
+                None => {
+                    self.device.check()?;
+                    for (from, mad) in self.device.take_mads() {
+                        self.note_mixed(from, handshake::is_wrapped(&mad));
+                        self.handshakes.handle(now, from, &mad);
+                        self.manage(now, handler);
+                    }
+                    return Ok(is_last);
+                }
+                Some(fabric::Input::Completed(id)) => {
+                    self.note_heard(id, now);
+                    self.poll_completions(id, None, handler);
+                }
                 Some(fabric::Input::Parcel(id, received)) => {
                     self.note_heard(id, now);
                     self.poll_completions(id, Some((0, &received)), handler);
@@ -97,7 +113,7 @@ impl EndpointCtx {
                 }
             }
         }
-        false
+        Ok(false)
     }
 
     /// Says, once, that a peer's connection manager speaks by another way than ours: the two would ask
@@ -242,7 +258,10 @@ impl EndpointCtx {
         };
         let arrived = stream.receive(payload, offset, is_last, &mut self.spare);
         if is_last {
-            self.device.post_receive(qp);
+            if !self.device.post_receive(qp) {
+                self.end(index, CloseReason::Failed, handler);
+                return;
+            }
             self.mark_dirty(index);
         }
         let taken = match arrived {

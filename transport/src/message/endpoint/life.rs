@@ -54,9 +54,9 @@ impl EndpointCtx {
         let ours = self.our_qp(connection, self.device.mtu_to(peer));
         let greeting = self.our_greeting(&connection.hello);
         if !self.handshakes.connect(now, index, peer, &ours, &greeting) {
-            self.refused
-                .extend(self.connections[index as usize].as_ref().map(|c| c.id));
+            let id = connection.id;
             self.remove(index);
+            self.refuse_later(id);
         }
     }
 
@@ -98,7 +98,7 @@ impl EndpointCtx {
                 }
             }
         }
-        while let Some(conn) = self.refused.pop_front() {
+        while let Some((_, conn)) = self.refused.pop_front_if(|(due, _)| *due <= now) {
             handler(
                 self,
                 Event::Closed {
@@ -309,6 +309,7 @@ impl EndpointCtx {
         [
             self.device.next_timeout(),
             self.handshakes.next_timeout(),
+            self.refused.front().map(|(due, _)| *due),
             silence,
         ]
         .into_iter()
