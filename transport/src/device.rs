@@ -143,6 +143,8 @@ struct Peer {
     /// Queue pairs connected to it; the entry is free without any.
     users: u32,
     budget: Budget,
+    /// What it said that its receive buffer holds.
+    told: Option<u32>,
     /// Slots that have data to send and no budget for it.
     waiting: VecDeque<u32>,
     /// The ring to it, if it is on this host.
@@ -350,6 +352,7 @@ impl Device {
         let peer = &mut self.peers[index as usize];
         peer.users += 1;
         if let Some(datagrams) = budget {
+            peer.told = Some(datagrams);
             peer.budget.learn(datagrams);
         }
         let slot = &mut self.slots[id.0 as usize];
@@ -382,6 +385,7 @@ impl Device {
             address,
             users: 0,
             budget: Budget::default(),
+            told: None,
             waiting: VecDeque::new(),
             outlet: None,
             is_gone: false,

@@ -32,9 +32,10 @@ use crate::device::{Device, QpId};
 
 /// Mark of our own ends: the high half of a transaction id is this and the UDP port.
 const PORT_MARK: [u8; 2] = *b"LT";
-/// Mark of our own ends: a CA GUID begins with this (of the locally administered range), then 16
-/// bits of budget.
+/// Mark of our own ends: a CA GUID begins with this, then 16 bits of budget. A kernel makes such a
+/// beginning of a MAC address `0c:4c:54:…`, and then has [`EUI48`] where the budget would be.
 const GUID_MARK: u64 = 0x0E_4C54;
+const EUI48: u16 = 0xFFFE;
 /// Response packets asked for by one READ request at most: as in `verbs`.
 const READ_CHUNK: u32 = 33;
 /// Receives that find nothing posted are tried again after 0.64 ms.
@@ -124,7 +125,7 @@ pub(crate) struct Manager {
 impl Manager {
     /// `random` tells lives of a device apart; `budget` is what its receive buffer holds.
     pub(crate) fn new(local: SocketAddr, budget: u32, random: u64) -> Manager {
-        let budget = u64::from(budget.min(u32::from(u16::MAX)));
+        let budget = u64::from(budget.min(u32::from(EUI48 - 1)));
         let ca_guid = GUID_MARK << 40 | budget << 24 | random >> 40;
         Manager {
             cm: Cm::new(CmConfig {
@@ -492,7 +493,8 @@ fn listening_port(mad: &[u8]) -> u16 {
 /// What one of our own ends says of its receive buffer.
 fn budget_of(guid: u64) -> Option<u32> {
     let budget = (guid >> 24) as u16;
-    (guid >> 40 == GUID_MARK && budget > 0).then_some(u32::from(budget))
+    let is_ours = guid >> 40 == GUID_MARK && budget > 0 && budget < EUI48;
+    is_ours.then_some(u32::from(budget))
 }
 
 #[cfg(test)]
@@ -529,7 +531,8 @@ mod tests {
             Some(984)
         );
         assert_eq!(budget_of(GUID_MARK << 40), None);
-        // An adapter's GUID.
+        // Adapters' GUIDs.
+        assert_eq!(budget_of(0x0E4C_54FF_FE00_0001), None);
         assert_eq!(budget_of(0x0001_0aff_fe09_0001), None);
     }
 }

@@ -14,7 +14,7 @@
 use lowtide_transport_proto::time::Nanos;
 
 /// Datagrams granted to a peer that has told nothing: less than what the default SO_RCVBUF holds.
-pub(crate) const UNKNOWN_PEER: u32 = 16;
+const UNKNOWN_PEER: u32 = 16;
 /// The window to a peer that has told nothing never grows beyond this.
 const WINDOW_MAX: u32 = 1024;
 /// The window never falls below this; queue pairs probe with single packets anyway.
@@ -50,6 +50,12 @@ impl Budget {
     pub(crate) fn learn(&mut self, datagrams: u32) {
         self.window_max = datagrams.clamp(WINDOW_MIN, 1 << 16);
         self.window = self.window_max;
+    }
+
+    /// The way to the peer is another one, of which nothing is known.
+    pub(crate) fn forget(&mut self) {
+        self.window_max = WINDOW_MAX;
+        self.window = UNKNOWN_PEER;
     }
 
     /// Datagrams that may still go out.

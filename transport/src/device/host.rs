@@ -14,7 +14,6 @@ use lowtide_transport_proto::qp::{
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
-use super::budget::UNKNOWN_PEER;
 use super::output::{ACK_REQ, resolve};
 use super::{Device, DeviceOptions, Input, Machine, Peer};
 use crate::host::{
@@ -134,7 +133,10 @@ impl Device {
             if is_turned_away && let Some(hosts) = &mut self.hosts {
                 // By UDP, then; what was sent into the ring is lost, and repeated.
                 peer.outlet = None;
-                peer.budget.learn(UNKNOWN_PEER);
+                match peer.told {
+                    Some(datagrams) => peer.budget.learn(datagrams),
+                    None => peer.budget.forget(),
+                }
                 hosts.disconnect(outlet);
                 continue;
             }

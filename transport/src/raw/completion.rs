@@ -60,7 +60,9 @@ struct Handle {
 pub(crate) struct Completions {
     /// By the logarithm of how many one holds.
     rings: [OnceLock<Box<Ring>>; RINGS],
-    /// Which is in use.
+    /// The first that was in use, and the one that is appended to. Those before it are emptied by
+    /// whoever polls: what is moved could be overtaken.
+    oldest: usize,
     current: AtomicUsize,
     /// Something has been lost for want of room.
     is_broken: AtomicBool,
@@ -69,23 +71,36 @@ pub(crate) struct Completions {
 impl Completions {
     pub(super) fn new(depth: u32) -> Completions {
         let log = depth.next_power_of_two().ilog2() as usize;
+        let oldest = log.min(LOG_FIRST);
         let new = Completions {
             rings: [const { OnceLock::new() }; RINGS],
-            current: AtomicUsize::new(log.min(LOG_FIRST)),
+            oldest,
+            current: AtomicUsize::new(oldest),
             is_broken: AtomicBool::new(false),
         };
-        new.ring();
+        new.ring(oldest);
         new
     }
 
-    fn ring(&self) -> &Ring {
-        // Acquire pairs with `push`: what was moved to this ring is there.
-        let log = self.current.load(Ordering::Acquire);
+    fn ring(&self, log: usize) -> &Ring {
         self.rings[log].get_or_init(|| Box::new(Ring::new(zeroed_words(ENTRY << log))))
     }
 
+    /// Those that may hold something, oldest first.
+    fn rings(&self) -> impl Iterator<Item = &Ring> {
+        // Acquire pairs with `push`: there is a ring of this size.
+        let current = self.current.load(Ordering::Acquire);
+        (self.oldest..=current).map(|log| self.ring(log))
+    }
+
     pub(super) fn len(&self) -> usize {
-        self.ring().len()
+        self.rings().map(Ring::len).sum()
+    }
+
+    /// All of them, oldest first. Under the token.
+    pub(super) fn all(&self) -> impl Iterator<Item = WorkCompletion> {
+        let words = self.rings().flat_map(|ring| ring.first(ring.len()));
+        words.map(|words| decode(&words))
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -94,28 +109,25 @@ impl Completions {
 
     /// Whether a receive is among the first: something that a program may answer. Under the token.
     pub(super) fn has_received(&self) -> bool {
-        self.ring().first(2).any(|words| is_recv(&words))
+        let first = self.rings().flat_map(|ring| ring.first(2)).take(2);
+        { first }.any(|words| is_recv(&words))
     }
 
     /// The oldest.
     pub(crate) fn pop(&self) -> Option<WorkCompletion> {
-        self.ring().pop().map(|words| decode(&words))
+        let words = self.rings().find_map(Ring::pop)?;
+        Some(decode(&words))
     }
 
     /// Appends; the caller has seen that the queue is deep enough. Under the token.
     pub(super) fn push(&self, work: &WorkCompletion) {
         let words = encode(work);
-        let ring = self.ring();
-        if ring.push(words) {
+        let log = self.current.load(Ordering::Relaxed);
+        if self.ring(log).push(words) {
             return;
         }
-        let log = self.current.load(Ordering::Relaxed) + 1;
-        let larger =
-            self.rings[log].get_or_init(|| Box::new(Ring::new(zeroed_words(ENTRY << log))));
-        while let Some(words) = ring.pop() {
-            larger.push(words);
-        }
-        larger.push(words);
+        let log = log + 1;
+        self.ring(log).push(words);
         self.current.store(log, Ordering::Release);
     }
 

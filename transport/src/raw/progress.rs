@@ -258,6 +258,8 @@ impl Shared {
     pub(crate) fn send_posted(&self, state: &mut State) {
         state.habit.note_post();
         state.transmit();
+        // What needed no packet is done.
+        self.sleepers.notify();
         self.note_deadline(state);
     }
 
@@ -295,7 +297,7 @@ impl Shared {
     }
 
     /// Wakes the device's thread, from epoll or from a nap.
-    fn wake(&self) -> io::Result<()> {
+    pub(super) fn wake(&self) -> io::Result<()> {
         if let Some(thread) = self.thread.get() {
             thread.unpark();
         }
@@ -404,7 +406,7 @@ impl State {
             let packet = &batch.bytes[range.clone()];
             if let Input::Taken { id, .. } = self.device.handle_host(now, *source, packet) {
                 self.manager.note_communication(id);
-                self.tables.collect(&mut self.device, id);
+                collect_with_kept(&mut self.tables, &mut self.device, now, id);
             }
         }
         self.host_batch = batch;
@@ -499,11 +501,7 @@ impl State {
             match input {
                 Input::Taken { id, .. } => {
                     self.manager.note_communication(id);
-                    self.tables.collect(&mut self.device, id);
-                    while let Some((_, datagram)) = self.device.handle_kept(now, id) {
-                        self.device.give_back(datagram);
-                        self.tables.collect(&mut self.device, id);
-                    }
+                    collect_with_kept(&mut self.tables, &mut self.device, now, id);
                 }
                 Input::Management(range) => {
                     self.manager.handle(now, arrival.source, &datagram[range]);
@@ -543,5 +541,14 @@ impl State {
     /// Moves a queue pair's completions to their queues, and its events to theirs.
     pub(crate) fn collect(&mut self, id: QpId) {
         self.tables.collect(&mut self.device, id);
+    }
+}
+
+/// Takes what a packet has finished, and what was kept behind it.
+fn collect_with_kept(tables: &mut Tables, device: &mut Device, now: Nanos, id: QpId) {
+    tables.collect(device, id);
+    while let Some((_, datagram)) = device.handle_kept(now, id) {
+        device.give_back(datagram);
+        tables.collect(device, id);
     }
 }

@@ -395,6 +395,7 @@ impl QueuePair {
         if let Some(mut state) = shared.lock_to_post(waits, clear) {
             let result = each(list, |wr| self.post_receive(&mut state, checked(wr)?));
             state.collect(self.id);
+            shared.sleepers.notify();
             result
         } else {
             let result = each(list, |wr| self.leave_receive(checked(wr)?));
@@ -464,6 +465,8 @@ impl QueuePair {
 impl Drop for QueuePair {
     fn drop(&mut self) {
         let mut state = self.context().shared.lock();
+        // Who had the token when something was posted may not have seen it yet.
+        state.take_posts_of(self.id);
         state.collect(self.id);
         // An acknowledgement that is owed leaves first.
         state.transmit();

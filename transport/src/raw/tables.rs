@@ -225,6 +225,11 @@ impl Tables {
         entry.forget();
         for (index, cq) in self.cqs.iter_mut().enumerate() {
             let Some(cq) = cq else { continue };
+            let is_here = cq.done.all().any(|entry| entry.qpn == qpn);
+            // A broken queue takes nothing again, and keeps what it has.
+            if !is_here || cq.done.is_broken() {
+                continue;
+            }
             // Others' entries are new again to whoever sleeps until something comes: a poll
             // meanwhile may have found nothing.
             let kept: Vec<_> = std::iter::from_fn(|| cq.done.pop())

@@ -10,6 +10,9 @@ use std::time::Instant;
 
 use super::progress::{Shared, State};
 
+/// How often a thread posts for others before it goes on with its own.
+const ROUNDS_MAX: usize = 16;
+
 /// The right to touch the state, until it is dropped.
 pub(crate) struct Token<'a> {
     shared: &'a Shared,
@@ -89,14 +92,18 @@ impl Shared {
     /// Posts what was left in lines, unless somebody has the token and will: for whoever has left
     /// something, and for whoever has just given the token back.
     pub(super) fn take_left(&self) {
-        while self.posts.is_any() {
+        for _ in 0..ROUNDS_MAX {
+            if !self.posts.is_any() {
+                return;
+            }
             let Some(mut state) = self.try_state() else {
                 return;
             };
             state.take_posts();
             self.send_posted(&mut state);
-            self.sleepers.notify();
         }
+        // Others post as fast as this thread can send for them; it has work of its own.
+        let _ = self.wake();
     }
 
     /// Sleeps until `is_done`; false when `deadline` has passed.

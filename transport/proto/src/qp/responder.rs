@@ -189,7 +189,12 @@ impl Responder {
 
     pub fn forget_kept(&mut self, link: &Link, out: &mut Reports) {
         self.kept &= !1;
-        self.complain(link, out);
+        if link.reports_gaps {
+            self.complain(link, out);
+        } else {
+            // It has been asked for the gap before this one. Its next packet asks for this one.
+            self.nak_sent = false;
+        }
     }
 
     // Requests.
@@ -213,8 +218,9 @@ impl Responder {
             ahead @ 1.. => {
                 out.counters.out_of_seq_request += 1;
                 self.complain(link, out);
+                let fits = packet.payload().len() <= link.mtu.bytes() as usize && !self.is_rnr;
                 let outcome = match 1u128.checked_shl(ahead.cast_unsigned()) {
-                    Some(bit) if !self.is_rnr && self.kept & bit == 0 => Outcome::Ahead,
+                    Some(bit) if fits && self.kept & bit == 0 => Outcome::Ahead,
                     _ => Outcome::Dropped(DropReason::OutOfSequence),
                 };
                 return (outcome, false);

@@ -83,7 +83,12 @@ impl Side {
         self.device.receive_host(&mut self.batch);
         for (source, range) in &self.batch.records {
             let bytes = &self.batch.bytes[range.clone()];
-            self.device.handle_host(now, *source, bytes);
+            let input = self.device.handle_host(now, *source, bytes);
+            if let Some(id) = input.queue_pair() {
+                while let Some((_, datagram)) = self.device.handle_kept(now, id) {
+                    self.device.give_back(datagram);
+                }
+            }
         }
         self.device.bury();
         while self.device.expire(now).is_some() {}

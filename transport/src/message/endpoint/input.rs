@@ -42,7 +42,9 @@ impl EndpointCtx {
             };
             let packet = &batch.bytes[range.clone()];
             let input = device.handle_host(now, *source, packet);
+            let id = input.queue_pair();
             self.take(now, *source, packet, input, handler);
+            self.take_kept(now, *source, id, handler);
         }
         if is_drained && let Some(device) = self.device.soft() {
             device.bury();
@@ -140,12 +142,23 @@ impl EndpointCtx {
             let input = device.handle(now, arrival, datagram);
             let id = input.queue_pair();
             self.take(now, arrival.source, datagram, input, handler);
-            let kept = |ctx: &mut Self| ctx.device.soft()?.handle_kept(now, id?);
-            while let Some((input, datagram)) = kept(self) {
-                self.take(now, arrival.source, &datagram, input, handler);
-                if let Some(device) = self.device.soft() {
-                    device.give_back(datagram);
-                }
+            self.take_kept(now, arrival.source, id, handler);
+        }
+    }
+
+    /// Takes what was kept behind the packet that a queue pair has just taken.
+    fn take_kept(
+        &mut self,
+        now: Nanos,
+        source: SocketAddr,
+        id: Option<QpId>,
+        handler: &mut Handler<'_>,
+    ) {
+        let kept = |ctx: &mut Self| ctx.device.soft()?.handle_kept(now, id?);
+        while let Some((input, datagram)) = kept(self) {
+            self.take(now, source, &datagram, input, handler);
+            if let Some(device) = self.device.soft() {
+                device.give_back(datagram);
             }
         }
     }
