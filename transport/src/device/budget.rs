@@ -100,6 +100,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_forgotten_peer_begins_anew_and_grows() {
+        let mut budget = Budget::default();
+        budget.learn(4);
+        budget.update(0, 3);
+        budget.forget();
+        assert_eq!(budget.room(), UNKNOWN_PEER - 3);
+        for _ in 0..10_000 {
+            budget.update(3, 13);
+            budget.update(13, 3);
+        }
+        assert!(budget.room() > 2 * UNKNOWN_PEER);
+    }
+
+    #[test]
     fn the_window_shrinks_once_per_event_and_grows_by_one_per_round_trip() {
         let mut budget = Budget::default();
         budget.learn(100);

@@ -290,3 +290,33 @@ fn nothing_that_was_kept_is_asked_for_after_an_error() {
     qp.to_reset();
     assert_eq!(qp.wants_kept(), None);
 }
+
+fn write_of(psn: u32, bytes: &[u8]) -> Vec<u8> {
+    let extension = Extension::Reth(reth(0, bytes.len() as u32));
+    request(Opcode::RcWriteOnly, FIRST_PSN + psn, extension, bytes)
+}
+
+/// A stranger is asked once for each gap. One that opens because what was kept is gone is another.
+#[test]
+fn a_gap_that_a_forgotten_packet_leaves_is_asked_for() {
+    let (mut net, _) = losing(Early::Kept, &[]);
+    let early = write_of(1, b"early");
+    assert_eq!(ask(&mut net, &early).0, Outcome::Ahead);
+    let qp = &mut net.ends[1].qp;
+    qp.note_kept(&Packet::new_checked(&early).unwrap());
+    ask(&mut net, &write_of(0, b"late"));
+    let qp = &mut net.ends[1].qp;
+    assert_eq!(qp.wants_kept(), Some(Psn::new(FIRST_PSN + 1)));
+    qp.forget_kept();
+    let (outcome, answers) = ask(&mut net, &write_of(2, b"next"));
+    assert_eq!((outcome, answers.len()), (Outcome::Ahead, 1));
+    assert_eq!(ask(&mut net, &write_of(3, b"more")).1.len(), 0);
+}
+
+#[test]
+fn nothing_longer_than_a_packet_is_kept() {
+    let (mut net, _) = losing(Early::Reported, &[]);
+    let outcomes = [1024, 1028].map(|len| ask(&mut net, &write_of(2, &vec![0; len])).0);
+    let too_long = Outcome::Dropped(DropReason::OutOfSequence);
+    assert_eq!(outcomes, [Outcome::Ahead, too_long]);
+}
