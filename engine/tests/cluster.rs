@@ -16,7 +16,7 @@ use lowtide_engine_core::op::{
 use lowtide_engine_core::session::Session;
 use lowtide_transport::message::{Endpoint, EndpointConfig, Event};
 
-static CLUSTERS: AtomicU8 = AtomicU8::new(1);
+static CLUSTERS: AtomicU8 = AtomicU8::new(0);
 
 const ROOT: NodeId = NodeId(0);
 const META: [NodeId; 2] = [NodeId(10), NodeId(11)];
@@ -36,12 +36,9 @@ fn peers() -> Vec<Peer> {
         (CLIENT, Role::Client),
     ];
     let peer = |(id, role): (NodeId, Role)| {
-        let ip = Ipv4Addr::new(
-            127,
-            (pid >> 8) as u8 | 1,
-            pid as u8,
-            cluster * 48 + id.0 as u8,
-        );
+        // Eight clusters of one process, and those of processes with neighbouring ids, do not meet.
+        let high = 0x80 | (cluster & 7) << 4 | (pid >> 8) as u8 & 0xF;
+        let ip = Ipv4Addr::new(127, high, pid as u8, 1 + id.0 as u8);
         Peer {
             id,
             role,
