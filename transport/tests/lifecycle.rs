@@ -95,18 +95,20 @@ fn kill(mut endpoint: Endpoint, peer: &Endpoint) {
     endpoint.set_blocked(peer.local_addr(), true);
 }
 
+/// Two lives of one peer.
+fn two_lives() -> [EndpointConfig; 2] {
+    let base = config(2);
+    [1, 2].map(|incarnation| EndpointConfig {
+        incarnation,
+        ..base.clone()
+    })
+}
+
 #[test]
 fn a_restarted_peer_that_connects_ends_the_old_connection() {
     for calls_first in [true, false] {
         let mut a = Endpoint::bind(config(1)).unwrap();
-        let second_life = EndpointConfig {
-            incarnation: 2,
-            ..config(2)
-        };
-        let first_life = EndpointConfig {
-            incarnation: 1,
-            ..second_life.clone()
-        };
+        let [first_life, second_life] = two_lives();
         let mut b = Endpoint::bind(first_life).unwrap();
         let old = match calls_first {
             true => connect(&mut b, &mut a).1,
@@ -142,14 +144,7 @@ fn a_restarted_peer_that_connects_ends_the_old_connection() {
 #[test]
 fn a_restarted_peer_that_does_not_call_back_is_found_out_by_a_probe() {
     let mut a = Endpoint::bind(config(1)).unwrap();
-    let second_life = EndpointConfig {
-        incarnation: 2,
-        ..config(2)
-    };
-    let first_life = EndpointConfig {
-        incarnation: 1,
-        ..second_life.clone()
-    };
+    let [first_life, second_life] = two_lives();
     let mut b = Endpoint::bind(first_life).unwrap();
     let (old, _) = connect(&mut a, &mut b);
     // A peer that is there hears nothing of it, and neither do we.
@@ -172,14 +167,7 @@ fn a_restarted_peer_that_does_not_call_back_is_found_out_by_a_probe() {
 #[test]
 fn a_restarted_peer_that_does_not_call_back_is_found_out_by_the_next_message() {
     let mut a = Endpoint::bind(config(1)).unwrap();
-    let second_life = EndpointConfig {
-        incarnation: 2,
-        ..config(2)
-    };
-    let first_life = EndpointConfig {
-        incarnation: 1,
-        ..second_life.clone()
-    };
+    let [first_life, second_life] = two_lives();
     let mut b = Endpoint::bind(first_life).unwrap();
     let (old, _) = connect(&mut a, &mut b);
     kill(b, &a);

@@ -7,6 +7,7 @@ use std::vec::Vec;
 
 mod inquiries;
 mod patience;
+mod refusals;
 
 const CLIENT: usize = 0;
 const SERVER: usize = 1;
@@ -263,122 +264,6 @@ fn every_message_of_the_handshake_may_be_lost_or_come_twice() {
             "lost {lost:b}"
         );
     }
-}
-
-#[test]
-fn refusals_say_why_and_are_repeated() {
-    let mut pair = Pair::new();
-    let id = pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
-    let request = pair.take(CLIENT);
-    pair.give(SERVER, &request[0]);
-    let CmEvent::ConnectRequest { id: server, .. } = pair.event(SERVER) else {
-        panic!()
-    };
-    pair.cm[SERVER]
-        .reject(pair.now, server, reason::CONSUMER, b"too old")
-        .unwrap();
-    // The rejection is lost, the request comes again, so does the rejection.
-    assert_eq!(pair.take(SERVER).len(), 1);
-    assert_eq!(pair.give(SERVER, &request[0]), CmOutcome::Accepted);
-    pair.settle();
-    let CmEvent::Rejected {
-        id: rejected,
-        reason,
-        private_data,
-    } = pair.event(CLIENT)
-    else {
-        panic!()
-    };
-    assert_eq!((rejected, reason), (id, reason::CONSUMER));
-    assert_eq!(private_data[..7], *b"too old");
-    assert_eq!(pair.cm[CLIENT].state(id), None);
-    assert_eq!(pair.cm[SERVER].poll_event(), None);
-}
-
-#[test]
-fn a_service_that_nobody_offers_and_a_full_server_refuse() {
-    let mut pair = Pair::new();
-    pair.cm[SERVER].unlisten(ServiceId::tcp(7471));
-    pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
-    pair.settle();
-    let refused = |event| match event {
-        CmEvent::Rejected { reason, .. } => reason,
-        other => panic!("{other:?}"),
-    };
-    assert_eq!(refused(pair.event(CLIENT)), reason::INVALID_SERVICE_ID);
-
-    pair.cm[SERVER].listen(ServiceId::tcp(7471));
-    pair.cm[SERVER].config.connections_max = 0;
-    pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
-    pair.settle();
-    assert_eq!(refused(pair.event(CLIENT)), reason::NO_RESOURCES);
-    assert_eq!(pair.cm[SERVER].poll_event(), None);
-}
-
-/// Peers that ask and do not go on leave room for connections of our own.
-#[test]
-fn strangers_cannot_take_the_whole_table() {
-    let mut pair = Pair::new();
-    pair.cm[SERVER].config.connections_max = 16;
-    for n in 10..40 {
-        let other = ConnectParams {
-            qp: offer(n),
-            ..params(b"")
-        };
-        pair.cm[CLIENT].connect(pair.now, &other).unwrap();
-    }
-    pair.settle();
-    let mut asked = 0;
-    while let Some(event) = pair.cm[SERVER].poll_event() {
-        assert!(matches!(event, CmEvent::ConnectRequest { .. }), "{event:?}");
-        asked += 1;
-    }
-    assert_eq!(asked, 14);
-    let own = ConnectParams {
-        to: at(CLIENT),
-        ..params(b"")
-    };
-    for _ in 0..2 {
-        pair.cm[SERVER].connect(pair.now, &own).unwrap();
-    }
-    let refused = pair.cm[SERVER].connect(pair.now, &own);
-    assert_eq!(refused, Err(CmError::TooManyConnections));
-}
-
-/// Peers that are refused leave memories behind, which do not keep anybody else out.
-#[test]
-fn what_is_over_gives_way_to_what_is_new() {
-    let mut pair = Pair::new();
-    pair.cm[SERVER].config.connections_max = 4;
-    let [client, server] = pair.connected();
-    for n in 10..20 {
-        let other = ConnectParams {
-            qp: offer(n),
-            ..params(b"")
-        };
-        pair.cm[CLIENT].connect(pair.now, &other).unwrap();
-        pair.settle();
-        let CmEvent::ConnectRequest { id, .. } = pair.event(SERVER) else {
-            panic!()
-        };
-        pair.cm[SERVER]
-            .reject(pair.now, id, reason::CONSUMER, b"")
-            .unwrap();
-        pair.settle();
-        assert!(matches!(pair.event(CLIENT), CmEvent::Rejected { .. }));
-    }
-    let own = ConnectParams {
-        to: at(CLIENT),
-        ..params(b"")
-    };
-    for _ in 0..3 {
-        pair.cm[SERVER].connect(pair.now, &own).unwrap();
-    }
-    // All that is left lives.
-    let refused = pair.cm[SERVER].connect(pair.now, &own);
-    assert_eq!(refused, Err(CmError::TooManyConnections));
-    assert_eq!(pair.cm[SERVER].state(server), Some(CmState::Established));
-    assert_eq!(pair.cm[CLIENT].state(client), Some(CmState::Established));
 }
 
 #[test]
