@@ -388,7 +388,7 @@ impl EndpointCtx {
         Ok(())
     }
 
-    /// Queues a message, the concatenation of `pieces`. Nothing is copied if it is longer than a
+    /// Queues a message, the concatenation of `pieces`. softroce copies nothing if it is longer than a
     /// parcel (61,424 bytes): the peer fetches it from the pieces, which are taken out of the list and
     /// kept until it has.
     ///
@@ -455,7 +455,8 @@ impl EndpointCtx {
             })
     }
 
-    /// Cuts a peer off, both ways, or lets it through again: an injected partition.
+    /// Cuts a peer off, both ways, or lets it through again: an injected partition. Of softroce only: the
+    /// packets of a device of libibverbs are its own.
     pub fn set_blocked(&mut self, peer: SocketAddr, is_blocked: bool) {
         self.device.set_blocked(peer, is_blocked);
     }

@@ -2,7 +2,8 @@
 //!
 //! Owns: the bound on everything lent by an endpoint ([`LoanPool`]), and what one connection has lent
 //! ([`Loans`]). A loan lasts from the offer until the peer says that it has taken it, or until the
-//! connection ends; its key works for that connection alone and for no longer.
+//! connection ends; its key works for that connection alone and for no longer (on
+//! softroce; a device of libibverbs keeps keys, see `ibv::carrier`).
 //!
 //! Invariants: no more is lent than the pool's bound, no more to one connection than its share (so
 //! that a few peers that have stopped reading cannot keep the rest from being served); a message
