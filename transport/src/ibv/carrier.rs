@@ -43,14 +43,15 @@ use crate::raw::types::{
 const BATCH: usize = 64;
 /// Entries of the completion queue at first, if the device can: not every one can make it longer.
 const CQ_DEPTH: u32 = 32_768;
-/// Local ACK timeout: 67 ms, eight times of which a dead peer is reported.
+/// Local ACK timeout: 67 ms, after seven of which a dead peer is reported.
 const TIMEOUT: u8 = 14;
 const RETRIES: u8 = 6;
 /// A peer that found no receive asks again without end; credits see to it that this is rare.
 const RNR_FOREVER: u8 = 7;
 /// READs of the peer at once, and of ours, if the device can do so many.
 const READS: u8 = 8;
-/// Memory that an endpoint with some twenty busy connections registers.
+/// What an endpoint may register by its default limits: 64 MiB each lent and fetched, what is kept of
+/// both, and the parcels of some twenty connections.
 const LOCKED_BYTES_MIN: usize = 256 << 20;
 
 /// What a device has done.
