@@ -9,9 +9,11 @@
 //! so that nothing is destroyed under something that uses it. Posting and polling go through the
 //! function pointers in the device's context, as C's inline functions do, and allocate nothing.
 //!
-//! Deliberately absent, each refused with [`Error::Unsupported`]: memory windows, ATOMIC WRITE and
-//! FLUSH (they need libibverbs' extended calls), alternate paths, on-demand paging advice, device
-//! memory.
+//! What only some devices have is asked from them when they are opened ([`Capabilities`]), and refused
+//! by its name where they have it not: memory windows, ATOMIC WRITE, FLUSH.
+//!
+//! Deliberately absent, each refused with [`Error::Unsupported`]: alternate paths, on-demand paging
+//! advice, device memory.
 //!
 //! Source: rdma-core's `verbs.h` and manual pages.
 
@@ -22,6 +24,7 @@ mod ffi;
 mod library;
 mod memory;
 mod queue_pair;
+mod window;
 
 use std::ffi::{CStr, c_int};
 use std::fmt;
@@ -30,7 +33,7 @@ use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null};
 use std::sync::Arc;
 
 pub use self::completion::{CompletionChannel, CompletionQueue};
@@ -38,6 +41,8 @@ use self::library::Library;
 pub use self::library::NoLibrary;
 pub use self::memory::{AddressHandle, MemoryRegion, ProtectionDomain, SharedReceiveQueue};
 pub use self::queue_pair::{QueuePair, Queues};
+use self::window::Keys;
+pub use self::window::MemoryWindow;
 use crate::raw::types::{AsyncEvent, DeviceAttr, Error, Gid, GidEntry, GidType, PortAttr};
 
 /// Where the kernel tells about devices.
@@ -183,6 +188,19 @@ impl Drop for List {
     }
 }
 
+/// What only some devices can do, as this one's flags say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// Memory windows of type 1.
+    pub windows_1: bool,
+    /// Memory windows of type 2B.
+    pub windows_2b: bool,
+    /// ATOMIC WRITE.
+    pub atomic_write: bool,
+    /// FLUSH for visibility.
+    pub flush: bool,
+}
+
 /// An open device. Cloning shares it.
 #[derive(Clone)]
 pub struct Context(Arc<Inner>);
@@ -191,6 +209,9 @@ struct Inner {
     library: &'static Library,
     context: NonNull<ffi::Context>,
     name: String,
+    driver: Driver,
+    capabilities: Capabilities,
+    keys: Keys,
 }
 
 // SAFETY: libibverbs' objects may be used from every thread; what is written to a context after it
@@ -227,6 +248,9 @@ impl Context {
             library,
             context,
             name: name.to_owned(),
+            driver: driver_of(Path::new(SYSFS), name),
+            capabilities: capabilities_of(library, context),
+            keys: Keys::default(),
         }));
         // SAFETY: as long as the context is open.
         let fd = unsafe { (*context.as_ptr()).async_fd };
@@ -249,6 +273,15 @@ impl Context {
         check(unsafe { (self.library().query_device)(self.raw(), attr.as_mut_ptr()) })?;
         // SAFETY: all zero is a value of it, too.
         Ok(convert::device_attr(unsafe { attr.assume_init_ref() }))
+    }
+
+    /// What it can do that others cannot.
+    pub fn capabilities(&self) -> Capabilities {
+        self.0.capabilities
+    }
+
+    fn keys(&self) -> &Keys {
+        &self.0.keys
     }
 
     /// Port `port`, from 1.
@@ -372,6 +405,31 @@ impl AsFd for Context {
 impl fmt::Debug for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Context").field(&self.name()).finish()
+    }
+}
+
+/// None of what a device does not tell.
+fn capabilities_of(library: &Library, context: NonNull<ffi::Context>) -> Capabilities {
+    let mut attr = MaybeUninit::<ffi::DeviceAttrEx>::zeroed();
+    let (raw, size) = (context.as_ptr(), size_of::<ffi::DeviceAttrEx>());
+    // SAFETY: an open context.
+    let asked = unsafe { ffi::query_device_ex_of(raw) }.is_some_and(|query| {
+        // SAFETY: as above; the library fills at most as much as is said.
+        unsafe { query(raw, null(), attr.as_mut_ptr(), size) == 0 }
+    });
+    if !asked {
+        // SAFETY: as above; the structure begins with the one that this fills.
+        unsafe { (library.query_device)(raw, attr.as_mut_ptr().cast()) };
+    }
+    // SAFETY: all zero is a value of it, too.
+    let attr = unsafe { attr.assume_init_ref() };
+    let has = |flag| attr.orig.device_cap_flags & flag != 0;
+    let has_ex = |flag| attr.device_cap_flags_ex & flag != 0;
+    Capabilities {
+        windows_1: has(ffi::MEM_WINDOW_DEVICE),
+        windows_2b: has(ffi::MEM_WINDOW_2B_DEVICE),
+        atomic_write: has_ex(ffi::ATOMIC_WRITE_DEVICE),
+        flush: has_ex(ffi::FLUSH_DEVICE),
     }
 }
 

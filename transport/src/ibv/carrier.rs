@@ -253,7 +253,7 @@ impl Carrier {
             recv: &self.cq,
             shared: None,
         };
-        let qp = self.domain.queue_pair(queues, &init).ok()?;
+        let qp = self.domain.plain_queue_pair(queues, &init).ok()?;
         let attr = QpAttr {
             state: QpState::Init,
             port: self.path.port,

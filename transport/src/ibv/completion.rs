@@ -168,7 +168,7 @@ impl CompletionQueue {
             for i in 0..count.min(room) {
                 // SAFETY: the device filled the first `count`.
                 let wc = unsafe { &*batch.as_ptr().cast::<ffi::Wc>().add(i) };
-                done.push(convert::completion(wc));
+                done.push(convert::completion(wc, self.0.context.0.driver));
             }
             if count < room {
                 break;

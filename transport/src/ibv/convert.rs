@@ -4,7 +4,8 @@ use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{NonNull, with_exposed_provenance_mut, without_provenance_mut};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::ffi;
+use super::window::Keys;
+use super::{Driver, ffi};
 use crate::raw::types::{
     AccessFlags, AhAttr, AsyncEvent, AtomicCap, CompletionKind, CqId, DeviceAttr, Error, Gid,
     GidEntry, GidType, Mtu, PortAttr, PortState, Psn, QpAttr, QpAttrMask, QpCap, QpState, Qpn,
@@ -219,8 +220,9 @@ pub(super) fn queried(attr: &ffi::QpAttr) -> Result<QpAttr, Error> {
     })
 }
 
-/// A send request whose list of `num_sge` elements lies at `sges`.
+/// A send request whose list of `num_sge` elements lies at `sges`; the objects of its keys are `keys`'.
 pub(super) fn send_wr(
+    keys: &Keys,
     wr: &SendWr<'_>,
     sges: *mut ffi::Sge,
     num_sge: c_int,
@@ -271,9 +273,12 @@ pub(super) fn send_wr(
         SendOp::LocalInvalidate(rkey) => {
             (out.opcode, out.imm_or_rkey) = (ffi::WR_LOCAL_INV, rkey.0);
         }
-        SendOp::AtomicWrite(_) => return Err(Error::Unsupported("ATOMIC WRITE")),
-        SendOp::Flush(_) => return Err(Error::Unsupported("FLUSH")),
-        SendOp::BindWindow(_) => return Err(Error::Unsupported("memory windows")),
+        SendOp::BindWindow(bind) => {
+            (out.opcode, out.bind) = (ffi::WR_BIND_MW, keys.bind(&bind)?);
+        }
+        SendOp::AtomicWrite(_) | SendOp::Flush(_) => {
+            unreachable!("posted by functions of their own (`built`)")
+        }
     }
     if let Some(to) = wr.to {
         if !matches!(wr.op, SendOp::Send | SendOp::SendImm(_)) {
@@ -290,8 +295,15 @@ pub(super) fn send_wr(
     Ok(out)
 }
 
-pub(super) fn completion(wc: &ffi::Wc) -> WorkCompletion {
-    let flags = WcFlags::from_bits(wc.wc_flags);
+/// The kernel's number for [`WcFlags::WITH_INV`], which rxe hands to programs as it is; in C it would
+/// say that an IP checksum was good, which rxe does not look at.
+const WITH_INV_OF_RXE: WcFlags = WcFlags::from_bits(1 << 2);
+
+pub(super) fn completion(wc: &ffi::Wc, driver: Driver) -> WorkCompletion {
+    let mut flags = WcFlags::from_bits(wc.wc_flags);
+    if driver == Driver::Rxe && flags.contains(WITH_INV_OF_RXE) {
+        flags = flags.without(WITH_INV_OF_RXE) | WcFlags::WITH_INV;
+    }
     let code = u8::try_from(wc.status).ok();
     WorkCompletion {
         wr_id: wc.wr_id,
@@ -373,8 +385,10 @@ pub(super) unsafe fn async_event(event: &ffi::AsyncEvent) -> Option<AsyncEvent> 
 mod tests {
     use std::ptr::null_mut;
 
+    use lowtide_transport_proto::qp::Access;
+
     use super::*;
-    use crate::raw::types::{AhId, Destination, SendFlags};
+    use crate::raw::types::{AhId, Bind, Destination, Lkey, SendFlags};
 
     #[test]
     fn requests_and_completions_mean_in_c_what_they_mean_here() {
@@ -389,7 +403,8 @@ mod tests {
             flags: SendFlags::SIGNALED | SendFlags::FENCE,
             to,
         };
-        let put = |op| send_wr(&request(op, None), null_mut(), 0).unwrap();
+        let keys = Keys::default();
+        let put = |op| send_wr(&keys, &request(op, None), null_mut(), 0).unwrap();
         let imm = put(SendOp::WriteImm(remote, 0x0102_0304));
         assert_eq!((imm.wr_id, imm.opcode, imm.send_flags), (9, 1, 3));
         assert_eq!(imm.imm_or_rkey.to_ne_bytes(), [1, 2, 3, 4]);
@@ -411,17 +426,31 @@ mod tests {
             qpn: Qpn::new(17),
             qkey: 0x1111,
         };
-        let datagram = send_wr(&request(SendOp::Send, Some(to)), null_mut(), 0).unwrap();
+        let datagram = send_wr(&keys, &request(SendOp::Send, Some(to)), null_mut(), 0).unwrap();
         // SAFETY: written as this variant.
         let ud = unsafe { datagram.wr.ud };
         assert_eq!(
             (ud.ah.addr(), ud.remote_qpn, ud.remote_qkey),
             (0x1000, 17, 0x1111)
         );
-        let wrong = send_wr(&request(SendOp::Read(remote), Some(to)), null_mut(), 0);
+        let wrong = send_wr(
+            &keys,
+            &request(SendOp::Read(remote), Some(to)),
+            null_mut(),
+            0,
+        );
         assert!(matches!(wrong, Err(Error::Argument(_))));
-        let absent = send_wr(&request(SendOp::AtomicWrite(remote), None), null_mut(), 0);
-        assert!(matches!(absent, Err(Error::Unsupported(_))));
+        let bind = SendOp::BindWindow(Bind {
+            window: Rkey(7),
+            rkey: Rkey(8),
+            region: Lkey(9),
+            addr: 0,
+            len: 8,
+            access: Access::NONE,
+            zero_based: false,
+        });
+        let absent = send_wr(&keys, &request(bind, None), null_mut(), 0);
+        assert!(matches!(absent, Err(Error::Argument(_))));
 
         let wc = ffi::Wc {
             wr_id: 3,
@@ -438,7 +467,7 @@ mod tests {
             sl: 0,
             dlid_path_bits: 0,
         };
-        let told = completion(&wc);
+        let told = completion(&wc, Driver::Rxe);
         assert_eq!(
             (told.kind, told.imm),
             (CompletionKind::RecvWriteImm, Some(0x0102_0304))
@@ -448,8 +477,18 @@ mod tests {
             (18, Status::General),
             (300, Status::General),
         ] {
-            assert_eq!(completion(&ffi::Wc { status, ..wc }).status, expected);
+            let told = completion(&ffi::Wc { status, ..wc }, Driver::Hardware);
+            assert_eq!(told.status, expected);
         }
+        // The same bit, of rxe and of an adapter.
+        let wc = ffi::Wc { wc_flags: 4, ..wc };
+        let told = completion(&wc, Driver::Rxe);
+        let key = Rkey(wc.imm_or_rkey);
+        assert_eq!(
+            (told.flags, told.invalidated),
+            (WcFlags::WITH_INV, Some(key))
+        );
+        assert_eq!(completion(&wc, Driver::Hardware).invalidated, None);
     }
 
     #[test]

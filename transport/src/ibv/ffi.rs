@@ -3,10 +3,19 @@
 //! Owns: their layout, nothing else. Sizes and offsets that matter are asserted at compile time;
 //! the test behind the feature `abi-oracle` holds them against bindings made from the system's headers.
 //! Names, order and numbers are those of `<infiniband/verbs.h>`, ABI of rdma-core 17 and later.
-//! Structures that libibverbs allocates are known only as far as they are read here.
+//! Structures that libibverbs allocates are known only as far as they are read here. What the extended
+//! calls need is in `extended`.
+
+mod extended;
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::mem::{offset_of, size_of};
+
+pub use self::extended::{
+    ATOMIC_WRITE_DEVICE, DeviceAttrEx, FLUSH_DEVICE, FLUSH_GLOBAL, FLUSH_PERSISTENT, FLUSH_RANGE,
+    FLUSH_REGION, INIT_ATTR_PD, INIT_ATTR_SEND_OPS, QpEx, QpInitAttrEx, WITH_ATOMIC_WRITE,
+    WITH_FLUSH, create_qp_ex_of, query_device_ex_of,
+};
 
 /// Never looked into.
 #[repr(C)]
@@ -17,7 +26,11 @@ pub struct Device {
 /// Filled by the provider library of the device; only the calls that C makes inline.
 #[repr(C)]
 pub struct ContextOps {
-    _control: [*mut c_void; 11],
+    _control: [*mut c_void; 7],
+    pub alloc_mw: Option<unsafe extern "C" fn(*mut Pd, c_uint) -> *mut Mw>,
+    pub bind_mw: Option<unsafe extern "C" fn(*mut Qp, *mut Mw, *mut MwBind) -> c_int>,
+    pub dealloc_mw: Option<unsafe extern "C" fn(*mut Mw) -> c_int>,
+    _create_cq: *mut c_void,
     pub poll_cq: Option<unsafe extern "C" fn(*mut Cq, c_int, *mut Wc) -> c_int>,
     pub req_notify_cq: Option<unsafe extern "C" fn(*mut Cq, c_int) -> c_int>,
     _queues: [*mut c_void; 7],
@@ -36,7 +49,9 @@ pub struct Context {
     pub cmd_fd: c_int,
     pub async_fd: c_int,
     pub num_comp_vectors: c_int,
-    // A mutex and the pointer for extended calls follow.
+    _mutex: libc::pthread_mutex_t,
+    /// All ones: there is a table of extended calls in front of it.
+    pub abi_compat: *mut c_void,
 }
 
 #[repr(C)]
@@ -54,6 +69,33 @@ pub struct Mr {
     pub handle: u32,
     pub lkey: u32,
     pub rkey: u32,
+}
+
+#[repr(C)]
+pub struct Mw {
+    pub context: *mut Context,
+    pub pd: *mut Pd,
+    pub rkey: u32,
+    pub handle: u32,
+    pub kind: c_uint,
+}
+
+/// Where a window is to lie.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct MwBindInfo {
+    pub mr: *mut Mr,
+    pub addr: u64,
+    pub length: u64,
+    pub access: c_uint,
+}
+
+/// The bind of a type 1 window.
+#[repr(C)]
+pub struct MwBind {
+    pub wr_id: u64,
+    pub send_flags: c_uint,
+    pub bind_info: MwBindInfo,
 }
 
 #[repr(C)]
@@ -332,8 +374,17 @@ pub struct SendWr {
     pub imm_or_rkey: u32,
     pub wr: Wr,
     pub xrc_srqn: u32,
-    /// Memory windows and segmentation.
-    pub bind: [u64; 6],
+    /// The bind of a type 2 window; segmentation shares its place.
+    pub bind: BindMw,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct BindMw {
+    pub mw: *mut Mw,
+    /// The key that it shall have.
+    pub rkey: u32,
+    pub bind_info: MwBindInfo,
 }
 
 impl SendWr {
@@ -355,7 +406,16 @@ impl SendWr {
             },
         },
         xrc_srqn: 0,
-        bind: [0; 6],
+        bind: BindMw {
+            mw: std::ptr::null_mut(),
+            rkey: 0,
+            bind_info: MwBindInfo {
+                mr: std::ptr::null_mut(),
+                addr: 0,
+                length: 0,
+                access: 0,
+            },
+        },
     };
 }
 
@@ -367,7 +427,12 @@ pub const WR_RDMA_READ: c_uint = 4;
 pub const WR_ATOMIC_CMP_AND_SWP: c_uint = 5;
 pub const WR_ATOMIC_FETCH_AND_ADD: c_uint = 6;
 pub const WR_LOCAL_INV: c_uint = 7;
+pub const WR_BIND_MW: c_uint = 8;
 pub const WR_SEND_WITH_INV: c_uint = 9;
+
+/// Of a device's capability flags: windows of type 1, and of type 2B.
+pub const MEM_WINDOW_DEVICE: c_uint = 1 << 17;
+pub const MEM_WINDOW_2B_DEVICE: c_uint = 1 << 24;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -416,6 +481,8 @@ pub struct AsyncEvent {
 // Of 64-bit Linux; the same for all its architectures.
 const _: () = {
     assert!(size_of::<ContextOps>() == 256);
+    assert!(offset_of!(ContextOps, alloc_mw) == 56);
+    assert!(offset_of!(ContextOps, dealloc_mw) == 72);
     assert!(offset_of!(ContextOps, poll_cq) == 88);
     assert!(offset_of!(ContextOps, req_notify_cq) == 96);
     assert!(offset_of!(ContextOps, post_srq_recv) == 160);

@@ -140,6 +140,7 @@ functions! {
     optional {
         reg_mr_iova2 = c"ibv_reg_mr_iova2" c"IBVERBS_1.8"
             (*mut ffi::Pd, *mut c_void, usize, u64, c_uint) -> *mut ffi::Mr;
+        qp_to_qp_ex = c"ibv_qp_to_qp_ex" c"IBVERBS_1.6" (*mut ffi::Qp) -> *mut ffi::QpEx;
         query_gid_table = c"_ibv_query_gid_table" c"IBVERBS_1.11"
             (*mut ffi::Context, *mut ffi::GidEntry, usize, u32, usize) -> isize;
     }

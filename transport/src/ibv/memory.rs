@@ -1,5 +1,5 @@
-//! Protection domains and what is made in them besides queue pairs: regions, address handles,
-//! shared receive queues.
+//! Protection domains and what is made in them besides queue pairs and windows: regions, address
+//! handles, shared receive queues.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::fmt;
@@ -8,11 +8,10 @@ use std::sync::Arc;
 
 use super::library::Library;
 use super::queue_pair::post_receives;
+use super::window::Place;
 use super::{Context, check, convert, ffi, last_errno};
 use crate::raw::BadWr;
-use crate::raw::types::{
-    AccessFlags, AhAttr, AhId, Error, Lkey, MwType, RecvWr, Rkey, SrqAttr, SrqId,
-};
+use crate::raw::types::{AccessFlags, AhAttr, AhId, Error, Lkey, RecvWr, Rkey, SrqAttr, SrqId};
 
 /// Access flags that a library may ignore; the macro `ibv_reg_mr` of C takes them apart, too.
 const OPTIONAL_FLAGS: u32 = 0x3FF0_0000;
@@ -69,8 +68,8 @@ impl ProtectionDomain {
         self.0.context.library()
     }
 
-    /// Registers `len` bytes at `address` under addresses that begin with `iova`. The pages are
-    /// locked in memory, unless `ON_DEMAND`.
+    /// Registers `len` bytes at `address` under addresses that begin with `iova` (0 with
+    /// `ZERO_BASED`, whatever is said). The pages are locked in memory, unless `ON_DEMAND`.
     ///
     /// # Errors
     /// The library's: ENOMEM beyond the limit for locked memory (`ulimit -l`), EFAULT for memory
@@ -79,7 +78,8 @@ impl ProtectionDomain {
     /// # Safety
     /// Until the region is dropped the memory must stay mapped, the device may read it at any
     /// time, and with `LOCAL_WRITE` it and, as far as the flags say, peers may change it. No
-    /// reference of Rust's may stand in the way of that.
+    /// reference of Rust's may stand in the way of that. Windows that are bound there go first: a
+    /// device may refuse to forget a region that has any, and then goes on using the memory.
     pub unsafe fn register(
         &self,
         address: u64,
@@ -89,6 +89,12 @@ impl ProtectionDomain {
     ) -> Result<MemoryRegion, Error> {
         let len = usize::try_from(len).map_err(|_| Error::Limit("the length of a region"))?;
         let start = address as *mut c_void;
+        let iova = match flags.contains(AccessFlags::ZERO_BASED) {
+            true => 0,
+            false => iova,
+        };
+        // Counting from 0 is all that the flag means, and not every device knows it of a region.
+        let flags = flags.without(AccessFlags::ZERO_BASED);
         let mr = match self.library().reg_mr_iova2 {
             Some(register) => {
                 // SAFETY: an open domain; the caller answers for the memory.
@@ -102,18 +108,17 @@ impl ProtectionDomain {
             None => return Err(Error::Unsupported("registration under another address")),
         };
         let mr = NonNull::new(mr).ok_or_else(|| Error::Os(last_errno()))?;
-        Ok(MemoryRegion {
+        let region = MemoryRegion {
             domain: self.clone(),
+            mr: Some(mr),
+        };
+        let place = Place {
             mr,
-        })
-    }
-
-    /// Memory windows are not served here.
-    ///
-    /// # Errors
-    /// Always [`Error::Unsupported`].
-    pub fn memory_window(&self, _kind: MwType) -> Result<std::convert::Infallible, Error> {
-        Err(Error::Unsupported("memory windows"))
+            iova,
+            len: len as u64,
+        };
+        self.context().keys().insert_region(region.lkey(), place);
+        Ok(region)
     }
 
     /// A handle for a destination.
@@ -163,7 +168,8 @@ impl fmt::Debug for ProtectionDomain {
 #[derive(Debug)]
 pub struct MemoryRegion {
     domain: ProtectionDomain,
-    mr: NonNull<ffi::Mr>,
+    /// Present until deregistered.
+    mr: Option<NonNull<ffi::Mr>>,
 }
 
 // SAFETY: keys and address do not change, and deregistering takes the region.
@@ -172,23 +178,53 @@ unsafe impl Send for MemoryRegion {}
 unsafe impl Sync for MemoryRegion {}
 
 impl MemoryRegion {
+    fn as_ref(&self) -> &ffi::Mr {
+        let mr = self.mr.expect("registered until it is taken");
+        // SAFETY: registered until dropped.
+        unsafe { mr.as_ref() }
+    }
+
     /// The key for work requests.
     pub fn lkey(&self) -> Lkey {
-        // SAFETY: registered until dropped.
-        Lkey(unsafe { self.mr.as_ref() }.lkey)
+        Lkey(self.as_ref().lkey)
     }
 
     /// The key for peers.
     pub fn rkey(&self) -> Rkey {
-        // SAFETY: registered until dropped.
-        Rkey(unsafe { self.mr.as_ref() }.rkey)
+        Rkey(self.as_ref().rkey)
+    }
+
+    /// Takes it out of service.
+    ///
+    /// # Errors
+    /// The device's, and the region: EBUSY or, as rxe says it, EINVAL while windows are bound to it.
+    pub fn deregister(mut self) -> Result<(), (Error, MemoryRegion)> {
+        match self.end() {
+            Ok(()) => Ok(()),
+            Err(error) => Err((error, self)),
+        }
+    }
+
+    fn end(&mut self) -> Result<(), Error> {
+        let Some(mr) = self.mr else { return Ok(()) };
+        let (lkey, keys) = (self.lkey(), self.domain.context().keys());
+        // First: afterwards the key may be another region's.
+        let place = keys.remove_region(lkey);
+        // SAFETY: registered, and not used after a success.
+        let result = check(unsafe { (self.domain.library().dereg_mr)(mr.as_ptr()) });
+        match (&result, place) {
+            (Ok(()), _) => self.mr = None,
+            (Err(_), Some(place)) => keys.insert_region(lkey, place),
+            (Err(_), None) => {}
+        }
+        result
     }
 }
 
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
-        // SAFETY: registered, and deregistered once.
-        unsafe { (self.domain.library().dereg_mr)(self.mr.as_ptr()) };
+        // What the device will not let go stays with it: see `register`.
+        let _ = self.end();
     }
 }
 

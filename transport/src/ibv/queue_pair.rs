@@ -1,14 +1,24 @@
 //! Queue pairs: states and posting.
+//!
+//! A reliable connection of a device that says that it can do ATOMIC WRITE or FLUSH is made by the
+//! extended call, which says beforehand what will be posted; those two go through functions of the
+//! queue pair (`built`), all else through `post_send` of the context, one after the other in the order
+//! of the list.
+
+mod built;
 
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 use std::ptr::{NonNull, null_mut};
 
+use self::built::{Built, is_built};
 use super::{
     CompletionQueue, Context, ProtectionDomain, SharedReceiveQueue, check, convert, ffi, last_errno,
 };
 use crate::raw::BadWr;
-use crate::raw::types::{Error, Gid, QpAttr, QpAttrMask, QpInitAttr, Qpn, RecvWr, SendWr, Sge};
+use crate::raw::types::{
+    Error, Gid, QpAttr, QpAttrMask, QpInitAttr, QpType, Qpn, RecvWr, SendWr, Sge,
+};
 
 /// Work requests handed to the device at once.
 const CHAIN: usize = 16;
@@ -32,6 +42,8 @@ pub struct QueuePair {
     pd: ProtectionDomain,
     qp: NonNull<ffi::Qp>,
     init: QpInitAttr,
+    /// How the operations are posted that need it.
+    built: Built,
     /// Keeps them alive.
     _queues: [CompletionQueue; 2],
     _shared: Option<SharedReceiveQueue>,
@@ -60,7 +72,27 @@ impl ProtectionDomain {
         if queues.send.context().raw() != own || queues.recv.context().raw() != own {
             return Err(Error::Argument("a completion queue of another device"));
         }
-        let mut attr = ffi::QpInitAttr {
+        let mut attr = self.attr_of(queues, init);
+        let (qp, built) = match init.kind {
+            QpType::Rc => built::create(self, &mut attr)?,
+            _ => (self.create_plain(&mut attr)?, Built::NONE),
+        };
+        Ok(self.own(qp, built, &attr, queues, init))
+    }
+
+    /// The same without ATOMIC WRITE and FLUSH, by the call that every device has.
+    pub(super) fn plain_queue_pair(
+        &self,
+        queues: Queues<'_>,
+        init: &QpInitAttr,
+    ) -> Result<QueuePair, Error> {
+        let mut attr = self.attr_of(queues, init);
+        let qp = self.create_plain(&mut attr)?;
+        Ok(self.own(qp, Built::NONE, &attr, queues, init))
+    }
+
+    fn attr_of(&self, queues: Queues<'_>, init: &QpInitAttr) -> ffi::QpInitAttr {
+        ffi::QpInitAttr {
             qp_context: null_mut::<c_void>(),
             send_cq: queues.send.raw(),
             recv_cq: queues.recv.raw(),
@@ -68,21 +100,35 @@ impl ProtectionDomain {
             cap: convert::qp_cap(&init.cap),
             qp_type: init.kind as u32,
             sq_sig_all: init.sq_sig_all.into(),
-        };
+        }
+    }
+
+    fn create_plain(&self, attr: &mut ffi::QpInitAttr) -> Result<NonNull<ffi::Qp>, Error> {
         let library = self.context().library();
         // SAFETY: live objects of one device; the structure is used during the call only.
-        let qp = unsafe { (library.create_qp)(self.raw(), &raw mut attr) };
-        let qp = NonNull::new(qp).ok_or_else(|| Error::Os(last_errno()))?;
-        Ok(QueuePair {
+        let qp = unsafe { (library.create_qp)(self.raw(), attr) };
+        NonNull::new(qp).ok_or_else(|| Error::Os(last_errno()))
+    }
+
+    fn own(
+        &self,
+        qp: NonNull<ffi::Qp>,
+        built: Built,
+        attr: &ffi::QpInitAttr,
+        queues: Queues<'_>,
+        init: &QpInitAttr,
+    ) -> QueuePair {
+        QueuePair {
             pd: self.clone(),
             qp,
             init: QpInitAttr {
                 cap: convert::cap(&attr.cap),
                 ..*init
             },
+            built,
             _queues: [queues.send.clone(), queues.recv.clone()],
             _shared: queues.shared.cloned(),
-        })
+        }
     }
 }
 
@@ -100,6 +146,10 @@ impl QueuePair {
 
     fn context(&self) -> &Context {
         self.pd.context()
+    }
+
+    pub(super) fn raw(&self) -> *mut ffi::Qp {
+        self.qp.as_ptr()
     }
 
     /// Changes what `mask` names, the state among it.
@@ -138,20 +188,43 @@ impl QueuePair {
     ///
     /// # Errors
     /// The first that was not taken, and why; those before it were. [`Error::QueueFull`],
-    /// [`Error::Unsupported`] for ATOMIC WRITE, FLUSH and memory windows, or the device's: EINVAL
-    /// for a state that does not admit posting.
+    /// [`Error::Unsupported`] for ATOMIC WRITE and FLUSH where the device or its library has none,
+    /// [`Error::Argument`] for a window or a region that the device does not know, or the device's:
+    /// EINVAL for a state that does not admit posting.
     ///
     /// # Safety
     /// Until a request has completed (or one after it), the memory that it names is the device's:
     /// it reads it, and for READ and atomics changes it, so no reference of Rust's may stand in the
-    /// way of that. Memory of an `INLINE` request must be readable now. Address handles must be
-    /// alive and of this device.
+    /// way of that. Memory of an `INLINE` request and of an ATOMIC WRITE must be readable now.
+    /// Address handles must be alive and of this device. A window or region that a bind names must
+    /// not be dropped, nor told a key, during the call.
     pub unsafe fn post_send(&self, list: &[SendWr<'_>]) -> Result<(), BadWr> {
+        let mut first = 0;
+        for run in list.chunk_by(|a, b| !is_built(a) && !is_built(b)) {
+            let posted = match run {
+                // SAFETY: the caller's promise.
+                [wr] if is_built(wr) => unsafe { self.post_built(wr) },
+                // SAFETY: the caller's promise.
+                _ => unsafe { self.post_listed(run) },
+            };
+            posted.map_err(|bad| BadWr {
+                index: first + bad.index,
+                ..bad
+            })?;
+            first += run.len();
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As of [`QueuePair::post_send`].
+    unsafe fn post_listed(&self, list: &[SendWr<'_>]) -> Result<(), BadWr> {
         let post = self.context().ops().post_send;
+        let keys = self.context().keys();
         post_chains(
             list,
             |wr| wr.sg_list,
-            convert::send_wr,
+            |wr, sges, count| convert::send_wr(keys, wr, sges, count),
             |wr, next| wr.next = next,
             |start, bad| {
                 // SAFETY: a live queue pair, a chain that lives during the call; memory and
@@ -177,11 +250,16 @@ impl QueuePair {
         })
     }
 
-    /// Joins a multicast group; datagrams to it arrive here as well.
+    /// Joins a multicast group; datagrams to it arrive here as well. Whether the network brings them
+    /// to the port is not this call's: on Ethernet the host must be a member of the group, too
+    /// (`IP_ADD_MEMBERSHIP` on a socket of the program's, as rdma_cm does it).
     ///
     /// # Errors
-    /// The library's.
+    /// [`Error::Argument`] for what is no group, or a queue pair that is not UD, or the library's.
     pub fn attach_multicast(&self, group: Gid) -> Result<(), Error> {
+        if self.init.kind != QpType::Ud || !group.is_multicast() {
+            return Err(Error::Argument("a multicast group, of a UD queue pair"));
+        }
         let (gid, attach) = (ffi::Gid(group.0), self.context().library().attach_mcast);
         // SAFETY: a live queue pair; the GID is read during the call only.
         check(unsafe { attach(self.qp.as_ptr(), &raw const gid, 0) })
