@@ -59,11 +59,48 @@ fn a_channel_tells_once_of_what_was_asked_for() {
     assert!(is_readable(&channel, PATIENCE));
     channel.event().unwrap();
     take(4);
-    // A failure is told to whoever waits for solicited ones.
+}
+
+#[test]
+fn a_failure_is_told_to_whoever_waits_for_solicited_ones() {
+    let (a, b) = (end(QpType::Rc), end(QpType::Rc));
+    let channel = b.context.completion_channel().unwrap();
+    let cq = b.context.completion_queue(16, Some(&channel)).unwrap();
+    let queues = Queues {
+        send: &b.cq,
+        recv: &cq,
+        shared: None,
+    };
+    let qp = b.pd.queue_pair(queues, &init_attr(QpType::Rc)).unwrap();
+    let b = End { qp, ..b };
+    b.connect(&a.context, a.qp.qpn());
+    b.receive(1, &[]);
     cq.request_notification(true);
     let attr = to(QpAttr::default(), QpState::Err);
-    b2.qp.modify(&attr, QpAttrMask::STATE).unwrap();
+    b.qp.modify(&attr, QpAttrMask::STATE).unwrap();
     assert!(is_readable(&channel, PATIENCE));
+}
+
+#[test]
+fn a_target_is_told_that_it_has_refused() {
+    for (access, place, event) in [
+        (
+            AccessFlags::NONE,
+            0,
+            AsyncEvent::QpRequestError as fn(Qpn) -> AsyncEvent,
+        ),
+        (ALL, LEN, AsyncEvent::QpAccessError),
+    ] {
+        let (a, b) = pair(QpType::Rc);
+        let attr = QpAttr {
+            access,
+            ..QpAttr::default()
+        };
+        b.qp.modify(&attr, QpAttrMask::ACCESS).unwrap();
+        a.post(1, SendOp::Write(b.remote(place)), &[a.sge(0, 8)]);
+        assert_ne!(a.next().status, Status::Success);
+        assert_eq!(b.event(), event(b.qp.qpn()));
+    }
 }
 
 #[test]
@@ -118,6 +155,28 @@ fn a_completion_queue_without_room_breaks_its_queue_pairs_and_no_others() {
 }
 
 #[test]
+fn a_completion_queue_without_room_is_told() {
+    let b = end(QpType::Rc);
+    let small = b.context.completion_queue(1, None).unwrap();
+    let queues = Queues {
+        send: &small,
+        recv: &b.cq,
+        shared: None,
+    };
+    let qp = b.pd.queue_pair(queues, &init_attr(QpType::Rc)).unwrap();
+    let b = End { qp, ..b };
+    b.connect(&b.context, b.qp.qpn());
+    // A device may give more room than it is asked for.
+    for wr_id in 0..8 {
+        let list = [b.sge(0, 8)];
+        let wr = signalled(wr_id, SendOp::Write(b.remote(64)), &list);
+        // It may have failed by now.
+        let _ = b.try_post(wr);
+    }
+    while b.event() != AsyncEvent::CqError(small.id()) {}
+}
+
+#[test]
 fn the_first_packet_before_rts_is_told_once() {
     let (a, b) = (end(QpType::Rc), end(QpType::Rc));
     a.connect(&b.context, b.qp.qpn());
@@ -151,10 +210,7 @@ fn a_completion_queue_is_resized_around_what_is_there() {
         assert!(a.cq.wait(deadline));
         a.cq.poll(1, &mut done).unwrap();
     }
-    assert_eq!(
-        a.cq.resize(0),
-        Err(Error::Limit("completion queue entries"))
-    );
+    assert_refused(a.cq.resize(0), Error::Limit("completion queue entries"));
     a.cq.resize(40).unwrap();
     a.succeed();
     assert_eq!(a.succeed().wr_id, 2);

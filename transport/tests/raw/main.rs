@@ -12,32 +12,54 @@ use std::sync::atomic::AtomicUsize;
 /// Where the next pages of a test's own lie.
 static NEXT_PAGES: AtomicUsize = AtomicUsize::new(0x1000_0000_0000);
 
-/// By UDP on loopback addresses.
-#[path = "."]
-mod udp {
-    use lowtide_transport::verbs::SameHost;
+/// Softroce as the suite wants a provider.
+mod softroce_provider {
+    pub use lowtide_transport::raw::*;
 
-    const SAME_HOST: SameHost = SameHost::Udp;
-    #[path = "suite.rs"]
-    mod suite;
+    /// Its errors say what is wrong, not only a number.
+    pub const HAS_WORDS: bool = true;
+    /// Every completion of a receive has these flags.
+    pub const FLAGS_OF_ANY_RECEIVE: types::WcFlags = types::WcFlags::NONE;
 }
 
-/// By rings in shared memory; the target copies.
-#[path = "."]
-mod rings {
-    use lowtide_transport::verbs::SameHost;
+/// One way to a peer: what every provider does, and what softroce alone does.
+macro_rules! way {
+    ($(#[$doc:meta])* $name:ident, $way:ident) => {
+        $(#[$doc])*
+        #[path = "."]
+        mod $name {
+            use crate::softroce_provider as provider;
+            use lowtide_transport::verbs::{DeviceOptions, SameHost};
 
-    const SAME_HOST: SameHost = SameHost::Rings;
-    #[path = "suite.rs"]
-    mod suite;
+            const SAME_HOST: SameHost = SameHost::$way;
+
+            fn options() -> DeviceOptions {
+                DeviceOptions {
+                    same_host: SAME_HOST,
+                    ..DeviceOptions::default()
+                }
+            }
+
+            #[path = "softroce.rs"]
+            mod softroce;
+            #[path = "suite.rs"]
+            mod suite;
+        }
+    };
 }
 
-/// By rings, and by the initiator in the target's memory.
-#[path = "."]
-mod direct {
-    use lowtide_transport::verbs::SameHost;
-
-    const SAME_HOST: SameHost = SameHost::Direct;
-    #[path = "suite.rs"]
-    mod suite;
-}
+way!(
+    /// By UDP on loopback addresses.
+    udp,
+    Udp
+);
+way!(
+    /// By rings in shared memory; the target copies.
+    rings,
+    Rings
+);
+way!(
+    /// By rings, and by the initiator in the target's memory.
+    direct,
+    Direct
+);

@@ -1,48 +1,44 @@
-//! The raw verbs on loopback addresses, on memory of the test's own: the same for every way in which
-//! softroce reaches a peer.
+//! What every provider of the verbs does, on memory of the test's own: softroce by each way to a peer,
+//! and devices of libibverbs.
 
 mod connections;
-mod contention;
 mod datagrams;
 mod events;
 mod memory;
-mod paths;
-mod secrets;
 mod shared_receives;
 mod states;
-mod unplugged;
+mod threads;
 mod windows;
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::SAME_HOST;
+use super::provider::{
+    AddressHandle, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair, Queues,
+    SharedReceiveQueue,
+};
+use super::{options, provider};
 use crate::NEXT_PAGES;
 use crate::common::{self, PATIENCE};
 use lowtide_transport::raw::types::*;
-use lowtide_transport::raw::{
-    AddressHandle, BadWr, CompletionQueue, Context, MemoryRegion, ProtectionDomain, QueuePair,
-    Queues, SharedReceiveQueue,
-};
-use lowtide_transport::verbs::{DeviceOptions, Faults};
 
-const ALL: AccessFlags = AccessFlags::LOCAL_WRITE
+pub const ALL: AccessFlags = AccessFlags::LOCAL_WRITE
     .with(AccessFlags::REMOTE_WRITE)
     .with(AccessFlags::REMOTE_READ)
     .with(AccessFlags::REMOTE_ATOMIC)
     .with(AccessFlags::FLUSH_GLOBAL);
-const QKEY: u32 = 0x1357_9BDF;
+pub const QKEY: u32 = 0x1357_9BDF;
 
 /// Pages that may be taken away, as a program's own memory may.
-struct Pages {
-    at: usize,
-    len: usize,
+pub struct Pages {
+    pub at: usize,
+    pub len: usize,
 }
 
 impl Pages {
     /// Pages where the kernel puts nothing by itself, so that what is unmapped stays unmapped.
-    fn new(len: usize) -> Pages {
+    pub fn new(len: usize) -> Pages {
         let wish = NEXT_PAGES.fetch_add(len.next_multiple_of(1 << 30), Ordering::Relaxed);
         let rights = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
@@ -56,21 +52,21 @@ impl Pages {
         }
     }
 
-    fn address(&self) -> u64 {
+    pub fn address(&self) -> u64 {
         self.at as u64
     }
 
-    fn pointer(&self) -> *mut u8 {
+    pub fn pointer(&self) -> *mut u8 {
         std::ptr::with_exposed_provenance_mut(self.at)
     }
 
-    fn write(&self, offset: usize, bytes: &[u8]) {
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= self.len);
         // SAFETY: inside the mapping; nobody has a reference to it.
         unsafe { std::ptr::copy(bytes.as_ptr(), self.pointer().add(offset), bytes.len()) };
     }
 
-    fn read(&self, offset: usize, len: usize) -> Vec<u8> {
+    pub fn read(&self, offset: usize, len: usize) -> Vec<u8> {
         assert!(offset + len <= self.len);
         let mut bytes = vec![0; len];
         // SAFETY: inside the mapping; what is copied has completed.
@@ -78,11 +74,11 @@ impl Pages {
         bytes
     }
 
-    fn word(&self, offset: usize) -> u64 {
+    pub fn word(&self, offset: usize) -> u64 {
         u64::from_ne_bytes(self.read(offset, 8).try_into().unwrap())
     }
 
-    fn register(&self, pd: &ProtectionDomain, flags: AccessFlags) -> MemoryRegion {
+    pub fn register(&self, pd: &ProtectionDomain, flags: AccessFlags) -> MemoryRegion {
         let (at, len) = (self.address(), self.len as u64);
         // SAFETY: these pages are only ever copied into and out of.
         unsafe { pd.register(at, len, at, flags) }.unwrap()
@@ -97,18 +93,18 @@ impl Drop for Pages {
 }
 
 /// A device with memory, a completion queue and a queue pair.
-struct End {
-    context: Context,
-    pd: ProtectionDomain,
-    cq: CompletionQueue,
-    qp: QueuePair,
-    pages: Pages,
-    mr: MemoryRegion,
+pub struct End {
+    pub context: Context,
+    pub pd: ProtectionDomain,
+    pub cq: CompletionQueue,
+    pub qp: QueuePair,
+    pub pages: Pages,
+    pub mr: MemoryRegion,
 }
 
-const LEN: usize = 1 << 20;
+pub const LEN: usize = 1 << 20;
 
-fn init_attr(kind: QpType) -> QpInitAttr {
+pub fn init_attr(kind: QpType) -> QpInitAttr {
     QpInitAttr {
         kind,
         cap: QpCap {
@@ -122,14 +118,7 @@ fn init_attr(kind: QpType) -> QpInitAttr {
     }
 }
 
-fn options() -> DeviceOptions {
-    DeviceOptions {
-        same_host: SAME_HOST,
-        ..DeviceOptions::default()
-    }
-}
-
-fn end(kind: QpType) -> End {
+pub fn end(kind: QpType) -> End {
     end_on(
         Context::open(common::address(), &options()).unwrap(),
         kind,
@@ -137,12 +126,12 @@ fn end(kind: QpType) -> End {
     )
 }
 
-fn end_on(context: Context, kind: QpType, shared: Option<&SharedReceiveQueue>) -> End {
+pub fn end_on(context: Context, kind: QpType, shared: Option<&SharedReceiveQueue>) -> End {
     let pd = context.protection_domain();
     end_in(context, pd, kind, shared)
 }
 
-fn end_in(
+pub fn end_in(
     context: Context,
     pd: ProtectionDomain,
     kind: QpType,
@@ -167,26 +156,26 @@ fn end_in(
     }
 }
 
-const INIT: QpAttrMask = QpAttrMask::STATE
+pub const INIT: QpAttrMask = QpAttrMask::STATE
     .with(QpAttrMask::PKEY_INDEX)
     .with(QpAttrMask::PORT);
-const RTR_UC: QpAttrMask = QpAttrMask::STATE
+pub const RTR_UC: QpAttrMask = QpAttrMask::STATE
     .with(QpAttrMask::ADDRESS)
     .with(QpAttrMask::PATH_MTU)
     .with(QpAttrMask::DEST_QPN)
     .with(QpAttrMask::RQ_PSN);
-const RTR_RC: QpAttrMask = RTR_UC
+pub const RTR_RC: QpAttrMask = RTR_UC
     .with(QpAttrMask::MAX_DEST_RD_ATOMIC)
     .with(QpAttrMask::MIN_RNR_TIMER);
-const RTS_UC: QpAttrMask = QpAttrMask::STATE.with(QpAttrMask::SQ_PSN);
-const RTS_RC: QpAttrMask = RTS_UC
+pub const RTS_UC: QpAttrMask = QpAttrMask::STATE.with(QpAttrMask::SQ_PSN);
+pub const RTS_RC: QpAttrMask = RTS_UC
     .with(QpAttrMask::TIMEOUT)
     .with(QpAttrMask::RETRY_CNT)
     .with(QpAttrMask::RNR_RETRY)
     .with(QpAttrMask::MAX_RD_ATOMIC);
 
 /// What a queue pair tells its peer.
-fn attr_to(context: &Context, dest: Qpn) -> QpAttr {
+pub fn attr_to(context: &Context, dest: Qpn) -> QpAttr {
     QpAttr {
         path_mtu: Mtu::B1024,
         qkey: QKEY,
@@ -196,6 +185,9 @@ fn attr_to(context: &Context, dest: Qpn) -> QpAttr {
         access: ALL,
         address: AhAttr {
             dgid: context.gid().gid,
+            // Both ends have theirs at the same place.
+            sgid_index: context.gid().index as u8,
+            hop_limit: 64,
             port: 1,
             ..AhAttr::default()
         },
@@ -209,12 +201,12 @@ fn attr_to(context: &Context, dest: Qpn) -> QpAttr {
     }
 }
 
-fn to(attr: QpAttr, state: QpState) -> QpAttr {
+pub fn to(attr: QpAttr, state: QpState) -> QpAttr {
     QpAttr { state, ..attr }
 }
 
 impl End {
-    fn to_init(&self) {
+    pub fn to_init(&self) {
         let attr = attr_to(&self.context, Qpn::new(0));
         let mask = match self.qp.init_attr().kind {
             QpType::Ud => INIT | QpAttrMask::QKEY,
@@ -223,7 +215,7 @@ impl End {
         self.qp.modify(&to(attr, QpState::Init), mask).unwrap();
     }
 
-    fn to_rtr(&self, peer: &Context, dest: Qpn) {
+    pub fn to_rtr(&self, peer: &Context, dest: Qpn) {
         let mask = match self.qp.init_attr().kind {
             QpType::Rc => RTR_RC,
             QpType::Uc => RTR_UC,
@@ -233,7 +225,7 @@ impl End {
         self.qp.modify(&attr, mask).unwrap();
     }
 
-    fn to_rts(&self) {
+    pub fn to_rts(&self) {
         let mask = match self.qp.init_attr().kind {
             QpType::Rc => RTS_RC,
             _ => RTS_UC,
@@ -242,13 +234,13 @@ impl End {
         self.qp.modify(&attr, mask).unwrap();
     }
 
-    fn connect(&self, peer: &Context, dest: Qpn) {
+    pub fn connect(&self, peer: &Context, dest: Qpn) {
         self.to_init();
         self.to_rtr(peer, dest);
         self.to_rts();
     }
 
-    fn sge(&self, offset: usize, len: u32) -> Sge {
+    pub fn sge(&self, offset: usize, len: u32) -> Sge {
         Sge {
             lkey: self.mr.lkey(),
             addr: self.pages.address() + offset as u64,
@@ -256,30 +248,30 @@ impl End {
         }
     }
 
-    fn remote(&self, offset: usize) -> Remote {
+    pub fn remote(&self, offset: usize) -> Remote {
         Remote {
             va: self.pages.address() + offset as u64,
             rkey: self.mr.rkey(),
         }
     }
 
-    fn try_post(&self, wr: SendWr<'_>) -> Result<(), Error> {
+    pub fn try_post(&self, wr: SendWr<'_>) -> Result<(), Error> {
         // SAFETY: the tests look at their pages only by copying, when requests have completed.
         unsafe { self.qp.post_send(&[wr]) }.map_err(|bad| bad.error)
     }
 
     /// Posts a signalled request.
-    fn post(&self, wr_id: u64, op: SendOp, sg_list: &[Sge]) {
+    pub fn post(&self, wr_id: u64, op: SendOp, sg_list: &[Sge]) {
         self.try_post(signalled(wr_id, op, sg_list)).unwrap();
     }
 
-    fn receive(&self, wr_id: u64, sg_list: &[Sge]) {
+    pub fn receive(&self, wr_id: u64, sg_list: &[Sge]) {
         // SAFETY: as above.
         unsafe { self.qp.post_recv(&[RecvWr { wr_id, sg_list }]) }.unwrap();
     }
 
     /// The next completion.
-    fn next(&self) -> WorkCompletion {
+    pub fn next(&self) -> WorkCompletion {
         let mut done = Vec::new();
         let deadline = Instant::now() + PATIENCE;
         while self.cq.poll(1, &mut done).unwrap() == 0 {
@@ -288,25 +280,38 @@ impl End {
         done[0]
     }
 
-    fn succeed(&self) -> WorkCompletion {
+    pub fn succeed(&self) -> WorkCompletion {
         let work = self.next();
         assert_eq!(work.status, Status::Success, "{work:?}");
         work
     }
 
-    fn is_silent(&self) -> bool {
+    pub fn is_silent(&self) -> bool {
         let deadline = Instant::now() + Duration::from_millis(30);
         !self.cq.wait(deadline) && self.cq.poll(1, &mut Vec::new()) == Ok(0)
     }
 
     /// The next asynchronous event.
-    fn event(&self) -> AsyncEvent {
+    pub fn event(&self) -> AsyncEvent {
         assert!(is_readable(&self.context, PATIENCE), "no event");
         self.context.async_event().unwrap()
     }
 }
 
-fn signalled(wr_id: u64, op: SendOp, sg_list: &[Sge]) -> SendWr<'_> {
+/// A call was refused as it must be: softroce says what is wrong (no words here: any), C has a number
+/// for it.
+pub fn assert_refused<T: std::fmt::Debug>(result: Result<T, Error>, expected: Error) {
+    let error = result.unwrap_err();
+    let is_same = match expected {
+        _ if !provider::HAS_WORDS => error.errno() == expected.errno(),
+        Error::Argument("") => matches!(error, Error::Argument(_)),
+        Error::Limit("") => matches!(error, Error::Limit(_)),
+        expected => error == expected,
+    };
+    assert!(is_same, "{error:?} instead of {expected:?}");
+}
+
+pub fn signalled(wr_id: u64, op: SendOp, sg_list: &[Sge]) -> SendWr<'_> {
     SendWr {
         wr_id,
         op,
@@ -317,14 +322,14 @@ fn signalled(wr_id: u64, op: SendOp, sg_list: &[Sge]) -> SendWr<'_> {
 }
 
 /// Two connected ends.
-fn pair(kind: QpType) -> (End, End) {
+pub fn pair(kind: QpType) -> (End, End) {
     let (a, b) = (end(kind), end(kind));
     a.connect(&b.context, b.qp.qpn());
     b.connect(&a.context, a.qp.qpn());
     (a, b)
 }
 
-fn is_readable(of: &impl AsFd, patience: Duration) -> bool {
+pub fn is_readable(of: &impl AsFd, patience: Duration) -> bool {
     let mut poll = libc::pollfd {
         fd: of.as_fd().as_raw_fd(),
         events: libc::POLLIN,
@@ -334,11 +339,11 @@ fn is_readable(of: &impl AsFd, patience: Duration) -> bool {
     unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as i32) == 1 }
 }
 
-fn bytes(len: usize, seed: usize) -> Vec<u8> {
+pub fn bytes(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 31 + i / 256 + seed) as u8).collect()
 }
 
-fn handle(end: &End, peer: &Context) -> AddressHandle {
+pub fn handle(end: &End, peer: &Context) -> AddressHandle {
     let attr = attr_to(peer, Qpn::new(0));
     end.pd.address_handle(&attr.address).unwrap()
 }
@@ -350,10 +355,10 @@ fn handles_are_send_and_sync() {
     holds::<Context>();
     holds::<ProtectionDomain>();
     holds::<CompletionQueue>();
-    holds::<lowtide_transport::raw::CompletionChannel>();
+    holds::<provider::CompletionChannel>();
     holds::<QueuePair>();
     holds::<SharedReceiveQueue>();
     holds::<MemoryRegion>();
-    holds::<lowtide_transport::raw::MemoryWindow>();
+    holds::<provider::MemoryWindow>();
     holds::<AddressHandle>();
 }

@@ -21,7 +21,7 @@ fn bind_of(end: &End, offset: usize, len: u64) -> Bind {
 }
 
 /// Binds a type 2 window of `end` to part of its region, by a work request.
-fn bind(end: &End, window: &mut lowtide_transport::raw::MemoryWindow, bind: Bind) -> Status {
+fn bind(end: &End, window: &mut provider::MemoryWindow, bind: Bind) -> Status {
     let rkey = window.next_rkey();
     let bind = Bind {
         window: window.rkey(),
@@ -74,15 +74,24 @@ fn a_peer_closes_a_window_with_a_message() {
         b.receive(1, &[b.sge(10_000, 4000)]);
         a.post(2, SendOp::SendInvalidate(rkey), &[a.sge(0, len)]);
         let got = b.succeed();
-        assert_eq!(
-            (got.invalidated, got.flags),
-            (Some(rkey), WcFlags::WITH_INV)
-        );
+        let flags = got.flags.without(provider::FLAGS_OF_ANY_RECEIVE);
+        assert_eq!((got.invalidated, flags), (Some(rkey), WcFlags::WITH_INV));
         a.succeed();
     }
-    // Twice is once too often.
+}
+
+#[test]
+fn a_window_is_closed_once() {
+    let (a, b) = pair(QpType::Rc);
+    let mut window = b.pd.memory_window(MwType::Two).unwrap();
+    assert_eq!(bind(&b, &mut window, bind_of(&b, 0, 500)), Status::Success);
+    let close = SendOp::SendInvalidate(window.rkey());
+    b.receive(0, &[]);
+    a.post(1, close, &[]);
+    a.succeed();
+    b.succeed();
     b.receive(1, &[]);
-    a.post(2, SendOp::SendInvalidate(window.rkey()), &[]);
+    a.post(2, close, &[]);
     assert_eq!(a.next().status, Status::RemoteAccess);
     assert_ne!(b.next().status, Status::Success);
 }
@@ -103,13 +112,15 @@ fn binding_keeps_the_rules() {
         // SAFETY: the pages are only copied.
         unsafe { b.pd.register(at, len, 0, flags) }.unwrap()
     };
-    for case in 0..4 {
+    // rxe sees no difference between such a region and one that was registered at address 0.
+    let cases = [0, 1, 3, 2];
+    for case in &cases[..if provider::HAS_WORDS { 4 } else { 3 }] {
         let (_a, b) = pair(QpType::Rc);
         let mut window = b.pd.memory_window(MwType::Two).unwrap();
         let closed = b.pages.register(&b.pd, ALL);
         let zero = zero_based(&b);
         let good = bind_of(&b, 0, 100);
-        let bad = match case {
+        let bad = match *case {
             0 => Bind {
                 region: closed.lkey(),
                 ..good
@@ -132,11 +143,18 @@ fn binding_keeps_the_rules() {
         );
         assert_eq!(b.qp.query().state, QpState::Err);
     }
+}
+
+#[test]
+fn a_region_stays_while_windows_are_bound_to_it() {
     let (_a, b) = pair(QpType::Rc);
     let mut window = b.pd.memory_window(MwType::Two).unwrap();
     assert_eq!(bind(&b, &mut window, bind_of(&b, 0, 100)), Status::Success);
     let (error, mr) = b.mr.deregister().unwrap_err();
-    assert_eq!(error, Error::Busy("memory windows"));
+    match provider::HAS_WORDS {
+        true => assert_eq!(error, Error::Busy("memory windows")),
+        false => assert!([libc::EBUSY, libc::EINVAL].contains(&error.errno())),
+    }
     drop(window);
     assert!(mr.deregister().is_ok());
 }
@@ -164,6 +182,15 @@ fn a_window_is_for_the_connection_that_bound_it() {
 
 #[test]
 fn a_type_1_window_moves_and_is_for_the_whole_domain() {
+    type_1(false);
+}
+
+#[test]
+fn a_type_1_window_may_count_from_zero() {
+    type_1(true);
+}
+
+fn type_1(zero_based: bool) {
     let (a, b) = pair(QpType::Rc);
     let (c, d) = (
         end_in(a.context.clone(), a.pd.clone(), QpType::Rc, None),
@@ -174,14 +201,15 @@ fn a_type_1_window_moves_and_is_for_the_whole_domain() {
     let mut window = b.pd.memory_window(MwType::One).unwrap();
     for offset in [0, 5000] {
         let place = Bind {
-            zero_based: true,
+            zero_based,
             ..bind_of(&b, offset, 100)
         };
         // SAFETY: the pages are only copied.
         unsafe { window.bind(&b.qp, 5, place, SendFlags::SIGNALED) }.unwrap();
         assert_eq!(b.succeed().wr_id, 5);
+        let base = if zero_based { 0 } else { place.addr };
         let remote = Remote {
-            va: 10,
+            va: base + 10,
             rkey: window.rkey(),
         };
         for (from, text) in [(&a, [1; 8]), (&c, [2; 8])] {

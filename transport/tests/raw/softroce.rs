@@ -1,0 +1,19 @@
+//! What softroce does and other providers do not, or cannot be made to do in a test: its ways to a
+//! peer, its faults, memory that is not pinned, numbers that nobody guesses.
+
+mod contention;
+mod gone;
+mod network;
+mod paths;
+mod secrets;
+mod unplugged;
+
+use std::sync::atomic::Ordering;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use super::provider::{BadWr, Context, MemoryRegion, Queues};
+use super::suite::*;
+use super::{SAME_HOST, options};
+use crate::common::{self, PATIENCE};
+use lowtide_transport::raw::types::*;
