@@ -34,6 +34,9 @@
 //! * memory is bounded by [`Limits`], whatever peers do: what does not fit is refused
 //!   ([`SendError::WouldBlock`]) or waits its turn, and all of it is free again when the connection
 //!   ends. A connection that breaks forgets what it lent and fetched; sending again is for above;
+//! * memory that a device refuses to register is asked for again until it is there, or until nothing
+//!   has been for five seconds in which nothing could come back: then the connection that needs it
+//!   ends ([`CloseReason::NoMemory`]);
 //! * a peer that breaks a rule of this layer loses its connection ([`Violation`], counted), and no
 //!   other peer notices.
 //!
@@ -209,6 +212,9 @@ pub enum CloseReason {
     Silent,
     /// The queue pair failed.
     Failed,
+    /// The device refuses to register memory that the connection needs (`ulimit -l`), has done so for
+    /// five seconds, and nothing of the endpoint's was under way whose end could free some.
+    NoMemory,
     /// The peer sent what this layer does not allow.
     Violation(Violation),
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns: the round of work (`turn`): receive, hand up, expire timers, post, transmit; and the table
 //! of connections. What comes in is `input`'s, long messages are `bulk`'s, the way from `connect` or
-//! REQ to `Closed` is `life`'s.
+//! REQ to `Closed` is `life`'s, memory that a device refuses is `shortage`'s.
 //!
 //! Invariants:
 //! * a handler runs with nothing half done: it may send, connect and close, also the connection it
@@ -14,6 +14,7 @@
 mod bulk;
 mod input;
 mod life;
+mod shortage;
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
@@ -26,6 +27,7 @@ use lowtide_transport_proto::qp::QpCaps;
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Psn, Qpn};
 
+use self::shortage::{Need, SHORTAGE_MAX, Short};
 use super::connection::{RESERVE, SENDS_MAX, Stream};
 use super::fabric::Fabric;
 use super::fetch::{FetchPool, READS_MAX};
@@ -88,6 +90,9 @@ pub struct EndpointCtx {
     /// who asks again at once is refused for ever in one turn.
     refused: VecDeque<(Nanos, ConnId)>,
     next_silence_check: Nanos,
+    /// When refused registrations are tried again, if there are any, and how long at most.
+    next_retry: Option<Nanos>,
+    shortage_max: Nanos,
     random: RandomState,
     draws: u64,
     is_mixed_told: bool,
@@ -112,6 +117,7 @@ struct Connection {
     is_established: bool,
     /// Length of the message that was not taken for want of room.
     refused: Option<usize>,
+    short: Short,
     is_dirty: bool,
     heard: Nanos,
 }
@@ -268,6 +274,7 @@ impl Endpoint {
         }
         ctx.manage(now, &mut count);
         ctx.offer_room_to_all(&mut count);
+        ctx.retry_registrations(now, &mut count);
         ctx.pump();
         ctx.device.transmit(now);
         while let Some(id) = ctx.device.poll_finished() {
@@ -311,6 +318,8 @@ impl EndpointCtx {
             spare: Vec::new(),
             refused: VecDeque::new(),
             next_silence_check: Nanos::ZERO,
+            next_retry: None,
+            shortage_max: SHORTAGE_MAX,
             random,
             draws: 0,
             is_mixed_told: false,
@@ -374,11 +383,10 @@ impl EndpointCtx {
             return Err(SendError::Closed);
         };
         let memory = self.device.memory();
-        if stream
-            .outbox
-            .push(&mut self.pool, memory, parts, len)
-            .is_err()
-        {
+        let pushed = stream.outbox.push(&mut self.pool, memory, parts, len);
+        let is_refused = self.pool.take_refused();
+        self.note_memory(index, Need::Send, is_refused);
+        if pushed.is_err() {
             return Err(self.refuse(index, len));
         }
         let counters = self.device.counters_mut();
@@ -542,6 +550,7 @@ impl EndpointCtx {
             stream: None,
             is_established: false,
             refused: None,
+            short: Short::default(),
             is_dirty: false,
             heard,
         });
@@ -617,6 +626,8 @@ impl EndpointCtx {
             connection.is_dirty = false;
             if let Some(stream) = &mut connection.stream {
                 stream.pump(&mut self.device, &mut self.pool);
+                let is_refused = self.pool.take_refused();
+                self.note_memory(index, Need::Credit, is_refused);
             }
         }
         self.ask();

@@ -62,6 +62,8 @@ pub(crate) struct FetchPool {
     line: VecDeque<u32>,
     /// Connections that found no room for a slab.
     starved: VecDeque<u32>,
+    /// Whether memory for a slab was refused since that was last asked.
+    is_refused: bool,
 }
 
 impl FetchPool {
@@ -80,7 +82,23 @@ impl FetchPool {
             spare_bytes: 0,
             line: VecDeque::new(),
             starved: VecDeque::new(),
+            is_refused: false,
         }
+    }
+
+    /// Whether slabs are being filled, which will be free then.
+    pub(crate) fn is_any_filled(&self) -> bool {
+        self.bytes > 0
+    }
+
+    /// Whether memory was refused since this was last asked.
+    pub(crate) fn take_refused(&mut self) -> bool {
+        std::mem::take(&mut self.is_refused)
+    }
+
+    /// Whoever found no room is in line again.
+    pub(crate) fn retry(&mut self) {
+        self.line.append(&mut self.starved);
     }
 
     /// The most that was ever fetched at once, in bytes.
@@ -144,7 +162,7 @@ impl FetchPool {
     /// Frees the room of a slab: whoever found none is in line again.
     fn release(&mut self, len: usize) {
         self.bytes -= len;
-        self.line.append(&mut self.starved);
+        self.retry();
     }
 }
 
@@ -297,6 +315,7 @@ impl Inbox {
                 };
                 let place = has_room.then(|| pool.slab(len)).and_then(register);
                 let Some(place) = place else {
+                    pool.is_refused |= has_room;
                     self.is_in_line = true;
                     pool.starved.push_back(index);
                     return;

@@ -72,10 +72,9 @@ impl LoanPool {
         self.bytes_peak
     }
 
-    /// Whether nothing is lent.
-    #[cfg(test)]
-    pub(crate) fn is_idle(&self) -> bool {
-        self.bytes == 0
+    /// Whether something is lent, which will come back.
+    pub(crate) fn is_any_lent(&self) -> bool {
+        self.bytes > 0
     }
 
     /// An empty buffer that has been in use, so that its pages are there.

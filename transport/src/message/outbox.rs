@@ -33,6 +33,10 @@ pub(crate) struct Slot {
 #[derive(Debug)]
 pub(crate) struct SlotPool {
     free: Vec<Slot>,
+    /// Slots that connections have.
+    out: usize,
+    /// Whether memory for more was refused since that was last asked.
+    is_refused: bool,
     domain: u32,
 }
 
@@ -40,22 +44,38 @@ impl SlotPool {
     pub(crate) fn new(domain: u32) -> SlotPool {
         SlotPool {
             free: Vec::new(),
+            out: 0,
+            is_refused: false,
             domain,
         }
     }
 
+    /// Whether slots are in use, which will come back.
+    pub(crate) fn is_any_out(&self) -> bool {
+        self.out > 0
+    }
+
+    /// Whether memory was refused since this was last asked.
+    pub(crate) fn take_refused(&mut self) -> bool {
+        std::mem::take(&mut self.is_refused)
+    }
+
     fn take(&mut self, memory: &mut dyn Registrar) -> Option<Slot> {
         if self.free.is_empty() {
-            let key = memory.register_private(self.domain, SLOTS_PER_REGION * SLOT_LEN)?;
+            let key = memory.register_private(self.domain, SLOTS_PER_REGION * SLOT_LEN);
+            self.is_refused |= key.is_none();
+            let key = key?;
             self.free.extend((0..SLOTS_PER_REGION).rev().map(|i| Slot {
                 key,
                 offset: (i * SLOT_LEN) as u64,
             }));
         }
+        self.out += 1;
         self.free.pop()
     }
 
     fn give_back(&mut self, slot: Slot) {
+        self.out -= 1;
         self.free.push(slot);
     }
 }

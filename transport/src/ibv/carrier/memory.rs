@@ -229,6 +229,22 @@ impl Slabs {
         })
     }
 
+    /// What `register` makes; if nothing, once more without the memory that is kept for nobody.
+    fn with_room<T>(
+        &mut self,
+        mut register: impl FnMut(&ProtectionDomain) -> Option<T>,
+    ) -> Option<T> {
+        if let Some(made) = register(&self.domain) {
+            return Some(made);
+        }
+        if self.spare.is_empty() {
+            return None;
+        }
+        self.spare.clear();
+        self.spare_bytes = 0;
+        register(&self.domain)
+    }
+
     /// Registered memory of at least `len` bytes and at most a few times that.
     fn chunk_for(&mut self, len: usize) -> Option<Chunk> {
         let fits = |chunk: &Chunk| (len..=(4 * len).max(LOAN_STEP)).contains(&chunk.len());
@@ -240,7 +256,7 @@ impl Slabs {
             }
             None => {
                 let len = len.next_multiple_of(LOAN_STEP);
-                Chunk::new(&self.domain, len, AccessFlags::REMOTE_READ)
+                self.with_room(|domain| Chunk::new(domain, len, AccessFlags::REMOTE_READ))
             }
         }
     }
@@ -248,7 +264,7 @@ impl Slabs {
 
 impl Registrar for Slabs {
     fn register_private(&mut self, _: u32, len: usize) -> Option<Key> {
-        let chunk = Chunk::new(&self.domain, len, AccessFlags::NONE)?;
+        let chunk = self.with_room(|domain| Chunk::new(domain, len, AccessFlags::NONE))?;
         self.private.push(chunk);
         Some(Key(self.private.len() as u32 - 1))
     }
@@ -299,16 +315,23 @@ impl Registrar for Slabs {
         let bytes = Arc::get_mut(&mut slab)?;
         let (start, len) = (NonNull::new(bytes.as_mut_ptr())?, bytes.len());
         let address = start.as_ptr() as u64;
-        // SAFETY: the slab is ours alone and is not looked at until it leaves this table, when the
-        // registration ends.
-        let region = unsafe {
+        let register = |domain: &ProtectionDomain| {
             let access = AccessFlags::LOCAL_WRITE;
-            self.domain.register(address, len as u64, address, access)
+            // SAFETY: the slab is ours alone and is not looked at until it leaves this table, when
+            // the registration ends.
+            let region = unsafe { domain.register(address, len as u64, address, access) };
+            match region {
+                Ok(region) => Some(region),
+                Err(error) => {
+                    tracing::warn!(%error, len, "memory cannot be registered");
+                    None
+                }
+            }
         };
         let filled = Filled {
+            region: self.with_room(register)?,
             slab,
             start,
-            region: region.ok()?,
         };
         let index = self.free.pop().unwrap_or_else(|| {
             self.filled.push(None);

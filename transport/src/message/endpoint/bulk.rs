@@ -13,6 +13,7 @@ use super::super::fetch::Ready;
 use super::super::outbox::SlotPool;
 use super::super::parcel::{MESSAGE_MAX, Offer};
 use super::super::{ConnId, Event, SendError, Violation};
+use super::shortage::Need;
 use super::{EndpointCtx, Handler};
 use std::hash::BuildHasher;
 
@@ -66,7 +67,10 @@ impl EndpointCtx {
         let lending = &mut self.lending;
         let (key, offer) = match stream.loans.lend(lending, memory, &mut draw, lent) {
             Ok(lent) => lent,
-            Err(lent) => return Err((self.refuse(index, len), lent)),
+            Err(lent) => {
+                self.note_memory(index, Need::Send, true);
+                return Err((self.refuse(index, len), lent));
+            }
         };
         let told = (len as u32, key);
         let outbox = &mut stream.outbox;
@@ -75,8 +79,11 @@ impl EndpointCtx {
             .is_err()
         {
             let lent = stream.loans.end_newest(lending, memory);
+            let is_refused = self.pool.take_refused();
+            self.note_memory(index, Need::Send, is_refused);
             return Err((self.refuse(index, len), lent));
         }
+        self.note_memory(index, Need::Send, false);
         self.device.counters_mut().bulk_offered += 1;
         self.mark_dirty(index);
         Ok(())
@@ -140,6 +147,8 @@ impl EndpointCtx {
             };
             let (fetching, device) = (&mut self.fetching, &mut self.device);
             stream.inbox.ask(fetching, device, qp, packet_len, index);
+            let is_refused = fetching.take_refused();
+            self.note_memory(index, Need::Fetch, is_refused);
         }
     }
 

@@ -310,6 +310,7 @@ impl EndpointCtx {
             self.device.next_timeout(),
             self.handshakes.next_timeout(),
             self.refused.front().map(|(due, _)| *due),
+            self.next_retry,
             silence,
         ]
         .into_iter()

@@ -12,9 +12,9 @@ use super::*;
 use crate::memory::{Key, Lent};
 
 const MIB: usize = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
-fn endpoint(node: u64) -> Endpoint {
+pub(super) fn endpoint(node: u64) -> Endpoint {
     static NEXT: AtomicU8 = AtomicU8::new(1);
     let pid = std::process::id();
     let (high, low) = ((pid >> 7 & 0x7F) as u8, (pid & 0x7F) as u8);
@@ -162,7 +162,7 @@ impl World {
 
     /// Whether nothing is lent or fetched.
     fn is_quiet(end: &Endpoint) -> bool {
-        end.ctx.lending.is_idle() && end.ctx.fetching.is_idle()
+        !end.ctx.lending.is_any_lent() && end.ctx.fetching.is_idle()
     }
 }
 
