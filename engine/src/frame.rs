@@ -175,7 +175,7 @@ fn take_values(
         let at = place(end, len);
         let value = at.checked_add(len).and_then(|to| bytes.get(at..to));
         let value = value.ok_or(Drop::Short)?;
-        if crc32c(value) != crc || bytes[end..at].iter().any(|byte| *byte != 0) {
+        if crc32c(value) != crc || bytes[end..at] != ZEROS[..at - end] {
             return Err(Drop::Corrupt);
         }
         let kept = owner

@@ -59,8 +59,8 @@ pub const FILE_NAME_MAX: usize = 255;
 pub const CHUNK_LOG2_MIN: u8 = 12;
 /// Largest chunk size, as a power of two: 4 MiB, so that a chunk and its header fit one update.
 pub const CHUNK_LOG2_MAX: u8 = 22;
-/// Chunk size of new files unless told otherwise: 256 KiB.
-pub const CHUNK_LOG2_DEFAULT: u8 = 18;
+/// Chunk size of new files unless told otherwise: 1 MiB, as Lustre's stripes.
+pub const CHUNK_LOG2_DEFAULT: u8 = 20;
 /// First counter that a life hands out.
 pub const FIRST_COUNTER: u64 = 16;
 

@@ -81,7 +81,7 @@ fn what_has_changed_is_replaced() {
     let session = session();
     stored(&session, &input);
     let top = input.path();
-    fs::write(top.join("a/b/large"), noise(9, 3 << 20)).unwrap();
+    fs::write(top.join("a/b/large"), noise(9, 12 * common::CHUNK)).unwrap();
     fs::write(top.join("a/b/chunk less one"), noise(9, 10)).unwrap();
     fs::write(top.join("a/b/zeros"), b"").unwrap();
     fs::remove_file(top.join("a/link")).unwrap();
@@ -137,11 +137,12 @@ fn compare_names_every_kind_of_difference() {
         .map(|n| (n.path.display().to_string(), n.what.clone()))
         .collect();
     let large = fs::metadata(top.join("a/b/large")).unwrap().len() / 2;
-    let chunk = large >> 18 << 18;
+    let whole = common::CHUNK as u64;
+    let chunk = large / whole * whole;
     for (path, what) in [
         ("a/b/large", format!("contents from byte {chunk} on")),
         ("a/b/c/file 100", "contents from byte 0 on".into()),
-        ("a/b/zeros", "contents from byte 524288 on".into()),
+        ("a/b/zeros", format!("contents from byte {} on", 2 * whole)),
         ("a/b/chunk", "size".into()),
         ("new", "not in the tree".into()),
         ("dangling", "only in the tree".into()),

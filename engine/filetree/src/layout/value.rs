@@ -24,6 +24,7 @@
 //! with a [`Malformed`] reason. What is encoded decodes to itself.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use lowtide_engine_core::op::Bytes;
@@ -34,6 +35,8 @@ const VERSION: u8 = 1;
 const FORM_BYTES: u8 = 1;
 const FORM_ZEROS: u8 = 2;
 const NSEC_PER_SEC: u32 = 1_000_000_000;
+/// Bytes of a line of the processor's cache.
+const LINE: usize = 64;
 
 /// Longest target of a symbolic link, in bytes (Linux's `PATH_MAX` without the NUL).
 pub const TARGET_MAX: usize = 4095;
@@ -382,12 +385,19 @@ impl Rooms {
     /// Bytes kept, those included that are still held by others.
     const BYTES_MAX: usize = 64 << 20;
 
-    /// `len` bytes that nobody else has.
-    fn take(&mut self, len: usize) -> Arc<[u8]> {
+    /// Room for a value of a chunk that nobody else has, and where the value is in it.
+    ///
+    /// The contents, behind the form byte, begin where a cache line does: the processor's copies of
+    /// strings are twice as fast there, and three times as fast as close behind the same offset of
+    /// another page, which is where the page cache has what is read.
+    fn take(&mut self, contents_max: usize) -> (Arc<[u8]>, Range<usize>) {
+        let len = contents_max + LINE;
         // The oldest is the first to be let go.
         let is_free = |room: &mut Arc<[u8]>| room.len() == len && Arc::get_mut(room).is_some();
         let found = self.0.pop_front_if(is_free);
-        found.unwrap_or_else(|| std::iter::repeat_n(0, len).collect())
+        let room: Arc<[u8]> = found.unwrap_or_else(|| std::iter::repeat_n(0, len).collect());
+        let begin = room[1..].as_ptr().align_offset(LINE);
+        (room, begin..begin + 1 + contents_max)
     }
 
     fn keep(&mut self, room: &Arc<[u8]>) {
@@ -442,13 +452,15 @@ impl Chunk {
         len_max: usize,
         fill: impl FnOnce(&mut [u8]) -> Result<usize, E>,
     ) -> Result<Option<Chunk>, E> {
-        let mut framed = rooms.take(1 + len_max);
+        let (mut room, place) = rooms.take(len_max);
         let mut len = 0;
-        if let Some([form, room @ ..]) = Arc::get_mut(&mut framed) {
+        let framed = Arc::get_mut(&mut room).and_then(|room| room.get_mut(place.clone()));
+        if let Some([form, contents @ ..]) = framed {
             *form = FORM_BYTES;
-            len = fill(room)?;
+            len = fill(contents)?;
         }
-        rooms.keep(&framed);
+        rooms.keep(&room);
+        let framed = room.get(place.clone()).unwrap_or_default();
         let contents = framed.get(1..1 + len).unwrap_or_default();
         if contents.is_empty() {
             return Ok(None);
@@ -458,10 +470,9 @@ impl Chunk {
             return Ok(Some(Chunk::new(contents)));
         }
         // Now, while they are in the processor's cache.
-        let checksum = crc_fast::crc32_iscsi(&framed);
-        Ok(Some(Chunk::Bytes(
-            Bytes::from(framed).with_checksum(checksum),
-        )))
+        let checksum = crc_fast::crc32_iscsi(framed);
+        let value = Bytes::part_of(&room, place).unwrap_or_default();
+        Ok(Some(Chunk::Bytes(value.with_checksum(checksum))))
     }
 
     /// The value of a chunk object.

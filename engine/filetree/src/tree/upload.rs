@@ -22,7 +22,7 @@ use crate::layout::{self, Chunk, Freeing, Ino, Malformed, Pending};
 use crate::plan::Plan;
 
 /// Contents of one operation of an upload are at most this, unless a single chunk is more.
-const GROUP_BYTES_MAX: usize = 1 << 20;
+const GROUP_BYTES_MAX: usize = 2 << 20;
 /// Contents of one upload that may be in flight.
 const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
 /// Bytes of values per page when only keys matter; a page holds at least one object.

@@ -143,6 +143,9 @@ pub fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
+/// Bytes of a chunk.
+pub const CHUNK: usize = 1 << lowtide_filetree::layout::CHUNK_LOG2_DEFAULT;
+
 /// A directory with one of everything that a tree can hold.
 pub fn sample(top: &Path) {
     let dir = |name: &str| fs::create_dir_all(top.join(name)).unwrap();
@@ -151,13 +154,13 @@ pub fn sample(top: &Path) {
     dir("a/b/c/d/e");
     file("a/zero", b"");
     file("a/one", b"1");
-    file("a/b/chunk less one", &noise(1, (256 << 10) - 1));
-    file("a/b/chunk", &noise(2, 256 << 10));
-    file("a/b/chunk and one", &noise(3, (256 << 10) + 1));
-    file("a/b/large", &noise(4, 5 << 20));
-    file("a/b/zeros", &vec![0; 1 << 20]);
-    let mut holes = vec![0; 900_000];
-    holes[300_000..300_100].fill(7);
+    file("a/b/chunk less one", &noise(1, CHUNK - 1));
+    file("a/b/chunk", &noise(2, CHUNK));
+    file("a/b/chunk and one", &noise(3, CHUNK + 1));
+    file("a/b/large", &noise(4, 20 * CHUNK));
+    file("a/b/zeros", &vec![0; 4 * CHUNK]);
+    let mut holes = vec![0; 3 * CHUNK + CHUNK / 2];
+    holes[CHUNK + 300_000..CHUNK + 300_100].fill(7);
     file("a/b/mostly zeros", &holes);
     for i in 0..300 {
         file(
