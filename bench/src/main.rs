@@ -16,6 +16,7 @@ mod bandwidth;
 mod checksum;
 mod connections;
 mod costs;
+mod device;
 mod ends;
 mod guest;
 mod host;
@@ -64,6 +65,9 @@ struct Cli {
     /// Where to work, on the disk to be measured; emptied afterwards [default: the target directory]
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
+    /// The device of libibverbs that the benchmarks ending in '-device' use
+    #[arg(long, value_name = "NAME")]
+    device: Option<String>,
     /// The lowtide command to measure [default: the one built beside this program]
     #[arg(long, value_name = "FILE")]
     lowtide: Option<PathBuf>,
@@ -123,6 +127,8 @@ struct Bench {
     mib: u64,
     /// Proxies of the clusters that store small files.
     proxies: String,
+    /// The device of libibverbs to be measured.
+    device: Option<String>,
     lowtide: Lowtide,
     machine: Machine,
 }
@@ -138,6 +144,11 @@ impl Benchmark {
     fn is_meant_by(&self, name: &str) -> bool {
         let rest = self.name.strip_prefix(name);
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    }
+
+    /// Whether it measures the device that was named.
+    fn is_of_a_device(&self) -> bool {
+        self.name.ends_with("-device")
     }
 }
 
@@ -253,6 +264,21 @@ const BENCHMARKS: &[Benchmark] = &[
         run: checksum::icrc,
     },
     Benchmark {
+        name: "rtt-device",
+        about: "--device NAME: a SEND of 64 bytes and its answer, against ib_send_lat",
+        run: device::round_trip,
+    },
+    Benchmark {
+        name: "bw-device",
+        about: "--device NAME: WRITEs of 64 KiB in one direction, against ib_write_bw",
+        run: device::writes,
+    },
+    Benchmark {
+        name: "rate-device",
+        about: "--device NAME: SENDs of 64 bytes through one queue pair, against ib_send_bw",
+        run: device::rate,
+    },
+    Benchmark {
         name: "bw-rxe",
         about: "WRITE of 64 KiB in a QEMU guest, against the kernel's rxe on an equal link",
         run: guest::bandwidth,
@@ -279,7 +305,10 @@ fn main() -> ExitCode {
     let is_all = cli.name == "all";
     let chosen: Vec<&Benchmark> = BENCHMARKS
         .iter()
-        .filter(|b| is_all || b.is_meant_by(&cli.name))
+        .filter(|b| match is_all {
+            true => cli.device.is_some() || !b.is_of_a_device(),
+            false => b.is_meant_by(&cli.name),
+        })
         .collect();
     if chosen.is_empty() {
         eprintln!("no benchmark is called {:?}; see 'list'", cli.name);
@@ -316,6 +345,7 @@ fn run(cli: &Cli, benchmark: &Benchmark) -> Result<Vec<Row>, Failure> {
         files: cli.files,
         mib: cli.mib,
         proxies: cli.proxies.clone(),
+        device: cli.device.clone(),
         lowtide: Lowtide::new(cli.lowtide.clone()),
         machine: Machine::look(scratch.path()),
     };

@@ -537,6 +537,9 @@ mod tests {
         same_size! {
             ContextOps = ibv_context_ops
             Mr = ibv_mr
+            Mw = ibv_mw
+            MwBindInfo = ibv_mw_bind_info
+            MwBind = ibv_mw_bind
             CompChannel = ibv_comp_channel
             GidEntry = ibv_gid_entry
             DeviceAttr = ibv_device_attr
@@ -555,11 +558,16 @@ mod tests {
         // Newer libraries have a longer one, and fill what the caller's headers knew.
         assert!(size_of::<PortAttr>() >= size_of::<rdma_sys::ibv_port_attr>());
         same! {
-            ContextOps = ibv_context_ops { poll_cq = poll_cq, req_notify_cq = req_notify_cq,
+            ContextOps = ibv_context_ops { alloc_mw = alloc_mw, bind_mw = bind_mw,
+                dealloc_mw = dealloc_mw, poll_cq = poll_cq, req_notify_cq = req_notify_cq,
                 post_srq_recv = post_srq_recv, post_send = post_send, post_recv = post_recv }
             Context = ibv_context { device = device, ops = ops, cmd_fd = cmd_fd,
                 async_fd = async_fd, num_comp_vectors = num_comp_vectors }
             Pd = ibv_pd { context = context, handle = handle }
+            Mw = ibv_mw { pd = pd, rkey = rkey, handle = handle }
+            MwBindInfo = ibv_mw_bind_info { mr = mr, addr = addr, length = length,
+                access = mw_access_flags }
+            MwBind = ibv_mw_bind { wr_id = wr_id, send_flags = send_flags, bind_info = bind_info }
             Mr = ibv_mr { addr = addr, length = length, lkey = lkey, rkey = rkey }
             CompChannel = ibv_comp_channel { context = context, fd = fd }
             Cq = ibv_cq { context = context, channel = channel, cq_context = cq_context, cqe = cqe }
@@ -623,6 +631,7 @@ mod tests {
                 ibv_wr_opcode::IBV_WR_ATOMIC_FETCH_AND_ADD,
             ),
             (WR_LOCAL_INV, ibv_wr_opcode::IBV_WR_LOCAL_INV),
+            (WR_BIND_MW, ibv_wr_opcode::IBV_WR_BIND_MW),
             (WR_SEND_WITH_INV, ibv_wr_opcode::IBV_WR_SEND_WITH_INV),
         ] {
             assert_eq!(ours, theirs);
