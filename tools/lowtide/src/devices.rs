@@ -48,6 +48,8 @@ pub struct VerbsDevice {
     pub queue_pairs: u32,
     /// Elements of one request's list at most.
     pub sge: u32,
+    /// What it has and others have not.
+    pub can: Vec<&'static str>,
     /// Its ports.
     pub ports: Vec<Port>,
 }
@@ -152,12 +154,14 @@ fn verbs_device(entry: &DeviceEntry) -> VerbsDevice {
         unusable: None,
         queue_pairs: 0,
         sge: 0,
+        can: Vec::new(),
         ports: Vec::new(),
     };
     let mut look = || -> Result<(), Error> {
         let context = Context::open(&entry.name)?;
         let attr = context.query_device()?;
         (device.queue_pairs, device.sge) = (attr.qp, attr.sge);
+        device.can = capabilities(&context);
         for number in 1..=attr.phys_port_cnt {
             device.ports.push(port(&context, number)?);
         }
@@ -178,6 +182,18 @@ fn verbs_device(entry: &DeviceEntry) -> VerbsDevice {
         device.unusable = Some("no port is active".to_owned());
     }
     device
+}
+
+fn capabilities(context: &Context) -> Vec<&'static str> {
+    let can = context.capabilities();
+    let words = [
+        (can.windows_1, "memory windows of type 1"),
+        (can.windows_2b, "memory windows of type 2B"),
+        (can.atomic_write, "ATOMIC WRITE"),
+        (can.flush, "FLUSH"),
+    ];
+    let has = words.into_iter().filter(|(is_there, _)| *is_there);
+    has.map(|(_, word)| word).collect()
 }
 
 fn port(context: &Context, number: u8) -> Result<Port, Error> {
@@ -257,6 +273,9 @@ impl fmt::Display for VerbsDevice {
         write!(f, "verbs     {} ({})", self.name, self.driver)?;
         if let Some(why) = &self.unusable {
             write!(f, ": not usable: {why}")?;
+        }
+        if !self.can.is_empty() {
+            write!(f, "\n          has {}", self.can.join(", "))?;
         }
         for port in &self.ports {
             let Port {

@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicUsize;
 /// Where the next pages of a test's own lie.
 static NEXT_PAGES: AtomicUsize = AtomicUsize::new(0x1000_0000_0000);
 
+mod capabilities;
 mod messages;
 mod provider;
 

@@ -2,19 +2,23 @@
 
 use super::*;
 
-#[test]
-fn a_channel_tells_once_of_what_was_asked_for() {
-    let (a, b) = pair(QpType::Rc);
-    let channel = b.context.completion_channel().unwrap();
-    let cq = b.context.completion_queue(16, Some(&channel)).unwrap();
+/// An end whose receives complete in a queue of their own, of which a channel tells.
+fn with_channel(kind: QpType) -> (End, CompletionQueue, provider::CompletionChannel) {
+    let end = end(kind);
+    let channel = end.context.completion_channel().unwrap();
+    let cq = end.context.completion_queue(16, Some(&channel)).unwrap();
     let queues = Queues {
-        send: &b.cq,
+        send: &end.cq,
         recv: &cq,
         shared: None,
     };
-    let qp = b.pd.queue_pair(queues, &init_attr(QpType::Rc)).unwrap();
-    let a2 = end_in(a.context.clone(), a.pd.clone(), QpType::Rc, None);
-    let b2 = End { qp, ..b };
+    let qp = end.pd.queue_pair(queues, &init_attr(kind)).unwrap();
+    (End { qp, ..end }, cq, channel)
+}
+
+#[test]
+fn a_channel_tells_once_of_what_was_asked_for() {
+    let (a2, (b2, cq, channel)) = (end(QpType::Rc), with_channel(QpType::Rc));
     a2.connect(&b2.context, b2.qp.qpn());
     b2.connect(&a2.context, a2.qp.qpn());
     let short = Duration::from_millis(30);
@@ -63,16 +67,7 @@ fn a_channel_tells_once_of_what_was_asked_for() {
 
 #[test]
 fn a_failure_is_told_to_whoever_waits_for_solicited_ones() {
-    let (a, b) = (end(QpType::Rc), end(QpType::Rc));
-    let channel = b.context.completion_channel().unwrap();
-    let cq = b.context.completion_queue(16, Some(&channel)).unwrap();
-    let queues = Queues {
-        send: &b.cq,
-        recv: &cq,
-        shared: None,
-    };
-    let qp = b.pd.queue_pair(queues, &init_attr(QpType::Rc)).unwrap();
-    let b = End { qp, ..b };
+    let (a, (b, cq, channel)) = (end(QpType::Rc), with_channel(QpType::Rc));
     b.connect(&a.context, a.qp.qpn());
     b.receive(1, &[]);
     cq.request_notification(true);

@@ -11,8 +11,8 @@ fn shared(pd: &ProtectionDomain) -> SharedReceiveQueue {
     pd.shared_receive_queue(attr).unwrap()
 }
 
-#[test]
-fn queue_pairs_take_from_one_queue_and_the_limit_is_told() {
+/// Two servers that share, and a client of each.
+fn two_that_share() -> (SharedReceiveQueue, [End; 2], [End; 2]) {
     let context = Context::open(common::address(), &options()).unwrap();
     let pd = context.protection_domain();
     let srq = shared(&pd);
@@ -22,6 +22,12 @@ fn queue_pairs_take_from_one_queue_and_the_limit_is_told() {
         server.connect(&client.context, client.qp.qpn());
         client.connect(&context, server.qp.qpn());
     }
+    (srq, servers, clients)
+}
+
+#[test]
+fn queue_pairs_take_from_one_queue_and_the_limit_is_told() {
+    let (srq, servers, clients) = two_that_share();
     let memory = &servers[0];
     let post = |wr_id| {
         let list = [memory.sge(wr_id as usize * 2000, 2000)];
@@ -53,7 +59,7 @@ fn queue_pairs_take_from_one_queue_and_the_limit_is_told() {
         assert_eq!(memory.pages.read(round as usize * 2000, 1500), text);
     }
     assert_eq!(memory.event(), AsyncEvent::SrqLimitReached(srq.id()));
-    assert_eq!(context.async_event(), None);
+    assert_eq!(memory.context.async_event(), None);
     if provider::HAS_WORDS {
         assert_eq!(srq.query().limit, 0);
     }
@@ -72,15 +78,7 @@ fn queue_pairs_take_from_one_queue_and_the_limit_is_told() {
 
 #[test]
 fn a_queue_pair_in_error_takes_no_more_from_its_shared_queue_and_says_so() {
-    let context = Context::open(common::address(), &options()).unwrap();
-    let pd = context.protection_domain();
-    let srq = shared(&pd);
-    let servers = [0, 1].map(|_| end_in(context.clone(), pd.clone(), QpType::Rc, Some(&srq)));
-    let clients = [0, 1].map(|_| end(QpType::Rc));
-    for (server, client) in servers.iter().zip(&clients) {
-        server.connect(&client.context, client.qp.qpn());
-        client.connect(&context, server.qp.qpn());
-    }
+    let (srq, servers, clients) = two_that_share();
     let list = [RecvWr {
         wr_id: 5,
         sg_list: &[],
