@@ -43,7 +43,9 @@ pub use self::memory::{AddressHandle, MemoryRegion, ProtectionDomain, SharedRece
 pub use self::queue_pair::{QueuePair, Queues};
 use self::window::Keys;
 pub use self::window::MemoryWindow;
-use crate::raw::types::{AsyncEvent, DeviceAttr, Error, Gid, GidEntry, GidType, PortAttr};
+use crate::raw::types::{
+    AccessFlags, AsyncEvent, DeviceAttr, Error, Gid, GidEntry, GidType, PortAttr,
+};
 
 /// Where the kernel tells about devices.
 const SYSFS: &str = "/sys/class/infiniband";
@@ -278,6 +280,15 @@ impl Context {
     /// What it can do that others cannot.
     pub fn capabilities(&self) -> Capabilities {
         self.0.capabilities
+    }
+
+    /// The kernel says no more than EINVAL of a right that it does not know.
+    fn check_rights(&self, rights: AccessFlags) -> Result<(), Error> {
+        let flush = AccessFlags::FLUSH_GLOBAL | AccessFlags::FLUSH_PERSISTENT;
+        match rights.intersects(flush) && !self.capabilities().flush {
+            true => Err(Error::Unsupported("rights to FLUSH: no such capability")),
+            false => Ok(()),
+        }
     }
 
     fn keys(&self) -> &Keys {

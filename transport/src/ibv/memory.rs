@@ -73,7 +73,8 @@ impl ProtectionDomain {
     ///
     /// # Errors
     /// The library's: ENOMEM beyond the limit for locked memory (`ulimit -l`), EFAULT for memory
-    /// that is not there; [`Error::Unsupported`] for an `iova` that an older library cannot have.
+    /// that is not there; [`Error::Unsupported`] for an `iova` that an older library cannot have, and
+    /// for a right to FLUSH on a device that has none.
     ///
     /// # Safety
     /// Until the region is dropped the memory must stay mapped, the device may read it at any
@@ -87,6 +88,7 @@ impl ProtectionDomain {
         iova: u64,
         flags: AccessFlags,
     ) -> Result<MemoryRegion, Error> {
+        self.context().check_rights(flags)?;
         let len = usize::try_from(len).map_err(|_| Error::Limit("the length of a region"))?;
         let start = address as *mut c_void;
         let iova = match flags.contains(AccessFlags::ZERO_BASED) {

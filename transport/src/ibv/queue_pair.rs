@@ -155,11 +155,14 @@ impl QueuePair {
     /// Changes what `mask` names, the state among it.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for alternate paths, or the library's: EINVAL for a transition that
+    /// [`Error::Unsupported`] for alternate paths and for a right that the device does not have, or the library's: EINVAL for a transition that
     /// there is not or that lacks attributes.
     pub fn modify(&self, attr: &QpAttr, mask: QpAttrMask) -> Result<(), Error> {
         if mask.intersects(QpAttrMask::ALT_PATH | QpAttrMask::PATH_MIG_STATE) {
             return Err(Error::Unsupported("alternate paths"));
+        }
+        if mask.contains(QpAttrMask::ACCESS) {
+            self.context().check_rights(attr.access)?;
         }
         let mut attr = convert::qp_attr(attr, mask);
         let modify = self.context().library().modify_qp;

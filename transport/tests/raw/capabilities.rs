@@ -37,6 +37,12 @@ fn what_a_device_can_do_is_asked_and_not_guessed() {
     );
     let one = a.pd.memory_window(MwType::One).map(drop);
     agrees(can.windows_1, one);
+    let (at, len) = (a.pages.address(), a.pages.len as u64);
+    let flags = AccessFlags::LOCAL_WRITE | AccessFlags::FLUSH_GLOBAL;
+    // SAFETY: nobody uses the region. It is the device's own word that is asked for.
+    let region =
+        unsafe { lowtide_transport::ibv::ProtectionDomain::register(&a.pd, at, len, at, flags) };
+    agrees(can.flush, region.map(drop));
     let two = a.pd.memory_window(MwType::Two).map(drop);
     agrees(can.windows_2b, two);
 }

@@ -159,7 +159,29 @@ pub struct Queues<'a> {
     pub shared: Option<&'a SharedReceiveQueue>,
 }
 
+/// The suite grants every right; some devices have fewer.
+fn rights_of(context: &ibv::Context, flags: AccessFlags) -> AccessFlags {
+    match context.capabilities().flush {
+        true => flags,
+        false => flags.without(AccessFlags::FLUSH_GLOBAL),
+    }
+}
+
 impl ProtectionDomain {
+    /// # Safety
+    /// As of [`ibv::ProtectionDomain::register`].
+    pub unsafe fn register(
+        &self,
+        address: u64,
+        len: u64,
+        iova: u64,
+        flags: AccessFlags,
+    ) -> Result<MemoryRegion, Error> {
+        let flags = rights_of(self.0.context(), flags);
+        // SAFETY: the caller's promise.
+        unsafe { self.0.register(address, len, iova, flags) }
+    }
+
     pub fn queue_pair(&self, queues: Queues<'_>, init: &QpInitAttr) -> Result<QueuePair, Error> {
         let queues = ibv::Queues {
             send: &queues.send.0.cq,
@@ -174,6 +196,7 @@ impl ProtectionDomain {
         };
         Ok(QueuePair {
             qp: self.0.queue_pair(queues, init)?,
+            context: self.0.context().clone(),
             here,
             member: UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap(),
         })
@@ -203,6 +226,7 @@ impl Deref for SharedReceiveQueue {
 #[derive(Debug)]
 pub struct QueuePair {
     qp: ibv::QueuePair,
+    context: ibv::Context,
     /// Our address there, and the host's membership in groups: the network asks the host.
     here: Ipv4Addr,
     member: UdpSocket,
@@ -211,6 +235,11 @@ pub struct QueuePair {
 impl QueuePair {
     pub fn query(&self) -> QpAttr {
         self.qp.query().unwrap()
+    }
+
+    pub fn modify(&self, attr: &QpAttr, mask: QpAttrMask) -> Result<(), Error> {
+        let access = rights_of(&self.context, attr.access);
+        self.qp.modify(&QpAttr { access, ..*attr }, mask)
     }
 
     pub fn attach_multicast(&self, group: Gid) -> Result<(), Error> {
