@@ -14,8 +14,8 @@ use std::thread;
 use conversation::converse;
 use lowtide_transport::ibv;
 
-/// Operations of a conversation that drives: six for each of eight sizes, and four more.
-const OPERATIONS: u32 = 6 * 8 + 4;
+/// Operations of a conversation that drives: six for each of eight sizes, and six more.
+const OPERATIONS: u32 = 6 * 8 + 6;
 
 fn speak(client: &str, server: &str) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -27,7 +27,16 @@ fn speak(client: &str, server: &str) {
             assert!(served.is_ok(), "{server}: {served:?}");
         });
         let driven = converse(client, TcpStream::connect(there).unwrap(), true);
-        assert_eq!(driven.ok(), Some(OPERATIONS), "{client} to {server}");
+        // A device of libibverbs may have neither ATOMIC WRITE nor FLUSH.
+        let is_verbs = [client, server]
+            .iter()
+            .any(|each| each.starts_with("verbs"));
+        let least = OPERATIONS - if is_verbs { 2 } else { 0 };
+        let driven = driven.expect(client);
+        assert!(
+            (least..=OPERATIONS).contains(&driven),
+            "{client} to {server}: {driven}"
+        );
     });
 }
 

@@ -1,46 +1,37 @@
 //! One half of a conversation in verbs, on any provider; each half judges what the other does.
 //!
 //! The client drives: SEND (plain, inline, with immediate data; into a shared receive queue with a
-//! limit), WRITE, READ, both atomics, datagrams, and at last what must be refused; the server says what
-//! it saw. Both wait for completions in a channel under mio.
+//! limit), WRITE, READ, both atomics, ATOMIC WRITE, FLUSH, datagrams, and at last what must be refused;
+//! the server says what it saw. Both wait for completions in a channel under mio.
 
-use std::error::Error;
 use std::io::BufReader;
 use std::net::{IpAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lowtide_transport::ibv::{self, choose_gid};
+use lowtide_transport::raw;
 use lowtide_transport::raw::types::*;
-use lowtide_transport::raw::{self};
 use lowtide_transport::verbs::{DeviceOptions, SameHost};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
-use super::parts::{Half, Line, Room};
+use super::parts::*;
 
-pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
-
-const QKEY: u32 = 0x1111_1111;
-const PSN: Psn = Psn::new(0xFF_FFF0); // wraps early
-pub const ROOM: usize = 128 << 10;
-/// Where remote operations work, after the room for messages.
-const TARGET: u64 = 64 << 10;
-const GRH: u32 = 40;
-const LONGEST: u32 = 60_000;
-const SIZES: [u32; 8] = [1, 3, 63, 1023, 1024, 1025, 4097, LONGEST];
-const PATIENCE: Duration = Duration::from_secs(20);
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// The same source for both providers: their calls have the same names and meaning, not the same
 /// types.
 macro_rules! side {
-    ($name:ident, $api:ident, |$c:ident| $domain:expr, |$q:ident| $arm:expr) => {
+    ($name:ident, $api:ident, |$c:ident| $domain:expr, |$q:ident| $arm:expr,
+     |$d:ident| $flush:expr) => {
         mod $name {
             use super::*;
 
             pub struct Side {
                 room: Room,
                 mr: $api::MemoryRegion,
+                rights: AccessFlags,
                 pd: $api::ProtectionDomain,
                 rc: $api::QueuePair,
                 ud: $api::QueuePair,
@@ -58,13 +49,17 @@ macro_rules! side {
                 pub fn new($c: &$api::Context, gid: GidEntry) -> Result<Side> {
                     let room = Room::new();
                     let pd = $domain;
-                    let rights = AccessFlags::LOCAL_WRITE
-                        | AccessFlags::REMOTE_WRITE
-                        | AccessFlags::REMOTE_READ
-                        | AccessFlags::REMOTE_ATOMIC;
                     let va = room.address();
-                    // SAFETY: the room is never freed, and reached by raw pointers only.
-                    let mr = unsafe { pd.register(va, ROOM as u64, va, rights) }?;
+                    let register = |rights| {
+                        // SAFETY: the room is never freed, and reached by raw pointers only.
+                        unsafe { pd.register(va, ROOM as u64, va, rights) }
+                    };
+                    let all = RIGHTS | AccessFlags::FLUSH_GLOBAL;
+                    let (mr, rights) = match register(all) {
+                        // Not every device has FLUSH.
+                        Err(Error::Unsupported(_)) => (register(RIGHTS)?, RIGHTS),
+                        other => (other?, all),
+                    };
                     let channel = $c.completion_channel()?;
                     let cq = $c.completion_queue(64, Some(&channel))?;
                     let srq = pd.shared_receive_queue(SrqAttr {
@@ -105,6 +100,7 @@ macro_rules! side {
                     Ok(Side {
                         room,
                         mr,
+                        rights,
                         pd,
                         rc,
                         ud,
@@ -120,7 +116,9 @@ macro_rules! side {
                 }
 
                 pub fn half(&self) -> Half {
+                    let $d = &self.context;
                     Half {
+                        flush: $flush,
                         qpn: self.rc.qpn().value(),
                         datagram_qpn: self.ud.qpn().value(),
                         mtu: self.mtu as u8,
@@ -144,9 +142,7 @@ macro_rules! side {
                     use QpAttrMask as M;
                     let mtu = self.mtu.min_code(peer.mtu);
                     let base = QpAttr {
-                        access: AccessFlags::REMOTE_WRITE
-                            | AccessFlags::REMOTE_READ
-                            | AccessFlags::REMOTE_ATOMIC,
+                        access: self.rights.without(AccessFlags::LOCAL_WRITE),
                         path_mtu: mtu,
                         dest: Qpn::new(peer.qpn),
                         rq_psn: PSN,
@@ -306,27 +302,10 @@ macro_rules! side {
                         return Err(format!("{work:?}").into());
                     }
                     if is_watched {
-                        self.expect_event(AsyncEvent::SrqLimitReached(self.srq.id()))?;
+                        let reached = AsyncEvent::SrqLimitReached(self.srq.id());
+                        expect_event(&self.context, || self.context.async_event(), reached)?;
                     }
                     self.room.check(start.into(), len, seed)
-                }
-
-                /// Others may come before.
-                fn expect_event(&self, expected: AsyncEvent) -> Result<()> {
-                    let mut poll = Poll::new()?;
-                    let (fd, wish) = (self.context.as_fd().as_raw_fd(), Interest::READABLE);
-                    poll.registry()
-                        .register(&mut SourceFd(&fd), Token(0), wish)?;
-                    let (end, mut events) = (Instant::now() + PATIENCE, Events::with_capacity(4));
-                    while Instant::now() < end {
-                        while let Some(event) = self.context.async_event() {
-                            if event == expected {
-                                return Ok(());
-                            }
-                        }
-                        poll.poll(&mut events, Some(PATIENCE))?;
-                    }
-                    Err(format!("{expected:?} never came").into())
                 }
 
                 fn expect_write(&mut self, line: &mut Line, len: u32, seed: u8) -> Result<()> {
@@ -359,6 +338,7 @@ macro_rules! side {
                         count += 6;
                     }
                     self.atomics(line, remote)?;
+                    count += self.newer(remote, peer)?;
                     self.refused(remote)?;
                     line.tell("end\n")?;
                     Ok(count + 4)
@@ -489,6 +469,40 @@ macro_rules! side {
                     Ok(())
                 }
 
+                /// ATOMIC WRITE and FLUSH, which not every device has; how many it has.
+                fn newer(&mut self, remote: Remote, peer: &Half) -> Result<u32> {
+                    let mut count = 0;
+                    let word = [self.sge(0, 8)];
+                    for (op, list, kind) in [
+                        (
+                            SendOp::AtomicWrite(remote),
+                            &word[..],
+                            CompletionKind::AtomicWrite,
+                        ),
+                        (flush(remote), &[], CompletionKind::Flush),
+                    ] {
+                        if kind == CompletionKind::Flush && !peer.flush {
+                            println!("not tried: FLUSH to rxe, see ci/excludes/verbs");
+                            continue;
+                        }
+                        self.room.fill(0, 8, 99);
+                        match self.post(op, list, SendFlags::NONE) {
+                            Err(error) if is_unsupported(&*error) => {
+                                println!("not tried: {error}");
+                                continue;
+                            }
+                            other => other?,
+                        }
+                        self.finish(kind)?;
+                        count += 1;
+                        self.room.fill(0, 8, 0);
+                        self.post(SendOp::Read(remote), &[self.sge(0, 8)], SendFlags::NONE)?;
+                        self.finish(CompletionKind::Read)?;
+                        self.room.check(0, 8, 99)?;
+                    }
+                    Ok(count)
+                }
+
                 /// A key that there is not: the peer refuses, and the queue pair is of no more use.
                 fn refused(&mut self, remote: Remote) -> Result<()> {
                     let wrong = Remote {
@@ -517,27 +531,20 @@ macro_rules! side {
     };
 }
 
-side!(softroce, raw, |context| context.protection_domain(), |cq| {
-    cq.request_notification(false)
-});
-side!(verbs, ibv, |context| context.protection_domain()?, |cq| cq
-    .request_notification(false)?);
-
-/// Every other message has immediate data.
-fn imm(seed: u8) -> Option<u32> {
-    seed.is_multiple_of(2)
-        .then_some(0xC0DE_0000 | u32::from(seed))
-}
-
-trait MinCode {
-    fn min_code(self, other: u8) -> Mtu;
-}
-
-impl MinCode for Mtu {
-    fn min_code(self, other: u8) -> Mtu {
-        Mtu::from_code(other.min(self as u8)).unwrap_or(self)
-    }
-}
+side!(
+    softroce,
+    raw,
+    |context| context.protection_domain(),
+    |cq| cq.request_notification(false),
+    |_context| true
+);
+side!(
+    verbs,
+    ibv,
+    |context| context.protection_domain()?,
+    |cq| cq.request_notification(false)?,
+    |context| !is_rxe(context.name())
+);
 
 macro_rules! converse {
     ($side:expr, $line:expr, $is_client:expr) => {{
