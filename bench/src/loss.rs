@@ -1,4 +1,5 @@
-//! 10 MiB of WRITEs while packets are lost, against 10 MiB through a TCP connection over the same wire.
+//! 10 MiB of WRITEs, and of READs, while packets are lost, against 10 MiB through a TCP connection over
+//! the same wire.
 //!
 //! Two network namespaces with a third between them that forwards, and drops what the kernel's random
 //! number says. Offloads are off on all links, so a packet that is dropped is one of the wire for both.
@@ -13,7 +14,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Instant;
 
-use lowtide_transport::verbs::{Buffer, SendOp};
+use lowtide_transport::verbs::{Buffer, Remote, SendOp};
 use nix::sched::{CloneFlags, setns};
 
 use crate::ends::{End, Meeting, slot_of};
@@ -42,34 +43,42 @@ pub fn loss(bench: &Bench) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
     for percent in PERCENTS {
         wire.lose(percent)?;
-        let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
+        let mut yardstick = Vec::new();
+        let mut ours = [const { Vec::new() }; 2];
+        let ops: [fn(Remote) -> SendOp; 2] = [SendOp::Write, SendOp::Read];
         for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
             yardstick.push(wire.between(tcp_client, tcp_server)? / 1e6);
-            let (one, other) = Meeting::pair();
-            let (done, is_done) = channel();
-            let rate = wire.between(
-                move || write(one, done),
-                move || be_written(other, &is_done),
-            )?;
-            ours.push(rate / 1e6);
+            for (op, rates) in ops.into_iter().zip(&mut ours) {
+                let (one, other) = Meeting::pair();
+                let (done, is_done) = channel();
+                let rate = wire.between(
+                    move || act(op, one, done),
+                    move || be_acted_upon(other, &is_done),
+                )?;
+                rates.push(rate / 1e6);
+            }
         }
-        let figures = Rounds {
-            unit: "MB/s",
-            better: Better::Higher,
-            yardstick_is: "10 MiB through a TCP connection with the kernel's defaults",
-            ours,
-            yardstick,
+        let [writes, reads] = ours;
+        let row = |name, ours| {
+            let figures = Rounds {
+                unit: "MB/s",
+                better: Better::Higher,
+                yardstick_is: "10 MiB through a TCP connection with the kernel's defaults",
+                ours,
+                yardstick: yardstick.clone(),
+            };
+            figures.row(name, Pick::Median, &bench.machine)
         };
-        let row = figures.row(format!("loss-{percent}"), Pick::Median, &bench.machine);
-        rows.push(row.aim(1.0));
+        rows.push(row(format!("loss-{percent}"), writes).aim(1.0));
+        rows.push(row(format!("loss-{percent}-read"), reads));
     }
     Ok(rows)
 }
 
-/// Bytes per second of WRITEs. `_done` is dropped when nothing more is awaited.
-fn write(meeting: Meeting, _done: Sender<()>) -> Result<f64, Failure> {
+/// Bytes per second of WRITEs or READs. `_done` is dropped when nothing more is awaited.
+fn act(op: fn(Remote) -> SendOp, meeting: Meeting, _done: Sender<()>) -> Result<f64, Failure> {
     let end = End::open_at(SocketAddr::from((ENDS[0], PORT)), LEN, meeting)?;
-    let op = SendOp::Write(end.remote);
+    let op = op(end.remote);
     let began = Instant::now();
     for _ in 0..2 {
         let buffer = end.slot(LEN)?;
@@ -88,7 +97,7 @@ fn write(meeting: Meeting, _done: Sender<()>) -> Result<f64, Failure> {
     Ok((LEN * COUNT) as f64 / seconds)
 }
 
-fn be_written(meeting: Meeting, is_done: &Receiver<()>) -> Result<(), Failure> {
+fn be_acted_upon(meeting: Meeting, is_done: &Receiver<()>) -> Result<(), Failure> {
     let end = End::open_at(SocketAddr::from((ENDS[1], PORT)), LEN, meeting)?;
     end.qp
         .post_recv(0, Buffer::Empty)
@@ -99,7 +108,7 @@ fn be_written(meeting: Meeting, is_done: &Receiver<()>) -> Result<(), Failure> {
     let _ = is_done.recv();
     heard
         .map(drop)
-        .ok_or_else(|| Failure::broken("the writer is silent"))
+        .ok_or_else(|| Failure::broken("the other end is silent"))
 }
 
 /// Bytes per second of a stream, until its end has been heard of.

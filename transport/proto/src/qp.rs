@@ -15,7 +15,8 @@
 //! turn (`ahead`). To a peer that does so too, and is known to, only what was lost is sent again; to
 //! others everything from the gap on, for the IBTA knows no other way (go-back-N). Such a peer reports
 //! a gap by an atomic acknowledgement with a sequence NAK, of which the IBTA has no use; its 64 bits
-//! say which of the packets behind it are kept.
+//! say which of the packets behind it are kept. Of the answers to READs and atomics it is asked for
+//! those that are missing, by READs as the IBTA has them.
 //!
 //! Payload is never copied here: a [`Transmit`] names the fragments of registered memory that its
 //! payload consists of, and received payload is handed to a [`Memory`] with the place where it
@@ -44,6 +45,7 @@ mod types;
 mod ud;
 mod work;
 
+pub use ahead::EarlyPacket;
 pub use memory::{
     Access, AccessError, AtomicOp, Fragment, Fragments, Key, Lkey, Memory, Remote, Rkey, SGE_MAX,
     SgList, Sge, TooManySges,

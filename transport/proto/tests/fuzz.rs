@@ -4,7 +4,7 @@ mod common;
 
 use std::net::SocketAddr;
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 use common::pcap::golden;
 use common::{Early, QPNS, Rng, Setup, TestMemory, base_of, connected, piece, remote};
@@ -131,7 +131,7 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
                 ..Setup::default()
             },
         );
-        let mut kept = BTreeMap::new();
+        let mut kept = HashMap::new();
         let mut memory = TestMemory::default();
         memory.register(REGION, vec![1; 16 << 10]);
         let mut now = Nanos(1);
@@ -150,15 +150,15 @@ fn mutated_golden_packets_never_panic_a_queue_pair() {
                     Outcome::Accepted => accepted += 1,
                     Outcome::Ahead => {
                         ahead += 1;
-                        kept.insert(packet.psn().value(), bytes.clone());
+                        kept.insert(EarlyPacket::of(&packet), bytes.clone());
                         qp.note_kept(&packet);
                     }
                     Outcome::Dropped(_) => dropped += 1,
                 }
             }
-            while let Some(psn) = qp.wants_kept() {
-                match kept.remove(&psn.value()).filter(|_| rng.chance(900)) {
-                    None => qp.forget_kept(),
+            while let Some(wanted) = qp.wants_kept() {
+                match kept.remove(&wanted).filter(|_| rng.chance(900)) {
+                    None => qp.forget_kept(wanted),
                     Some(bytes) => {
                         let packet = Packet::new_checked(&bytes).unwrap();
                         qp.handle_packet(now, &packet, &mut memory);

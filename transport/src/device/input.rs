@@ -202,9 +202,9 @@ impl Device {
         let (Some(Machine::Connected(qp)), Some(peer)) = (&mut slot.machine, slot.peer) else {
             return None;
         };
-        let psn = qp.wants_kept()?;
-        let Some(datagram) = self.kept.take(id.0, psn) else {
-            qp.forget_kept();
+        let wanted = qp.wants_kept()?;
+        let Some(datagram) = self.kept.take(id.0, wanted) else {
+            qp.forget_kept(wanted);
             self.mark_ready(id.0);
             return None;
         };
@@ -243,7 +243,8 @@ impl Device {
         let outcome = qp.handle_packet(now, packet, &mut view);
         let placed = view.placed.map(|offset| (offset, packet.payload_range()));
         if outcome == qp::Outcome::Ahead {
-            self.kept.keep(index, packet.psn(), packet.bytes());
+            let name = qp::EarlyPacket::of(packet);
+            self.kept.keep(index, name, packet.bytes());
             qp.note_kept(packet);
         }
         if packet.row().class == Class::Cnp && outcome == qp::Outcome::Accepted {

@@ -5,16 +5,16 @@
 //! it, and nobody has to clean up behind one that is gone: what a queue pair does not ask for is never
 //! looked at.
 //!
-//! Invariants: the packets of one queue pair that are within [`SLOTS`] of each other never push each
-//! other out; memory is taken at the first use of a slot, and then kept.
+//! Invariants: the requests of one queue pair that are within [`SLOTS`] of each other never push each
+//! other out, nor do its answers; memory is taken at the first use of a slot, and then kept.
 
-use lowtide_transport_proto::wire::Psn;
+use lowtide_transport_proto::qp::EarlyPacket;
 
 /// Datagrams, of up to 4 KiB each.
 const SLOTS: usize = 1024;
 
-/// Whose packet: the queue pair's index, and the PSN.
-type Key = (u32, Psn);
+/// Whose packet: the queue pair's index, and which of its.
+type Key = (u32, EarlyPacket);
 
 /// See the [module](self).
 #[derive(Debug, Default)]
@@ -27,23 +27,23 @@ pub(super) struct Kept {
 
 impl Kept {
     /// Keeps a copy.
-    pub(super) fn keep(&mut self, queue_pair: u32, psn: Psn, bytes: &[u8]) {
+    pub(super) fn keep(&mut self, queue_pair: u32, packet: EarlyPacket, bytes: &[u8]) {
         if self.slots.is_empty() {
             self.slots.resize(SLOTS, None);
             self.spare.reserve(SLOTS);
         }
-        let slot = &mut self.slots[place(queue_pair, psn)];
+        let slot = &mut self.slots[place(queue_pair, packet)];
         let before = slot.take().map(|(_, buffer)| buffer);
         let mut buffer = before.or_else(|| self.spare.pop()).unwrap_or_default();
         buffer.clear();
         buffer.extend_from_slice(bytes);
-        *slot = Some(((queue_pair, psn), buffer));
+        *slot = Some(((queue_pair, packet), buffer));
     }
 
     /// The packet, if it is still here; the buffer is to be given back.
-    pub(super) fn take(&mut self, queue_pair: u32, psn: Psn) -> Option<Vec<u8>> {
-        let slot = self.slots.get_mut(place(queue_pair, psn))?;
-        slot.take_if(|(key, _)| *key == (queue_pair, psn))
+    pub(super) fn take(&mut self, queue_pair: u32, packet: EarlyPacket) -> Option<Vec<u8>> {
+        let slot = self.slots.get_mut(place(queue_pair, packet))?;
+        slot.take_if(|(key, _)| *key == (queue_pair, packet))
             .map(|(_, buffer)| buffer)
     }
 
@@ -54,42 +54,58 @@ impl Kept {
 }
 
 /// Neighbours in one queue pair are neighbours here, and queue pairs are spread.
-const fn place(queue_pair: u32, psn: Psn) -> usize {
-    let start = queue_pair.wrapping_mul(0x9e37_79b1) >> 16;
-    start.wrapping_add(psn.value()) as usize % SLOTS
+const fn place(queue_pair: u32, packet: EarlyPacket) -> usize {
+    let direction = 2 * queue_pair + packet.is_response as u32;
+    let start = direction.wrapping_mul(0x9e37_79b1) >> 16;
+    start.wrapping_add(packet.psn.value()) as usize % SLOTS
 }
 
 #[cfg(test)]
 mod tests {
+    use lowtide_transport_proto::wire::Psn;
+
     use super::*;
+
+    fn request(psn: u32) -> EarlyPacket {
+        EarlyPacket {
+            is_response: false,
+            psn: Psn::new(psn),
+        }
+    }
 
     #[test]
     fn a_packet_is_found_once_and_by_its_own_key_only() {
         let mut kept = Kept::default();
-        let psn = Psn::new(0xff_ffff);
-        assert_eq!(kept.take(1, psn), None);
-        kept.keep(1, psn, b"one");
-        assert_eq!(kept.take(2, psn), None);
-        assert_eq!(kept.take(1, Psn::new(0)), None);
-        assert_eq!(kept.take(1, psn).as_deref(), Some(&b"one"[..]));
-        assert_eq!(kept.take(1, psn), None);
+        let packet = request(0xff_ffff);
+        let answer = EarlyPacket {
+            is_response: true,
+            ..packet
+        };
+        assert_eq!(kept.take(1, packet), None);
+        kept.keep(1, packet, b"one");
+        kept.keep(1, answer, b"answer");
+        assert_eq!(kept.take(2, packet), None);
+        assert_eq!(kept.take(1, request(0)), None);
+        assert_eq!(kept.take(1, packet).as_deref(), Some(&b"one"[..]));
+        assert_eq!(kept.take(1, packet), None);
+        assert_eq!(kept.take(1, answer).as_deref(), Some(&b"answer"[..]));
     }
 
     #[test]
     fn a_window_fits_and_what_is_full_forgets() {
         let mut kept = Kept::default();
-        let psns = |first: u32| (first..first + SLOTS as u32).map(Psn::new);
+        let requests = |first: u32| (first..first + SLOTS as u32).map(request);
         for round in 0..3 {
-            for psn in psns(round * 5000) {
-                kept.keep(9, psn, &psn.value().to_le_bytes());
+            for packet in requests(round * 5000) {
+                kept.keep(9, packet, &packet.psn.value().to_le_bytes());
             }
         }
-        for psn in psns(10_000) {
-            let bytes = kept.take(9, psn).expect("nothing else was kept since");
-            assert_eq!(bytes, psn.value().to_le_bytes());
+        for packet in requests(10_000) {
+            let bytes = kept.take(9, packet).expect("nothing else was kept since");
+            assert_eq!(bytes, packet.psn.value().to_le_bytes());
             kept.give_back(bytes);
         }
-        assert!(psns(5000).all(|psn| kept.take(9, psn).is_none()));
+        assert!(requests(5000).all(|packet| kept.take(9, packet).is_none()));
         assert_eq!(kept.spare.len(), SLOTS, "and no buffer is made twice");
     }
 }

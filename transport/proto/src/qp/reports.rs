@@ -2,13 +2,34 @@
 
 use alloc::collections::VecDeque;
 
+use super::memory::Rkey;
 use super::types::{Counters, QpEvent};
-use super::work::Completion;
+use super::work::{Completion, CompletionKind, Status, WrId};
+use crate::wire::Qpn;
+
+/// A completion while it waits: there is room for every work request's, so its length counts.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    wr_id: WrId,
+    byte_len: u32,
+    /// Immediate data or the key that became invalid; no message has both.
+    value: u32,
+    source: Qpn,
+    status: Status,
+    kind: CompletionKind,
+    /// Of [`IMM`], [`KEY`] and [`SOLICITED`].
+    flags: u8,
+}
+
+const IMM: u8 = 1;
+const KEY: u8 = 2;
+const SOLICITED: u8 = 4;
+const _: () = assert!(size_of::<Waiting>() == 24);
 
 /// What the queue pair reports: completions not yet polled, and counters.
 #[derive(Debug)]
 pub(super) struct Reports {
-    pub completions: VecDeque<Completion>,
+    pub completions: VecDeque<Waiting>,
     /// How many of `completions` are of sends, and of receives.
     pub sends: u32,
     pub recvs: u32,
@@ -52,12 +73,23 @@ impl Reports {
         } else {
             &mut self.sends
         }) += 1;
-        self.completions.push_back(completion);
+        let key = completion.invalidated.map(|Rkey(key)| key);
+        self.completions.push_back(Waiting {
+            wr_id: completion.wr_id,
+            byte_len: completion.byte_len,
+            value: completion.imm.or(key).unwrap_or(0),
+            source: completion.source,
+            status: completion.status,
+            kind: completion.kind,
+            flags: (IMM * u8::from(completion.imm.is_some()))
+                | (KEY * u8::from(key.is_some()))
+                | (SOLICITED * u8::from(completion.solicited)),
+        });
     }
 
     pub fn poll(&mut self) -> Option<Completion> {
-        let completion = self.completions.pop_front()?;
-        *(if completion.kind.is_recv() {
+        let waiting = self.completions.pop_front()?;
+        *(if waiting.kind.is_recv() {
             &mut self.recvs
         } else {
             &mut self.sends
@@ -66,6 +98,15 @@ impl Reports {
             // Begins at the front again: memory for the worst case is not touched in all others.
             self.completions.clear();
         }
-        Some(completion)
+        Some(Completion {
+            wr_id: waiting.wr_id,
+            status: waiting.status,
+            kind: waiting.kind,
+            byte_len: waiting.byte_len,
+            imm: (waiting.flags & IMM != 0).then_some(waiting.value),
+            invalidated: (waiting.flags & KEY != 0).then_some(Rkey(waiting.value)),
+            solicited: waiting.flags & SOLICITED != 0,
+            source: waiting.source,
+        })
     }
 }

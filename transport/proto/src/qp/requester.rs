@@ -14,12 +14,15 @@
 //!
 //! Loss is noticed by a sequence NAK, by an answer beyond a READ or atomic that has none (both go
 //! back once per `una`), by an ACK of just the probe, or by the ACK timeout. Peers that report gaps
-//! (see the module `qp`) get only what was lost again: `repeat` and `board`.
+//! (see the module `qp`) get only what was lost again (`repeat` and `board`), and are asked only for
+//! the answers that were lost (`answers` and `gaps`).
 //!
 //! Source: Linux `rxe_req.c`, `rxe_comp.c`; the probe is ours, modelled on RFC 8985's.
 
+mod answers;
 mod board;
 mod failure;
+mod gaps;
 mod local;
 mod repeat;
 mod segment;
@@ -30,6 +33,7 @@ use alloc::collections::VecDeque;
 
 use board::Board;
 pub(super) use failure::Failure;
+use gaps::Gaps;
 use segment::Wqe;
 
 use super::lists::Lists;
@@ -91,6 +95,11 @@ pub(super) struct Requester {
     board: Option<Box<Board>>,
     /// The board says what is true.
     is_tracking: bool,
+    /// At such a peer, after an answer to a READ or atomic was lost: which are missing. Made at the
+    /// first loss.
+    gaps: Option<Box<Gaps>>,
+    /// They say what is true.
+    has_gaps: bool,
     /// Packets before this one follow a loss.
     lossy_until: u64,
 }
@@ -127,6 +136,8 @@ impl Requester {
             drain_at: None,
             board: None,
             is_tracking: false,
+            gaps: None,
+            has_gaps: false,
             lossy_until: 0,
         }
     }
@@ -147,6 +158,7 @@ impl Requester {
             queue,
             lists,
             board: self.board.take(),
+            gaps: self.gaps.take(),
             depth: self.depth,
             attr: self.attr,
             ..Self::new(0)
@@ -158,7 +170,9 @@ impl Requester {
     }
 
     pub fn in_flight(&self) -> u32 {
-        self.span() - self.board().map_or(0, Board::absent).min(self.span())
+        let requests = self.board().map_or(0, Board::absent);
+        let answers = self.gaps().map_or(0, |gaps| gaps.absent(self.una));
+        self.span().saturating_sub(requests + answers)
     }
 
     /// Packets between the oldest that is not acknowledged and the next new one.
@@ -170,6 +184,7 @@ impl Requester {
     pub fn can_send(&self, timers: &TimerTable) -> bool {
         self.probe_due
             || self.has_lost()
+            || self.has_missing()
             || (self.next < self.end
                 && self.span() < WINDOW
                 && !timers.is_set(Timer::RnrWait)
@@ -181,6 +196,7 @@ impl Requester {
         self.next + 1 == self.end
             && !self.probe_due
             && !self.has_lost()
+            && !self.has_missing()
             && self.can_send(timers)
             && self
                 .queue
@@ -262,18 +278,15 @@ impl Requester {
             self.acknowledge(self.next, link, out);
         }
         if core::mem::take(&mut self.probe_due) && self.una < self.next {
-            let wqe = self.queue.front()?;
-            let (mut transmit, _) = self.build(wqe, self.una, true, link);
-            transmit.is_retransmission = true;
-            self.probed = Some(self.una);
-            self.timed = None;
-            self.note_probe(link);
-            out.counters.probes += 1;
-            out.counters.retransmitted_pkts += 1;
-            return Some(transmit);
+            return self.probe(link, out);
         }
         if allow != Allow::All {
             return None;
+        }
+        if self.has_missing()
+            && let Some(transmit) = self.ask_again(link, out)
+        {
+            return Some(transmit);
         }
         if self.has_lost() {
             return self.repeat_lost(link, out);
@@ -290,7 +303,7 @@ impl Requester {
             || self.span() + 1 >= WINDOW
             || wqe.wants_response();
         let seq = self.next;
-        let (mut transmit, psns) = self.build(&wqe, seq, ack_req, link);
+        let (mut transmit, psns) = self.build(&wqe, seq, u64::MAX, ack_req, link);
         self.since_ack_req = if ack_req { 0 } else { self.since_ack_req + 1 };
         self.reads_out += u32::from(wqe.wants_response());
         if self.next < self.high {
@@ -324,15 +337,12 @@ impl Requester {
             || (wqe.fence && self.next == wqe.first && self.reads_out > 0)
     }
 
-    fn build(&self, wqe: &Wqe, seq: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
-        wqe.packet(
-            seq,
-            self.psn(seq),
-            ack_req,
-            self.attr.read_chunk_packets,
-            link,
-            &self.lists,
-        )
+    /// The packet of sequence number `seq`, and how many it stands for. A READ asks for what lies before
+    /// `end`, as far as its chunk reaches.
+    fn build(&self, wqe: &Wqe, seq: u64, end: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
+        let chunk = wqe.read_packets((seq - wqe.first) as u32, self.attr.read_chunk_packets);
+        let answers = u64::from(chunk).min(end - seq) as u32;
+        wqe.packet(seq, self.psn(seq), ack_req, answers, link, &self.lists)
     }
 
     fn psn(&self, seq: u64) -> Psn {
@@ -383,7 +393,8 @@ impl Requester {
             Extension::AtomicAck(aeth, map) if is_report(aeth.syndrome, link) => {
                 self.acknowledge(seq, link, out);
                 out.counters.rcvd_seq_err += 1;
-                is_repaired = self.una >= seq && self.handle_report(now, seq, map);
+                is_repaired =
+                    self.handle_report(now, seq, map) && (self.una >= seq || self.miss(seq, link));
                 Ok(Outcome::Accepted)
             }
             Extension::AtomicAck(..) => Ok(Outcome::Dropped(DropReason::Unsupported)),
@@ -398,16 +409,24 @@ impl Requester {
             },
             _ => self.handle_answer(seq, packet.payload(), false, memory, link, out),
         };
+        if matches!(result, Ok(Outcome::Accepted))
+            && self.una <= seq
+            && !is_repaired
+            && !timers.is_set(Timer::RnrWait)
+        {
+            // It speaks of a packet beyond one that is not answered: that one was lost.
+            let syndrome = packet.aeth().map(|aeth| aeth.syndrome);
+            let is_ack = matches!(syndrome, Some(Syndrome::Ack { .. }));
+            if !self.miss(seq + u64::from(is_ack), link) {
+                self.go_back_once(timers);
+            }
+        }
+        self.time_early(now, seq);
+        self.pass_gaps(link, out);
         if self.una > una {
             self.progress(now, timers);
         }
         match result {
-            Ok(Outcome::Accepted) if is_repaired => (Outcome::Accepted, None),
-            Ok(Outcome::Accepted) if self.una <= seq && !timers.is_set(Timer::RnrWait) => {
-                // It speaks of a packet beyond one that is not answered: that one was lost.
-                self.go_back_once(timers);
-                (Outcome::Accepted, None)
-            }
             Ok(outcome) => (outcome, None),
             Err(failure) => (Outcome::Accepted, Some(failure)),
         }
@@ -462,50 +481,6 @@ impl Requester {
         };
         self.acknowledge(seq, link, out);
         Err(Failure::of_packet(seq, status))
-    }
-
-    /// A READ response packet or an atomic's old value, for sequence number `seq`.
-    fn handle_answer(
-        &mut self,
-        seq: u64,
-        payload: &[u8],
-        atomic: bool,
-        memory: &mut impl Memory,
-        link: &Link,
-        out: &mut Reports,
-    ) -> Result<Outcome, Failure> {
-        self.acknowledge(seq, link, out);
-        self.note_executed(seq + 1);
-        let Some(wqe) = self.queue.front().copied().filter(|_| self.una == seq) else {
-            return Ok(Outcome::Accepted);
-        };
-        let index = (seq - wqe.first) as u32;
-        let Some((len, _)) = wqe
-            .answer(index, link)
-            .filter(|answer| *answer == (payload.len() as u32, atomic))
-        else {
-            return Err(Failure::of_packet(seq, Status::BadResponse));
-        };
-        let offset = index * link.mtu.bytes();
-        let mut rest = payload;
-        for fragment in self.lists.slice(&wqe.local, offset, len).as_slice() {
-            let (piece, tail) = rest.split_at(fragment.len as usize);
-            if memory.place(*fragment, piece).is_err() {
-                return Err(Failure::of_packet(seq, Status::LocalProtection));
-            }
-            rest = tail;
-        }
-        // The last packet of a request that was sent frees its place among max_rd_atomic.
-        if atomic || wqe.read_packets(index, self.attr.read_chunk_packets) == 1 {
-            self.reads_out = self.reads_out.saturating_sub(1);
-        }
-        self.una += 1;
-        if self.una == wqe.end() {
-            self.finish_front(link, out);
-            self.finish_done(link, out);
-        }
-        self.catch_up();
-        Ok(Outcome::Accepted)
     }
 
     /// Everything before `end` is acknowledged, as far as no READ or atomic stands in between.

@@ -4,7 +4,7 @@
 pub mod pcap;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 use std::net::Ipv4Addr;
 
 use lowtide_transport_proto::icrc::{self, Flow};
@@ -229,8 +229,8 @@ pub struct SimNet {
     free_at: [u64; 2],
     /// If set, decides what happens to each packet before the faults: false drops it.
     pub filter: Option<Box<Filter>>,
-    /// What each end keeps of what arrives ahead of a gap, by PSN.
-    pub kept: [BTreeMap<u32, Vec<u8>>; 2],
+    /// What each end keeps of what arrives ahead of a gap.
+    pub kept: [HashMap<EarlyPacket, Vec<u8>>; 2],
     pub early: Early,
     /// Thousandths of what is kept that is lost again.
     pub forgets: u32,
@@ -305,7 +305,7 @@ impl SimNet {
             wire: BinaryHeap::new(),
             free_at: [0; 2],
             filter: None,
-            kept: [BTreeMap::new(), BTreeMap::new()],
+            kept: [HashMap::new(), HashMap::new()],
             early: setup.early,
             forgets: 0,
         }
@@ -403,13 +403,13 @@ impl SimNet {
         let end = &mut self.ends[to];
         let outcome = end.qp.handle_packet(self.now, &packet, &mut end.memory);
         if outcome == Outcome::Ahead && self.early != Early::Dropped {
-            self.kept[to].insert(packet.psn().value(), bytes.to_vec());
+            self.kept[to].insert(EarlyPacket::of(&packet), bytes.to_vec());
             end.qp.note_kept(&packet);
         }
-        while let Some(psn) = end.qp.wants_kept() {
-            let kept = self.kept[to].remove(&psn.value());
+        while let Some(wanted) = end.qp.wants_kept() {
+            let kept = self.kept[to].remove(&wanted);
             if self.rng.chance(self.forgets) {
-                end.qp.forget_kept();
+                end.qp.forget_kept(wanted);
                 break;
             }
             let bytes = kept.expect("what is wanted was kept");

@@ -262,6 +262,13 @@ fn what_a_peer_forgot_is_sent_again() {
     }
 }
 
+fn early_request(psn: u32) -> EarlyPacket {
+    EarlyPacket {
+        is_response: false,
+        psn: Psn::new(FIRST_PSN + psn),
+    }
+}
+
 #[test]
 fn nothing_that_was_kept_is_asked_for_after_an_error() {
     let (mut net, _) = losing(Early::Reported, &[]);
@@ -283,7 +290,7 @@ fn nothing_that_was_kept_is_asked_for_after_an_error() {
     }
     ask(&mut net, &write(0).1);
     let qp = &mut net.ends[1].qp;
-    assert_eq!(qp.wants_kept(), Some(Psn::new(FIRST_PSN + 1)));
+    assert_eq!(qp.wants_kept(), Some(early_request(1)));
     qp.to_error();
     assert_eq!(qp.wants_kept(), None);
     // A new life begins with nothing.
@@ -306,8 +313,9 @@ fn a_gap_that_a_forgotten_packet_leaves_is_asked_for() {
     qp.note_kept(&Packet::new_checked(&early).unwrap());
     ask(&mut net, &write_of(0, b"late"));
     let qp = &mut net.ends[1].qp;
-    assert_eq!(qp.wants_kept(), Some(Psn::new(FIRST_PSN + 1)));
-    qp.forget_kept();
+    let wanted = qp.wants_kept().unwrap();
+    assert_eq!(wanted, early_request(1));
+    qp.forget_kept(wanted);
     let (outcome, answers) = ask(&mut net, &write_of(2, b"next"));
     assert_eq!((outcome, answers.len()), (Outcome::Ahead, 1));
     assert_eq!(ask(&mut net, &write_of(3, b"more")).1.len(), 0);

@@ -6,6 +6,7 @@ mod duplicates;
 mod gaps;
 mod local;
 mod loss;
+mod missing_answers;
 mod placement;
 mod refusals;
 mod rnr;

@@ -44,6 +44,7 @@ impl Requester {
         self.cursor = 0;
         self.probe_due = false;
         self.is_tracking = false;
+        self.has_gaps = false;
     }
 
     /// The failure of a packet whose payload cannot be found.

@@ -80,6 +80,7 @@ impl Requester {
         self.attr.sq_psn = self.attr.sq_psn.minus(passed as u32);
         (self.una, self.next, self.high) = (end, end, end);
         self.is_tracking = false;
+        self.has_gaps = false;
         // The cursor stays at the front, which is another request now.
         self.finish_front(link, out);
         self.finish_done(link, out);

@@ -53,23 +53,35 @@ impl Requester {
     }
 
     /// A probe repeats the oldest packet: an answer tells that all sent before it has arrived, or is
-    /// lost.
-    pub(super) fn note_probe(&mut self, link: &Link) {
-        let (una, next) = (self.una, self.next);
-        let front = self.queue.front();
-        if link.reports_gaps && front.is_some_and(|wqe| !wqe.wants_response()) {
+    /// lost. Of a READ it asks for what is known to be missing.
+    pub(super) fn probe(&mut self, link: &Link, out: &mut Reports) -> Option<Transmit> {
+        let (una, next, high) = (self.una, self.next, self.high);
+        let wqe = *self.queue.front()?;
+        let end = self.gaps().map_or(u64::MAX, |gaps| gaps.end_of(una));
+        let (mut transmit, psns) = self.build(&wqe, una, end, true, link);
+        transmit.is_retransmission = true;
+        self.probed = Some(una);
+        self.timed = None;
+        if wqe.wants_response() {
+            if let Some(gaps) = self.gaps_mut() {
+                gaps.note_asked(una, una + u64::from(psns), high);
+            }
+        } else if link.reports_gaps {
             self.track(una);
             if let Some(board) = self.board_mut() {
                 board.note_repeated(una, next);
             }
         }
+        out.counters.probes += 1;
+        out.counters.retransmitted_pkts += 1;
+        Some(transmit)
     }
 
     /// Send the oldest lost packet again.
     pub(super) fn repeat_lost(&mut self, link: &Link, out: &mut Reports) -> Option<Transmit> {
         let seq = self.board()?.first_lost()?;
         let at = self.queue.partition_point(|wqe| wqe.end() <= seq);
-        let (mut transmit, _) = self.build(self.queue.get(at)?, seq, true, link);
+        let (mut transmit, _) = self.build(self.queue.get(at)?, seq, u64::MAX, true, link);
         transmit.is_retransmission = true;
         out.counters.retransmitted_pkts += 1;
         let next = self.next;
@@ -131,8 +143,8 @@ impl Requester {
     }
 
     /// After news from the peer.
-    fn settle(&mut self) {
-        if self.has_lost() {
+    pub(super) fn settle(&mut self) {
+        if self.has_lost() || self.has_missing() {
             self.lossy_until = self.next + LOSSY;
         }
         if self.board().is_some_and(Board::is_over) {

@@ -100,13 +100,13 @@ impl Wqe {
     }
 
     /// The packet that stands for sequence number `seq`, with this PSN, and how many PSNs it
-    /// takes. `chunk` is how many packets one READ request may ask for, 0 for all.
+    /// takes. A READ asks for so many packets (`answers`).
     pub fn packet(
         &self,
         seq: u64,
         psn: Psn,
         ack_req: bool,
-        chunk: u16,
+        answers: u32,
         link: &Link,
         lists: &Lists,
     ) -> (Transmit, u32) {
@@ -125,7 +125,7 @@ impl Wqe {
         let (opcode, extension) = match self.op {
             SendOp::Read(remote) => {
                 payload = Fragments::EMPTY;
-                psns = self.read_packets(index, chunk);
+                psns = answers;
                 let reth = Reth {
                     va: remote.va.wrapping_add(u64::from(offset)),
                     rkey: remote.rkey.0,

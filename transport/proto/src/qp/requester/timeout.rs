@@ -62,6 +62,7 @@ impl Requester {
         self.timed = None;
         self.probe_due = false;
         self.is_tracking = false;
+        self.has_gaps = false;
         timers.stop(Timer::AckTimeout);
         timers.stop(Timer::Probe);
     }
