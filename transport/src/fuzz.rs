@@ -229,7 +229,7 @@ pub fn queue_pair(data: &[u8]) {
                 let from = peer(1 + u8::from(choices.below(16) == 15) * 7);
                 let numbers = [qpn, bystander.qpn];
                 let bytes = attack(&mut choices, &device, from, numbers, &keys, psn);
-                device.handle(now, &arrival(from), &bytes);
+                device.handle(now, &arrival(from), 0, &bytes);
                 while let Some((_, datagram)) = device.handle_kept(now, id) {
                     device.give_back(datagram);
                 }

@@ -64,6 +64,9 @@ pub struct SocketOptions {
     pub send_buffer_bytes: usize,
     /// Whether to try UDP_SEGMENT and UDP_GRO at all.
     pub offload: bool,
+    /// Whether to look for marks of congestion (ECN), which costs a tenth of a microsecond per
+    /// receive; by default only where a switch can be on the way, so not on a loopback address.
+    pub congestion_marks: Option<bool>,
 }
 
 impl Default for SocketOptions {
@@ -72,6 +75,7 @@ impl Default for SocketOptions {
             receive_buffer_bytes: 4 << 20,
             send_buffer_bytes: 4 << 20,
             offload: true,
+            congestion_marks: None,
         }
     }
 }
@@ -82,6 +86,10 @@ pub struct Socket {
     socket: UdpSocket,
     local: SocketAddr,
     is_segmenting: bool,
+    /// At what length it segments by itself; 0: it does not.
+    segment: u16,
+    /// The segments of the last send of more than one frame.
+    last_segment: u16,
     receive_buffer_bytes: usize,
 }
 
@@ -118,11 +126,13 @@ impl Socket {
             .or_else(|_| raw.set_recv_buffer_size(options.receive_buffer_bytes))?;
         force_buffer(fd, libc::SO_SNDBUFFORCE, options.send_buffer_bytes)
             .or_else(|_| raw.set_send_buffer_size(options.send_buffer_bytes))?;
+        let is_marked = options.congestion_marks;
+        let reads_marks = is_marked.unwrap_or(!local.ip().is_loopback()).into();
         match local {
             SocketAddr::V4(v4) => {
                 let discover = libc::IP_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discover)?;
-                set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
+                set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, reads_marks)?;
                 where_known(raw.set_multicast_if_v4(v4.ip()))?;
             }
             SocketAddr::V6(v6) => {
@@ -130,7 +140,7 @@ impl Socket {
                 raw.set_multicast_if_v6(interface_index(*v6.ip()).unwrap_or(0))?;
                 let discover = libc::IPV6_PMTUDISC_DO;
                 set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, discover)?;
-                set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
+                set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, reads_marks)?;
                 // Adapters and the kernel's rxe send checksum 0 over IPv6 too.
                 set_option(fd, libc::SOL_UDP, libc::UDP_NO_CHECK6_RX, 1)?;
             }
@@ -154,6 +164,8 @@ impl Socket {
             socket,
             local,
             is_segmenting,
+            segment: 0,
+            last_segment: 0,
             receive_buffer_bytes,
         })
     }
@@ -196,6 +208,8 @@ impl Socket {
             socket,
             local: group,
             is_segmenting: false,
+            segment: 0,
+            last_segment: 0,
             receive_buffer_bytes,
         })
     }
@@ -245,7 +259,10 @@ impl Socket {
         let mut next = 0;
         while next < batch.frames.len() {
             batch.plan(next, self.is_segmenting, &payload, &mut seal);
-            let taken = batch.submit(self.socket.as_raw_fd(), &payload);
+            if let [run] = *batch.runs {
+                self.note_run(run);
+            }
+            let taken = batch.submit(self.socket.as_raw_fd(), self.segment, &payload);
             match taken {
                 Ok(messages) => {
                     for run in &batch.runs[..messages] {
@@ -261,6 +278,7 @@ impl Socket {
                     if first.frames > 1 && is_offload_refusal(&error) {
                         // Some drivers and old kernels advertise the offload and refuse its use.
                         self.is_segmenting = false;
+                        self.segment_at(0);
                     } else {
                         report.refused += u64::from(first.frames);
                         next += first.frames as usize;
@@ -270,6 +288,25 @@ impl Socket {
         }
         batch.frames.clear();
         report
+    }
+
+    /// A socket that has segmented at one length twice goes on so by itself: told once, the kernel
+    /// need not read it from each send.
+    fn note_run(&mut self, run: transmit::Run) {
+        if run.frames > 1 && run.segment != std::mem::replace(&mut self.last_segment, run.segment) {
+            return;
+        }
+        if run.frames > 1 && run.segment != self.segment {
+            self.segment_at(run.segment);
+        }
+    }
+
+    fn segment_at(&mut self, segment: u16) {
+        let fd = self.socket.as_raw_fd();
+        // If it does not take that, each send says it.
+        if set_option(fd, libc::SOL_UDP, libc::UDP_SEGMENT, segment.into()).is_ok() {
+            self.segment = segment;
+        }
     }
 
     /// Receives what is there, without waiting. Returns the number of receive calls' worth of
@@ -416,6 +453,15 @@ mod tests {
         lens: &[u32],
     ) -> (Vec<(u8, usize, u16)>, SendReport) {
         let (mut from, mut to) = pair(last, options);
+        carry(&mut from, &mut to, lens)
+    }
+
+    /// The same from one socket to the other.
+    fn carry(
+        from: &mut Socket,
+        to: &mut Socket,
+        lens: &[u32],
+    ) -> (Vec<(u8, usize, u16)>, SendReport) {
         let memory: Vec<u8> = (0..8192u32).map(|i| i as u8).collect();
         let mut batch = TransmitBatch::default();
         for (mark, len) in lens.iter().enumerate() {
@@ -470,6 +516,37 @@ mod tests {
                 [0, 1, 2, 3, 0, 1, 0]
             );
         }
+    }
+
+    /// The socket is told a length once that it has segmented at twice; every other send says its own.
+    #[test]
+    fn a_socket_that_segments_by_itself_sends_other_lengths_as_they_are() {
+        let (mut from, mut to) = pair(60, &SocketOptions::default());
+        let sends: [(&[u32], &[u16]); 12] = [
+            (&[64, 4], &[0, 1]),
+            (&[64, 4], &[0, 1]),
+            (&[64, 4], &[0, 1]),
+            (&[64], &[0]),
+            (&[4096], &[0]),
+            (&[8], &[0]),
+            (&[64, 64, 64], &[0, 1, 2]),
+            (&[100, 100], &[0, 1]),
+            (&[64, 4], &[0, 1]),
+            (&[100, 4], &[0, 1]),
+            (&[100, 4], &[0, 1]),
+            (&[64, 4096, 64, 4], &[0, 0, 1, 0]),
+        ];
+        for (lens, places) in sends {
+            let (seen, report) = carry(&mut from, &mut to, lens);
+            let found: Vec<usize> = seen.iter().map(|(_, len, _)| len - 16).collect();
+            let sent: Vec<usize> = lens.iter().map(|len| *len as usize).collect();
+            assert_eq!((found, report.refused), (sent, 0), "{lens:?}");
+            if report.gso_sends > 0 {
+                let found: Vec<u16> = seen.iter().map(|(_, _, place)| *place).collect();
+                assert_eq!(found, places, "{lens:?}");
+            }
+        }
+        assert_eq!(from.segment, if from.is_segmenting { 116 } else { 0 });
     }
 
     #[test]

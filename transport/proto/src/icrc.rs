@@ -4,11 +4,11 @@
 //! the masking of BTH byte 4; the rest of the packet is fed as slices, so that a sender needs no
 //! contiguous copy. The caller knows the IP header, or all of it except the IPv4 identification:
 //! a plain UDP socket never shows that field. Then [`check_unknown_identification`] solves for it.
-//! The CRC is linear, so the difference between the ICRC computed with identification 0 and the
-//! one received is `identification * x^(8n+32) mod P`, n being the number of bytes between field
+//! The CRC is linear, so the difference between the ICRC computed with a guess and the one received
+//! is `(identification ^ guess) * x^(8n+32) mod P`, n being the number of bytes between field
 //! and ICRC. Multiplying by the inverse power gives a polynomial that has degree below 16 exactly
 //! when some identification explains the packet: one 32-step multiplication per packet, none when
-//! the identification is 0 as our own ends send it.
+//! the guess is right, as it mostly is of our own ends.
 //!
 //! In that mode a random error passes with probability 2^-16, no single-bit error passes but those
 //! of the identification itself, and the caller narrows the identifications it believes
@@ -19,7 +19,7 @@
 
 use core::net::{Ipv4Addr, Ipv6Addr};
 
-use crate::wire::{ICRC_LEN, Packet, UDP_PORT};
+use crate::wire::{BTH_LEN, ICRC_LEN, Packet, UDP_PORT};
 
 /// Identifications that one of our own ends sends: UDP segmentation offload numbers the at most
 /// 128 segments of a call from 0.
@@ -30,6 +30,8 @@ const SEED: u32 = 0x2144_df1c;
 const IPV4_LEN: usize = 20;
 const IPV6_LEN: usize = 40;
 const UDP_LEN: usize = 8;
+/// IP, UDP and base transport header.
+const HEAD_MAX: usize = IPV6_LEN + UDP_LEN + BTH_LEN;
 /// Offset, in the BTH, of the byte with FECN and BECN, which switches may change.
 const RESV8A: usize = 4;
 
@@ -109,8 +111,8 @@ impl Flow {
     }
 
     /// The masked IP and UDP headers and their length, for a UDP payload of `udp_payload` bytes.
-    fn pseudo_header(&self, udp_payload: usize) -> ([u8; IPV6_LEN + UDP_LEN], usize) {
-        let mut out = [0; IPV6_LEN + UDP_LEN];
+    fn pseudo_header(&self, udp_payload: usize) -> ([u8; HEAD_MAX], usize) {
+        let mut out = [0; HEAD_MAX];
         // Both lengths fit: no caller passes more than a datagram holds.
         let udp_len = (udp_payload + UDP_LEN) as u16;
         let ip_len = match self.ip {
@@ -166,13 +168,16 @@ impl Icrc {
     /// If `header` is shorter than five bytes or `udp_payload` exceeds a datagram: caller's bugs.
     #[must_use]
     pub fn begin(flow: &Flow, header: &[u8], udp_payload: usize) -> Self {
+        assert!(header.len() > RESV8A);
         assert!(udp_payload <= usize::from(u16::MAX) - UDP_LEN - IPV4_LEN);
-        let (pseudo, len) = flow.pseudo_header(udp_payload);
+        let (mut head, len) = flow.pseudo_header(udp_payload);
+        // In one piece with the part of the header that is masked: pieces cost more than bytes.
+        let now = header.len().min(BTH_LEN);
+        head[len..len + now].copy_from_slice(&header[..now]);
+        head[len + RESV8A] = 0xff;
         let mut hasher = crc32fast::Hasher::new_with_initial(SEED);
-        hasher.update(&pseudo[..len]);
-        hasher.update(&header[..RESV8A]);
-        hasher.update(&[0xff]);
-        hasher.update(&header[RESV8A + 1..]);
+        hasher.update(&head[..len + now]);
+        hasher.update(&header[now..]);
         Self { hasher }
     }
 
@@ -215,22 +220,22 @@ pub fn check(flow: &Flow, packet: &Packet<'_>) -> bool {
 /// packet is longer than any this crate accepts).
 ///
 /// For an IPv6 flow there is nothing to solve: `Some(0)` if the ICRC is right. The identification
-/// in `flow` is ignored. The caller must still decide whether to believe the answer: see the head
-/// of this module.
+/// in `flow` is a guess: if it is right, nothing has to be solved either. The caller must still
+/// decide whether to believe the answer: see the head of this module.
 #[must_use]
 pub fn check_unknown_identification(flow: &Flow, packet: &Packet<'_>) -> Option<u16> {
-    let flow = flow.with_identification(0);
-    let difference = expected(&flow, packet) ^ packet.icrc();
+    let difference = expected(flow, packet) ^ packet.icrc();
+    let guess = match flow.ip {
+        Ip::V4 { identification, .. } => identification,
+        Ip::V6 { .. } => return (difference == 0).then_some(0),
+    };
     if difference == 0 {
-        return Some(0);
-    }
-    if matches!(flow.ip, Ip::V6 { .. }) {
-        return None;
+        return Some(guess);
     }
     let power = *INVERSE_POWERS.get(packet.len() / 4)?;
     let solution = multiply(difference, power);
     // Reflected: bit 31 is x^0. Degree below 16 means that the low half is empty.
-    (solution & 0xffff == 0).then(|| ((solution >> 16) as u16).swap_bytes())
+    (solution & 0xffff == 0).then(|| guess ^ ((solution >> 16) as u16).swap_bytes())
 }
 
 /// The reflected generator polynomial without its x^32.

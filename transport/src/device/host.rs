@@ -216,7 +216,7 @@ impl Device {
 
     /// Takes a packet that came through a ring.
     pub(crate) fn handle_host(&mut self, now: Nanos, source: SocketAddr, bytes: &[u8]) -> Input {
-        self.handle(now, &host_arrival(source, bytes), bytes)
+        self.handle(now, &host_arrival(source, bytes), 0, bytes)
     }
 
     /// Carries out the request at the front of a queue pair's send queue in the memory of its peer, if

@@ -70,13 +70,9 @@ fn take(bytes: &mut &[u8], len: usize) -> u64 {
 
 pub(crate) fn device() -> Device {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    Device::bind(
-        address,
-        &DeviceOptions::default(),
-        Peers::Any,
-        Random::known,
-    )
-    .unwrap()
+    let mut options = DeviceOptions::default();
+    options.socket.congestion_marks = Some(true);
+    Device::bind(address, &options, Peers::Any, Random::known).unwrap()
 }
 
 pub(crate) fn peer(last: u8) -> SocketAddr {
@@ -181,7 +177,7 @@ pub(crate) fn deliver(
 ) -> Input {
     let bytes = datagram(device, from, header, payload);
     let now = device.now();
-    device.handle(now, &arrival(from), &bytes)
+    device.handle(now, &arrival(from), 0, &bytes)
 }
 
 /// An extension with values that an attacker would try.

@@ -97,8 +97,15 @@ impl Device {
         }
     }
 
-    /// Takes one datagram of an arrival. After `Taken` the caller polls that queue pair's completions.
-    pub(crate) fn handle(&mut self, now: Nanos, arrival: &Arrival<'_>, datagram: &[u8]) -> Input {
+    /// Takes one datagram of an arrival, in whose run it has this place. After `Taken` the caller polls
+    /// that queue pair's completions.
+    pub(crate) fn handle(
+        &mut self,
+        now: Nanos,
+        arrival: &Arrival<'_>,
+        place: u16,
+        datagram: &[u8],
+    ) -> Input {
         let Arrival { source, target, .. } = *arrival;
         if self.faults.is_blocked(&source) {
             self.counters.faults_dropped += 1;
@@ -118,7 +125,9 @@ impl Device {
             self.counters.rx_malformed += 1;
             return Input::Dropped;
         };
-        let solved = icrc::check_unknown_identification(&flow, &packet);
+        // Our own ends number the segments of a send so.
+        let likely = flow.with_identification(place);
+        let solved = icrc::check_unknown_identification(&likely, &packet);
         if let (Some(capture), Some(identification)) = (&mut self.capture, solved) {
             let target = SocketAddr::new(target.unwrap_or(local.ip()), local.port());
             capture.record(source, target, identification, &[datagram]);

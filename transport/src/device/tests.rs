@@ -115,7 +115,7 @@ fn receive_all(device: &mut Device, batch: &mut ReceiveBatch) -> usize {
         for slot in 0..batch.len() {
             let arrival = batch.arrival(slot).unwrap();
             for datagram in arrival.bytes.chunks(arrival.segment) {
-                let input = device.handle(now, &arrival, datagram);
+                let input = device.handle(now, &arrival, 0, datagram);
                 taken += usize::from(matches!(input, Input::Taken { .. }));
             }
         }
@@ -181,7 +181,7 @@ fn notifications_of_one_queue_pair_keep_their_distance() {
     let mut at = |micros, qpn| {
         let header = request(Opcode::RcSendOnly, qpn, PSN, Extension::Bare);
         let bytes = datagram(&device, peer(1), header, &[]);
-        device.handle(Nanos::from_micros(micros), &marked, &bytes);
+        device.handle(Nanos::from_micros(micros), &marked, 0, &bytes);
         device.counters().np_cnp_sent
     };
     assert_eq!([at(100, first), at(149, first), at(150, first)], [1, 1, 2]);
@@ -203,7 +203,7 @@ fn an_identification_out_of_turn_is_counted_and_dropped_until_the_next_confirms_
         let bytes = identified(&device, peer(1), header, &[], identification);
         let now = device.now();
         let taken = matches!(
-            device.handle(now, &arrival(peer(1)), &bytes),
+            device.handle(now, &arrival(peer(1)), 0, &bytes),
             Input::Taken { .. }
         );
         (taken, device.counters().rx_odd_identification)
@@ -277,7 +277,7 @@ fn whatever_a_peer_sends_reaches_nobody_else_and_is_bounded_work() {
             let from = peer(1 + u8::from(rng.below(8) == 0) * 7);
             let bytes = attack(&mut rng, &device, from, [qpn, bystander.qpn], &keys, psn);
             let now = device.now();
-            device.handle(now, &arrival(from), &bytes);
+            device.handle(now, &arrival(from), 0, &bytes);
             while device.expire(now).is_some() {}
             device.transmit(now);
             let counters = device.counters();
@@ -404,7 +404,7 @@ fn every_kind_of_bad_packet_has_its_counter() {
         } else {
             peer(1)
         };
-        device.handle(now, &arrival(from), bytes);
+        device.handle(now, &arrival(from), 0, bytes);
         let after = device.counters();
         assert_eq!(count(&after), count(&before) + 1, "{what}");
         let anomalies = |counters: &Counters| {

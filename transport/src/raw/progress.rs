@@ -331,14 +331,20 @@ impl Shared {
         block_signals();
         let mut occurred = mio::Events::with_capacity(4);
         let mut wait = None;
+        let mut socket = Watch::new(self.lock().device.as_raw_fd());
         // Acquire pairs with the Release in Thread::drop; nothing else is read after it.
         while !self.is_stopping.load(Ordering::Acquire) {
+            let sleeps = wait != Some(Duration::ZERO);
+            if sleeps && !socket.set(&self.registry, true) {
+                wait = Some(TICK);
+            }
             // An interrupted or failed wait is a wait that was short.
             let _ = poll.poll(&mut occurred, wait);
             let driven_at = Duration::from_nanos(self.driven_at.load(Ordering::Relaxed));
             let is_driven =
                 !driven_at.is_zero() && self.origin.elapsed().saturating_sub(driven_at) < TICK;
             if self.is_polled.swap(false, Ordering::Relaxed) || is_driven {
+                socket.set(&self.registry, false);
                 std::thread::park_timeout(TICK);
                 wait = Some(Duration::ZERO);
                 continue;
@@ -362,6 +368,36 @@ impl Shared {
             let waits = wait != Some(Duration::ZERO) && state.device.host_fd().is_some();
             self.waits_for_rings.store(waits, Ordering::Relaxed);
         }
+    }
+}
+
+/// Whether the device's socket wakes its thread. While programs look themselves each datagram would
+/// call into epoll for nobody, at the sender's cost on the same host.
+struct Watch {
+    fd: RawFd,
+    is_on: bool,
+}
+
+impl Watch {
+    /// Of a socket that is registered.
+    fn new(fd: RawFd) -> Watch {
+        Watch { fd, is_on: true }
+    }
+
+    /// Whether it could be done. A socket that is readable when it is watched again wakes at once.
+    fn set(&mut self, registry: &mio::Registry, is_on: bool) -> bool {
+        if self.is_on == is_on {
+            return true;
+        }
+        let mut source = mio::unix::SourceFd(&self.fd);
+        let changed = match is_on {
+            true => registry.register(&mut source, TOKEN_SOCKET, mio::Interest::READABLE),
+            false => registry.deregister(&mut source),
+        };
+        if changed.is_ok() {
+            self.is_on = is_on;
+        }
+        changed.is_ok()
     }
 }
 
@@ -496,8 +532,8 @@ impl State {
         let datagrams = arrival.bytes.len().div_ceil(arrival.segment);
         self.device
             .count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
-        for datagram in arrival.bytes.chunks(arrival.segment) {
-            let input = self.device.handle(now, &arrival, datagram);
+        for (place, datagram) in arrival.datagrams() {
+            let input = self.device.handle(now, &arrival, place, datagram);
             match input {
                 Input::Taken { id, .. } => {
                     self.manager.note_communication(id);

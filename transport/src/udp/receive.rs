@@ -45,6 +45,13 @@ pub struct Arrival<'a> {
     pub overflow: Option<u32>,
 }
 
+impl<'a> Arrival<'a> {
+    /// The datagrams of the run and their places in it: what one send has segmented is numbered so.
+    pub fn datagrams(&self) -> impl Iterator<Item = (u16, &'a [u8])> {
+        (0..).zip(self.bytes.chunks(self.segment))
+    }
+}
+
 impl Default for ReceiveBatch {
     fn default() -> Self {
         // SAFETY: an all-zero mmsghdr is a valid one.

@@ -81,6 +81,17 @@ pub(super) struct Run {
     vectors: u16,
 }
 
+impl Run {
+    /// Whether the kernel must be told how to segment it: a socket that segments at `segment` by
+    /// itself, or not at all if that is 0, would do something else.
+    fn needs_control(&self, segment: u16) -> bool {
+        match self.frames {
+            1 => segment > 0 && self.bytes > u32::from(segment),
+            _ => segment != self.segment,
+        }
+    }
+}
+
 /// Frames waiting for one [`super::Socket::send`], and the arrays that the kernel reads.
 pub struct TransmitBatch {
     pub(super) frames: Vec<Frame>,
@@ -219,14 +230,48 @@ impl TransmitBatch {
         }
     }
 
-    /// Hands the planned runs to `sendmmsg`; returns how many of them it took.
+    /// Hands the planned runs to the kernel; returns how many of them it took. The socket segments
+    /// what is longer than `segment` by itself.
     pub(super) fn submit<'m>(
         &mut self,
         fd: RawFd,
+        segment: u16,
         payload: &impl Fn(&Payload) -> &'m [u8],
     ) -> io::Result<usize> {
-        self.messages.clear();
         self.point_at(payload);
+        match *self.runs {
+            [run] if run.vectors == 1 && !run.needs_control(segment) => self.submit_alone(fd),
+            _ => self.submit_all(fd, segment),
+        }
+    }
+
+    /// One run in one piece: a shorter way into the kernel than that of many.
+    fn submit_alone(&mut self, fd: RawFd) -> io::Result<usize> {
+        let [vector] = *self.vectors else {
+            unreachable!("the caller has looked");
+        };
+        let name = &mut self.names[0];
+        let name_len = write_name(name, &self.frames[self.first].target);
+        // SAFETY: the vector points into `short` or a payload, borrowed until the call returns, and
+        // the name is ours. The kernel only reads them.
+        let sent = unsafe {
+            libc::sendto(
+                fd,
+                vector.iov_base,
+                vector.iov_len,
+                libc::MSG_DONTWAIT,
+                (&raw const *name).cast(),
+                name_len,
+            )
+        };
+        match sent {
+            ..0 => Err(io::Error::last_os_error()),
+            _ => Ok(1),
+        }
+    }
+
+    fn submit_all(&mut self, fd: RawFd, segment: u16) -> io::Result<usize> {
+        self.messages.clear();
         let frames = &mut self.frames[self.first..];
         // One borrow of each array: a second one would end what pointers from the first may reach.
         let vectors = self.vectors.as_mut_ptr();
@@ -241,7 +286,7 @@ impl TransmitBatch {
             header.msg_namelen = name_len;
             header.msg_iov = vectors.wrapping_add(vector);
             header.msg_iovlen = usize::from(run.vectors);
-            if run.frames > 1 {
+            if run.needs_control(segment) {
                 header.msg_controllen = write_segment_control(control, run.segment);
                 header.msg_control = control.0.as_mut_ptr().cast();
             }

@@ -135,11 +135,11 @@ impl EndpointCtx {
         if let Some(device) = self.device.soft() {
             device.count_receive(arrival.bytes.len(), datagrams as u64, arrival.overflow);
         }
-        for datagram in arrival.bytes.chunks(arrival.segment) {
+        for (place, datagram) in arrival.datagrams() {
             let Some(device) = self.device.soft() else {
                 return;
             };
-            let input = device.handle(now, arrival, datagram);
+            let input = device.handle(now, arrival, place, datagram);
             let id = input.queue_pair();
             self.take(now, arrival.source, datagram, input, handler);
             self.take_kept(now, arrival.source, id, handler);
