@@ -463,6 +463,7 @@ mod tests {
         let mut rooms = Rooms::default();
         let mut fill = |byte: u8| {
             let filled = Chunk::fill(&mut rooms, 100, |room| {
+                assert_eq!(room.as_ptr().addr() % 64, 0, "contents begin a cache line");
                 room.fill(byte);
                 Ok::<_, ()>(room.len())
             });

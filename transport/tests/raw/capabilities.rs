@@ -24,17 +24,8 @@ fn what_a_device_can_do_is_asked_and_not_guessed() {
     let list = [a.sge(0, 8)];
     let write = signalled(1, SendOp::AtomicWrite(b.remote(0)), &list);
     agrees(can.atomic_write, a.try_post(write));
-    let flush = Flush {
-        remote: b.remote(0),
-        len: 8,
-        global: true,
-        persistent: false,
-        whole_region: false,
-    };
-    agrees(
-        can.flush,
-        a.try_post(signalled(2, SendOp::Flush(flush), &[])),
-    );
+    let flush = signalled(2, flush(b.remote(0), false, true), &[]);
+    agrees(can.flush, a.try_post(flush));
     let one = a.pd.memory_window(MwType::One).map(drop);
     agrees(can.windows_1, one);
     let (at, len) = (a.pages.address(), a.pages.len as u64);

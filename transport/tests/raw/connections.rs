@@ -138,16 +138,6 @@ fn what_makes_no_sense_or_is_not_granted_is_refused() {
     }
 }
 
-const fn flush(remote: Remote, persistent: bool, global: bool) -> SendOp {
-    SendOp::Flush(Flush {
-        remote,
-        len: 8,
-        global,
-        persistent,
-        whole_region: false,
-    })
-}
-
 #[test]
 fn a_flush_that_makes_no_sense_or_is_not_granted_is_refused() {
     let cases: [(Request, Status); 2] = [
@@ -167,6 +157,7 @@ fn a_flush_for_nothing_is_refused() {
     let nothing: Request = |b| flush(b.remote(0), false, false);
     refused_by_the_peer(nothing, 0, Status::RemoteInvalidRequest);
 }
+
 #[test]
 fn inline_data_is_taken_when_posting() {
     for kind in [QpType::Rc, QpType::Uc] {

@@ -139,7 +139,6 @@ fn memory_is_unmapped_under_traffic() {
     }
 }
 
-
 #[test]
 fn memory_may_come_later_and_is_never_persistent() {
     let context = Context::open(common::address(), &options()).unwrap();

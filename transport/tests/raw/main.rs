@@ -22,44 +22,49 @@ mod softroce_provider {
     pub const FLAGS_OF_ANY_RECEIVE: types::WcFlags = types::WcFlags::NONE;
 }
 
-/// One way to a peer: what every provider does, and what softroce alone does.
+/// What a way to a peer is asked for by.
 macro_rules! way {
-    ($(#[$doc:meta])* $name:ident, $way:ident) => {
-        $(#[$doc])*
-        #[path = "."]
-        mod $name {
-            use crate::softroce_provider as provider;
-            use lowtide_transport::verbs::{DeviceOptions, SameHost};
+    ($way:ident) => {
+        use crate::softroce_provider as provider;
+        use lowtide_transport::verbs::{DeviceOptions, SameHost};
 
-            const SAME_HOST: SameHost = SameHost::$way;
+        const SAME_HOST: SameHost = SameHost::$way;
 
-            fn options() -> DeviceOptions {
-                DeviceOptions {
-                    same_host: SAME_HOST,
-                    ..DeviceOptions::default()
-                }
+        fn options() -> DeviceOptions {
+            DeviceOptions {
+                same_host: SAME_HOST,
+                ..DeviceOptions::default()
             }
-
-            #[path = "softroce.rs"]
-            mod softroce;
-            #[path = "suite.rs"]
-            mod suite;
         }
     };
 }
 
-way!(
-    /// By UDP on loopback addresses.
-    udp,
-    Udp
-);
-way!(
-    /// By rings in shared memory; the target copies.
-    rings,
-    Rings
-);
-way!(
-    /// By rings, and by the initiator in the target's memory.
-    direct,
-    Direct
-);
+/// By UDP on loopback addresses.
+#[path = "."]
+mod udp {
+    way!(Udp);
+    #[path = "softroce.rs"]
+    mod softroce;
+    #[path = "suite.rs"]
+    mod suite;
+}
+
+/// By rings in shared memory; the target copies.
+#[path = "."]
+mod rings {
+    way!(Rings);
+    #[path = "softroce.rs"]
+    mod softroce;
+    #[path = "suite.rs"]
+    mod suite;
+}
+
+/// By rings, and by the initiator in the target's memory.
+#[path = "."]
+mod direct {
+    way!(Direct);
+    #[path = "softroce.rs"]
+    mod softroce;
+    #[path = "suite.rs"]
+    mod suite;
+}

@@ -10,20 +10,19 @@ use lowtide_transport::ibv::{self, choose_gid};
 use lowtide_transport::message::{CloseReason, ConnId, Endpoint, EndpointConfig, Event, SendError};
 
 use crate::common::{self, PATIENCE};
+use crate::provider::device_name;
 
 /// A message that is lent and fetched.
 const LONG: usize = 300_000;
 
 /// An endpoint on one of the devices of `LOWTIDE_DEVICE`.
 fn endpoint(turn: usize) -> Endpoint {
-    let names = std::env::var("LOWTIDE_DEVICE").expect("LOWTIDE_DEVICE names devices");
-    let names: Vec<&str> = names.split(',').collect();
-    let name = names[turn % names.len()];
-    let gids = ibv::Context::open(name).unwrap().gids(1).unwrap();
+    let name = device_name(turn);
+    let gids = ibv::Context::open(&name).unwrap().gids(1).unwrap();
     let gid = choose_gid(&gids, Ipv4Addr::new(192, 0, 2, 1).into()).unwrap();
     let addr = (gid.gid.ip(), 9000 + turn as u16).into();
     Endpoint::bind(EndpointConfig {
-        device: Some(name.to_owned()),
+        device: Some(name),
         ..EndpointConfig::new(addr, turn as u64 + 1, 1)
     })
     .unwrap()

@@ -32,18 +32,11 @@ fn over_a_bad_network_everything_is_done_once() {
             remote: b.remote(0),
             add: 3,
         };
-        let flush = Flush {
-            remote: b.remote(0),
-            len: 8,
-            global: true,
-            persistent: false,
-            whole_region: false,
-        };
         let (word, old, list) = ([a.sge(0, 8)], [a.sge(8, 8)], [a.sge(100, 3000)]);
         let requests = [
             signalled(1, add, &old),
             signalled(2, SendOp::AtomicWrite(b.remote(8)), &word),
-            signalled(3, SendOp::Flush(flush), &[]),
+            signalled(3, flush(b.remote(0), false, true), &[]),
             signalled(4, SendOp::Send, &list),
         ];
         // SAFETY: the pages are only copied.

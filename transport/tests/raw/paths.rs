@@ -1,7 +1,6 @@
 //! What is the same whichever way a peer is reached, and that it is the way asked for.
 
 use std::io::{BufRead, BufReader, Write};
-
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicU64;
 use std::thread;

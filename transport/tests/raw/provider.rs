@@ -26,6 +26,13 @@ pub struct Counters {
     pub rcvd_rnr_err: u64,
 }
 
+/// One of the devices that `LOWTIDE_DEVICE` names, by turns.
+pub fn device_name(turn: usize) -> String {
+    let names = std::env::var("LOWTIDE_DEVICE").expect("LOWTIDE_DEVICE names devices");
+    let names: Vec<&str> = names.split(',').collect();
+    names[turn % names.len()].to_owned()
+}
+
 /// The devices that `LOWTIDE_DEVICE` names, by turns, each opened anew.
 #[derive(Clone)]
 pub struct Context {
@@ -37,11 +44,9 @@ impl Context {
     /// Of the address only the family matters.
     pub fn open(address: SocketAddr, _: &DeviceOptions) -> Result<Context, Error> {
         static TURN: AtomicUsize = AtomicUsize::new(0);
-        let names = std::env::var("LOWTIDE_DEVICE").expect("LOWTIDE_DEVICE names devices");
-        let names: Vec<&str> = names.split(',').collect();
         let turn = TURN.fetch_add(1, Ordering::Relaxed);
         Ok(Context {
-            context: ibv::Context::open(names[turn % names.len()])?,
+            context: ibv::Context::open(&device_name(turn))?,
             is_ipv6: address.is_ipv6(),
         })
     }

@@ -8,8 +8,8 @@ mod paths;
 mod secrets;
 mod unplugged;
 
-use std::sync::atomic::Ordering;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::provider::{BadWr, Context, MemoryRegion, Queues};

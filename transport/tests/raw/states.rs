@@ -222,6 +222,11 @@ fn that_a_queue_has_drained_is_told_to_who_asks() {
     let sqd = to(QpAttr::default(), QpState::Sqd);
     a.qp.modify(&sqd, QpAttrMask::STATE).unwrap();
     assert_eq!(a.context.async_event(), None, "nobody has asked");
+    let rts = to(QpAttr::default(), QpState::Rts);
+    a.qp.modify(&rts, QpAttrMask::STATE).unwrap();
+    let asked = QpAttrMask::STATE | QpAttrMask::SQD_NOTIFY;
+    a.qp.modify(&sqd, asked).unwrap();
+    assert_eq!(a.event(), AsyncEvent::SendQueueDrained(a.qp.qpn()));
 }
 
 #[test]

@@ -321,6 +321,17 @@ pub fn signalled(wr_id: u64, op: SendOp, sg_list: &[Sge]) -> SendWr<'_> {
     }
 }
 
+/// A FLUSH of a word; what for, it says.
+pub const fn flush(remote: Remote, persistent: bool, global: bool) -> SendOp {
+    SendOp::Flush(Flush {
+        remote,
+        len: 8,
+        global,
+        persistent,
+        whole_region: false,
+    })
+}
+
 /// Two connected ends.
 pub fn pair(kind: QpType) -> (End, End) {
     let (a, b) = (end(kind), end(kind));

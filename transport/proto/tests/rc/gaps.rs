@@ -5,21 +5,11 @@ use super::*;
 /// Two ends that keep what arrives early and know it of each other; the client loses the packets with
 /// these PSNs so many times each.
 fn losing(early: Early, losses: &[(u32, u32)]) -> (SimNet, Log) {
-    let mut net = net(Setup {
+    let setup = Setup {
         early,
         ..Setup::default()
-    });
-    let mut losses = losses.to_vec();
-    let log = tap(&mut net, move |from, packet| {
-        let loss = losses
-            .iter_mut()
-            .find(|loss| from == 0 && FIRST_PSN + loss.0 == packet.psn().value() && loss.1 > 0);
-        loss.is_some_and(|loss| {
-            loss.1 -= 1;
-            true
-        })
-    });
-    (net, log)
+    };
+    super::losing(net(setup), 0, losses)
 }
 
 /// Writes 40 packets; how many were sent again, and how many probes.

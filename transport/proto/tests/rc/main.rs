@@ -83,6 +83,21 @@ fn tap(net: &mut SimNet, mut drops: impl FnMut(usize, &Packet<'_>) -> bool + 'st
     log
 }
 
+/// `net`, and all that its ends send; packets of end `of` with these PSNs are lost so many times each.
+fn losing(mut net: SimNet, of: usize, losses: &[(u32, u32)]) -> (SimNet, Log) {
+    let mut losses = losses.to_vec();
+    let log = tap(&mut net, move |from, packet| {
+        let loss = losses
+            .iter_mut()
+            .find(|loss| from == of && FIRST_PSN + loss.0 == packet.psn().value() && loss.1 > 0);
+        loss.is_some_and(|loss| {
+            loss.1 -= 1;
+            true
+        })
+    });
+    (net, log)
+}
+
 fn count(log: &Log, opcode: Opcode) -> usize {
     log.borrow()
         .iter()

@@ -6,18 +6,7 @@ use super::*;
 /// Two ends that know of each other what they do with early packets; answers with these PSNs are lost so
 /// many times each.
 fn losing(setup: Setup, losses: &[(u32, u32)]) -> (SimNet, Log) {
-    let mut net = net(setup);
-    let mut losses = losses.to_vec();
-    let log = tap(&mut net, move |from, packet| {
-        let loss = losses
-            .iter_mut()
-            .find(|loss| from == 1 && FIRST_PSN + loss.0 == packet.psn().value() && loss.1 > 0);
-        loss.is_some_and(|loss| {
-            loss.1 -= 1;
-            true
-        })
-    });
-    (net, log)
+    super::losing(net(setup), 1, losses)
 }
 
 fn reported() -> Setup {
