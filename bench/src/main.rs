@@ -250,7 +250,7 @@ const BENCHMARKS: &[Benchmark] = &[
     },
     Benchmark {
         name: "loss",
-        about: "WRITEs of 10 MiB while 1, 5 and 10 % of all packets are lost, against TCP",
+        about: "WRITEs and READs of 10 MiB while 1, 5 and 10 % of all packets are lost, against TCP",
         run: loss::loss,
     },
     Benchmark {

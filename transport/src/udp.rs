@@ -64,8 +64,8 @@ pub struct SocketOptions {
     pub send_buffer_bytes: usize,
     /// Whether to try UDP_SEGMENT and UDP_GRO at all.
     pub offload: bool,
-    /// Whether to look for marks of congestion (ECN), which costs a tenth of a microsecond per
-    /// receive; by default only where a switch can be on the way, so not on a loopback address.
+    /// Whether to look for marks of congestion (ECN), which costs a control message per receive; by
+    /// default only where a switch can be on the way, so not on a loopback address.
     pub congestion_marks: Option<bool>,
 }
 

@@ -155,8 +155,8 @@ impl QueuePair {
     /// Changes what `mask` names, the state among it.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for alternate paths and for a right that the device does not have, or the library's: EINVAL for a transition that
-    /// there is not or that lacks attributes.
+    /// [`Error::Unsupported`] for alternate paths and for a right that the device does not have, or
+    /// the library's: EINVAL for a transition that there is not or that lacks attributes.
     pub fn modify(&self, attr: &QpAttr, mask: QpAttrMask) -> Result<(), Error> {
         if mask.intersects(QpAttrMask::ALT_PATH | QpAttrMask::PATH_MIG_STATE) {
             return Err(Error::Unsupported("alternate paths"));

@@ -176,8 +176,7 @@ impl MemoryWindow {
 
     /// The key for the next bind of a type 2 window: another low byte.
     pub fn next_rkey(&self) -> Rkey {
-        let Rkey(key) = self.rkey();
-        Rkey(key & !0xFF | key.wrapping_add(1) & 0xFF)
+        self.rkey().next_of_window()
     }
 
     /// Posts the bind of a type 1 window, and gives it a new key (`ibv_bind_mw`). `bind` says where;

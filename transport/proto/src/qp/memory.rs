@@ -14,6 +14,15 @@ pub struct Lkey(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct Rkey(pub u32);
 
+impl Rkey {
+    /// The key for the next bind of the type 2 window that has this one: another low byte, which is the
+    /// owner's to choose.
+    #[must_use]
+    pub const fn next_of_window(self) -> Rkey {
+        Rkey(self.0 & !0xFF | self.0.wrapping_add(1) & 0xFF)
+    }
+}
+
 /// A piece of local memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Sge {

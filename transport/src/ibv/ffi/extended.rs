@@ -23,7 +23,8 @@ struct Table {
     _flows_and_shared: [*mut c_void; 5],
     create_qp_ex: Option<CreateQpEx>,
     _receives_and_xrc: [*mut c_void; 4],
-    _placeholder: u64,
+    /// A word that libibverbs keeps for later.
+    _reserved: u64,
     /// Bytes of the whole table, the context among them.
     sz: usize,
     context: Context,
