@@ -83,6 +83,8 @@ probes! {
     EndBeforeJoinFoundByView,
     /// A client or proxy that was heard was evicted for holding m back while a log was full.
     HolderEvicted,
+    /// A home was recovered twice from one disk, once with a crash on the way.
+    RecoveredTwice,
     IdleEpochsWatched,
     RestWatched,
 }
