@@ -46,7 +46,7 @@ impl Logged {
 }
 
 /// A shard's log.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct LogDisk {
     /// Its records, ascending.
     pub records: VecDeque<Logged>,
@@ -70,7 +70,7 @@ pub struct Checkpoint {
 }
 
 /// Storage of one destination.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Disk {
     /// Newest executed objects (volatile).
     pub objects: BTreeMap<Key, Stored>,
@@ -253,6 +253,15 @@ impl Disk {
         }
         operations.sort_unstable();
         operations
+    }
+
+    /// Out-of-line values by their offsets.
+    #[must_use]
+    pub fn extents(&self) -> BTreeMap<u64, &Bytes> {
+        let values = self.extents.iter();
+        values
+            .map(|(offset, (bytes, _))| (*offset, bytes))
+            .collect()
     }
 
     /// Extents that no object has.

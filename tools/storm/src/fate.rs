@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
-use lowtide_engine_core::destination::{Destination, DestinationConfig, Image, Stage};
+use lowtide_engine_core::destination::{DestinationConfig, Stage};
 use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, ViewId};
 use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
@@ -15,6 +15,8 @@ use crate::app::{App, REGISTERS};
 use crate::net::pair;
 use crate::plan::{Fault, Index};
 use crate::probe::Probe;
+use crate::recovery::{check_restartable, recover};
+use crate::rng::Rng;
 use crate::shards::Shards;
 use crate::world::{Core, Event, World};
 
@@ -114,33 +116,26 @@ impl World {
         let count = self.plan.shards_at(n.boot);
         let before = self.plan.shards_at(n.boot.saturating_sub(1).max(1));
         self.probes.hit_if(Probe::ShardsChanged, count != before);
-        n.disk.set_shards(count);
-        let mut image = match Image::decode(&n.disk.checkpoint.image, count) {
-            Ok(image) => image,
-            Err(e) => {
-                return self
-                    .oracle
-                    .fail(format!("image of {id} does not decode: {e}"));
+        if self.plan.recovers_twice() {
+            let mut rng = Rng::branch(self.plan.seed, (n.boot << 32) + id.0 as u64);
+            match check_restartable(&n.disk, (id, config), count, &mut rng, |_| ()) {
+                Ok(()) => {
+                    let has_lived = n.disk.synced > Step(0);
+                    self.probes.hit_if(Probe::RecoveredTwice, has_lived);
+                }
+                Err(text) => return self.oracle.fail(text),
             }
+        }
+        let (front, shards) = match recover(&mut n.disk, (id, config), count) {
+            Ok(recovered) => recovered,
+            Err(e) => return self.oracle.fail(format!("{id} cannot be recovered: {e}")),
         };
-        for (position, r) in n.disk.records(Step(0), Step(u64::MAX)) {
-            let mut view = n.disk.view(None, r.step);
-            if let Err(e) = image.replay(position, (r.kind, &r.body), &mut view) {
-                return self.oracle.fail(format!("{id} cannot be recovered: {e}"));
-            }
-        }
-        if let Err(e) = image.finish() {
-            return self.oracle.fail(format!("{id} cannot be recovered: {e}"));
-        }
-        let kept: Vec<_> = image.kept().collect();
-        n.disk.adopt_extents(kept.into_iter());
-        let (front, shards) = Destination::new(id, config, image);
         n.reported = front.step();
         n.core = Core::Destination(Box::new(front));
         n.shards = Shards::new(shards);
         let boot = n.boot;
         let disk = &mut self.nodes[node].disk;
-        // I24 too: crashes strike in the middle of restarts and of undo.
+        // Crashes strike in the middle of reconnects and of undo, too (I24).
         self.oracle.compare(id, disk, "after a restart");
         let pause = self.rng.range(10, 300);
         self.at(self.now + pause, Event::Checkpoint { node, boot });

@@ -1,7 +1,7 @@
 //! A deterministic simulator of whole clusters: the real state machines of the engine, with a
 //! simulated network, simulated storage, faults and an all-seeing oracle.
 //!
-//! Reading order: [`plan`] (what a seed stands for), [`world`] (events), `connection`, [`mod@step`], `shards` and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
+//! Reading order: [`plan`] (what a seed stands for), [`world`] (events), `connection`, [`mod@step`], `shards`, `recovery` and [`fate`] (what a node does, what befalls it), [`oracle`] (invariants),
 //! [`runner`] (many seeds, determinism, minimising), [`scenario`] (scripts instead of chance).
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ pub mod net;
 pub mod oracle;
 pub mod plan;
 pub mod probe;
+pub(crate) mod recovery;
 pub mod rng;
 pub mod runner;
 pub mod scenario;

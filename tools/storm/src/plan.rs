@@ -273,6 +273,12 @@ impl Plan {
         self.seed.is_multiple_of(16)
     }
 
+    /// Whether homes are recovered twice at each start (I24); it takes time, so some runs do.
+    #[must_use]
+    pub fn recovers_twice(&self) -> bool {
+        self.seed % 7 == 1
+    }
+
     /// The same plan with every home reached directly.
     #[must_use]
     pub fn direct(mut self) -> Plan {
