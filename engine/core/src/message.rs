@@ -13,6 +13,7 @@
 //! | reads | Read, ReadReply, Scan, ScanReply | source ↔ next tier |
 //! | proxy cluster | Pin, Pinned, Unpin | proxy ↔ proxy |
 //! | eviction | Fence, Fenced, Resolve, Resolved, Complete, Drain, Drained, Gone, GoneAck | root ↔ destinations, proxies, clients |
+//! | epochs | Incredible | any → any |
 //!
 //! No message exists for the minimum alone: m rides on every envelope, lower bounds on pings.
 
@@ -26,7 +27,7 @@ use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Version of the encoding of messages.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 
 /// What a node is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -528,6 +529,11 @@ messages! {
     48 GoneAck {
         /// The life.
         victim: Life,
+    }
+    /// A message of the receiver's was dropped, because its epoch or its m is not credible (T7).
+    50 Incredible {
+        /// The larger of the two.
+        epoch: Epoch,
     }
 }
 
