@@ -49,6 +49,10 @@ pub struct NodeCounters {
     pub pings_sent: u64,
     /// Frames dropped: not whole, not ours, not decodable.
     pub frames_dropped: u64,
+    /// Messages of others dropped here because their epoch is not credible.
+    pub epochs_refused: u64,
+    /// Messages from here that others said they dropped because their epoch is not credible.
+    pub epochs_refused_elsewhere: u64,
     /// Datagrams dropped by the transport as malformed or with a wrong checksum.
     pub datagrams_dropped: u64,
     /// Lives evicted (root).

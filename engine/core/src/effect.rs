@@ -2,7 +2,8 @@
 //!
 //! Invariants: E1 is applied by [`Port::receive`] before a message is processed, E2 by
 //! [`Port::send`] to every message that leaves (I2, and S1 by construction: no message without a
-//! stamp). m only rises, and only by the word of the highest term heard (I9).
+//! stamp). m only rises, and only by the word of the highest term heard (I9). A message whose epoch
+//! is not credible changes nothing; it is counted and answered, so both ends know of it (T7).
 //!
 //! Transport contract assumed of the hands: per peer a connection that delivers in order without
 //! loss or duplication until it breaks; a break loses a suffix in each direction; messages to a
@@ -12,7 +13,7 @@
 use alloc::collections::VecDeque;
 
 use crate::epoch::{Clock, Poisoned};
-use crate::ids::{Epoch, Life, NodeId, Term};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Term};
 use crate::message::{Envelope, Message};
 use crate::op::{Bytes, Stamp};
 use crate::session::{Page, SessionError, Ticket};
@@ -61,6 +62,19 @@ pub enum Effect {
     Evicted,
 }
 
+/// What became of messages whose epoch is not credible (T7).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusals {
+    /// Messages of others that this node dropped.
+    pub here: u64,
+    /// Messages of this node that others say they dropped.
+    pub elsewhere: u64,
+    /// The sender and epoch of the newest that was dropped here.
+    pub newest: Option<(Life, Epoch)>,
+    /// Who said so last of a message of this node, and of which epoch.
+    pub newest_elsewhere: Option<(Life, Epoch)>,
+}
+
 /// A node's mouth and ears: identity, epoch, minimum, and the queue of effects.
 #[derive(Debug)]
 pub struct Port {
@@ -68,6 +82,7 @@ pub struct Port {
     clock: Clock,
     minimum: Epoch,
     term: Term,
+    refusals: Refusals,
     out: VecDeque<Effect>,
 }
 
@@ -80,6 +95,7 @@ impl Port {
             clock: Clock::starting_at(epoch),
             minimum: Epoch(0),
             term: Term(0),
+            refusals: Refusals::default(),
             out: VecDeque::new(),
         }
     }
@@ -114,10 +130,10 @@ impl Port {
         self.term
     }
 
-    /// Messages refused for an incredible epoch.
+    /// Messages dropped for an incredible epoch, here and elsewhere.
     #[must_use]
-    pub fn poisoned(&self) -> u64 {
-        self.clock.refused()
+    pub fn refusals(&self) -> Refusals {
+        self.refusals
     }
 
     /// Enters a life with the floor the root gave.
@@ -148,15 +164,31 @@ impl Port {
     /// E1 and the minimum, before the message is looked at.
     ///
     /// # Errors
-    /// [`Poisoned`]: the message must be dropped.
+    /// [`Poisoned`]: the message must be dropped. Its sender is told.
     pub fn receive(&mut self, envelope: &Envelope) -> Result<(), Poisoned> {
-        self.clock.observe(envelope.epoch)?;
+        match envelope.body {
+            // The floor comes before the bound: a node may have been away for long (T7).
+            Message::Joined { floor, .. } if self.life.incarnation == Incarnation(0) => {
+                self.clock.join(floor);
+            }
+            Message::Incredible { epoch } => {
+                self.refusals.elsewhere += 1;
+                self.refusals.newest_elsewhere = Some((envelope.from, epoch));
+            }
+            _ => {}
+        }
+        if let Err(poisoned) = self.clock.observe(envelope.epoch.max(envelope.minimum)) {
+            let epoch = poisoned.epoch;
+            self.refusals.here += 1;
+            self.refusals.newest = Some((envelope.from, epoch));
+            if !matches!(envelope.body, Message::Incredible { .. }) {
+                self.send(envelope.from.node, Message::Incredible { epoch });
+            }
+            return Err(poisoned);
+        }
         if envelope.term >= self.term {
             self.term = envelope.term;
-            if envelope.minimum > self.minimum {
-                self.clock.observe(envelope.minimum)?;
-                self.minimum = envelope.minimum;
-            }
+            self.minimum = self.minimum.max(envelope.minimum);
         }
         Ok(())
     }
@@ -181,5 +213,99 @@ impl Port {
     /// The next effect, in order.
     pub fn poll(&mut self) -> Option<Effect> {
         self.out.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::epoch::JUMP_MAX;
+    use crate::message::View;
+
+    fn life(node: u32, incarnation: u64) -> Life {
+        Life {
+            node: NodeId(node),
+            incarnation: Incarnation(incarnation),
+        }
+    }
+
+    fn envelope(from: Life, epoch: u64, minimum: u64, body: Message) -> Envelope {
+        Envelope {
+            from,
+            epoch: Epoch(epoch),
+            minimum: Epoch(minimum),
+            term: Term(3),
+            body,
+        }
+    }
+
+    #[test]
+    fn an_incredible_message_changes_nothing_and_both_ends_count_it() {
+        let (liar, honest) = (life(7, 2), life(1, 4));
+        let far = JUMP_MAX + 6;
+        for (epoch, minimum) in [(far, 0), (5, far)] {
+            let mut port = Port::new(honest, Epoch(5));
+            let pong = || Message::Pong { view: None };
+            let refused = port.receive(&envelope(liar, epoch, minimum, pong()));
+            let epoch = Epoch(far);
+            assert_eq!(refused, Err(Poisoned { epoch }));
+            let state = (port.epoch(), port.minimum(), port.term());
+            assert_eq!(state, (Epoch(5), Epoch(0), Term(0)));
+            assert_eq!(port.refusals().here, 1);
+            assert_eq!(port.refusals().newest, Some((liar, epoch)));
+            let Some(Effect::Send {
+                to,
+                envelope: answer,
+            }) = port.poll()
+            else {
+                panic!("the sender is told");
+            };
+            assert_eq!(
+                (to, &answer.body),
+                (liar.node, &Message::Incredible { epoch })
+            );
+
+            let mut other = Port::new(liar, epoch);
+            assert_eq!(other.receive(&answer), Ok(()));
+            assert_eq!(other.refusals().elsewhere, 1);
+            assert_eq!(other.refusals().newest_elsewhere, Some((honest, epoch)));
+            assert_eq!(other.refusals().here, 0);
+            assert_eq!(other.poll(), None);
+        }
+    }
+
+    #[test]
+    fn no_answer_to_an_answer() {
+        let mut port = Port::new(life(1, 1), Epoch(5));
+        let body = Message::Incredible { epoch: Epoch(1) };
+        port.receive(&envelope(life(2, 1), JUMP_MAX + 6, 0, body))
+            .expect_err("not credible");
+        assert_eq!(port.poll(), None);
+        let Refusals {
+            here, elsewhere, ..
+        } = port.refusals();
+        assert_eq!((here, elsewhere), (1, 1));
+    }
+
+    /// T7: "a (re)joining node takes its floor before the bound applies".
+    #[test]
+    fn a_node_that_was_away_for_long_can_join() {
+        let mut port = Port::new(life(5, 0), Epoch(1));
+        let floor = Epoch(3 * JUMP_MAX);
+        let joined = |floor| Message::Joined {
+            nonce: 1,
+            life: life(5, 9),
+            floor,
+            view: View::default(),
+        };
+        let told = envelope(life(1, 1), floor.0 + 20, floor.0, joined(floor));
+        assert_eq!(port.receive(&told), Ok(()));
+        assert_eq!(port.epoch(), Epoch(floor.0 + 20));
+        port.join(life(5, 9), floor);
+        // Once it has a life, nobody lifts the bound.
+        let far = Epoch(floor.0 + 20 + JUMP_MAX + 1);
+        let told = envelope(life(1, 1), far.0, 0, joined(far));
+        port.receive(&told).expect_err("not credible");
+        assert_eq!(port.epoch(), Epoch(floor.0 + 20));
     }
 }

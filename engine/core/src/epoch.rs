@@ -15,15 +15,14 @@
 use crate::ids::Epoch;
 use crate::teeth::{Tooth, bites};
 
-/// Largest credible jump: a message whose epoch lies further ahead is refused and counted, because
-/// one corrupted value would otherwise infect the whole cluster in one round.
+/// Largest credible jump: a message whose epoch lies further ahead is refused, because one corrupted
+/// value would otherwise infect the whole cluster in one round. Counting is [`crate::effect`]'s.
 pub const JUMP_MAX: u64 = 1 << 32;
 
 /// A node's epoch.
 #[derive(Clone, Debug, Default)]
 pub struct Clock {
     epoch: Epoch,
-    refused: u64,
 }
 
 /// The epoch of a message lies beyond [`JUMP_MAX`].
@@ -37,7 +36,7 @@ impl Clock {
     /// A clock that starts at `epoch`.
     #[must_use]
     pub fn starting_at(epoch: Epoch) -> Clock {
-        Clock { epoch, refused: 0 }
+        Clock { epoch }
     }
 
     /// The current epoch: what E2 puts on every message and O1 on every operation.
@@ -52,7 +51,6 @@ impl Clock {
     /// [`Poisoned`] when the jump is not credible; the epoch is then unchanged.
     pub fn observe(&mut self, epoch: Epoch) -> Result<(), Poisoned> {
         if epoch.0 > self.epoch.0.saturating_add(JUMP_MAX) {
-            self.refused += 1;
             return Err(Poisoned { epoch });
         }
         self.epoch = if bites(Tooth::EpochAssigned) {
@@ -72,12 +70,6 @@ impl Clock {
     /// E3.
     pub fn tick(&mut self) {
         self.epoch = self.epoch.next();
-    }
-
-    /// Messages refused by the jump bound.
-    #[must_use]
-    pub fn refused(&self) -> u64 {
-        self.refused
     }
 }
 
@@ -99,7 +91,7 @@ mod tests {
         let mut clock = Clock::default();
         let far = Epoch(JUMP_MAX + 1);
         assert_eq!(clock.observe(far), Err(Poisoned { epoch: far }));
-        assert_eq!((clock.epoch(), clock.refused()), (Epoch(0), 1));
+        assert_eq!(clock.epoch(), Epoch(0));
         clock.join(far);
         assert_eq!(clock.epoch(), far);
     }

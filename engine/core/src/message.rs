@@ -13,6 +13,7 @@
 //! | reads | Read, ReadReply, Scan, ScanReply | source ↔ next tier |
 //! | proxy cluster | Pin, Pinned, Unpin | proxy ↔ proxy |
 //! | eviction | Fence, Fenced, Resolve, Resolved, Complete, Drain, Drained, Gone, GoneAck | root ↔ destinations, proxies, clients |
+//! | epochs | Incredible | any → any |
 //!
 //! No message exists for the minimum alone: m rides on every envelope, lower bounds on pings.
 
@@ -566,6 +567,11 @@ messages! {
     48 GoneAck {
         /// The life.
         victim: Life,
+    }
+    /// A message of the receiver's was dropped, because its epoch or its m is not credible (T7).
+    50 Incredible {
+        /// The larger of the two.
+        epoch: Epoch,
     }
 }
 

@@ -13,7 +13,7 @@ use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::DestinationConfig;
 use lowtide_engine_core::destination::shard::SHARDS_MAX;
-use lowtide_engine_core::effect::Effect;
+use lowtide_engine_core::effect::{Effect, Refusals};
 use lowtide_engine_core::ids::{Life, NodeId, Time};
 use lowtide_engine_core::proxy::{Proxy, ProxyConfig};
 use lowtide_engine_core::room::{Budget, HomeRule};
@@ -36,6 +36,8 @@ use crate::status::{LatencyUs, Status};
 const STATUS_EVERY: Duration = Duration::from_millis(20);
 /// Longest message: a part with the largest value, and the rest of its operation.
 const MESSAGE_MAX: usize = 20 << 20;
+/// Least time between two warnings of messages with an incredible epoch.
+const WARN_EVERY: Duration = Duration::from_secs(1);
 /// Commands taken per round.
 const COMMANDS_MAX: usize = 512;
 
@@ -60,6 +62,8 @@ struct Inner {
     /// Whether something has happened that the status does not show yet.
     is_status_old: bool,
     frames_dropped: u64,
+    /// Refusals that the log has, and when the next may be written.
+    refusals_logged: (Refusals, Instant),
     /// Connections whose state changed while the endpoint was in use.
     joined: bool,
     stop: bool,
@@ -113,6 +117,7 @@ impl Engine {
                 next_status: now,
                 is_status_old: true,
                 frames_dropped: 0,
+                refusals_logged: (Refusals::default(), now),
                 joined: false,
                 stop: false,
                 failure: None,
@@ -354,6 +359,7 @@ impl Inner {
         }
         self.next_status = now + STATUS_EVERY;
         self.drop_replaced_lives(ctx);
+        self.log_refusals(now);
         let mut status = Status {
             id: self.config.id.0,
             role: self.config.role.name().to_owned(),
@@ -366,6 +372,9 @@ impl Inner {
         status.counters.messages_sent = self.links.messages;
         status.counters.message_bytes_sent = self.links.bytes;
         status.counters.frames_dropped = self.frames_dropped;
+        let refusals = self.core.port().refusals();
+        status.counters.epochs_refused = refusals.here;
+        status.counters.epochs_refused_elsewhere = refusals.elsewhere;
         status.counters.datagrams_dropped =
             transport.rx_bad_icrc + transport.rx_odd_identification + transport.rx_malformed;
         let micros = |quantile| self.latency.value_at_quantile(quantile);
@@ -380,6 +389,29 @@ impl Inner {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .status = status;
+    }
+
+    /// Warns of messages that were refused for their epoch, at either end, now and then.
+    fn log_refusals(&mut self, now: Instant) {
+        let port = self.core.port();
+        let refusals = port.refusals();
+        let (logged, due) = self.refusals_logged;
+        if refusals == logged || now < due {
+            // What the log lacks is written when it is due.
+            self.is_status_old |= refusals != logged;
+            return;
+        }
+        self.refusals_logged = (refusals, now + WARN_EVERY);
+        let own = port.epoch();
+        if let Some((from, epoch)) = refusals.newest.filter(|_| refusals.here > logged.here) {
+            let count = refusals.here - logged.here;
+            tracing::warn!(%from, %epoch, %own, count, "message refused: its epoch is not credible");
+        }
+        let newest = refusals.newest_elsewhere;
+        if let Some((by, epoch)) = newest.filter(|_| refusals.elsewhere > logged.elsewhere) {
+            let count = refusals.elsewhere - logged.elsewhere;
+            tracing::warn!(%by, %epoch, %own, count, "own message refused: its epoch is not credible");
+        }
     }
 
     /// Starts over with peers of which the view names a newer life than the connection's.

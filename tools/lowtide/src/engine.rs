@@ -119,6 +119,8 @@ pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
         message_bytes_sent: a.message_bytes_sent + b.message_bytes_sent,
         pings_sent: a.pings_sent + b.pings_sent,
         frames_dropped: a.frames_dropped + b.frames_dropped,
+        epochs_refused: a.epochs_refused + b.epochs_refused,
+        epochs_refused_elsewhere: a.epochs_refused_elsewhere + b.epochs_refused_elsewhere,
         datagrams_dropped: a.datagrams_dropped + b.datagrams_dropped,
         evicted: a.evicted + b.evicted,
         minimum_lag_max_ms: a.minimum_lag_max_ms.max(b.minimum_lag_max_ms),

@@ -86,6 +86,8 @@ fn line(name: &str, report: &NodeReport) -> String {
         (c.replayed, "replayed"),
         (c.completed, "completed"),
         (c.undone, "undone"),
+        (c.epochs_refused, "incredible epochs refused"),
+        (c.epochs_refused_elsewhere, "incredible epochs sent"),
     ] {
         if value > 0 {
             line += &format!(", {value} {what}");
