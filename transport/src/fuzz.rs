@@ -238,7 +238,7 @@ pub fn queue_pair(data: &[u8]) {
         while device.expire(now).is_some() {}
         device.transmit(now);
         let counters = device.counters();
-        let after = counters.tx_datagrams + counters.tx_refused;
+        let after = counters.sent_pkts + counters.send_err;
         assert!(after - sent <= 4 * u64::from(WINDOW), "unbounded output");
         sent = after;
         while let Some(completion) = device.poll_completion(id) {

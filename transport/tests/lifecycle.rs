@@ -20,7 +20,7 @@ fn connecting_before_the_peer_exists_succeeds_once_it_does() {
         Err(SendError::WouldBlock)
     );
     let start = Instant::now();
-    while a.counters().tx_datagrams < 4 {
+    while a.counters().sent_pkts < 4 {
         assert!(start.elapsed() < PATIENCE);
         a.poll(Some(Duration::from_millis(20)), &mut |_, event| {
             panic!("{event:?}")
@@ -193,9 +193,9 @@ fn a_caller_that_dies_in_the_handshake_is_never_heard_of() {
         let mut b = Endpoint::bind(life.clone()).unwrap();
         b.connect(a.local_addr(), b"");
         b.flush();
-        let before = a.counters().tx_datagrams;
+        let before = a.counters().sent_pkts;
         let start = Instant::now();
-        while is_answered == 1 && a.counters().tx_datagrams == before {
+        while is_answered == 1 && a.counters().sent_pkts == before {
             assert!(start.elapsed() < PATIENCE);
             a.poll(Some(Duration::from_millis(1)), &mut |_, event| {
                 panic!("{event:?}")

@@ -19,7 +19,8 @@ use crate::config::{Cluster, NodeFile, Provider};
 pub const CAPTURE_VARIABLE: &str = "LOWTIDE_CAPTURE";
 
 /// The capture file of a device on `addr` of this process, where one is asked for.
-fn capture_file(addr: SocketAddr) -> Option<PathBuf> {
+#[must_use]
+pub fn capture_file(addr: SocketAddr) -> Option<PathBuf> {
     let dir = std::env::var_os(CAPTURE_VARIABLE).filter(|dir| !dir.is_empty())?;
     Some(Path::new(&dir).join(format!("{addr}.{}.pcap", std::process::id())))
 }

@@ -7,23 +7,30 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use lowtide_transport::cm::EventChannel;
 use lowtide_transport::raw::types::*;
 use lowtide_transport::raw::{self, AddressHandle, CompletionQueue, QueuePair, Queues};
 use lowtide_transport::verbs::{
     Access, Buffer, Counters, Device, DeviceOptions, MemoryRegion, ProtectionDomain,
 };
 
-const ROCE_PORT: u16 = 4791;
 /// Completions taken from the queue at once.
 const POLLED_MAX: usize = 16;
 /// How long a completion is polled for before the thread sleeps.
 const BUSY: Duration = Duration::from_millis(1);
-const QKEY: u32 = 0x1111_1111;
+/// How long a queue pair in ERR may take for all that it has.
+const FLUSHED_WITHIN: Duration = Duration::from_secs(1);
+/// The identity of the last request of a queue pair; that of all others is 0.
+const LAST: u64 = u64::MAX;
 const RIGHTS: AccessFlags = AccessFlags::LOCAL_WRITE
     .with(AccessFlags::REMOTE_WRITE)
     .with(AccessFlags::REMOTE_READ)
     .with(AccessFlags::REMOTE_ATOMIC);
 
+/// The UDP port of a device.
+pub const ROCE_PORT: u16 = 4791;
+/// What the datagrams of programs carry that agree on everything out of band.
+pub const QKEY: u32 = 0x1111_1111;
 /// Bytes of IP header in front of a datagram that was received.
 pub const GRH: u32 = 40;
 
@@ -59,6 +66,8 @@ pub struct Terms {
     pub retry: u8,
     /// READs and atomics that the peer serves at once.
     pub reads: u8,
+    /// What datagrams carry, both ways.
+    pub qkey: u32,
 }
 
 impl End {
@@ -86,6 +95,14 @@ impl End {
     /// What the device has seen.
     pub fn counters(&self) -> Counters {
         self.device.counters()
+    }
+
+    /// Where events of rdma_cm's handshakes arrive.
+    ///
+    /// # Errors
+    /// When the process has no file descriptors left.
+    pub fn channel(&self) -> io::Result<EventChannel> {
+        EventChannel::new(&self.device)
     }
 
     /// The protection domain of its memory and queue pairs.
@@ -163,7 +180,7 @@ pub struct Link<'a> {
     kind: QpType,
     here: Place,
     /// Of datagrams, when it is connected.
-    to: Option<(AddressHandle, Qpn)>,
+    to: Option<(AddressHandle, Qpn, u32)>,
     /// Polled and not yet taken, the first one last.
     done: Vec<WorkCompletion>,
 }
@@ -172,6 +189,11 @@ impl Link<'_> {
     /// What its peer must know.
     pub fn here(&self) -> &Place {
         &self.here
+    }
+
+    /// Of which type it is.
+    pub fn kind(&self) -> QpType {
+        self.kind
     }
 
     /// Bytes in front of what is received.
@@ -184,14 +206,9 @@ impl Link<'_> {
     /// # Errors
     /// As the device says.
     pub fn connect(&mut self, there: &Place, terms: &Terms) -> Result<(), Error> {
-        let address = AhAttr {
-            dgid: there.gid,
-            hop_limit: 64,
-            port: 1,
-            ..AhAttr::default()
-        };
+        let address = address_of(there.gid);
         let attr = QpAttr {
-            qkey: QKEY,
+            qkey: terms.qkey,
             access: RIGHTS,
             address,
             path_mtu: terms.mtu,
@@ -214,8 +231,18 @@ impl Link<'_> {
             self.qp.modify(&QpAttr { state, ..attr }, mask)?;
         }
         if self.kind == QpType::Ud {
-            self.to = Some((self.end.pd().address_handle(&address)?, there.qpn));
+            self.aim(there.gid, there.qpn, terms.qkey)?;
         }
+        Ok(())
+    }
+
+    /// Sends datagrams there from now on.
+    ///
+    /// # Errors
+    /// As the device says.
+    pub fn aim(&mut self, gid: Gid, qpn: Qpn, qkey: u32) -> Result<(), Error> {
+        let handle = self.end.pd().address_handle(&address_of(gid))?;
+        self.to = Some((handle, qpn, qkey));
         Ok(())
     }
 
@@ -224,10 +251,10 @@ impl Link<'_> {
     /// # Errors
     /// As the device says.
     pub fn post_send(&self, op: SendOp, at: u64, len: u32) -> Result<(), Error> {
-        let to = self.to.as_ref().map(|(handle, qpn)| Destination {
+        let to = self.to.as_ref().map(|(handle, qpn, qkey)| Destination {
             ah: handle.id(),
             qpn: *qpn,
-            qkey: QKEY,
+            qkey: *qkey,
         });
         let sge = self.end.sge(at, len);
         let wr = SendWr {
@@ -255,21 +282,78 @@ impl Link<'_> {
         unsafe { self.qp.post_recv(&[wr]) }.map_err(|bad| bad.error)
     }
 
+    /// Goes to ERR, where whatever is under way must end as flushed: also a receive that is posted last
+    /// of all, behind which nothing is left.
+    ///
+    /// # Errors
+    /// What it says instead.
+    pub fn break_off(&mut self) -> io::Result<()> {
+        let odd = |what: String| io::Error::other(what);
+        let attr = QpAttr {
+            state: QpState::Err,
+            ..QpAttr::default()
+        };
+        let refused = |error: Error| odd(format!("going to ERR: {error}"));
+        self.qp.modify(&attr, QpAttrMask::STATE).map_err(refused)?;
+        let last = RecvWr {
+            wr_id: LAST,
+            sg_list: &[],
+        };
+        // SAFETY: it names no memory.
+        unsafe { self.qp.post_recv(&[last]) }.map_err(|bad| refused(bad.error))?;
+        loop {
+            let work = self.wait(FLUSHED_WITHIN).map_err(refused)?;
+            let work = work.ok_or_else(|| odd("nothing more was flushed".into()))?;
+            match (work.wr_id, work.status) {
+                (LAST, Status::Flushed) => return Ok(()),
+                // What had come to its end before.
+                (0, _) => {}
+                (id, status) => return Err(odd(format!("request {id} ended with {status:?}"))),
+            }
+        }
+    }
+
     /// The next completion, if it comes within `patience`.
     ///
     /// # Errors
     /// The queue has overrun.
     pub fn wait(&mut self, patience: Duration) -> Result<Option<WorkCompletion>, Error> {
+        self.next_within(BUSY, patience)
+    }
+
+    /// The same without sleeping.
+    ///
+    /// # Errors
+    /// The queue has overrun.
+    pub fn poll(&mut self, patience: Duration) -> Result<Option<WorkCompletion>, Error> {
+        self.next_within(patience, Duration::ZERO)
+    }
+
+    /// The next completion, after so much polling, then asleep until `patience` ends.
+    fn next_within(
+        &mut self,
+        busy: Duration,
+        patience: Duration,
+    ) -> Result<Option<WorkCompletion>, Error> {
         if let Some(work) = self.done.pop() {
             return Ok(Some(work));
         }
         let start = Instant::now();
         while self.queue.poll(POLLED_MAX, &mut self.done)? == 0 {
-            if start.elapsed() > BUSY && !self.queue.wait(start + patience) {
+            if start.elapsed() > busy && !self.queue.wait(start + patience) {
                 return Ok(None);
             }
         }
         self.done.reverse();
         Ok(self.done.pop())
+    }
+}
+
+fn address_of(gid: Gid) -> AhAttr {
+    AhAttr {
+        dgid: gid,
+        hop_limit: 64,
+        port: 1,
+        ..AhAttr::default()
     }
 }

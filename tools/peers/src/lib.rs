@@ -4,8 +4,8 @@
 //! - [`end`]: what it stands on, a device with memory, and queue pairs whose places are told out of
 //!   band.
 //!
-//! The binaries are what ci/guest runs against the kernel's rxe: `rping` (librdmacm's),
-//! `rc_pingpong` (libibverbs'), and `matrix`, the counterpart of ci/guest/peer.c.
+//! The binaries are what ci/guest runs against the kernel's rxe: `rping` and `udaddy` (librdmacm's),
+//! `pingpong` (libibverbs'), and `matrix`, the counterpart of ci/guest/peer.c.
 
 pub mod end;
 pub mod perftest;

@@ -13,6 +13,7 @@ mod exchange;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use lowtide_transport::raw::types::{
@@ -21,7 +22,7 @@ use lowtide_transport::raw::types::{
 use lowtide_transport::verbs::DeviceOptions;
 
 use self::exchange::Exchange;
-use crate::end::{End, Link, Place, Terms};
+use crate::end::{End, Link, Place, QKEY, Terms};
 
 /// Where perftest listens unless told otherwise.
 pub const TCP_PORT: u16 = 18515;
@@ -97,6 +98,8 @@ pub struct Options {
     pub kind: QpType,
     /// Our address, of the link to measure.
     pub own: IpAddr,
+    /// A file to be written with every packet.
+    pub capture: Option<PathBuf>,
     /// Where the other end waits for us, host or address; if it does not, we wait for it.
     pub server: Option<String>,
     /// TCP port of the exchange; 0 to wait on any that is free.
@@ -200,7 +203,11 @@ pub fn run(options: &Options, listening: impl FnOnce(u16)) -> Result<Report, Pee
         )));
     }
     let room = 2 * bytes.max(PAGE) as usize + PAGE as usize;
-    let end = End::open(options.own, room, &DeviceOptions::default())
+    let device = DeviceOptions {
+        capture: options.capture.clone(),
+        ..DeviceOptions::default()
+    };
+    let end = End::open(options.own, room, &device)
         .map_err(|error| PeerError::Device(options.own, error))?;
     if kind == QpType::Ud && bytes > end.mtu().bytes() {
         return Err(PeerError::Options(format!(
@@ -226,6 +233,7 @@ pub fn run(options: &Options, listening: impl FnOnce(u16)) -> Result<Report, Pee
         timeout: 14,
         retry: 7,
         reads,
+        qkey: QKEY,
     };
     run.link.connect(&run.there, &terms)?;
     if test == Test::SendLat || (test == Test::SendBw && !exchange.is_client()) {
@@ -296,7 +304,9 @@ impl Run<'_> {
 
     fn next(&mut self) -> Result<WorkCompletion, PeerError> {
         let (done, count) = (self.done, self.count);
-        let work = self.link.wait(PATIENCE)?;
+        // perftest does not sleep either. And of two that do, each wakes the other later than it would
+        // have polled, so that both go on sleeping.
+        let work = self.link.poll(PATIENCE)?;
         let work = work.ok_or(PeerError::Silence(done, count))?;
         match work.status {
             Status::Success => Ok(work),

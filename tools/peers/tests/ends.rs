@@ -19,6 +19,7 @@ fn options(test: Test, kind: QpType, own: Ipv4Addr, bytes: u32) -> Options {
         test,
         kind,
         own: own.into(),
+        capture: None,
         server: None,
         port: 0,
         iterations: 300,

@@ -337,12 +337,14 @@ struct lowtide_port_attr {
 
 // What a device has seen since it was opened; the names of anomalies are those of Linux rxe.
 struct lowtide_counters {
-    uint64_t tx_datagrams;
+    uint64_t sent_pkts;
     uint64_t tx_bytes;
     uint64_t rx_datagrams;
+    // Those of them that were packets with a right ICRC.
+    uint64_t rcvd_pkts;
     uint64_t rx_bytes;
     // Datagrams that the kernel refused to send.
-    uint64_t tx_refused;
+    uint64_t send_err;
     // Datagrams that the socket's buffer had no room for.
     uint64_t rx_overflow;
     uint64_t rx_malformed;
@@ -355,6 +357,11 @@ struct lowtide_counters {
     uint64_t rcvd_seq_err;
     uint64_t rcvd_rnr_err;
     uint64_t send_rnr_err;
+    uint64_t retry_exceeded_err;
+    uint64_t retry_rnr_exceeded_err;
+    uint64_t completer_retry_err;
+    uint64_t rdma_sends;
+    uint64_t rdma_recvs;
     uint64_t ack_timeout;
     uint64_t retransmitted_pkts;
     // Packets that a queue pair had no use for.

@@ -251,12 +251,14 @@ pub struct lowtide_port_attr {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct lowtide_counters {
-    pub tx_datagrams: u64,
+    pub sent_pkts: u64,
     pub tx_bytes: u64,
     pub rx_datagrams: u64,
+    /// Those of them that were packets with a right ICRC.
+    pub rcvd_pkts: u64,
     pub rx_bytes: u64,
     /// Datagrams that the kernel refused to send.
-    pub tx_refused: u64,
+    pub send_err: u64,
     /// Datagrams that the socket's buffer had no room for.
     pub rx_overflow: u64,
     pub rx_malformed: u64,
@@ -269,6 +271,11 @@ pub struct lowtide_counters {
     pub rcvd_seq_err: u64,
     pub rcvd_rnr_err: u64,
     pub send_rnr_err: u64,
+    pub retry_exceeded_err: u64,
+    pub retry_rnr_exceeded_err: u64,
+    pub completer_retry_err: u64,
+    pub rdma_sends: u64,
+    pub rdma_recvs: u64,
     pub ack_timeout: u64,
     pub retransmitted_pkts: u64,
     /// Packets that a queue pair had no use for.

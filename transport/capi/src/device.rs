@@ -191,11 +191,12 @@ pub unsafe extern "C" fn lowtide_query_counters(
         let (context, out) = unsafe { (get(context, "context")?, get_mut(counters, "counters")?) };
         let seen = context.raw.counters();
         *out = lowtide_counters {
-            tx_datagrams: seen.tx_datagrams,
+            sent_pkts: seen.sent_pkts,
             tx_bytes: seen.tx_bytes,
             rx_datagrams: seen.rx_datagrams,
+            rcvd_pkts: seen.rcvd_pkts,
             rx_bytes: seen.rx_bytes,
-            tx_refused: seen.tx_refused,
+            send_err: seen.send_err,
             rx_overflow: seen.rx_overflow,
             rx_malformed: seen.rx_malformed,
             rx_bad_icrc: seen.rx_bad_icrc,
@@ -206,6 +207,11 @@ pub unsafe extern "C" fn lowtide_query_counters(
             rcvd_seq_err: seen.rcvd_seq_err,
             rcvd_rnr_err: seen.rcvd_rnr_err,
             send_rnr_err: seen.send_rnr_err,
+            retry_exceeded_err: seen.retry_exceeded_err,
+            retry_rnr_exceeded_err: seen.retry_rnr_exceeded_err,
+            completer_retry_err: seen.completer_retry_err,
+            rdma_sends: seen.rdma_sends,
+            rdma_recvs: seen.rdma_recvs,
             ack_timeout: seen.ack_timeout,
             retransmitted_pkts: seen.retransmitted_pkts,
             dropped_pkts: seen.dropped_pkts,

@@ -2,21 +2,26 @@
 
 use lowtide_transport_proto::qp;
 
-/// What the device has seen; the names of anomalies are those of Linux rxe where it has them.
+/// What the device has seen. What Linux rxe counts too has rxe's name (`hw_counters` of a port in sysfs),
+/// and counts the same: `ci/guest/run counters` compares the names, and says why some are missing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names are the documentation of a counter")]
 #[non_exhaustive]
 pub struct Counters {
-    pub tx_datagrams: u64,
+    /// Datagrams sent.
+    pub sent_pkts: u64,
     pub tx_bytes: u64,
+    /// Datagrams received, whatever they were.
     pub rx_datagrams: u64,
+    /// Those of them that were packets with a right ICRC.
+    pub rcvd_pkts: u64,
     pub rx_bytes: u64,
     /// Sends that carried several datagrams.
     pub gso_sends: u64,
     /// Receives that carried several datagrams.
     pub gro_receives: u64,
     /// Datagrams the kernel refused to send.
-    pub tx_refused: u64,
+    pub send_err: u64,
     /// Datagrams our own socket dropped for want of buffer.
     pub rx_overflow: u64,
     pub rx_malformed: u64,
@@ -33,6 +38,14 @@ pub struct Counters {
     pub rcvd_seq_err: u64,
     pub rcvd_rnr_err: u64,
     pub send_rnr_err: u64,
+    /// Requests that failed because the peer was silent, or had no receive, for all retries.
+    pub retry_exceeded_err: u64,
+    pub retry_rnr_exceeded_err: u64,
+    /// Returns to the oldest packet that is not acknowledged, RNR NAKs excepted.
+    pub completer_retry_err: u64,
+    /// SENDs finished, and receives.
+    pub rdma_sends: u64,
+    pub rdma_recvs: u64,
     pub ack_timeout: u64,
     pub probes: u64,
     pub retransmitted_pkts: u64,
@@ -80,6 +93,11 @@ pub(super) fn add_counters(sum: &mut Counters, qp: &qp::Counters) {
     sum.rcvd_seq_err += qp.rcvd_seq_err;
     sum.rcvd_rnr_err += qp.rcvd_rnr_err;
     sum.send_rnr_err += qp.send_rnr_err;
+    sum.retry_exceeded_err += qp.retry_exceeded_err;
+    sum.retry_rnr_exceeded_err += qp.retry_rnr_exceeded_err;
+    sum.completer_retry_err += qp.completer_retry_err;
+    sum.rdma_sends += qp.rdma_sends;
+    sum.rdma_recvs += qp.rdma_recvs;
     sum.ack_timeout += qp.ack_timeout;
     sum.probes += qp.probes;
     sum.retransmitted_pkts += qp.retransmitted_pkts;

@@ -140,6 +140,7 @@ impl Device {
             self.counters.rx_odd_identification += 1;
             return Input::Dropped;
         }
+        self.counters.rcvd_pkts += 1;
         if packet.dest() == Qpn::GSI {
             return match packet.extension() {
                 Extension::Deth(deth) if deth.qkey == GSI_QKEY => {

@@ -312,10 +312,10 @@ impl Device {
                 }
             },
         );
-        counters.tx_datagrams += report.datagrams;
+        counters.sent_pkts += report.datagrams;
         counters.tx_bytes += report.bytes;
         counters.gso_sends += report.gso_sends;
-        counters.tx_refused += report.refused;
+        counters.send_err += report.refused;
         *scratch_used = 0;
     }
 }

@@ -21,3 +21,4 @@ fn options() -> provider::DeviceOptions {
 
 #[path = "suite.rs"]
 mod suite;
+mod taken_away;

@@ -2,11 +2,13 @@
 
 use std::io::Write;
 
+use lowtide_peers::end::ROCE_PORT;
 use lowtide_peers::perftest::{Options, PeerError, Test, run};
 use lowtide_transport::raw::types::QpType;
 
 use super::Failure;
 use crate::cli::{PerftestConnection, PerftestPeerArgs, PerftestProgram};
+use crate::engine::capture_file;
 
 pub(super) fn peer(args: &PerftestPeerArgs) -> Result<(), Failure> {
     let test = match args.program {
@@ -24,6 +26,7 @@ pub(super) fn peer(args: &PerftestPeerArgs) -> Result<(), Failure> {
             PerftestConnection::Ud => QpType::Ud,
         },
         own: args.address,
+        capture: capture_file((args.address, ROCE_PORT).into()),
         server: args.server.clone(),
         port: args.port,
         iterations: args.iterations.unwrap_or(test.iterations()),

@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use lowtide_peers::end::{End, Link, Place, Terms};
+use lowtide_peers::end::{End, Link, Place, QKEY, Terms};
 use lowtide_transport::raw::types::{
     CompletionKind, Gid, Psn, QpType, Qpn, Remote, Rkey, SendOp, Status,
 };
@@ -169,6 +169,7 @@ fn main() -> Outcome<()> {
         timeout: 14,
         retry: 7,
         reads: 1,
+        qkey: QKEY,
     };
     meet(&mut link, server.as_deref(), &terms, (half, bytes))?;
     let mut game = Game {

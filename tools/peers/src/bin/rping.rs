@@ -1,9 +1,10 @@
 //! The other end of librdmacm's `rping`: connections by rdma_cm's handshake, then for each ping a
 //! SEND that advertises memory, a READ of it, another advertisement, and a WRITE back.
 //!
-//! `rping OWN-ADDRESS [SERVER] [PINGS] [BYTES]`
+//! `rping OWN-ADDRESS [SERVER] [PINGS] [BYTES] [DELAY]`
 //!
-//! Without SERVER ("-" stands for none) it serves one client: `rping -c -V -C 10 -a OWN-ADDRESS`.
+//! Without SERVER ("-" stands for none) it serves one client: `rping -c -V -C 10 -a OWN-ADDRESS`. It thinks
+//! about the request for DELAY seconds before it accepts.
 //! With one, it is the client of `rping -s -V`, which checks what it gets.
 
 use std::error::Error;
@@ -142,6 +143,7 @@ fn main() -> Outcome<()> {
     let server = args.next().filter(|server| server != "-");
     let mut number = |or| args.next().map_or(Ok(or), |n| n.parse::<u32>());
     let (pings, bytes) = (number(10)?, number(64)?.max(1));
+    let delay = Duration::from_secs(number(0)?.into());
     let device = Device::open((own, 4791).into(), &DeviceOptions::default())?;
     let (channel, end) = (EventChannel::new(&device)?, End::new(&device, bytes)?);
     let (service, options) = (ServiceId::tcp(7174), ConnectOptions::default());
@@ -156,7 +158,10 @@ fn main() -> Outcome<()> {
             let _listener = channel.listen(service)?;
             eprintln!("waiting for rping on port 7174");
             match next()? {
-                Event::Request(request) => request.accept(end.queue_pair()?, &options)?,
+                Event::Request(request) => {
+                    std::thread::sleep(delay);
+                    request.accept(end.queue_pair()?, &options)?
+                }
                 other => return Err(format!("{other:?}").into()),
             }
         }

@@ -68,6 +68,8 @@ impl Reports {
     }
 
     pub fn complete(&mut self, completion: Completion) {
+        let is_received = completion.kind.is_recv() && completion.status == Status::Success;
+        self.counters.rdma_recvs += u64::from(is_received);
         *(if completion.kind.is_recv() {
             &mut self.recvs
         } else {

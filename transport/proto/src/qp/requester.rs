@@ -40,7 +40,7 @@ use super::lists::Lists;
 use super::memory::Memory;
 use super::timers::{RoundTrip, Timer, TimerTable};
 use super::types::{Allow, DropReason, Outcome, QpKind, RtsAttr, Transmit};
-use super::work::{PostError, SendOp, SendWr, Status};
+use super::work::{CompletionKind, PostError, SendOp, SendWr, Status};
 use super::{Link, Reports};
 use crate::time::Nanos;
 use crate::wire::{Extension, Kind, NakCode, Packet, Psn, Syndrome};
@@ -418,7 +418,7 @@ impl Requester {
             let syndrome = packet.aeth().map(|aeth| aeth.syndrome);
             let is_ack = matches!(syndrome, Some(Syndrome::Ack { .. }));
             if !self.miss(seq + u64::from(is_ack), link) {
-                self.go_back_once(timers);
+                self.go_back_once(out, timers);
             }
         }
         self.time_early(now, seq);
@@ -450,7 +450,7 @@ impl Requester {
                     && self.board().is_none()
                 {
                     // The responder had nothing beyond the probe: the rest was lost.
-                    self.go_back_once(timers);
+                    self.go_back_once(out, timers);
                 }
                 return Ok(Outcome::Accepted);
             }
@@ -460,6 +460,7 @@ impl Requester {
                 out.counters.rcvd_rnr_err += 1;
                 if self.una == seq && !timers.is_set(Timer::RnrWait) {
                     if self.rnr_left == 0 {
+                        out.counters.retry_rnr_exceeded_err += 1;
                         return Err(Failure::of_packet(seq, Status::RnrRetryExceeded));
                     }
                     if self.attr.rnr_retry != RETRY_FOREVER {
@@ -509,6 +510,7 @@ impl Requester {
         };
         self.lists.drop_front(&wqe.local);
         self.cursor = self.cursor.saturating_sub(1);
+        out.counters.rdma_sends += u64::from(wqe.kind() == CompletionKind::Send);
         if wqe.signalled {
             out.complete(wqe.completion(Status::Success, link));
         }

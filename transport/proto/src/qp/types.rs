@@ -307,6 +307,16 @@ pub struct Counters {
     pub rcvd_rnr_err: u64,
     /// RNR NAKs sent.
     pub send_rnr_err: u64,
+    /// Requests that failed because the peer was silent for all retries.
+    pub retry_exceeded_err: u64,
+    /// Requests that failed because the peer had no receive for all retries.
+    pub retry_rnr_exceeded_err: u64,
+    /// Returns to the oldest packet that is not acknowledged, RNR NAKs excepted.
+    pub completer_retry_err: u64,
+    /// SENDs finished.
+    pub rdma_sends: u64,
+    /// Receives finished, those for immediate data of a WRITE among them.
+    pub rdma_recvs: u64,
     /// NAKs sent, RNR excepted.
     pub send_nak: u64,
     /// Local ACK timeouts.

@@ -298,6 +298,7 @@ impl UdQueuePair {
         header.solicited = wr.solicited;
         self.psn = self.psn.plus(1);
         self.out.counters.sent_pkts += 1;
+        self.out.counters.rdma_sends += 1;
         self.last = Some(wr);
         if wr.signalled {
             self.out.complete(send_completion(&wr, Status::Success));
@@ -316,6 +317,7 @@ impl UdQueuePair {
             self.out.sends -= 1;
         }
         self.out.counters.sent_pkts -= 1;
+        self.out.counters.rdma_sends -= 1;
         self.out
             .complete(send_completion(&wr, Status::LocalProtection));
         self.state = QpState::Sqe;

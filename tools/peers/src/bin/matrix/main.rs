@@ -14,12 +14,14 @@
 //! up  <->  up
 //! for each size and round:
 //!     go [KEY]   the target is ready (KEY: to be invalidated)
+//!     refused    rnr, when we ask: our request has found no receive, which may be posted now
 //!     done       the initiator has its completion and what it read is right
 //!     ok         what the target got is right
 //! end <-> end
 //! ```
-//! A side that finds something wrong says "fail WORDS" at any time. CAPTURE is how the names of two
-//! pcap files begin. Prints "ok CELL" or "FAIL CELL: WHY" for each cell.
+//! A side that finds something wrong says "fail WORDS" at any time. Then our queue pair goes to ERR, where
+//! whatever it still has must end as flushed: "ours flushed". CAPTURE is how the names of two pcap files
+//! begin. Prints "ok CELL" or "FAIL CELL: WHY" for each cell.
 
 mod round;
 

@@ -3,20 +3,37 @@
 use std::net::Ipv6Addr;
 use std::time::{Duration, Instant};
 
-use lowtide_peers::end::{End, Link, Place, Terms};
+use lowtide_peers::end::{End, Link, Place, QKEY, Terms};
 use lowtide_transport::raw::MemoryWindow;
 use lowtide_transport::raw::types::*;
+use lowtide_transport::verbs::Counters;
 use lowtide_transport_proto::qp::Access;
 
 use super::{Cell, Control, LIMIT, Outcome, PATIENCE};
 
 /// How long the other end's failure may go unnoticed.
 const LOOK: Duration = Duration::from_millis(50);
+/// How long what is sent and not acknowledged may be under way.
+const LATE: Duration = Duration::from_secs(1);
 
 pub(super) fn run(end: &End, control: &mut Control, cell: &Cell<'_>) -> Outcome<()> {
     // Of its own, lest a completion of a failed cell is taken for one of this.
     let mut link = end.link(cell.kind, 8)?;
     let there = connect(control, cell, &mut link)?;
+    let result = rounds(end, control, cell, &mut link, &there);
+    result.map_err(|why| match link.break_off() {
+        Ok(()) => format!("{why}; ours flushed").into(),
+        Err(odd) => format!("{why}; ours did not end: {odd}").into(),
+    })
+}
+
+fn rounds<'end>(
+    end: &'end End,
+    control: &mut Control,
+    cell: &Cell<'_>,
+    link: &mut Link<'end>,
+    there: &Place,
+) -> Outcome<()> {
     let is_window = cell.operation == "send-inv" && !cell.is_initiator;
     let mut window = match is_window {
         true => Some(end.pd().memory_window(MwType::Two)?),
@@ -27,7 +44,7 @@ pub(super) fn run(end: &End, control: &mut Control, cell: &Cell<'_>) -> Outcome<
         for _ in 0..cell.rounds {
             let mut ask = Ask {
                 end,
-                link: &mut link,
+                link: &mut *link,
                 remote: there.remote,
                 window: window.as_mut(),
                 operation: cell.operation,
@@ -75,6 +92,7 @@ fn connect(control: &mut Control, cell: &Cell<'_>, link: &mut Link<'_>) -> Outco
         timeout: cell.timeout,
         retry: cell.retry,
         reads: 8,
+        qkey: QKEY,
     };
     link.connect(&there, &terms)?;
     control.say("up")?;
@@ -142,13 +160,21 @@ impl Ask<'_, '_> {
         Err(format!("completion {:?}, {:?}", done.kind, done.status).into())
     }
 
-    /// Waits until a request has found no receive. A counter cannot be slept on, so it is looked at
-    /// whenever nothing has completed for a while.
-    fn wait_for_refusal(&mut self, before: u64) -> Outcome<()> {
+    /// Waits until a request has found no receive, by a counter that was `before`. A counter cannot be
+    /// slept on, so it is looked at whenever nothing has completed for a while.
+    fn wait_for_refusal(
+        &mut self,
+        control: &mut Control,
+        counter: fn(&Counters) -> u64,
+        before: u64,
+    ) -> Outcome<()> {
         let start = Instant::now();
-        while self.end.counters().send_rnr_err == before {
+        while counter(&self.end.counters()) == before {
+            if control.has_failed() {
+                return Err(control.expect("").unwrap_or_default().into());
+            }
             if start.elapsed() > PATIENCE {
-                return Err("no request came that finds no receive".into());
+                return Err("no request has found no receive".into());
             }
             if let Some(done) = self.link.wait(Duration::from_millis(1))? {
                 return Err(format!("completion {:?}, {:?}", done.kind, done.status).into());
@@ -194,7 +220,13 @@ impl Ask<'_, '_> {
             "add" => (SendOp::FetchAdd { remote, add: 5 }, Kind::FetchAdd),
             other => return Err(format!("no such operation: {other}").into()),
         };
+        let received = |counters: &Counters| counters.rcvd_rnr_err;
+        let before = received(&self.end.counters());
         self.link.post_send(op, 0, self.size)?;
+        if self.operation == "rnr" {
+            self.wait_for_refusal(control, received, before)?;
+            control.say("refused")?;
+        }
         self.next(control, kind)?;
         if self.operation == "read" {
             self.check(0)?;
@@ -236,9 +268,10 @@ impl Ask<'_, '_> {
         }
         let key = self.bind(control)?;
         if self.operation == "rnr" {
-            let refused = self.end.counters().send_rnr_err;
+            let sent = |counters: &Counters| counters.send_rnr_err;
+            let before = sent(&self.end.counters());
             control.say("go")?;
-            self.wait_for_refusal(refused)?;
+            self.wait_for_refusal(control, sent, before)?;
         }
         let takes = match self.operation {
             "send" | "send-imm" | "send-inv" | "rnr" => Some((CompletionKind::Recv, self.size)),
@@ -264,6 +297,13 @@ impl Ask<'_, '_> {
         control.expect("done")?;
         if self.is_atomic() {
             self.check_word(word + if self.operation == "swap" { 3 } else { 5 })?;
+        } else if self.operation == "write" && self.link.kind() == QpType::Uc {
+            // Nothing tells of it, and it may come after the word that it was sent.
+            let start = Instant::now();
+            while self.check(head).is_err() && start.elapsed() < LATE {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            self.check(head)?;
         } else if self.operation != "read" {
             self.check(head)?;
         }

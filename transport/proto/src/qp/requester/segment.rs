@@ -66,7 +66,7 @@ impl Wqe {
         }
     }
 
-    const fn kind(&self) -> CompletionKind {
+    pub const fn kind(&self) -> CompletionKind {
         match self.op {
             SendOp::Send | SendOp::SendImm(_) | SendOp::SendInvalidate(_) => CompletionKind::Send,
             SendOp::Write(_) | SendOp::WriteImm(..) => CompletionKind::Write,

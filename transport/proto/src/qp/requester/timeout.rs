@@ -41,12 +41,14 @@ impl Requester {
                 self.is_excused = false;
                 out.counters.ack_timeout += 1;
                 if self.retries_left == 0 {
+                    out.counters.retry_exceeded_err += 1;
                     return Some(Failure::of_packet(self.una, Status::RetryExceeded));
                 }
                 if self.attr.retry_cnt != RETRY_FOREVER {
                     self.retries_left -= 1;
                 }
                 self.round_trip.reset_backoff();
+                out.counters.completer_retry_err += 1;
                 self.go_back(timers);
                 None
             }
@@ -68,9 +70,10 @@ impl Requester {
     }
 
     /// The same because of an answer: once per `una`, for each later answer says the same.
-    pub(super) fn go_back_once(&mut self, timers: &mut TimerTable) {
+    pub(super) fn go_back_once(&mut self, out: &mut Reports, timers: &mut TimerTable) {
         if self.went_back_at != Some(self.una) {
             self.went_back_at = Some(self.una);
+            out.counters.completer_retry_err += 1;
             self.go_back(timers);
         }
     }
