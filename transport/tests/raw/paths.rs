@@ -231,30 +231,38 @@ fn a_region_goes_under_traffic() {
     }
 }
 
-/// Retries that end soon, for a peer that will not answer.
-fn impatient(attr: QpAttr) -> QpAttr {
+/// For a peer that will not answer. Over UDP only retries tell, so they end soon; on one host the end
+/// of the peer does: retries there would go on for ever.
+fn retries(attr: QpAttr) -> QpAttr {
+    let (timeout, retry_cnt) = match SAME_HOST {
+        SameHost::Udp => (10, 3),
+        SameHost::Rings | SameHost::Direct => (18, 7),
+    };
     QpAttr {
-        timeout: 10,
-        retry_cnt: 3,
+        timeout,
+        retry_cnt,
         ..attr
     }
 }
 
-fn connect_impatiently(end: &End, peer: &Context, dest: Qpn) {
+fn connect_for_a_death(end: &End, peer: &Context, dest: Qpn) {
     end.to_init();
     end.to_rtr(peer, dest);
-    let attr = impatient(to(attr_to(peer, dest), QpState::Rts));
+    let attr = retries(to(attr_to(peer, dest), QpState::Rts));
     end.qp.modify(&attr, RTS_RC).unwrap();
 }
 
-/// Posts three sends and two receives, and takes their ends: the first send fails, the rest is flushed.
-fn everything_ends(a: &End) {
-    a.receive(10, &[a.sge(0, 8)]);
-    a.receive(11, &[a.sge(0, 8)]);
+/// Three sends and two receives.
+fn post_five(a: &End) {
     for wr_id in 1..=3 {
         a.post(wr_id, SendOp::Send, &[a.sge(0, 8)]);
     }
-    let since = Instant::now();
+    a.receive(10, &[a.sge(0, 8)]);
+    a.receive(11, &[a.sge(0, 8)]);
+}
+
+/// They end within a second of the peer's end: the first send fails, the rest is flushed.
+fn five_end(a: &End, since: Instant) {
     let ends: Vec<_> = (0..5).map(|_| a.next()).collect();
     assert!(since.elapsed() < Duration::from_secs(1), "{since:?}");
     let status_of = |wr_id| ends.iter().find(|work| work.wr_id == wr_id).unwrap().status;
@@ -268,7 +276,7 @@ fn everything_ends(a: &End) {
 #[test]
 fn a_device_that_is_closed_answers_no_more() {
     let (a, b) = (end(QpType::Rc), end(QpType::Rc));
-    connect_impatiently(&a, &b.context, b.qp.qpn());
+    connect_for_a_death(&a, &b.context, b.qp.qpn());
     b.connect(&a.context, a.qp.qpn());
     b.receive(1, &[b.sge(0, 8)]);
     a.post(1, SendOp::Send, &[a.sge(0, 8)]);
@@ -276,7 +284,9 @@ fn a_device_that_is_closed_answers_no_more() {
     // Whoever leaves after its last completion owes no answer.
     drop(b);
     assert_eq!(a.succeed().kind, CompletionKind::Send);
-    everything_ends(&a);
+    let since = Instant::now();
+    post_five(&a);
+    five_end(&a, since);
 }
 
 /// Another process with an end of its own, which does what the lines say.
@@ -390,9 +400,50 @@ fn other_process() {
                 tell(&[sum]);
                 continue;
             }
+            [3] => {
+                tell(&[leave_a_child()]);
+                continue;
+            }
+            [4, va, rkey] => loop {
+                // Until it is killed.
+                let rkey = Rkey(rkey as u32);
+                b.post(4, SendOp::Write(Remote { va, rkey }), &[b.sge(0, LEN as u32)]);
+                b.succeed();
+            },
             _ => unreachable!("{words:?}"),
         }
         tell(&[]);
+    }
+}
+
+/// Forks a child that has all files of this process, the sockets of its device among them, and does
+/// nothing; its number.
+fn leave_a_child() -> u64 {
+    // SAFETY: the child calls only what a child of a process with threads may.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: plain arguments. What the harness waits for is closed; if nobody kills the child, the
+        // alarm does.
+        unsafe {
+            for fd in 0..3 {
+                libc::close(fd);
+            }
+            libc::alarm(PATIENCE.as_secs() as libc::c_uint);
+            loop {
+                libc::pause();
+            }
+        }
+    }
+    u64::try_from(child).expect("a process may fork")
+}
+
+/// A process that is nobody's child here, to be killed.
+struct Orphan(libc::pid_t);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        // SAFETY: plain arguments. It ends in no other way before this.
+        unsafe { libc::kill(self.0, libc::SIGKILL) };
     }
 }
 
@@ -424,7 +475,7 @@ fn pair_of_processes(role: &str) -> (End, Peer, Remote) {
     let mut attr = attr_to(&a.context, Qpn::new(qpn as u32));
     attr.address.dgid = gid_of(ip);
     a.qp.modify(&to(attr, QpState::Rtr), RTR_RC).unwrap();
-    let attr = impatient(to(attr, QpState::Rts));
+    let attr = retries(to(attr, QpState::Rts));
     a.qp.modify(&attr, RTS_RC).unwrap();
     let own = u128::from_be_bytes(a.context.gid().gid.0) as u64;
     peer.tell(&format!("{own} {}", a.qp.qpn().value()));
@@ -465,9 +516,119 @@ fn the_memory_of_another_process_is_reached_and_its_death_is_told() {
     let (a, mut peer, remote) = pair_of_processes("open");
     let direct = reach(&a, &mut peer, remote, false);
     assert_eq!(direct, if SAME_HOST == SameHost::Direct { 6 } else { 0 });
+    // The peer has posted no receive, so all this waits for it.
+    post_five(&a);
+    assert!(a.is_silent());
+    let since = Instant::now();
     peer.child.kill().unwrap();
     peer.child.wait().unwrap();
-    everything_ends(&a);
+    five_end(&a, since);
+}
+
+/// A process ends and leaves a child that has its sockets, so that these do not hang up.
+#[test]
+fn the_death_of_a_process_is_told_though_its_child_has_its_sockets() {
+    let (a, mut peer, remote) = pair_of_processes("open");
+    reach(&a, &mut peer, remote, false);
+    peer.tell("3");
+    let _child = Orphan(peer.hear()[0] as libc::pid_t);
+    post_five(&a);
+    assert!(a.is_silent());
+    let since = Instant::now();
+    peer.child.kill().unwrap();
+    peer.child.wait().unwrap();
+    five_end(&a, since);
+}
+
+/// Who only waits is told, too, where the end of a process can be seen. By the network it cannot, and
+/// nothing is asked of the peer.
+#[test]
+fn receives_end_with_the_process_that_would_have_sent() {
+    for leaves_child in [false, true] {
+        let (a, mut peer, remote) = pair_of_processes("open");
+        reach(&a, &mut peer, remote, false);
+        peer.tell("3");
+        let child = Orphan(peer.hear()[0] as libc::pid_t);
+        let _child = leaves_child.then_some(child);
+        for wr_id in [10, 11] {
+            a.receive(wr_id, &[a.sge(0, 8)]);
+        }
+        assert!(a.is_silent());
+        let since = Instant::now();
+        peer.child.kill().unwrap();
+        peer.child.wait().unwrap();
+        if SAME_HOST == SameHost::Udp {
+            assert!(a.is_silent());
+            continue;
+        }
+        for wr_id in [10, 11] {
+            let work = a.next();
+            assert_eq!((work.wr_id, work.status), (wr_id, Status::Flushed));
+        }
+        assert!(since.elapsed() < Duration::from_secs(1), "{since:?}");
+        assert_eq!(a.qp.query().state, QpState::Err);
+        // And what comes later has no time to wait.
+        a.receive(12, &[a.sge(0, 8)]);
+        assert_eq!(a.next().status, Status::Flushed);
+    }
+}
+
+/// A receive that is posted when the peer's end has been told to nobody.
+#[test]
+fn a_receive_after_the_death_of_the_peer_ends_at_once() {
+    let (a, mut peer, remote) = pair_of_processes("open");
+    reach(&a, &mut peer, remote, false);
+    peer.child.kill().unwrap();
+    peer.child.wait().unwrap();
+    // Nothing is posted, so nothing happens.
+    assert!(a.is_silent());
+    assert_eq!(a.qp.query().state, QpState::Rts);
+    a.receive(1, &[a.sge(0, 8)]);
+    if SAME_HOST == SameHost::Udp {
+        assert!(a.is_silent());
+    } else {
+        assert_eq!(a.next().status, Status::Flushed);
+    }
+}
+
+/// One end is killed in the midst of a copy, which the other's memory waits for; its child lives on.
+#[test]
+fn a_process_may_die_while_it_copies() {
+    for copies_there in [false, true] {
+        let (a, mut peer, remote) = pair_of_processes("open");
+        reach(&a, &mut peer, remote, false);
+        peer.tell("3");
+        let _child = Orphan(peer.hear()[0] as libc::pid_t);
+        let target = Pages::new(LEN);
+        let region = target.register(&a.pd, ALL);
+        if copies_there {
+            peer.tell(&format!("4 {} {}", target.address(), region.rkey().0));
+        } else {
+            a.post(1, SendOp::Write(remote), &[a.sge(0, LEN as u32)]);
+        }
+        thread::sleep(Duration::from_millis(50));
+        let since = Instant::now();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(10));
+                peer.child.kill().unwrap();
+                peer.child.wait().unwrap();
+            });
+            let mut is_over = copies_there;
+            while !is_over {
+                let work = a.next();
+                is_over = work.status != Status::Success;
+                if is_over {
+                    assert_eq!(work.status, Status::RetryExceeded);
+                } else {
+                    a.post(1, SendOp::Write(remote), &[a.sge(0, LEN as u32)]);
+                }
+            }
+        });
+        drop(region);
+        let second = Duration::from_secs(1);
+        assert!(since.elapsed() < second, "{:?}", since.elapsed());
+    }
 }
 
 /// The system does not let us reach that process's memory, so its own engine copies.
