@@ -401,7 +401,11 @@ impl Hosts {
             word: *self.probe,
         };
         // Who has left already may have left something in its ring.
-        let told = tell(&link.socket, &note, &[self.doorbell.as_fd(), exports.table()]);
+        let told = tell(
+            &link.socket,
+            &note,
+            &[self.doorbell.as_fd(), exports.table()],
+        );
         let reader = Arc::new(Reader { ring, link });
         exports.add_reader(reader.clone());
         // Who sleeps while another thread lets the peer in is woken, too.

@@ -341,4 +341,38 @@ mod tests {
         let ended = hear(&link.socket).unwrap_err();
         assert_eq!(ended.kind(), io::ErrorKind::UnexpectedEof);
     }
+    /// Whoever knows our name may connect; who runs under another user is not let in.
+    #[test]
+    fn another_users_process_is_none_of_ours() {
+        if user() != 0 {
+            // Only root may be somebody else.
+            eprintln!("NOT CHECKED: a connection of another user");
+            assert!(std::env::var_os("LOWTIDE_CHECK_ALL").is_none());
+            return;
+        }
+        let name = format!("\0lowtide-test/{}", std::process::id());
+        let name = socket2::SockAddr::unix(name).unwrap();
+        let new = || Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+        let listener = new();
+        listener.bind(&name).unwrap();
+        listener.listen(2).unwrap();
+        for nobody in [None, Some(65_534)] {
+            let name = name.clone();
+            let stranger = std::thread::spawn(move || {
+                if let Some(nobody) = nobody {
+                    let keep = -1;
+                    // SAFETY: plain arguments. To the kernel users are those of threads.
+                    let done = unsafe { libc::syscall(libc::SYS_setresuid, keep, nobody, keep) };
+                    assert_eq!(done, 0);
+                }
+                let socket = new();
+                socket.connect(&name).unwrap();
+                socket
+            });
+            let _stranger = stranger.join().unwrap();
+            let (socket, _) = listener.accept().unwrap();
+            let link = Link::new(socket).unwrap();
+            assert_eq!(link.is_some(), nobody.is_none());
+        }
+    }
 }

@@ -86,7 +86,10 @@ fn stranger(to: &Side) -> Socket {
 /// Whether the device has ended the connection.
 fn is_turned_away(by: &mut Side, socket: &Socket) -> bool {
     by.take();
-    Link::new(socket.try_clone().unwrap()).unwrap().unwrap().has_ended()
+    Link::new(socket.try_clone().unwrap())
+        .unwrap()
+        .unwrap()
+        .has_ended()
 }
 
 fn loose_file(len: usize) -> OwnedFd {

@@ -5,6 +5,7 @@
 //!
 //! Without SERVER ("-" stands for none) it serves one client: `rping -c -V -C 10 -a OWN-ADDRESS`.
 //! With one, it is the client of `rping -s -V`, which checks what it gets.
+#![forbid(unsafe_code)]
 
 use std::error::Error;
 use std::net::IpAddr;

@@ -20,6 +20,7 @@
 //! ```
 //! A side that finds something wrong says "fail WORDS" at any time. CAPTURE is how the names of two
 //! pcap files begin. Prints "ok CELL" or "FAIL CELL: WHY" for each cell.
+#![forbid(unsafe_code)]
 
 mod round;
 
