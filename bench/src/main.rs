@@ -5,6 +5,7 @@
 //! a result; every other module is one benchmark with its yardstick.
 //!
 //! Deliberately absent: limits that fail. A row may name its aim; whether it is met is for readers.
+#![deny(unsafe_code)]
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ mod bandwidth;
 mod checksum;
 mod connections;
 mod costs;
+#[allow(unsafe_code)] // the raw verbs' contract is about memory
 mod device;
 mod ends;
 mod guest;

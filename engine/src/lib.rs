@@ -10,6 +10,7 @@
 //! - [`offline`]: the state of a stopped or crashed cluster, recovered without its network.
 //! - [`frame`]: how an envelope travels; [`crc`]: the checksum all of them carry.
 //! - [`status`]: what a node tells about itself.
+#![deny(unsafe_code)]
 
 pub mod crc;
 pub mod frame;
@@ -17,6 +18,7 @@ pub mod log;
 pub mod medium;
 pub mod node;
 pub mod offline;
+#[allow(unsafe_code)] // cells that one of two threads owns
 pub mod ring;
 pub(crate) mod server;
 pub mod session;

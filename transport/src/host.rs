@@ -24,7 +24,8 @@
 //! the target shows; a peer that skips them writes where it likes, which a process of the same user
 //! could do by other means. Against mistakes and crashes this side is safe: nothing that a peer
 //! writes into a ring, a note or a table makes it panic or leave its memory, and a peer's death is
-//! noticed at once by its sockets. But memory that a peer says it is reaching stays in service until
+//! noticed at once: its sockets hang up, and a pidfd tells if a child that it has forked still has
+//! them. But memory that a peer says it is reaching stays in service until
 //! the peer has done, or dies: nobody could take it away from under a copy.
 //!
 //! Deliberately absent: faults and capture, which are about wires (a device with either uses UDP
@@ -52,7 +53,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 pub(crate) use self::copy::{Ours, Theirs, Way, atomic, copy};
 pub(crate) use self::exports::{Exports, QpEntry, Reader, Wish};
-use self::note::{Note, hear, peer_of_ours, tell};
+use self::note::{Link, Note, hear, tell};
 pub(crate) use self::outlet::Direct;
 use self::outlet::Outlet;
 use self::ring::{Receiver, words_of};
@@ -118,7 +119,7 @@ impl Inlet {
 enum Entry {
     Free,
     /// It has not said who it is.
-    Unnamed(Socket),
+    Unnamed(Link),
     Named(Inlet),
 }
 
@@ -214,13 +215,8 @@ impl Hosts {
                 self.outlets.len() - 1
             }
         };
-        let fd = outlet.socket.as_raw_fd();
         let token = Token(LINKS + 2 * index);
-        let watched = self
-            .poll
-            .registry()
-            .register(&mut SourceFd(&fd), token, Interest::READABLE);
-        watched.ok()?;
+        outlet.link.register(self.poll.registry(), token).ok()?;
         self.outlets[index] = Some(outlet);
         Some(index as u32)
     }
@@ -242,7 +238,7 @@ impl Hosts {
             }
             Err(ring::Broken) => {
                 // The socket's end follows, and with it everything else.
-                let _ = outlet.socket.shutdown(std::net::Shutdown::Both);
+                let _ = outlet.link.socket.shutdown(std::net::Shutdown::Both);
                 false
             }
         }
@@ -286,7 +282,7 @@ impl Hosts {
                     Ok(None) => break,
                     Err(ring::Broken) => {
                         inlet.is_broken = true;
-                        let _ = inlet.reader.socket.shutdown(std::net::Shutdown::Both);
+                        let _ = inlet.reader.link.socket.shutdown(std::net::Shutdown::Both);
                         break;
                     }
                 }
@@ -344,20 +340,20 @@ impl Hosts {
     fn let_in(&mut self, socket: Socket, exports: &mut Exports) {
         let free = self.inlets.iter().position(|e| matches!(e, Entry::Free));
         let index = free.unwrap_or(self.inlets.len());
-        let is_welcome = index < INLETS_MAX && peer_of_ours(&socket).is_some();
-        if !is_welcome || socket.set_nonblocking(true).is_err() {
+        if index >= INLETS_MAX || socket.set_nonblocking(true).is_err() {
             return;
         }
-        let (fd, token) = (socket.as_raw_fd(), Token(LINKS + 2 * index + 1));
-        let registry = self.poll.registry();
-        let watched = registry.register(&mut SourceFd(&fd), token, Interest::READABLE);
-        if watched.is_err() {
+        let Ok(Some(link)) = Link::new(socket) else {
+            return;
+        };
+        let token = Token(LINKS + 2 * index + 1);
+        if link.register(self.poll.registry(), token).is_err() {
             return;
         }
         if index == self.inlets.len() {
             self.inlets.push(Entry::Free);
         }
-        self.inlets[index] = Entry::Unnamed(socket);
+        self.inlets[index] = Entry::Unnamed(link);
         self.hear_inlet(index, exports);
     }
 
@@ -367,19 +363,21 @@ impl Hosts {
         };
         match std::mem::replace(entry, Entry::Free) {
             Entry::Free => {}
-            Entry::Unnamed(socket) => match hear(&socket) {
-                Ok(None) => *entry = Entry::Unnamed(socket),
+            Entry::Unnamed(link) => match hear(&link.socket) {
+                // Not if it has ended in silence and left its socket to a child.
+                Ok(None) if !link.has_ended() => *entry = Entry::Unnamed(link),
                 Ok(Some((Note::Hello(source), fds))) => {
                     // What is no ring, or cannot be answered, is dropped with its connection.
-                    if let Some(inlet) = self.welcome(socket, source, fds, exports) {
+                    if let Some(inlet) = self.welcome(link, source, fds, exports) {
                         self.inlets[index] = Entry::Named(inlet);
                     }
                 }
-                Ok(Some(_)) | Err(_) => {}
+                Ok(_) | Err(_) => {}
             },
             Entry::Named(mut inlet) => {
                 // Nothing more is said on it, so it can only have ended.
-                inlet.is_closed |= !matches!(hear(&inlet.reader.socket), Ok(None));
+                let link = &inlet.reader.link;
+                inlet.is_closed |= !matches!(hear(&link.socket), Ok(None)) || link.has_ended();
                 match inlet.is_over() {
                     true => exports.remove_reader(&inlet.reader),
                     false => *entry = Entry::Named(inlet),
@@ -390,7 +388,7 @@ impl Hosts {
 
     fn welcome(
         &self,
-        socket: Socket,
+        link: Link,
         source: SocketAddr,
         fds: Vec<OwnedFd>,
         exports: &mut Exports,
@@ -403,8 +401,12 @@ impl Hosts {
             word: *self.probe,
         };
         // Who has left already may have left something in its ring.
-        let told = tell(&socket, &note, &[self.doorbell.as_fd(), exports.table()]);
-        let reader = Arc::new(Reader { ring, socket });
+        let told = tell(
+            &link.socket,
+            &note,
+            &[self.doorbell.as_fd(), exports.table()],
+        );
+        let reader = Arc::new(Reader { ring, link });
         exports.add_reader(reader.clone());
         // Who sleeps while another thread lets the peer in is woken, too.
         receiver.may_sleep(reader.ring.words());
@@ -422,10 +424,13 @@ impl Hosts {
             return;
         };
         outlet.hear(self.is_direct);
+        outlet.is_gone |= outlet.link.has_ended();
         if outlet.is_gone && !self.gone.iter().any(|gone| gone.outlet == index as u32) {
             self.gone.push(Gone {
                 outlet: index as u32,
-                is_turned_away: outlet.doorbell.is_none() && may_listen(outlet.peer),
+                is_turned_away: outlet.doorbell.is_none()
+                    && !outlet.link.has_process_ended()
+                    && may_listen(outlet.peer),
             });
         }
     }

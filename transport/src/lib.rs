@@ -45,6 +45,7 @@
 //! in C where there is one ([`raw::types::Error`]). What the network does is never an error of a call: it is
 //! a completion with a [`verbs::Status`], an event, or a counter of [`verbs::Counters`].
 #![deny(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod cm;
 mod device;

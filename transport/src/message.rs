@@ -27,7 +27,8 @@
 //!   that the peer's process has been replaced ([`CloseReason::PeerRestarted`]). That news comes
 //!   with the new process's REQ (its incarnation is larger), or as its answer to a packet for a
 //!   queue pair that it does not have; so an idle connection to a peer that never calls back stays
-//!   open until something is sent on it, were it only a [`probe`](EndpointCtx::probe);
+//!   open until something is sent on it, were it only a [`probe`](EndpointCtx::probe). Through shared
+//!   memory the end of the peer's process is seen at once ([`CloseReason::Failed`]);
 //! * a message that is shorter than a packet is handed up where it arrived; a longer one is copied
 //!   once. Its bytes are valid during the call of the handler; those of a fetched one can be kept
 //!   ([`EndpointCtx::shared_message`]);

@@ -20,6 +20,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::udp::without_sigxfsz;
+
 pub use self::merge::{Merged, Piece, merge};
 pub use self::read::{Datagram, FRAME_MAX, Frame, NoDatagram, ReadError, Reader};
 
@@ -31,12 +33,25 @@ const HOPS: u8 = 64;
 /// A capture being written.
 pub(crate) struct Capture {
     /// None after the first error.
-    out: Option<BufWriter<File>>,
+    out: Option<BufWriter<Bounded>>,
+}
+
+/// A file that refuses to grow beyond what the process may write, instead of ending it.
+struct Bounded(File);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        without_sigxfsz(|| self.0.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 impl Capture {
     pub(crate) fn create(path: &Path) -> io::Result<Capture> {
-        let mut out = BufWriter::new(File::create(path)?);
+        let mut out = BufWriter::new(Bounded(File::create(path)?));
         write_head(&mut out)?;
         Ok(Capture { out: Some(out) })
     }

@@ -345,6 +345,40 @@ pub fn block_signals() {
     }
 }
 
+/// Runs `act` with SIGXFSZ kept from this thread, so that growing a file beyond what the process may
+/// (`ulimit -f`) is an error of the call (EFBIG) and not the end of the process.
+pub(crate) fn without_sigxfsz<T>(act: impl FnOnce() -> T) -> T {
+    // SAFETY: all sets are initialised before they are read; the signal that is taken is the one that
+    // `act` has raised in this thread, if none was pending before.
+    unsafe {
+        let (mut only, mut before, mut pending): (libc::sigset_t, _, _) = mem::zeroed();
+        libc::sigemptyset(&raw mut only);
+        libc::sigaddset(&raw mut only, libc::SIGXFSZ);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const only, &raw mut before);
+        libc::sigpending(&raw mut pending);
+        let was_pending = libc::sigismember(&raw const pending, libc::SIGXFSZ) == 1;
+        let result = act();
+        if !was_pending {
+            let now: libc::timespec = mem::zeroed();
+            libc::sigtimedwait(&raw const only, std::ptr::null_mut(), &raw const now);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
+        result
+    }
+}
+
+/// Bytes that a file of anybody's may have for this process to write to them.
+pub(crate) fn file_size_max() -> u64 {
+    // SAFETY: the kernel fills the structure.
+    unsafe {
+        let mut limit: libc::rlimit = mem::zeroed();
+        match libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) {
+            0 => limit.rlim_cur,
+            _ => u64::MAX,
+        }
+    }
+}
+
 /// Has `hook` called when the process exits (by `exit`, or by returning from `main`).
 pub fn at_exit(hook: extern "C" fn()) {
     // SAFETY: the hook is a function, which stays as long as its program or library is loaded; what

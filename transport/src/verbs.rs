@@ -270,6 +270,28 @@ impl ProtectionDomain {
 }
 
 /// Memory that one side owns: the program, or a work request.
+///
+/// What has been posted is the device's until its completion gives it back:
+///
+/// ```
+/// # use lowtide_transport::verbs::{Buffer, CompletionQueue, QueuePair, SendOp, Slot};
+/// fn send(qp: &QueuePair, queue: &CompletionQueue, mut slot: Slot) -> Option<Slot> {
+///     slot[0] = 1;
+///     qp.post_send(1, SendOp::Send, Buffer::Slot(slot, 8)).ok()?;
+///     queue.poll()?.slot
+/// }
+/// ```
+///
+/// The device may still read it, so that this is no program:
+///
+/// ```compile_fail,E0382
+/// # use lowtide_transport::verbs::{Buffer, CompletionQueue, QueuePair, SendOp, Slot};
+/// fn send(qp: &QueuePair, queue: &CompletionQueue, mut slot: Slot) -> Option<Slot> {
+///     qp.post_send(1, SendOp::Send, Buffer::Slot(slot, 8)).ok()?;
+///     slot[0] = 1;
+///     queue.poll()?.slot
+/// }
+/// ```
 pub struct Slot {
     /// None while posted; but then no program holds it.
     bytes: Option<Box<[u8]>>,
@@ -308,6 +330,15 @@ impl Drop for Slot {
 }
 
 /// Memory that peers may read and write. Dropping it takes their rights away.
+///
+/// It is copied into and out of. Nobody can have a reference to bytes that a peer may change:
+///
+/// ```compile_fail,E0308
+/// # use lowtide_transport::verbs::MemoryRegion;
+/// fn bytes(region: &MemoryRegion) -> &[u8] {
+///     region
+/// }
+/// ```
 #[derive(Debug)]
 pub struct MemoryRegion {
     memory: Arc<SharedMemory>,

@@ -3,8 +3,11 @@
 mod common;
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::io::IoSlice;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +15,8 @@ use common::{PATIENCE, Stream, config, connect, run_until};
 use lowtide_transport::message::{
     BindError, CloseReason, ConnId, Endpoint, EndpointConfig, Event, Faults, SameHost, SendError,
 };
-use lowtide_transport::udp::{Frame, Payload, Socket, SocketOptions, TransmitBatch};
+use lowtide_transport::pcap::Reader;
+use lowtide_transport::udp::{Socket, SocketOptions};
 use lowtide_transport_proto::cm::GSI_QKEY;
 use lowtide_transport_proto::icrc::{Flow, Icrc};
 use lowtide_transport_proto::wire::{Class, OPCODES, PayloadRule};
@@ -63,21 +67,7 @@ fn stream_both_ways(a: EndpointConfig, b: EndpointConfig, bytes: u64) -> (Endpoi
     let mut b = Endpoint::bind(b).unwrap();
     let (at_a, at_b) = connect(&mut a, &mut b);
     let mut streams = [Stream::new(at_a, bytes), Stream::new(at_b, bytes)];
-    run_until(
-        &mut [&mut a, &mut b],
-        &mut streams,
-        |streams, side, _, event| match event {
-            Event::Message { conn, bytes } => streams[side].receive(conn, bytes),
-            Event::Writable { .. } => {}
-            other => panic!("{other:?}"),
-        },
-        |streams, endpoints| {
-            for (stream, endpoint) in streams.iter_mut().zip(endpoints.iter_mut()) {
-                stream.send(endpoint);
-            }
-            streams.iter().all(Stream::is_done)
-        },
-    );
+    traffic(&mut a, &mut b, &mut streams, || true);
     (a, b)
 }
 
@@ -124,13 +114,40 @@ fn who_does_not_share_memory_is_reached_by_the_network() {
         config.faults.loss_percent = 1.0;
         config
     };
-    for other in [config(2), lossy(3)] {
+    let captured = |node| {
+        let mut config = host(node);
+        config.capture = Some(scratch("captured.pcap"));
+        config
+    };
+    for other in [config(2), lossy(3), captured(4)] {
         let (a, b) = stream_both_ways(host(1), other, 1 << 20);
         for endpoint in [&a, &b] {
             assert_eq!(endpoint.paths(), (0, 1));
             assert_eq!(endpoint.counters().host_tx_packets, 0);
         }
     }
+    // All that went over the wire is in the file.
+    let packets = packets_of(&scratch("captured.pcap"));
+    std::fs::remove_file(scratch("captured.pcap")).unwrap();
+    let bytes: usize = packets.iter().map(|(_, packet)| packet.len()).sum();
+    assert!(bytes > 2 << 20, "{bytes} bytes of two streams of 1 MiB");
+}
+
+/// A file of this process's own.
+fn scratch(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("lowtide-test-{}-{name}", std::process::id()))
+}
+
+/// The packets that a capture has so far, and where they went.
+fn packets_of(path: &Path) -> Vec<(SocketAddr, Vec<u8>)> {
+    let mut reader = Reader::new(File::open(path).unwrap()).unwrap();
+    let mut packets = Vec::new();
+    // It may still be written.
+    while let Ok(Some(frame)) = reader.next_frame() {
+        let datagram = frame.datagram().unwrap();
+        packets.push((datagram.target, datagram.payload.to_vec()));
+    }
+    packets
 }
 
 #[test]
@@ -176,6 +193,74 @@ fn with_the_default_receive_buffer_the_budget_prevents_overflow() {
     };
     let (a, b) = stream_both_ways(config(1), config(2), 8 << 20);
     assert_eq!(a.counters().rx_overflow + b.counters().rx_overflow, 0);
+}
+
+/// What finds no room in the receive buffer is counted, to the last datagram: the kernel tells with
+/// each that it hands up how many were lost before it.
+#[test]
+fn datagrams_that_found_no_room_are_counted() {
+    const SENT: u64 = 2000;
+    const RUBBISH: [u8; 1000] = [0xFF; 1000];
+    let mut config = config(1);
+    config.socket.receive_buffer_bytes = 106_496;
+    let mut endpoint = Endpoint::bind(config).unwrap();
+    let to = endpoint.local_addr();
+    let stranger = UdpSocket::bind(common::address()).unwrap();
+    // Nobody drives the endpoint meanwhile.
+    for _ in 0..SENT {
+        stranger.send_to(&RUBBISH, to).unwrap();
+    }
+    let mut seen = 0;
+    loop {
+        let patience = Some(Duration::from_millis(20));
+        endpoint.poll(patience, &mut |_, _| {}).unwrap();
+        match endpoint.counters().rx_malformed {
+            now if now == seen => break,
+            now => seen = now,
+        }
+    }
+    assert!(0 < seen && seen < SENT, "{seen}");
+    stranger.send_to(&RUBBISH, to).unwrap();
+    run_until(
+        &mut [&mut endpoint],
+        &mut (),
+        |(), _, _, event| panic!("{event:?}"),
+        |(), endpoints| endpoints[0].counters().rx_malformed > seen,
+    );
+    assert_eq!(endpoint.counters().rx_overflow, SENT - seen);
+}
+
+/// Whether the kernel takes an option of UDP's sockets.
+fn kernel_takes(option: libc::c_int, value: libc::c_int) -> bool {
+    let socket = UdpSocket::bind(common::address()).unwrap();
+    let len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: value and length describe a live variable, which is only read.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            option,
+            (&raw const value).cast(),
+            len,
+        )
+    };
+    result == 0
+}
+
+/// Where the kernel can cut and join datagrams, it does.
+#[test]
+fn what_the_kernel_can_do_for_segments_is_used() {
+    let (cuts, joins) = (
+        kernel_takes(libc::UDP_SEGMENT, 4096),
+        kernel_takes(libc::UDP_GRO, 1),
+    );
+    let (a, b) = stream_both_ways(config(1), config(2), 8 << 20);
+    for endpoint in [&a, &b] {
+        let counters = endpoint.counters();
+        let used = (counters.gso_sends > 0, counters.gro_receives > 0);
+        // What is not cut is not joined either: a loopback wire leaves it as it was sent.
+        assert_eq!(used, (cuts, cuts && joins), "{counters:?}");
+    }
 }
 
 #[test]
@@ -384,7 +469,7 @@ fn an_idle_connection_wakes_nobody() {
 }
 
 /// Datagrams of all sorts of wrongness: noise, truncated packets, flipped bits; and packets with a
-/// right ICRC of every opcode, for queue pair 1, for a real queue pair, for none.
+/// right ICRC of every opcode, for queue pair 1, for the queue pair `qpn`, for none.
 fn garbage(round: u64, from: SocketAddr, to: SocketAddr, qpn: u32) -> Vec<u8> {
     let mut state = round.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
@@ -436,49 +521,16 @@ fn garbage(round: u64, from: SocketAddr, to: SocketAddr, qpn: u32) -> Vec<u8> {
     bytes
 }
 
-/// Sends bytes as they are.
-fn send_raw(socket: &mut Socket, target: SocketAddr, bytes: &[u8]) {
-    let header_len = bytes.len().min(12);
-    let mut frame = Frame {
-        target,
-        header: [0; 64],
-        header_len: header_len as u8,
-        trailer_len: 0,
-        trailer: [0; 8],
-        payload: Payload {
-            region: 0,
-            len: (bytes.len() - header_len) as u32,
-            offset: 0,
-        },
-        is_spoilt: false,
-    };
-    frame.header[..header_len].copy_from_slice(&bytes[..header_len]);
-    let mut batch = TransmitBatch::default();
-    batch.push(frame);
-    let report = socket.send(&mut batch, |_| &bytes[header_len..], |_, _, _| {});
-    assert_eq!(report.datagrams, 1);
-}
-
-#[test]
-fn garbage_in_the_middle_of_traffic_is_counted_and_harms_nobody() {
-    const COUNT: u64 = 10_000;
-    let mut a = Endpoint::bind(config(1)).unwrap();
-    let mut b = Endpoint::bind(config(2)).unwrap();
-    let (at_a, at_b) = connect(&mut a, &mut b);
-    // A socket of our own kind, or the kernel's Identification would spoil every ICRC.
-    let options = SocketOptions {
-        offload: false,
-        ..SocketOptions::default()
-    };
-    let mut stranger = Socket::bind(common::address(), &options).unwrap();
-    let from = stranger.local_addr();
-    let bytes = 8 << 20;
-    let mut streams = [Stream::new(at_a, bytes), Stream::new(at_b, bytes)];
-    let targets = [a.local_addr(), b.local_addr()];
-    let mut sent = 0;
+/// Sends and hears both streams to their ends, and asks `also` each time whether that is all.
+fn traffic(
+    a: &mut Endpoint,
+    b: &mut Endpoint,
+    streams: &mut [Stream; 2],
+    mut also: impl FnMut() -> bool,
+) {
     run_until(
-        &mut [&mut a, &mut b],
-        &mut streams,
+        &mut [a, b],
+        streams,
         |streams, side, _, event| match event {
             Event::Message { conn, bytes } => streams[side].receive(conn, bytes),
             Event::Writable { .. } => {}
@@ -488,21 +540,62 @@ fn garbage_in_the_middle_of_traffic_is_counted_and_harms_nobody() {
             for (stream, endpoint) in streams.iter_mut().zip(endpoints.iter_mut()) {
                 stream.send(endpoint);
             }
-            for _ in 0..if sent < COUNT { 20 } else { 0 } {
-                let to = targets[sent as usize % 2];
-                let datagram = garbage(sent, from, to, 0x10);
-                send_raw(&mut stranger, to, &datagram);
-                sent += 1;
-            }
-            sent == COUNT && streams.iter().all(Stream::is_done)
+            also() && streams.iter().all(Stream::is_done)
         },
     );
+}
+
+#[test]
+fn garbage_in_the_middle_of_traffic_is_counted_and_harms_nobody() {
+    const COUNT: u64 = 10_000;
+    // Queue pair numbers are secret; a capture tells.
+    let spied = scratch("spied.pcap");
+    let mut a = config(1);
+    a.capture = Some(spied.clone());
+    let mut a = Endpoint::bind(a).unwrap();
+    let mut b = Endpoint::bind(config(2)).unwrap();
+    let (at_a, at_b) = connect(&mut a, &mut b);
+    let targets = [a.local_addr(), b.local_addr()];
+    let mut streams = [Stream::new(at_a, 1 << 20), Stream::new(at_b, 1 << 20)];
+    traffic(&mut a, &mut b, &mut streams, || true);
+    let packets = packets_of(&spied);
+    std::fs::remove_file(spied).unwrap();
+    let qpns = targets.map(|target| {
+        let to = packets.iter().filter(|(to, _)| *to == target);
+        let qpn = |bytes: &[u8]| u32::from_be_bytes([0, bytes[5], bytes[6], bytes[7]]);
+        let mut qpns = to.map(|(_, bytes)| qpn(bytes));
+        qpns.find(|qpn| *qpn != 1).expect("a stream of packets")
+    });
+    // A socket of our own kind, or the kernel's Identification would spoil every ICRC.
+    let options = SocketOptions {
+        offload: false,
+        ..SocketOptions::default()
+    };
+    let mut stranger = Socket::bind(common::address(), &options).unwrap();
+    let from = stranger.local_addr();
+    let bytes = 8 << 20;
+    streams.iter_mut().for_each(|stream| stream.go_on(bytes));
+    let mut sent = 0;
+    traffic(&mut a, &mut b, &mut streams, || {
+        for _ in 0..if sent < COUNT { 20 } else { 0 } {
+            // Every kind to each of them.
+            let side = sent as usize / 4 % 2;
+            let datagram = garbage(sent, from, targets[side], qpns[side]);
+            common::send_raw(&mut stranger, targets[side], &datagram);
+            sent += 1;
+        }
+        sent == COUNT
+    });
     let dropped = |endpoint: &Endpoint| {
         let counters = endpoint.counters();
         counters.rx_malformed + counters.rx_bad_icrc + counters.rx_unknown_qp + counters.rx_overflow
     };
     assert!(dropped(&a) + dropped(&b) > COUNT / 2);
-    assert_eq!((a.connections(), b.connections()), (1, 1));
+    for endpoint in [&a, &b] {
+        // What was whole and for the right queue pair came from the wrong address.
+        assert!(endpoint.counters().rx_wrong_peer > 100);
+        assert_eq!(endpoint.connections(), 1);
+    }
 }
 
 #[test]

@@ -4,9 +4,11 @@
 //! `cargo run --release -p lowtide-transport --example progress -- SCENARIO`
 //!
 //! * `sleeper`: WRITE, READ and atomics against a process that sleeps in read(2) the whole time;
-//! * `leaver`: receivers that exit right after their last completion cost the sender no error;
+//! * `leaver`: processes that end right after their last completion, of a message or of a WRITE with
+//!   immediate data, by `exit` or from `main`, cost the sender no error;
 //! * `crowd`: 1,000 answers from a process that is stopped for 200 ms now and then, beside eight that
-//!   never rest: no error with a timeout of 67 ms and three retries;
+//!   never rest: no error with a timeout of 67 ms and three retries. All of them on two processors,
+//!   which whoever starts it sees to (`taskset`);
 //! * `incast`: 64 queue pairs of four processes into one that is stopped for 20 ms out of 100, with a
 //!   small receive buffer: no error, and at least half of what arrives when it is not stopped.
 
@@ -27,8 +29,11 @@ const HOW: Reliability = Reliability {
 };
 /// Bytes of memory that a peer may write.
 const MEMORY: usize = 1 << 20;
-/// Receive buffer of an unprivileged program where nobody has raised `net.core.rmem_max`.
+/// What to ask for to get the receive buffer of an unprivileged program where nobody has raised
+/// `net.core.rmem_max`: that much by default, and the kernel doubles it.
 const SMALL: usize = 212_992;
+/// Stops of 20 ms in the four seconds of a storm, at least: one in 100 ms, and some to spare.
+const STOPS_MIN: u32 = 30;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -43,8 +48,8 @@ fn main() -> ExitCode {
             std::hint::spin_loop();
         },
         ["sleep"] => part::target(1, MEMORY),
-        ["absorb"] => part::target(64, SMALL),
-        ["answer", count] => answer(count),
+        ["absorb"] => part::is_granted(2 * SMALL).and_then(|()| part::target(64, SMALL)),
+        ["answer", count, ending] => answer(count, ending),
         ["flood", end, seconds] => flood(end, seconds),
         _ => Err("one of sleeper, leaver, crowd, incast".into()),
     };
@@ -94,10 +99,12 @@ fn sleeper() -> Outcome {
     process.end()
 }
 
-/// Answers each of so many messages but the last, and exits when that has come.
-fn answer(count: &str) -> Outcome {
+/// Answers each of so many messages but the last, and ends when that has come: by `exit`, or by the
+/// end of `main`.
+fn answer(count: &str, ending: &str) -> Outcome {
     let count: u32 = count.parse().map_err(|_| "a number")?;
-    let end = End::open(MEMORY, 1)?;
+    // Not dropped, whatever the way out: nobody has a chance to finish anything.
+    let end = std::mem::ManuallyDrop::new(End::open(MEMORY, 1)?);
     let receive = || end.post_receive(0);
     (0..8).try_for_each(|_| receive())?;
     part::meet_parent(&end, &HOW)?;
@@ -111,28 +118,40 @@ fn answer(count: &str) -> Outcome {
             .map_err(|refused| refused.to_string())?;
         receive()?;
     }
-    // Nothing is dropped, nothing more is polled.
-    std::process::exit(0)
+    // Nothing more is polled.
+    match ending {
+        "exit" => std::process::exit(0),
+        _ => Ok(()),
+    }
 }
 
 fn leaver() -> Outcome {
     for count in [1, 2, 3, 10, 50, 500] {
-        for _ in 0..5 {
-            let mut process = Process::start(&["answer", &count.to_string()])?;
-            let end = End::open(MEMORY, 1)?;
-            end.meet(&mut process, 0, &HOW)?;
-            ping(&end, count, true)?;
-            process.end()?;
+        for ending in ["exit", "return"] {
+            for is_write in [false, true] {
+                for _ in 0..3 {
+                    let mut process = Process::start(&["answer", &count.to_string(), ending])?;
+                    let end = End::open(MEMORY, 1)?;
+                    end.meet(&mut process, 0, &HOW)?;
+                    let op = match is_write {
+                        true => SendOp::WriteImm(end.remote(0, 64), 7),
+                        false => SendOp::Send,
+                    };
+                    ping(&end, op, count, true)
+                        .map_err(|error| format!("{op:?}, {ending}: {error}"))?;
+                    process.end()?;
+                }
+            }
         }
     }
     Ok(())
 }
 
 /// Sends `count` messages and waits for the answer to each, but for the last if nobody answers that.
-fn ping(end: &End, count: u32, last_is_silent: bool) -> Outcome {
+fn ping(end: &End, op: SendOp, count: u32, last_is_silent: bool) -> Outcome {
     for n in 1..=count {
         end.post_receive(0)?;
-        end.run(0, SendOp::Send, 0, 64)
+        end.run(0, op, 0, 64)
             .map_err(|error| format!("message {n} of {count}: {error}"))?;
         if n < count || !last_is_silent {
             end.await_receive()?;
@@ -142,14 +161,20 @@ fn ping(end: &End, count: u32, last_is_silent: bool) -> Outcome {
 }
 
 fn crowd() -> Outcome {
+    let processors = std::thread::available_parallelism().map_or(0, usize::from);
+    if processors > 2 {
+        return Err(format!(
+            "no crowd on {processors} processors: taskset -c 0,1"
+        ));
+    }
     let _spinning: Vec<Process> = (0..8)
         .map(|_| Process::start(&["spin"]))
         .collect::<Result<_, _>>()?;
-    let mut process = Process::start(&["answer", "1000"])?;
+    let mut process = Process::start(&["answer", "1000", "exit"])?;
     let end = End::open(MEMORY, 1)?;
     end.meet(&mut process, 0, &HOW)?;
     let stopped = process.stop_often(Duration::from_millis(200), Duration::from_millis(800));
-    ping(&end, 1000, true)?;
+    ping(&end, SendOp::Send, 1000, true)?;
     let stops = stopped.finish();
     process.end()?;
     println!("1,000 messages, {stops} stops of 200 ms");
@@ -188,18 +213,23 @@ fn flood(first: &str, seconds: &str) -> Outcome {
 }
 
 fn incast() -> Outcome {
-    let unstopped = storm(false)?;
-    let stopped = storm(true)?;
+    let (unstopped, _) = storm(false)?;
+    let (stopped, stops) = storm(true)?;
     let percent = 100 * stopped / unstopped.max(1);
-    println!("{unstopped} bytes, and {stopped} while it was stopped now and then: {percent} %");
+    println!(
+        "{unstopped} bytes, and {stopped} while it was stopped {stops} times for 20 ms: {percent} %"
+    );
+    if stops < STOPS_MIN {
+        return Err(format!("fewer than {STOPS_MIN} stops"));
+    }
     if percent < 50 {
         return Err("less than half of what arrives when it is not stopped".into());
     }
     Ok(())
 }
 
-/// Bytes that four processes write to one in four seconds.
-fn storm(is_stopped: bool) -> Result<u64, String> {
+/// Bytes that four processes write to one in four seconds, and how often that was stopped meanwhile.
+fn storm(is_stopped: bool) -> Result<(u64, u32), String> {
     let mut target = Process::start(&["absorb"])?;
     let mut senders = Vec::new();
     for index in 0..4 {
@@ -219,7 +249,7 @@ fn storm(is_stopped: bool) -> Result<u64, String> {
         bytes += line.parse::<u64>().map_err(|_| line)?;
         sender.end()?;
     }
-    drop(stops);
+    let stops = stops.map_or(0, part::Stops::finish);
     target.end()?;
-    Ok(bytes)
+    Ok((bytes, stops))
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use lowtide_transport::udp::{Socket, SocketOptions};
 use lowtide_transport::verbs::{
     Access, Address, Buffer, CompletionQueue, Device, DeviceOptions, MemoryRegion,
     ProtectionDomain, Qpn, QueuePair, Reliability, Remote, Rkey, SendOp, Status,
@@ -130,6 +131,13 @@ impl Drop for Stops {
     }
 }
 
+/// A loopback address of this process alone.
+fn own_ip() -> Ipv4Addr {
+    let pid = std::process::id();
+    let high = 32 + (pid >> 16 & 31) as u8;
+    Ipv4Addr::new(127, high, (pid >> 8) as u8, pid as u8)
+}
+
 /// A device with some queue pairs, not connected yet.
 pub struct End {
     pub queue: CompletionQueue,
@@ -141,16 +149,9 @@ pub struct End {
 
 impl End {
     pub fn open(memory: usize, qps: u32) -> Result<End, String> {
-        let pid = std::process::id();
-        let ip = Ipv4Addr::new(
-            127,
-            32 + (pid >> 16 & 31) as u8,
-            (pid >> 8) as u8,
-            pid as u8,
-        );
         let mut options = DeviceOptions::default();
         options.socket.receive_buffer_bytes = memory;
-        let device = Device::open(SocketAddr::from((ip, 4791)), &options).map_err(text)?;
+        let device = Device::open(SocketAddr::from((own_ip(), 4791)), &options).map_err(text)?;
         let domain = device.protection_domain();
         let queue = device.completion_queue(32 * qps);
         let memory = domain.memory_region(1 << 20, Access::ALL).map_err(text)?;
@@ -289,6 +290,19 @@ pub fn introduce(one: &mut Process, other: &mut Process) -> Result<(), String> {
     let (ours, theirs) = (one.hear()?, other.hear()?);
     one.say(&theirs)?;
     other.say(&ours)
+}
+
+/// Fails unless the kernel grants a receive buffer of so many bytes when it is asked for half of that.
+pub fn is_granted(bytes: usize) -> Result<(), String> {
+    let options = SocketOptions {
+        receive_buffer_bytes: bytes / 2,
+        ..SocketOptions::default()
+    };
+    let socket = Socket::bind((own_ip(), 0).into(), &options).map_err(text)?;
+    match socket.receive_buffer_bytes() {
+        granted if granted == bytes => Ok(()),
+        granted => Err(format!("a receive buffer of {granted} bytes, not {bytes}")),
+    }
 }
 
 /// Has memory that others write to, and sleeps in read(2) meanwhile.

@@ -20,6 +20,7 @@
 //! Deliberately absent: sockets, IP headers on the way out, memory registration, completion queues
 //! shared by several queue pairs, and any knowledge of what the messages mean.
 #![no_std]
+#![warn(clippy::missing_errors_doc)]
 #![forbid(unsafe_code)]
 
 extern crate alloc;

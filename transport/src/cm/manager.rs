@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 
 use lowtide_transport_proto::cm::{
     Cm, CmConfig, CmError, CmEvent, CommId, ConnectParams, ConnectRequest, Inquiry, QpOffer,
-    ResolveParams, ServiceId, reason,
+    ResolveParams, ServiceId, reason, sidr_status,
 };
 use lowtide_transport_proto::qp::{QpState, RtrAttr, RtsAttr};
 use lowtide_transport_proto::time::Nanos;
@@ -164,10 +164,12 @@ impl Manager {
             return;
         };
         for event in channel.events {
-            if let Happening::Request(id, _) | Happening::Inquiry(id, _) = event {
-                // It may have been withdrawn meanwhile.
-                let _ = self.reject(now, id, reason::CONSUMER, &[]);
-            }
+            // It may have been withdrawn meanwhile.
+            let _ = match event {
+                Happening::Request(id, _) => self.reject(now, id, reason::CONSUMER, &[]),
+                Happening::Inquiry(id, _) => self.answer_nothing(now, id),
+                _ => Ok(()),
+            };
         }
     }
 
@@ -270,6 +272,11 @@ impl Manager {
         self.cm.answer(now, id, status, place, private_data)
     }
 
+    /// Answers an inquiry that nobody will look at: the client need not wait until it gives up.
+    fn answer_nothing(&mut self, now: Nanos, id: CommId) -> Result<(), CmError> {
+        self.answer(now, id, sidr_status::REJECT, (Qpn::new(0), 0), &[])
+    }
+
     /// Ends a connection, or withdraws a request or an inquiry; nothing, if it has ended.
     pub(crate) fn disconnect(&mut self, device: &mut Device, id: CommId) {
         if self.cm.disconnect(device.now(), id).is_ok() {
@@ -341,7 +348,7 @@ impl Manager {
             }
             CmEvent::Inquiry { id, inquiry } => {
                 if !self.admit(id, inquiry.service) {
-                    // The client will ask again.
+                    let _ = self.answer_nothing(now, id);
                     return;
                 }
                 (id, Happening::Inquiry(id, inquiry))
@@ -534,5 +541,55 @@ mod tests {
         // Adapters' GUIDs.
         assert_eq!(budget_of(0x0E4C_54FF_FE00_0001), None);
         assert_eq!(budget_of(0x0001_0aff_fe09_0001), None);
+    }
+
+    /// An inquiry that finds no room in its channel, and one whose channel goes away, are answered at
+    /// once.
+    #[test]
+    fn an_inquiry_that_nobody_will_look_at_is_answered() {
+        let local: SocketAddr = ([127, 0, 0, 1], 4000).into();
+        let options = crate::device::DeviceOptions::default();
+        let peers = crate::device::Peers::Any;
+        let random = crate::names::Random::default;
+        let any = SocketAddr::new(local.ip(), 0);
+        let mut device = Device::bind(any, &options, peers, random).unwrap();
+        for is_full in [true, false] {
+            let now = Nanos(1);
+            let mut server = Manager::new(local, 984, 1);
+            let (channel, _readable) = server.add_channel().unwrap();
+            let service = ServiceId::udp(1);
+            assert!(server.listen(channel, service, true));
+            if is_full {
+                let full = server.channels.get_mut(&channel).unwrap();
+                (0..EVENTS_MAX).for_each(|_| full.push(Happening::Disconnected(CommId(9))));
+            }
+            let mut client = Manager::new(local, 984, 2).cm;
+            let params = ResolveParams {
+                to: local,
+                service,
+                source_port: 0,
+                private_data: &[],
+            };
+            let asked = client.resolve(now, &params).unwrap();
+            server.handle(now, local, &client.poll_transmit().unwrap().mad);
+            while let Some(event) = server.cm.poll_event() {
+                server.take(now, &mut device, event);
+            }
+            if !is_full {
+                assert!(server.has_event(channel));
+                assert!(
+                    server.cm.poll_transmit().is_none(),
+                    "the program is to answer"
+                );
+                server.remove_channel(now, channel);
+            }
+            let answer = server.cm.poll_transmit().expect("an answer").mad;
+            client.handle_mad(now, local, &answer);
+            let Some(CmEvent::Unresolved { id, status, .. }) = client.poll_event() else {
+                panic!("it was not told");
+            };
+            assert_eq!((id, status), (asked, sidr_status::REJECT));
+            assert!(server.entries.is_empty());
+        }
     }
 }

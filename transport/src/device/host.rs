@@ -9,13 +9,13 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 
 use lowtide_transport_proto::qp::{
-    self, AtomicOp, Fragment, Lkey, QpKind, QpState, Remote, SendOp, SgList,
+    self, AtomicOp, Fragment, Lkey, QpState, Remote, SendOp, SgList,
 };
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
 use super::output::{ACK_REQ, resolve};
-use super::{Device, DeviceOptions, Input, Machine, Peer};
+use super::{Device, DeviceOptions, Input, Machine, Peer, QpId};
 use crate::host::{
     self, Exports, Gone, HostBatch, Hosts, Ours, QpEntry, RING_PACKETS, SameHost, Theirs, Way, Wish,
 };
@@ -151,6 +151,14 @@ impl Device {
         }
     }
 
+    /// A receive was posted. If the peer is gone it ends, as those did that were posted before.
+    pub(crate) fn note_receive(&mut self, id: QpId) {
+        let peer = self.slots[id.0 as usize].peer;
+        if let Some(peer) = peer.filter(|peer| self.peers[*peer as usize].is_gone) {
+            let _ = self.act(id.0, peer);
+        }
+    }
+
     /// Finds the way to a peer on this host.
     pub(super) fn meet(&mut self, index: u32) {
         let Some(hosts) = &mut self.hosts else { return };
@@ -238,8 +246,7 @@ impl Device {
             return Act::Nothing;
         };
         if *is_gone {
-            if qp.kind() == QpKind::Rc && qp.sends_posted() > 0 {
-                qp.handle_peer_gone();
+            if qp.handle_peer_gone() {
                 self.settle(index);
                 self.note_finished(index);
             }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use lowtide_transport_proto::qp::AtomicOp;
 
 use super::segment::Segment;
+use crate::udp::file_size_max;
 
 /// A stretch of our memory. Made by [`Memory::place_of`](crate::memory::Memory::place_of) only, which
 /// says so of ranges in service: that registering them has promised that no reference of Rust's
@@ -51,7 +52,10 @@ pub(crate) fn copy(ours: Ours, theirs: Theirs<'_>, way: Way) -> Result<(), Refus
     match theirs {
         Theirs::Mapped(segment, offset) => {
             let end = offset.checked_add(ours.len).ok_or(Refused)?;
-            if end > segment.len() {
+            // The kernel holds writes to a file against what this process may have written, and ends who
+            // goes beyond; the peer's engine is under no such limit of ours.
+            let by_file = way == Way::ToThem && !ours.is_lasting;
+            if end > segment.len() || by_file && end as u64 > file_size_max() {
                 return Err(Refused);
             }
             match ours.is_lasting {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Duration;
 
-use super::note::{Note, is_hung_up, tell};
+use super::note::{Link, Note, tell};
 use super::ring::Receiver;
 use super::segment::Segment;
 use crate::memory::{Access, Key};
@@ -47,7 +47,7 @@ const LOOK: Duration = Duration::from_micros(20);
 pub(crate) struct Reader {
     /// Its ring, in which it says that it is reaching something.
     pub(super) ring: Segment,
-    pub(super) socket: socket2::Socket,
+    pub(super) link: Link,
 }
 
 /// See the [module](self).
@@ -110,7 +110,7 @@ impl Exports {
     pub(super) fn add_reader(&mut self, reader: Arc<Reader>) {
         for (key, slab) in &self.slabs {
             // Who has not heard of a slab does not find it, and asks our engine.
-            let _ = tell(&reader.socket, &Note::Slab(*key), &[slab.as_fd()]);
+            let _ = tell(&reader.link.socket, &Note::Slab(*key), &[slab.as_fd()]);
         }
         self.readers.push(reader);
     }
@@ -166,7 +166,7 @@ impl Exports {
         if let Some(slab) = slab {
             self.slabs.push((key, slab.clone()));
             for reader in &self.readers {
-                let _ = tell(&reader.socket, &Note::Slab(key), &[slab.as_fd()]);
+                let _ = tell(&reader.link.socket, &Note::Slab(key), &[slab.as_fd()]);
             }
         }
     }
@@ -184,7 +184,7 @@ impl Exports {
         if self.slabs.len() < count {
             for reader in &self.readers {
                 // A peer that does not hear it keeps a mapping for as long as the connection.
-                let _ = tell(&reader.socket, &Note::SlabGone(key), &[]);
+                let _ = tell(&reader.link.socket, &Note::SlabGone(key), &[]);
             }
         }
     }
@@ -196,7 +196,7 @@ impl Exports {
             let Some(reach) = Receiver::reach(words) else {
                 continue;
             };
-            while reach.lasts(words) && !is_hung_up(&reader.socket) {
+            while reach.lasts(words) && !reader.link.has_ended() {
                 // Microseconds at most, and rare: not worth a wake-up by every peer at every access.
                 std::thread::sleep(LOOK);
             }

@@ -1,13 +1,16 @@
 //! What two devices tell each other over their socket, and the file descriptors that go with it.
 //!
-//! Owns: the form of a note, and the socket calls around it. A note is one message of
-//! [`NOTE_LEN`] bytes on a SOCK_SEQPACKET socket; whatever else comes ends the connection.
+//! Owns: the form of a note, and the socket calls around it; and who has the other end ([`Link`]). A
+//! note is one message of [`NOTE_LEN`] bytes on a SOCK_SEQPACKET socket; whatever else comes ends the
+//! connection.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
 use socket2::Socket;
 
 use super::segment::check;
@@ -187,20 +190,95 @@ fn take_fds(message: &libc::msghdr) -> Vec<OwnedFd> {
     fds
 }
 
-/// Whether nobody has the other end any more.
-pub(super) fn is_hung_up(socket: &Socket) -> bool {
-    let mut poll = libc::pollfd {
-        fd: socket.as_raw_fd(),
-        events: 0,
-        revents: 0,
-    };
-    // SAFETY: one live entry.
-    let count = unsafe { libc::poll(&raw mut poll, 1, 0) };
-    count == 1 && poll.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0
+/// A connection with a device of another process, or of this one.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) socket: Socket,
+    /// The process that opened the other end.
+    pub(super) pid: libc::pid_t,
+    /// A pidfd of that process: readable once it has ended. A child that it has forked may have the
+    /// socket, and would keep it from hanging up. None on kernels that have no such thing (before
+    /// 5.3, or behind a filter of system calls): there only the socket tells.
+    process: Option<OwnedFd>,
+}
+
+impl Link {
+    /// The connection with whoever has the other end of `socket`; none if that does not run under our
+    /// user.
+    ///
+    /// # Errors
+    /// The process has ended already, or the system has no file descriptor.
+    pub(super) fn new(socket: Socket) -> io::Result<Option<Link>> {
+        let Some(pid) = peer_of_ours(&socket) else {
+            return Ok(None);
+        };
+        let process = match watch_process(pid) {
+            Ok(process) => Some(process),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Some(Link {
+            socket,
+            pid,
+            process,
+        }))
+    }
+
+    /// Has `token` occur when the peer says something and when it ends.
+    ///
+    /// # Errors
+    /// The system has no memory.
+    pub(super) fn register(&self, registry: &Registry, token: Token) -> io::Result<()> {
+        let socket = self.socket.as_raw_fd();
+        registry.register(&mut SourceFd(&socket), token, Interest::READABLE)?;
+        match &self.process {
+            Some(process) => {
+                let process = process.as_raw_fd();
+                registry.register(&mut SourceFd(&process), token, Interest::READABLE)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the other end is closed, or its process has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.look().contains(&true)
+    }
+
+    /// Whether its process has ended, as far as can be known.
+    pub(super) fn has_process_ended(&self) -> bool {
+        self.look()[1]
+    }
+
+    /// Whether the socket is hung up, and whether the process has ended.
+    fn look(&self) -> [bool; 2] {
+        let of = |fd: libc::c_int, events| libc::pollfd {
+            fd,
+            events,
+            revents: 0,
+        };
+        // A negative number is passed over.
+        let process = self.process.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        // Hanging up is told unasked.
+        let mut polls = [of(self.socket.as_raw_fd(), 0), of(process, libc::POLLIN)];
+        // SAFETY: two live entries.
+        let _ = unsafe { libc::poll(polls.as_mut_ptr(), 2, 0) };
+        polls.map(|poll| poll.revents != 0)
+    }
+}
+
+/// A file descriptor of a process. Of the next one of that number, if it has ended since its number
+/// was learnt and nobody waits for it any more: then its sockets tell.
+fn watch_process(pid: libc::pid_t) -> io::Result<OwnedFd> {
+    // SAFETY: plain arguments.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    check(fd as libc::c_int)?;
+    // SAFETY: the call above has just made it, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
 }
 
 /// The process at the other end, if it runs under our user.
-pub(super) fn peer_of_ours(socket: &Socket) -> Option<libc::pid_t> {
+fn peer_of_ours(socket: &Socket) -> Option<libc::pid_t> {
     let mut found = MaybeUninit::<libc::ucred>::zeroed();
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: value and length describe a live variable.
@@ -256,9 +334,45 @@ mod tests {
             a.send(rubbish).unwrap();
             assert_eq!(hear(&b).unwrap_err().kind(), io::ErrorKind::InvalidData);
         }
-        assert!(!is_hung_up(&b));
+        let link = Link::new(b).unwrap().unwrap();
+        assert!(!link.has_ended());
         drop(a);
-        assert!(is_hung_up(&b));
-        assert_eq!(hear(&b).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert!(link.has_ended());
+        let ended = hear(&link.socket).unwrap_err();
+        assert_eq!(ended.kind(), io::ErrorKind::UnexpectedEof);
+    }
+    /// Whoever knows our name may connect; who runs under another user is not let in.
+    #[test]
+    fn another_users_process_is_none_of_ours() {
+        if user() != 0 {
+            // Only root may be somebody else.
+            eprintln!("NOT CHECKED: a connection of another user");
+            assert!(std::env::var_os("LOWTIDE_CHECK_ALL").is_none());
+            return;
+        }
+        let name = format!("\0lowtide-test/{}", std::process::id());
+        let name = socket2::SockAddr::unix(name).unwrap();
+        let new = || Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+        let listener = new();
+        listener.bind(&name).unwrap();
+        listener.listen(2).unwrap();
+        for nobody in [None, Some(65_534)] {
+            let name = name.clone();
+            let stranger = std::thread::spawn(move || {
+                if let Some(nobody) = nobody {
+                    let keep = -1;
+                    // SAFETY: plain arguments. To the kernel users are those of threads.
+                    let done = unsafe { libc::syscall(libc::SYS_setresuid, keep, nobody, keep) };
+                    assert_eq!(done, 0);
+                }
+                let socket = new();
+                socket.connect(&name).unwrap();
+                socket
+            });
+            let _stranger = stranger.join().unwrap();
+            let (socket, _) = listener.accept().unwrap();
+            let link = Link::new(socket).unwrap();
+            assert_eq!(link.is_some(), nobody.is_none());
+        }
     }
 }

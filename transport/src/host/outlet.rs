@@ -12,7 +12,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::copy::{self, Theirs};
 use super::exports::{self, Wish, find, grants};
-use super::note::{Note, hear, is_hung_up, peer_of_ours, tell};
+use super::note::{Link, Note, hear, tell};
 use super::ring::{Sender, words_of};
 use super::segment::Segment;
 use super::{RING_UNITS, name};
@@ -29,11 +29,10 @@ const NOTES_MAX: usize = 4096;
 /// Our way to a peer.
 #[derive(Debug)]
 pub(super) struct Outlet {
-    pub(super) socket: Socket,
+    pub(super) link: Link,
     pub(super) peer: SocketAddr,
     pub(super) ring: Segment,
     pub(super) sender: Sender,
-    pid: libc::pid_t,
     /// Wakes the peer; it comes with the peer's answer, as what follows.
     pub(super) doorbell: Option<EventFd>,
     table: Option<Segment>,
@@ -49,23 +48,22 @@ impl Outlet {
     /// A way to the peer; none to one that is not of our user.
     ///
     /// # Errors
-    /// Nobody listens there, or the system has no file descriptor or no memory.
+    /// Nobody listens there or its process has ended, or the system has no file descriptor or no memory.
     pub(super) fn connect(local: SocketAddr, peer: SocketAddr) -> io::Result<Option<Outlet>> {
         let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
         socket.set_nonblocking(true)?;
         socket.connect(&name(peer)?)?;
-        let Some(pid) = peer_of_ours(&socket) else {
+        let Some(link) = Link::new(socket)? else {
             return Ok(None);
         };
         let ring = Segment::create(8 * words_of(RING_UNITS))?;
         let sender = Sender::new(ring.words());
-        tell(&socket, &Note::Hello(local), &[ring.as_fd()])?;
+        tell(&link.socket, &Note::Hello(local), &[ring.as_fd()])?;
         Ok(Some(Outlet {
-            socket,
+            link,
             peer,
             ring,
             sender,
-            pid,
             doorbell: None,
             table: None,
             is_reachable: false,
@@ -88,7 +86,7 @@ impl Outlet {
     /// Takes what the peer has to say.
     pub(super) fn hear(&mut self, is_direct: bool) {
         for _ in 0..NOTES_MAX {
-            match hear(&self.socket) {
+            match hear(&self.link.socket) {
                 Ok(None) => return,
                 Ok(Some((note, fds))) => {
                     if self.note(note, fds, is_direct).is_none() {
@@ -112,7 +110,7 @@ impl Outlet {
                 let doorbell = EventFd::adopt(fds.next()?).ok()?;
                 let table = Segment::adopt(fds.next()?, exports::TABLE_LEN).ok()?;
                 (self.doorbell, self.table) = (Some(doorbell), Some(table));
-                self.is_reachable = is_direct && copy::can_reach(self.pid, probe, word);
+                self.is_reachable = is_direct && copy::can_reach(self.link.pid, probe, word);
             }
             Note::Slab(key) if self.doorbell.is_some() => {
                 // One that cannot be had or mapped, or is one too many, is reached by other means.
@@ -158,8 +156,9 @@ impl Direct<'_> {
             return is_inside.then_some(Theirs::Mapped(slab, offset));
         }
         // A process that has ended may have left its number to another.
-        let is_alive = self.outlet.is_reachable && !is_hung_up(&self.outlet.socket);
-        is_alive.then_some(Theirs::Process(self.outlet.pid, found.address))
+        let link = &self.outlet.link;
+        let is_alive = self.outlet.is_reachable && !link.has_ended();
+        is_alive.then_some(Theirs::Process(link.pid, found.address))
     }
 }
 

@@ -13,6 +13,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
+use crate::udp::without_sigxfsz;
+
 /// Longest segment that is taken from a peer, bytes.
 const LEN_MAX: usize = 1 << 40;
 const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
@@ -36,7 +38,7 @@ impl Segment {
     /// At least `len` zero bytes.
     ///
     /// # Errors
-    /// The system has no file descriptor or no memory.
+    /// The system has no file descriptor or no memory, or the process may have no file so long (EFBIG).
     pub(crate) fn create(len: usize) -> io::Result<Segment> {
         let len = len.max(8).next_multiple_of(8);
         let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
@@ -47,7 +49,7 @@ impl Segment {
         let file = unsafe { OwnedFd::from_raw_fd(fd) };
         let size = libc::off_t::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
         // SAFETY: plain arguments.
-        check(unsafe { libc::ftruncate(fd, size) })?;
+        without_sigxfsz(|| check(unsafe { libc::ftruncate(fd, size) }))?;
         let seals = SEALS | libc::F_SEAL_SEAL;
         // SAFETY: plain arguments.
         check(unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) })?;

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use super::note::is_hung_up;
 use super::outlet::SLABS_MAX;
 use super::ring::Sender;
 use super::*;
@@ -87,7 +86,10 @@ fn stranger(to: &Side) -> Socket {
 /// Whether the device has ended the connection.
 fn is_turned_away(by: &mut Side, socket: &Socket) -> bool {
     by.take();
-    is_hung_up(socket)
+    Link::new(socket.try_clone().unwrap())
+        .unwrap()
+        .unwrap()
+        .has_ended()
 }
 
 fn loose_file(len: usize) -> OwnedFd {

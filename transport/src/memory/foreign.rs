@@ -24,6 +24,7 @@ use std::sync::OnceLock;
 use lowtide_transport_proto::qp::AtomicOp;
 
 use super::AccessError;
+use crate::udp::without_sigxfsz;
 
 /// Bytes of the buffer: more than any packet's payload.
 const BOUNCE_LEN: usize = 64 << 10;
@@ -128,10 +129,14 @@ impl Bounce {
         }
         // SAFETY: the call above has just made it, and nobody else has it.
         let file = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: plain arguments.
-        if unsafe { libc::ftruncate(file.as_raw_fd(), BOUNCE_LEN as libc::off_t) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let len = BOUNCE_LEN as libc::off_t;
+        without_sigxfsz(|| {
+            // SAFETY: plain arguments.
+            match unsafe { libc::ftruncate(file.as_raw_fd(), len) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        })?;
         // SAFETY: a new mapping of a file that has this length and that nobody else can shorten.
         let map = unsafe {
             libc::mmap(

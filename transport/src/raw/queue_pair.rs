@@ -499,7 +499,7 @@ impl State {
 
     /// The same for a receive.
     pub(super) fn post_receive(&mut self, id: QpId, wr: qp::RecvWr) -> Result<(), Error> {
-        // Nothing to be sent comes of a receive.
+        // Nothing to be sent comes of a receive, but its end may.
         let posted = match self.device.connected(id) {
             Some(qp) => Some(qp.post_recv(wr)),
             None => self.device.datagram(id).map(|qp| qp.post_recv(wr)),
@@ -507,6 +507,7 @@ impl State {
         let posted = posted.expect("it lives as long as its handle");
         posted.map_err(posting_error)?;
         self.tables.qp(id).held[1] += 1;
+        self.device.note_receive(id);
         Ok(())
     }
 

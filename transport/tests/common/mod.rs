@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use lowtide_transport::message::{ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, SendError};
 use lowtide_transport::raw;
+use lowtide_transport::udp::{Frame, Payload, Socket, TransmitBatch};
 
 /// Nothing here takes longer, even on a machine that does ten other things.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -101,6 +102,11 @@ impl Stream {
             received: (0, 0),
             buffer: Vec::new(),
         }
+    }
+
+    /// So many bytes more.
+    pub fn go_on(&mut self, more: u64) {
+        self.total += more;
     }
 
     /// Sends until the connection takes no more.
@@ -199,4 +205,92 @@ pub fn beside_one_that_drives(other: &raw::QueuePair, act: impl FnOnce() + Send)
         drop(release);
         assert_eq!(is_done, Ok(()), "it waited, or failed");
     });
+}
+
+/// Gives up root's right to lock what it likes and to reach whom it likes; rights are those of this
+/// thread and of the threads that it starts.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn be_as_anybody() {
+    let header = [0x2008_0522u32, 0];
+    let none = [0u32; 6];
+    // SAFETY: header and data are as long as the version in the header says, and are only read.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
+    assert_eq!(result, 0);
+}
+
+/// Sets a limit of this process, or as much of it as it may be given at all.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn limit(what: libc::__rlimit_resource_t, most: libc::rlim_t) {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the structure is alive, and filled.
+    let asked = unsafe { libc::getrlimit(what, &raw mut limit) };
+    limit.rlim_cur = most.min(limit.rlim_max);
+    // SAFETY: the structure is alive, and only read.
+    let set = unsafe { libc::setrlimit(what, &raw const limit) };
+    assert_eq!((asked, set), (0, 0));
+}
+
+/// The most that this process may lock from now on, bytes.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn may_lock(bytes: libc::rlim_t) {
+    limit(libc::RLIMIT_MEMLOCK, bytes);
+}
+
+/// A test cannot be made on this machine. Said, and a failure for who asks for all of them.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn not_checked(what: &str) {
+    eprintln!("NOT CHECKED: {what}");
+    let is_wanted = std::env::var_os("LOWTIDE_CHECK_ALL").is_some();
+    assert!(!is_wanted, "{what}, and LOWTIDE_CHECK_ALL is set");
+}
+
+/// Sends a datagram as it is.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn send_raw(socket: &mut Socket, target: SocketAddr, bytes: &[u8]) {
+    let header_len = bytes.len().min(12);
+    let mut frame = Frame {
+        target,
+        header: [0; 64],
+        header_len: header_len as u8,
+        trailer_len: 0,
+        trailer: [0; 8],
+        payload: Payload {
+            region: 0,
+            len: (bytes.len() - header_len) as u32,
+            offset: 0,
+        },
+        is_spoilt: false,
+    };
+    frame.header[..header_len].copy_from_slice(&bytes[..header_len]);
+    let mut batch = TransmitBatch::default();
+    batch.push(frame);
+    let report = socket.send(&mut batch, |_| &bytes[header_len..], |_, _, _| {});
+    assert_eq!(report.datagrams, 1);
+}
+
+/// Runs an ignored test of this program in a network namespace of its own, after `set_up`, a line for
+/// the shell.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn in_a_network_of_its_own(set_up: &str, test: &str) {
+    let inside = |line: &str| {
+        std::process::Command::new("unshare")
+            .args(["-rn", "sh", "-ec", line, "sh"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--ignored", "--nocapture"])
+            .output()
+    };
+    if !inside(set_up).is_ok_and(|output| output.status.success()) {
+        // Neither root nor user namespaces are to be had, or a tool is missing.
+        return not_checked(&format!("{test}: no network namespace with {set_up:?}"));
+    }
+    let output = inside(&format!("{set_up}\nexec \"$@\"")).unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{said}{complaint}"
+    );
 }

@@ -108,12 +108,16 @@ fn a_datagram_is_one_packet() {
 
 #[test]
 fn every_member_of_a_group_gets_a_copy() {
-    let group: IpAddr = "239.77.1.2".parse().unwrap();
     let (a, b) = pair(QpType::Ud);
+    everybody_hears("239.77.1.2".parse().unwrap(), &a, &b);
+}
+
+/// What `a` sends to the group reaches all who are in it on the device of `b`, and who has left not.
+pub fn everybody_hears(group: IpAddr, a: &End, b: &End) {
     // Two queue pairs of one device, and one of another.
     let c = end_on(b.context.clone(), QpType::Ud, None);
     c.connect(&b.context, Qpn::new(0));
-    let members = [&b, &c];
+    let members = [b, &c];
     let gid = Gid::from_ip(group);
     for member in members {
         member.qp.attach_multicast(gid).unwrap();
@@ -125,21 +129,21 @@ fn every_member_of_a_group_gets_a_copy() {
     let ah = a.pd.address_handle(&attr).unwrap();
     let everybody = Qpn::new(0xFF_FFFF);
     a.pages.write(0, b"to whom it may concern");
-    post(&a, &ah, everybody, QKEY, SendOp::Send, 22);
+    post(a, &ah, everybody, QKEY, SendOp::Send, 22);
     a.succeed();
     for member in members {
         let got = member.succeed();
         assert_eq!((got.wr_id, got.source, got.byte_len), (1, a.qp.qpn(), 62));
         assert_eq!(member.pages.read(40, 22), b"to whom it may concern");
         let header: [u8; GRH] = member.pages.read(0, GRH).try_into().unwrap();
-        let IpAddr::V4(target) = group else {
-            unreachable!()
-        };
-        assert_eq!(header[36..], target.octets());
+        match group {
+            IpAddr::V4(group) => assert_eq!(header[36..], group.octets()),
+            IpAddr::V6(group) => assert_eq!(header[24..], group.octets()),
+        }
     }
     c.qp.detach_multicast(gid).unwrap();
     assert!(c.qp.detach_multicast(gid).is_err());
-    post(&a, &ah, everybody, QKEY, SendOp::Send, 22);
+    post(a, &ah, everybody, QKEY, SendOp::Send, 22);
     assert_eq!(b.succeed().wr_id, 2);
     assert!(c.is_silent());
 }

@@ -154,3 +154,25 @@ fn memory_may_come_later_and_is_never_persistent() {
     let refused = register(ALL | AccessFlags::FLUSH_PERSISTENT);
     assert_eq!(refused, Err(Error::Unsupported("persistent memory")));
 }
+
+/// Flags that let a device do less, or tell it what it can find out: memory is used as with none.
+#[test]
+fn flags_that_are_hints_are_taken() {
+    let (a, b) = pair(QpType::Rc);
+    for hint in [AccessFlags::RELAXED_ORDERING, AccessFlags::HUGETLB] {
+        let pages = Pages::new(64 << 10);
+        let region = pages.register(&b.pd, ALL | hint);
+        let remote = Remote {
+            va: pages.address(),
+            rkey: region.rkey(),
+        };
+        let text = bytes(50_000, 1);
+        a.pages.write(0, &text);
+        a.post(1, SendOp::Write(remote), &[a.sge(0, 50_000)]);
+        a.succeed();
+        assert_eq!(pages.read(0, 50_000), text);
+        a.post(2, SendOp::Read(remote), &[a.sge(100_000, 50_000)]);
+        a.succeed();
+        assert_eq!(a.pages.read(100_000, 50_000), text);
+    }
+}

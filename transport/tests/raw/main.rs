@@ -43,6 +43,10 @@ macro_rules! way {
 #[path = "."]
 mod udp {
     way!(Udp);
+    #[path = "by_hand.rs"]
+    mod by_hand;
+    #[path = "fair.rs"]
+    mod fair;
     #[path = "softroce.rs"]
     mod softroce;
     #[path = "suite.rs"]
@@ -63,6 +67,8 @@ mod rings {
 #[path = "."]
 mod direct {
     way!(Direct);
+    #[path = "mixed.rs"]
+    mod mixed;
     #[path = "softroce.rs"]
     mod softroce;
     #[path = "suite.rs"]

@@ -28,25 +28,6 @@ fn endpoint(turn: usize) -> Endpoint {
     .unwrap()
 }
 
-/// Gives up root's right to lock what it likes; devices opened before are of no more use.
-fn be_as_anybody() {
-    let header = [0x2008_0522u32, 0];
-    let none = [0u32; 6];
-    // SAFETY: header and data are as long as the version in the header says, and are only read.
-    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
-    assert_eq!(result, 0);
-}
-
-/// The most that this process may lock from now on.
-fn may_lock(bytes: libc::rlim_t) {
-    let limit = libc::rlimit {
-        rlim_cur: bytes,
-        rlim_max: libc::RLIM_INFINITY,
-    };
-    // SAFETY: the structure is read only.
-    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }, 0);
-}
-
 /// What the sender was told, and how much the other heard.
 #[derive(Default)]
 struct Told {
@@ -74,14 +55,14 @@ fn until(ends: &mut [Endpoint; 2], told: &mut Told, done: impl Fn(&Told) -> bool
     }
 }
 
-/// Two connected ends, the first of which was refused the memory for a message.
+/// Two connected ends (devices opened before are of no more use), the first of which was refused the memory for a message.
 fn refused() -> ([Endpoint; 2], ConnId, Vec<u8>) {
-    be_as_anybody();
+    common::be_as_anybody();
     let mut ends = [endpoint(0), endpoint(1)];
     let [a, b] = &mut ends;
     let (conn, _) = common::connect(a, b);
     let message = vec![7; LONG];
-    may_lock(0);
+    common::may_lock(0);
     let refused = ends[0].send(conn, &[IoSlice::new(&message)]);
     assert_eq!(refused, Err(SendError::WouldBlock));
     (ends, conn, message)
@@ -94,7 +75,7 @@ fn a_message_that_could_not_be_registered_goes_when_it_can() {
     until(&mut ends, &mut told, |told| told.is_writable);
     let refused = ends[0].send(conn, &[IoSlice::new(&message)]);
     assert_eq!(refused, Err(SendError::WouldBlock));
-    may_lock(libc::RLIM_INFINITY);
+    common::may_lock(libc::RLIM_INFINITY);
     told.is_writable = false;
     until(&mut ends, &mut told, |told| told.is_writable);
     ends[0].send(conn, &[IoSlice::new(&message)]).unwrap();

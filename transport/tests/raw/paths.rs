@@ -1,7 +1,5 @@
 //! What is the same whichever way a peer is reached, and that it is the way asked for.
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicU64;
 use std::thread;
 
@@ -10,18 +8,18 @@ use lowtide_transport::verbs::SameHost;
 use super::*;
 
 /// A queue pair's end with a slab for its memory.
-struct Slab {
-    mr: MemoryRegion,
+pub struct Slab {
+    pub mr: MemoryRegion,
 }
 
 impl Slab {
-    fn new(end: &End, len: u64) -> Slab {
+    pub fn new(end: &End, len: u64) -> Slab {
         Slab {
             mr: end.pd.slab(len, ALL).unwrap(),
         }
     }
 
-    fn sge(&self, offset: u64, len: u32) -> Sge {
+    pub fn sge(&self, offset: u64, len: u32) -> Sge {
         Sge {
             lkey: self.mr.lkey(),
             addr: self.mr.address() + offset,
@@ -29,27 +27,27 @@ impl Slab {
         }
     }
 
-    fn remote(&self, offset: u64) -> Remote {
+    pub fn remote(&self, offset: u64) -> Remote {
         Remote {
             va: self.mr.address() + offset,
             rkey: self.mr.rkey(),
         }
     }
 
-    fn words(&self) -> &[AtomicU64] {
+    pub fn words(&self) -> &[AtomicU64] {
         let at = std::ptr::with_exposed_provenance(self.mr.address() as usize);
         // SAFETY: a slab is mapped as long as its region, aligned to a page, and changed by atomic
         // words or by requests that the test waits for.
         unsafe { std::slice::from_raw_parts(at, self.mr.len() as usize / 8) }
     }
 
-    fn fill(&self, from: usize, len: usize, seed: u64) {
+    pub fn fill(&self, from: usize, len: usize, seed: u64) {
         for (i, word) in self.words()[from..from + len].iter().enumerate() {
             word.store(seed.wrapping_mul(0x9E37_79B9) + i as u64, Ordering::Relaxed);
         }
     }
 
-    fn holds(&self, from: usize, len: usize, seed: u64) -> bool {
+    pub fn holds(&self, from: usize, len: usize, seed: u64) -> bool {
         let words = self.words()[from..from + len].iter().enumerate();
         words.into_iter().all(|(i, word)| {
             word.load(Ordering::Relaxed) == seed.wrapping_mul(0x9E37_79B9) + i as u64
@@ -58,7 +56,7 @@ impl Slab {
 }
 
 /// The first requests may be faster than the peer's answer to the connection.
-fn meet(a: &End, remote: Remote, sge: Sge) {
+pub fn meet(a: &End, remote: Remote, sge: Sge) {
     let since = Instant::now();
     let is_met = || SAME_HOST != SameHost::Direct || a.context.counters().host_direct > 0;
     while !is_met() {
@@ -229,276 +227,4 @@ fn a_region_goes_under_traffic() {
             assert!(b.pages.read(0, 1 << 16).iter().all(|byte| *byte == 0xEE));
         });
     }
-}
-
-/// Retries that end soon, for a peer that will not answer.
-fn impatient(attr: QpAttr) -> QpAttr {
-    QpAttr {
-        timeout: 10,
-        retry_cnt: 3,
-        ..attr
-    }
-}
-
-fn connect_impatiently(end: &End, peer: &Context, dest: Qpn) {
-    end.to_init();
-    end.to_rtr(peer, dest);
-    let attr = impatient(to(attr_to(peer, dest), QpState::Rts));
-    end.qp.modify(&attr, RTS_RC).unwrap();
-}
-
-/// Posts three sends and two receives, and takes their ends: the first send fails, the rest is flushed.
-fn everything_ends(a: &End) {
-    a.receive(10, &[a.sge(0, 8)]);
-    a.receive(11, &[a.sge(0, 8)]);
-    for wr_id in 1..=3 {
-        a.post(wr_id, SendOp::Send, &[a.sge(0, 8)]);
-    }
-    let since = Instant::now();
-    let ends: Vec<_> = (0..5).map(|_| a.next()).collect();
-    assert!(since.elapsed() < Duration::from_secs(1), "{since:?}");
-    let status_of = |wr_id| ends.iter().find(|work| work.wr_id == wr_id).unwrap().status;
-    assert_eq!(status_of(1), Status::RetryExceeded);
-    for wr_id in [2, 3, 10, 11] {
-        assert_eq!(status_of(wr_id), Status::Flushed);
-    }
-    assert_eq!(a.qp.query().state, QpState::Err);
-}
-
-#[test]
-fn a_device_that_is_closed_answers_no_more() {
-    let (a, b) = (end(QpType::Rc), end(QpType::Rc));
-    connect_impatiently(&a, &b.context, b.qp.qpn());
-    b.connect(&a.context, a.qp.qpn());
-    b.receive(1, &[b.sge(0, 8)]);
-    a.post(1, SendOp::Send, &[a.sge(0, 8)]);
-    assert_eq!(b.succeed().kind, CompletionKind::Recv);
-    // Whoever leaves after its last completion owes no answer.
-    drop(b);
-    assert_eq!(a.succeed().kind, CompletionKind::Send);
-    everything_ends(&a);
-}
-
-/// Another process with an end of its own, which does what the lines say.
-struct Peer {
-    child: Child,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-/// In the environment of such a process: the way to the peer's end.
-const PEER: &str = "LOWTIDE_TEST_PEER";
-
-impl Peer {
-    fn start(role: &str) -> Peer {
-        let name = thread::current().name().unwrap_or_default().to_owned();
-        // "rings::suite::paths::…": the test that is the other process, in the same module.
-        let module = name.rsplit_once("::").expect("a test's name").0;
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args([
-                &format!("{module}::other_process"),
-                "--exact",
-                "--nocapture",
-            ])
-            .env(PEER, role)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap());
-        Peer { child, lines }
-    }
-
-    fn tell(&mut self, line: &str) {
-        let stdin = self.child.stdin.as_mut().unwrap();
-        writeln!(stdin, "{line}").unwrap();
-    }
-
-    /// The words of the next line that is ours.
-    fn hear(&mut self) -> Vec<u64> {
-        loop {
-            let mut line = String::new();
-            assert!(self.lines.read_line(&mut line).unwrap() > 0, "it has left");
-            // The harness may have begun the line.
-            if let Some((_, words)) = line.trim().split_once("peer:") {
-                return words
-                    .split_whitespace()
-                    .map(|w| w.parse().unwrap())
-                    .collect();
-            }
-        }
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Not a test by itself, but the other process of those below: without their word it does nothing.
-#[test]
-fn other_process() {
-    let Ok(role) = std::env::var(PEER) else {
-        return;
-    };
-    if role == "shut" {
-        // SAFETY: plain arguments.
-        assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) }, 0);
-    }
-    let address = common::address();
-    let b = end_on(
-        Context::open(address, &options()).unwrap(),
-        QpType::Rc,
-        None,
-    );
-    if role == "starved" {
-        starve();
-    }
-    let tell = |words: &[u64]| {
-        let words: Vec<String> = words.iter().map(u64::to_string).collect();
-        println!("\npeer:{}", words.join(" "));
-    };
-    let ip = u128::from_be_bytes(b.context.gid().gid.0) as u64;
-    let remote = b.remote(0);
-    tell(&[
-        ip,
-        b.qp.qpn().value().into(),
-        remote.va,
-        remote.rkey.0.into(),
-    ]);
-    for line in std::io::stdin().lines() {
-        let words: Vec<u64> = line
-            .unwrap()
-            .split(' ')
-            .map(|w| w.parse().unwrap())
-            .collect();
-        match words[..] {
-            [ip, qpn] => {
-                b.to_init();
-                let mut attr = attr_to(&b.context, Qpn::new(qpn as u32));
-                attr.address.dgid = gid_of(ip);
-                b.qp.modify(&to(attr, QpState::Rtr), RTR_RC).unwrap();
-                b.to_rts();
-            }
-            [0] => b.receive(1, &[b.sge(0, 64)]),
-            [1] => drop(b.succeed()),
-            [2] => {
-                // The other end is to reach this memory.
-                let text = b.pages.read(0, 100_000);
-                let sum = text.iter().map(|byte| u64::from(*byte)).sum();
-                tell(&[sum]);
-                continue;
-            }
-            _ => unreachable!("{words:?}"),
-        }
-        tell(&[]);
-    }
-}
-
-/// From here on this process gets no file descriptor.
-fn starve() {
-    let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
-    let limit = libc::rlimit {
-        rlim_cur: next as libc::rlim_t,
-        rlim_max: next as libc::rlim_t,
-    };
-    // SAFETY: a live structure, which is only read.
-    let result = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-    assert_eq!(result, 0);
-    assert!(std::fs::File::open("/dev/null").is_err());
-}
-
-fn gid_of(low: u64) -> Gid {
-    Gid(u128::from(low).to_be_bytes())
-}
-
-/// An end here, connected to one in another process; where that end's memory is.
-fn pair_of_processes(role: &str) -> (End, Peer, Remote) {
-    let mut peer = Peer::start(role);
-    let [ip, qpn, va, rkey] = peer.hear()[..] else {
-        panic!("four numbers");
-    };
-    let a = end(QpType::Rc);
-    a.to_init();
-    let mut attr = attr_to(&a.context, Qpn::new(qpn as u32));
-    attr.address.dgid = gid_of(ip);
-    a.qp.modify(&to(attr, QpState::Rtr), RTR_RC).unwrap();
-    let attr = impatient(to(attr, QpState::Rts));
-    a.qp.modify(&attr, RTS_RC).unwrap();
-    let own = u128::from_be_bytes(a.context.gid().gid.0) as u64;
-    peer.tell(&format!("{own} {}", a.qp.qpn().value()));
-    peer.hear();
-    let rkey = Rkey(rkey as u32);
-    (a, peer, Remote { va, rkey })
-}
-
-/// WRITEs and READs of memory of the other process's program; how many were carried out from here.
-fn reach(a: &End, peer: &mut Peer, remote: Remote, is_shut: bool) -> u64 {
-    peer.tell("0");
-    peer.hear();
-    a.post(1, SendOp::Send, &[a.sge(0, 64)]);
-    a.succeed();
-    peer.tell("1");
-    peer.hear();
-    if !is_shut {
-        meet(a, remote, a.sge(0, 4096));
-    }
-    let before = a.context.counters().host_direct;
-    for round in 0..3 {
-        let text = bytes(100_000, round);
-        a.pages.write(0, &text);
-        a.post(1, SendOp::Write(remote), &[a.sge(0, 100_000)]);
-        a.succeed();
-        a.post(2, SendOp::Read(remote), &[a.sge(200_000, 100_000)]);
-        a.succeed();
-        assert_eq!(a.pages.read(200_000, 100_000), text);
-        peer.tell("2");
-        let sum = text.iter().map(|byte| u64::from(*byte)).sum::<u64>();
-        assert_eq!(peer.hear(), [sum]);
-    }
-    a.context.counters().host_direct - before
-}
-
-#[test]
-fn the_memory_of_another_process_is_reached_and_its_death_is_told() {
-    let (a, mut peer, remote) = pair_of_processes("open");
-    let direct = reach(&a, &mut peer, remote, false);
-    assert_eq!(direct, if SAME_HOST == SameHost::Direct { 6 } else { 0 });
-    peer.child.kill().unwrap();
-    peer.child.wait().unwrap();
-    everything_ends(&a);
-}
-
-/// The system does not let us reach that process's memory, so its own engine copies.
-#[test]
-fn a_process_that_cannot_be_reached_copies_for_us() {
-    // Root reaches everybody, unless it gives that right up. Rights are those of a thread and the
-    // threads that it starts: this test's.
-    let header = [0x2008_0522u32, 0];
-    let none = [0u32; 6];
-    // SAFETY: header and data are as long as the version in the header says, and are only read.
-    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
-    assert_eq!(result, 0);
-    let (a, mut peer, remote) = pair_of_processes("shut");
-    assert_eq!(reach(&a, &mut peer, remote, true), 0);
-    assert!(a.context.counters().host_tx_packets > 0 || SAME_HOST == SameHost::Udp);
-}
-
-/// A peer that has no file descriptor left for a ring is reached by UDP.
-#[test]
-fn a_process_without_descriptors_is_reached_by_udp() {
-    let (a, mut peer, _) = pair_of_processes("starved");
-    for round in 0..3 {
-        peer.tell("0");
-        peer.hear();
-        a.post(round, SendOp::Send, &[a.sge(0, 64)]);
-        assert_eq!(a.succeed().wr_id, round);
-        peer.tell("1");
-        peer.hear();
-    }
-    let counters = a.context.counters();
-    assert!(counters.sent_pkts >= 3 && counters.host_direct == 0);
-    peer.child.kill().unwrap();
-    peer.child.wait().unwrap();
 }

@@ -3,7 +3,11 @@
 
 mod contention;
 mod gone;
+mod groups;
+mod limits;
+mod locked;
 mod network;
+mod others;
 mod paths;
 mod secrets;
 mod unplugged;
@@ -17,3 +21,9 @@ use super::suite::*;
 use super::{SAME_HOST, options};
 use crate::common::{self, PATIENCE};
 use lowtide_transport::raw::types::*;
+
+/// The test `inside` of a module, without the name of this program.
+fn inside_of(module: &str) -> String {
+    let (_, module) = module.split_once("::").unwrap();
+    format!("{module}::inside")
+}

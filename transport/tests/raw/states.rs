@@ -63,19 +63,65 @@ fn query_tells_the_truth_in_every_state() {
         let sqd = to(attr, QpState::Sqd);
         a.qp.modify(&sqd, QpAttrMask::STATE).unwrap();
         wait_drained(&a);
-        assert_eq!(state(&a), QpState::Sqd);
+        assert_knows(&a, &b, QpState::Sqd);
         a.qp.modify(&to(attr, QpState::Rts), QpAttrMask::STATE)
             .unwrap();
-        assert_eq!(state(&a), QpState::Rts);
+        assert_knows(&a, &b, QpState::Rts);
         a.qp.modify(&to(attr, QpState::Err), QpAttrMask::STATE)
             .unwrap();
-        assert_eq!(state(&a), QpState::Err);
+        assert_knows(&a, &b, QpState::Err);
         a.qp.modify(&to(attr, QpState::Reset), QpAttrMask::STATE)
             .unwrap();
         assert!(is_new(a.qp.query()), "{:?}", a.qp.query());
         // And once more, all the way.
         a.connect(&b.context, b.qp.qpn());
         assert_eq!(state(&a), QpState::Rts);
+    }
+}
+
+/// The queue pair is in this state, and still knows what it was told on its way there.
+fn assert_knows(end: &End, peer: &End, state: QpState) {
+    let attr = end.qp.query();
+    let kind = end.qp.init_attr().kind;
+    assert_eq!((attr.state, attr.port), (state, 1));
+    if kind == QpType::Ud {
+        assert_eq!(attr.qkey, QKEY);
+        return;
+    }
+    let told = (attr.dest, attr.path_mtu, attr.address.dgid, attr.access);
+    let gid = peer.context.gid().gid;
+    assert_eq!(told, (peer.qp.qpn(), Mtu::B1024, gid, ALL));
+    if kind == QpType::Rc {
+        let retries = (attr.timeout, attr.retry_cnt, attr.rnr_retry);
+        assert_eq!(retries, (14, 7, 7));
+        let reads = (attr.max_rd_atomic, attr.max_dest_rd_atomic);
+        assert_eq!((reads, attr.min_rnr_timer), ((4, 4), RnrTimer::new(1)));
+    }
+}
+
+#[test]
+fn query_tells_the_next_packet_numbers_in_every_state_that_has_them() {
+    for kind in [QpType::Rc, QpType::Uc] {
+        let (a, b) = pair(kind);
+        for wr_id in 0..3 {
+            b.receive(wr_id, &[b.sge(0, 8)]);
+            a.post(wr_id, SendOp::Send, &[a.sge(0, 8)]);
+            a.succeed();
+            b.succeed();
+        }
+        // Both began two before the numbers go round.
+        let next = Psn::new(1);
+        for state in [QpState::Rts, QpState::Sqd, QpState::Err] {
+            let moved = state != QpState::Rts;
+            for end in [&a, &b].into_iter().filter(|_| moved) {
+                let attr = to(QpAttr::default(), state);
+                end.qp.modify(&attr, QpAttrMask::STATE).unwrap();
+                wait_drained(end);
+            }
+            let (at_a, at_b) = (a.qp.query(), b.qp.query());
+            assert_eq!((at_a.state, at_b.state), (state, state));
+            assert_eq!((at_a.sq_psn, at_b.rq_psn), (next, next), "{kind:?} {state:?}");
+        }
     }
 }
 
@@ -345,7 +391,7 @@ fn a_failed_send_pauses_the_unreliable() {
         post(1, &[NOWHERE]);
         let failed = a.next();
         assert_eq!((failed.wr_id, failed.status), (1, Status::LocalProtection));
-        assert_eq!(a.qp.query().state, QpState::Sqe);
+        assert_knows(&a, &b, QpState::Sqe);
         post(2, &[]);
         assert_eq!(a.next().status, Status::Flushed);
         // Receiving goes on meanwhile.
@@ -368,5 +414,47 @@ fn a_failed_send_pauses_the_unreliable() {
         post(6, &[]);
         assert_eq!((a.succeed().wr_id, b.next().wr_id), (6, 4));
         assert_eq!(b.succeed().wr_id, 5);
+    }
+}
+
+/// A peer that posts no receive is asked again as often as was said, and then the queue pair gives up.
+#[test]
+fn retries_for_want_of_receives_end() {
+    for (op, retries) in [
+        (SendOp::Send, 0),
+        (SendOp::SendImm(1), 1),
+        (SendOp::Send, 3),
+    ] {
+        let (a, b) = (end(QpType::Rc), end(QpType::Rc));
+        b.connect(&a.context, a.qp.qpn());
+        a.to_init();
+        a.to_rtr(&b.context, b.qp.qpn());
+        let attr = QpAttr {
+            rnr_retry: retries,
+            ..attr_to(&b.context, b.qp.qpn())
+        };
+        a.qp.modify(&to(attr, QpState::Rts), RTS_RC).unwrap();
+        let before = a.context.counters().rcvd_rnr_err;
+        a.receive(3, &[a.sge(0, 8)]);
+        a.post(1, op, &[a.sge(0, 8)]);
+        a.post(2, SendOp::Write(b.remote(0)), &[a.sge(0, 8)]);
+        let ends = [0; 3]
+            .map(|_| a.next())
+            .map(|work| (work.wr_id, work.status));
+        assert_eq!(ends[0], (1, Status::RnrRetryExceeded));
+        assert!(
+            ends[1..].iter().all(|end| end.1 == Status::Flushed),
+            "{ends:?}"
+        );
+        assert_eq!(a.qp.query().state, QpState::Err);
+        let told = a.context.counters().rcvd_rnr_err - before;
+        assert!(told >= u64::from(retries), "{told}");
+        // Who counts its retries itself counts exactly.
+        assert!(
+            !provider::HAS_WORDS || told == u64::from(retries) + 1,
+            "{told}"
+        );
+        // What nobody received was not done in part either.
+        assert_eq!(b.pages.read(0, 8), [0; 8]);
     }
 }

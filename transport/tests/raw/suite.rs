@@ -2,7 +2,7 @@
 //! and devices of libibverbs.
 
 mod connections;
-mod datagrams;
+pub mod datagrams;
 mod events;
 mod memory;
 mod shared_receives;

@@ -9,30 +9,7 @@ use super::*;
 
 #[test]
 fn an_interface_that_goes_away_costs_retries_and_what_comes_after_works() {
-    let possible = std::process::Command::new("unshare")
-        .args(["-rn", "true"])
-        .output();
-    if !possible.is_ok_and(|output| output.status.success()) {
-        // Only where neither root nor user namespaces are to be had.
-        eprintln!("NOT CHECKED: no network namespace of our own (unshare -rn)");
-        return;
-    }
-    // Without the name of this program.
-    let module = module_path!().split_once("::").unwrap().1;
-    let inside = format!("{module}::inside");
-    let inside = ["--exact", &inside, "--ignored", "--nocapture"];
-    let output = std::process::Command::new("unshare")
-        .arg("-rn")
-        .arg(std::env::current_exe().unwrap())
-        .args(inside)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success() && said.contains("1 passed"),
-        "{said}{complaint}"
-    );
+    common::in_a_network_of_its_own("", &inside_of(module_path!()));
 }
 
 #[test]

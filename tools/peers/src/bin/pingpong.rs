@@ -7,6 +7,7 @@
 //! Without SERVER ("-" stands for none) it waits for a client. The peer is started with the GID
 //! index of its IPv4 address: `ibv_rc_pingpong -g 1 -c OWN-ADDRESS` (-c checks what arrives). A
 //! client compares every byte that comes back.
+#![forbid(unsafe_code)]
 
 use std::error::Error;
 use std::io::{Read, Write};

@@ -6,6 +6,7 @@
 //! Without SERVER ("-" stands for none) it serves one client: `rping -c -V -C 10 -a OWN-ADDRESS`. It thinks
 //! about the request for DELAY seconds before it accepts.
 //! With one, it is the client of `rping -s -V`, which checks what it gets.
+#![forbid(unsafe_code)]
 
 use std::error::Error;
 use std::net::IpAddr;

@@ -1,6 +1,6 @@
 //! For a caller that has another way to the peer than packets, or knows more of it than they tell.
 
-use super::{QpKind, QueuePair, SendOp, SgList, Status};
+use super::{QpKind, QpState, QueuePair, SendOp, SgList, Status};
 
 impl QueuePair {
     /// What is next to be sent, if nothing of it and nothing before it is under way. A
@@ -26,11 +26,19 @@ impl QueuePair {
         }
     }
 
-    /// The caller knows that the peer is gone for good. If something is posted it fails with
-    /// [`Status::RetryExceeded`], as it would after all retries.
-    pub fn handle_peer_gone(&mut self) {
-        if self.is_sending() && self.link.kind == QpKind::Rc && self.requester.posted() > 0 {
-            self.enter_error(Some(self.requester.oldest_failure(Status::RetryExceeded)));
+    /// The caller knows that the peer is gone for good; whether that has changed anything. If
+    /// something is posted, it ends: the oldest send with [`Status::RetryExceeded`], as it would after
+    /// all retries, and all else flushed. Otherwise nothing happens until something is.
+    pub fn handle_peer_gone(&mut self) -> bool {
+        use QpState::{Rtr, Rts, Sqd, Sqe};
+        let is_connected = matches!(self.state, Rtr | Rts | Sqd | Sqe);
+        let is_waiting = self.requester.posted() > 0 || self.responder.receives_posted() > 0;
+        let has_ended = is_connected && is_waiting && self.link.kind == QpKind::Rc;
+        if has_ended {
+            let is_sending = self.requester.posted() > 0;
+            let oldest = self.requester.oldest_failure(Status::RetryExceeded);
+            self.enter_error(Some(oldest).filter(|_| is_sending));
         }
+        has_ended
     }
 }

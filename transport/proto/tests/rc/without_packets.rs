@@ -68,13 +68,13 @@ fn only_what_is_next_and_has_not_begun_is_offered() {
 #[test]
 fn a_peer_that_is_gone_fails_the_oldest_request_and_flushes_the_rest() {
     let mut net = net(Setup::default());
-    net.ends[0].qp.handle_peer_gone();
+    assert!(!net.ends[0].qp.handle_peer_gone());
     assert_eq!(net.ends[0].qp.state(), QpState::Rts, "nothing was asked");
     for id in 1..=3 {
         send(&mut net, id, SendOp::Send, 100);
     }
     net.ends[0].qp.poll_transmit(Nanos(0), Allow::All).unwrap();
-    net.ends[0].qp.handle_peer_gone();
+    assert!(net.ends[0].qp.handle_peer_gone());
     let expected = [
         (1, Status::RetryExceeded),
         (2, Status::Flushed),
@@ -83,4 +83,19 @@ fn a_peer_that_is_gone_fails_the_oldest_request_and_flushes_the_rest() {
     let done: Vec<_> = std::iter::from_fn(|| net.ends[0].qp.poll_completion()).collect();
     assert_eq!(statuses(&done), expected);
     assert_eq!(net.ends[0].qp.state(), QpState::Err);
+}
+
+#[test]
+fn a_peer_that_is_gone_ends_receives_that_nothing_was_sent_beside() {
+    let mut net = net(Setup::default());
+    for id in 1..=2 {
+        recv(&mut net, id, 100);
+    }
+    // The receives are of the end at 1.
+    assert!(net.ends[1].qp.handle_peer_gone());
+    let done: Vec<_> = std::iter::from_fn(|| net.ends[1].qp.poll_completion()).collect();
+    let expected = [1, 2].map(|id| (id, Status::Flushed));
+    assert_eq!(statuses(&done), expected);
+    assert_eq!(net.ends[1].qp.state(), QpState::Err);
+    assert!(!net.ends[1].qp.handle_peer_gone(), "there is nothing left");
 }

@@ -22,6 +22,7 @@
 //! A side that finds something wrong says "fail WORDS" at any time. Then our queue pair goes to ERR, where
 //! whatever it still has must end as flushed: "ours flushed". CAPTURE is how the names of two pcap files
 //! begin. Prints "ok CELL" or "FAIL CELL: WHY" for each cell.
+#![forbid(unsafe_code)]
 
 mod round;
 
