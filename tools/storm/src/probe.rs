@@ -81,6 +81,8 @@ probes! {
     SilentEndFoundByView,
     /// So it was after the peer had died before it joined.
     EndBeforeJoinFoundByView,
+    /// A ping, a report or an answer arrived before what had been sent before it.
+    UrgentOvertook,
     IdleEpochsWatched,
     RestWatched,
 }
