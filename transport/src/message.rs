@@ -2,7 +2,8 @@
 //!
 //! Owns: [`Endpoint`], the thing an engine holds: one device, its connections, its receive pool and
 //! the wait for something to happen. A connection carries whole messages both
-//! ways, in order, without loss or duplication, for as long as it lives.
+//! ways, in order, without loss or duplication, for as long as it lives; urgent ones
+//! ([`EndpointCtx::send_urgent`]) in an order of their own.
 //!
 //! How it works. Each connection is a pair of RC queue pairs set up by the connection manager
 //! (REQ, REP, RTU on queue pair 1, DREQ and DREP at the end). Messages of up to fifteen packets
@@ -11,7 +12,8 @@
 //! queue. Longer messages stay where they are: the sender lends them (`loans`) and sends an offer,
 //! the receiver READs them into memory of its own (`fetch`) and says that it has. So a receive never
 //! needs more than 60 KiB, and a long message is copied once, by the receiver, if the sender has it
-//! in shared memory.
+//! in shared memory. Short messages whose order to others does not matter, such as pings, can be sent
+//! as urgent: they overtake whatever waits, and have credits of their own.
 //!
 //! All this goes over softroce, or over a device of libibverbs (`fabric`, [`EndpointConfig::device`]).
 //! There a parcel is received whole and what is lent is copied once, into memory that any peer may
@@ -130,7 +132,7 @@ impl EndpointConfig {
 pub struct Limits {
     /// The longest message, in bytes; both ends should agree.
     pub message_max: usize,
-    /// Parcels a peer may have under way to us per connection, 2 to 1024.
+    /// Parcels a peer may have under way to us per connection, 2 to 1024; besides, four urgent ones.
     pub credits: u16,
     /// Connections at once, both those we make and those we accept.
     pub connections_max: usize,

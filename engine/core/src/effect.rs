@@ -6,7 +6,8 @@
 //! is not credible changes nothing; it is counted and answered, so both ends know of it (T7).
 //!
 //! Transport contract assumed of the hands: per peer a connection that delivers in order without
-//! loss or duplication until it breaks; a break loses a suffix in each direction; messages to a
+//! loss or duplication until it breaks, but that urgent messages ([`Message::is_urgent`]), in order
+//! among themselves, may overtake others; a break loses a suffix in each direction; messages to a
 //! peer without a connection are dropped. Every protocol step is therefore repeated from state
 //! after a reconnect, and every step is idempotent.
 

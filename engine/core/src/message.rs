@@ -16,6 +16,8 @@
 //! | epochs | Incredible | any → any |
 //!
 //! No message exists for the minimum alone: m rides on every envelope, lower bounds on pings.
+//!
+//! Messages keep their order on a connection, but for [urgent](Message::is_urgent) ones.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -207,6 +209,21 @@ pub enum LockRefusal {
     Full,
     /// The asker's life is fenced.
     Fenced,
+}
+
+impl Message {
+    /// Whether it may overtake all others on its connection: so the bounds and the health of a node
+    /// are heard of while it has much else to say. Pings, reports and answers without a view tell
+    /// how things stand, the next of their kind supersedes them, and they may get lost. They keep their
+    /// order among themselves. Whatever is answered, counted or done keeps its place: a view too, which
+    /// an aggregator compares with the attachments that came before it.
+    #[must_use]
+    pub fn is_urgent(&self) -> bool {
+        matches!(
+            self,
+            Message::Ping { .. } | Message::Report { .. } | Message::Pong { view: None }
+        )
+    }
 }
 
 impl Wire for LockRefusal {

@@ -175,7 +175,8 @@ impl Links {
         false
     }
 
-    /// Sends a message, or keeps it until there is room; drops it without a connection.
+    /// Sends a message, or keeps it until there is room; drops it without a connection. An urgent one
+    /// overtakes what is kept, and what the connection has not sent.
     pub(super) fn send(&mut self, ctx: &mut EndpointCtx, to: NodeId, envelope: &Envelope) {
         let Some(link) = self.links.get_mut(&to) else {
             return;
@@ -187,11 +188,16 @@ impl Links {
         self.frame.encode(envelope, link.life, link.sequence);
         self.messages += 1;
         self.bytes += self.frame.len() as u64;
-        if link.waiting.is_empty()
-            && let Some(bytes) = self.frame.as_slice()
-        {
-            match ctx.send(conn, &[IoSlice::new(bytes)]) {
-                Err(SendError::WouldBlock) => {}
+        if let Some(bytes) = self.frame.as_slice() {
+            let parts = [IoSlice::new(bytes)];
+            let sent = match link.waiting.is_empty() {
+                _ if envelope.body.is_urgent() => ctx.send_urgent(conn, &parts),
+                true => ctx.send(conn, &parts),
+                false => Err(SendError::WouldBlock),
+            };
+            match sent {
+                // Also one that is too long for the urgent lane goes the ordinary way.
+                Err(SendError::WouldBlock | SendError::TooLarge) => {}
                 other => return log_lost(to, envelope, other),
             }
         }

@@ -1,7 +1,9 @@
 //! How connections come up, carry messages and end; see [`net`](crate::net) for what they promise.
 
 use lowtide_engine_core::ids::{Incarnation, Life};
+use lowtide_engine_core::message::Envelope;
 use lowtide_engine_core::teeth::{Tooth, bites};
+use lowtide_engine_core::wire;
 
 use crate::net::{Ghost, Item, Side, pair};
 use crate::plan::Index;
@@ -10,7 +12,7 @@ use crate::world::{Core, Event, World};
 
 impl World {
     /// Hands an encoded envelope to the connection.
-    pub(crate) fn transmit(&mut self, from: Index, to: Index, bytes: Vec<u8>) {
+    pub(crate) fn transmit(&mut self, from: Index, to: Index, envelope: &Envelope) {
         let (key, side) = pair(from, to);
         let link = self.net.link(key);
         if let Some(ghost) = link.ghost.as_mut().filter(|g| g.side == side) {
@@ -20,16 +22,32 @@ impl World {
         if from == to || link.broken || link.side[side] != Side::Open {
             return;
         }
-        self.push(key, 1 - side, Item::Message(bytes));
+        let item = Item::Message {
+            bytes: wire::encode(envelope),
+            is_urgent: envelope.body.is_urgent(),
+        };
+        self.push(key, 1 - side, item);
     }
 
-    /// Puts an item on a lane, in order.
+    /// Puts an item on a lane, in order; an urgent message before any number of those that it may
+    /// overtake.
     pub(crate) fn push(&mut self, key: (Index, Index), lane: usize, item: Item) {
         let delay = 1 + self.rng.below(self.plan.delay_max);
         let now = self.now;
         let l = &mut self.net.link(key).lane[lane];
+        let may_overtake = match item {
+            Item::Message {
+                is_urgent: true, ..
+            } => l.overtakable(),
+            _ => 0,
+        };
+        let overtaken = match may_overtake {
+            0 => 0,
+            most => self.rng.below(most as u64 + 1) as usize,
+        };
+        self.probes.hit_if(Probe::UrgentOvertook, overtaken > 0);
         l.last_at = l.last_at.max(now + delay).max(l.blocked_until);
-        l.queue.push_back(item);
+        l.queue.insert(l.queue.len() - overtaken, item);
         let at = l.last_at;
         self.at(at, Event::Deliver { key, lane });
     }
@@ -52,7 +70,7 @@ impl World {
                 link.side[lane] = Side::Open;
                 self.connected(node, peer);
             }
-            Item::Message(bytes) => self.receive(node, peer, &bytes),
+            Item::Message { bytes, .. } => self.receive(node, peer, &bytes),
             Item::Down => {
                 let was_open = link.side[lane] == Side::Open;
                 link.side[lane] = Side::Closed;

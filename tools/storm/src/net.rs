@@ -1,5 +1,8 @@
 //! Connections between nodes: in order and without loss until they break.
 //!
+//! Only urgent messages overtake: as many of the others as chance will have it, none of their own
+//! kind.
+//!
 //! One connection per pair. A break keeps a random prefix of what is in flight in each direction,
 //! then the end of the connection is noticed; only after both sides noticed may it come up again.
 //! A partition (possibly one way) holds messages back, and no connection comes up across it.
@@ -9,7 +12,7 @@
 //! that the connection is over, when it sends again or that process calls it. When a view names a
 //! newer life than the connection's, the hands of a node send something by themselves.
 //!
-//! Deliberately absent: loss and reordering within a connection, which the transport repairs.
+//! Deliberately absent: loss and any other reordering within a connection, which the transport repairs.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -21,7 +24,12 @@ pub enum Item {
     /// The connection is up, seen by the receiving side.
     Up,
     /// An encoded envelope.
-    Message(Vec<u8>),
+    Message {
+        /// Its bytes.
+        bytes: Vec<u8>,
+        /// Whether it may overtake those that are not.
+        is_urgent: bool,
+    },
     /// The connection is over, seen by the receiving side.
     Down,
 }
@@ -47,6 +55,23 @@ pub struct Lane {
     pub last_at: u64,
     /// Held back by a partition until then.
     pub blocked_until: u64,
+}
+
+impl Lane {
+    /// How many messages at the end of the lane an urgent one may overtake.
+    #[must_use]
+    pub fn overtakable(&self) -> usize {
+        let is_ordinary = |item: &&Item| {
+            matches!(
+                item,
+                Item::Message {
+                    is_urgent: false,
+                    ..
+                }
+            )
+        };
+        self.queue.iter().rev().take_while(is_ordinary).count()
+    }
 }
 
 /// The process at one end is gone, and the other end does not know.

@@ -85,6 +85,8 @@ probes! {
     HolderEvicted,
     /// A home was recovered twice from one disk, once with a crash on the way.
     RecoveredTwice,
+    /// A ping, a report or an answer arrived before what had been sent before it.
+    UrgentOvertook,
     IdleEpochsWatched,
     RestWatched,
 }

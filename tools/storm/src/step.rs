@@ -221,10 +221,7 @@ impl World {
                 .fold(h, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
         });
         let own = self.nodes[node].id;
-        let health = matches!(
-            envelope.body,
-            Message::Ping { .. } | Message::Pong { view: None } | Message::Report { .. }
-        );
+        let health = envelope.body.is_urgent();
         self.note(digest, || {
             if health {
                 return String::new();
@@ -344,7 +341,7 @@ impl World {
                     let fought = asker != 0 && asker != peer as u64;
                     self.probes.hit_if(Probe::ProxiesFoughtForALock, fought);
                 }
-                self.transmit(node, peer, wire::encode(&envelope));
+                self.transmit(node, peer, &envelope);
             }
             Effect::Connect(to) => {
                 if let Some(&peer) = self.by_id.get(&to) {
@@ -418,10 +415,7 @@ impl World {
     /// At rest nodes send pings and their answers, and the root writes nothing.
     fn check_quiet(&mut self, node: Index, effect: &Effect) {
         let is_health = match effect {
-            Effect::Send { envelope, .. } => matches!(
-                envelope.body,
-                Message::Ping { .. } | Message::Pong { view: None } | Message::Report { .. }
-            ),
+            Effect::Send { envelope, .. } => envelope.body.is_urgent(),
             _ => false,
         };
         if self.is_quiet && !is_health {

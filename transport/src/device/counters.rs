@@ -56,8 +56,9 @@ pub struct Counters {
     pub rp_cnp_handled: u64,
     /// Packets a queue pair had no use for.
     pub dropped_pkts: u64,
-    /// Messages handed up.
+    /// Messages handed up, and the urgent ones among them.
     pub messages: u64,
+    pub urgent_messages: u64,
     /// Copies of whole messages made by us, for whatever reason.
     pub copies: u64,
     /// Bytes copied into registered memory to be sent in a parcel.

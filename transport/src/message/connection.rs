@@ -3,11 +3,16 @@
 //! Owns: the outbox, the credits both ways, what is lent and fetched, and a message whose packets
 //! are still coming in.
 //!
+//! Urgent parcels have credits of their own, [`URGENT_CREDITS`] on every connection, which come back as
+//! soon as they have been handed up, and they are posted before all ordinary ones. So nothing is ahead
+//! of one but what has been posted, and in each round trip at most [`URGENT_CREDITS`] parcels are ahead of
+//! the ordinary ones.
+//!
 //! Invariants:
-//! * a data parcel is posted only against a credit, and each side posts [`RESERVE`] receives more
-//!   than it grants: a credit parcel needs no credit and at most [`CREDITS_MAX`] of them are under
-//!   way. So no receive is ever missing (RNR), and two sides that have spent all their credits
-//!   still hear from each other;
+//! * a data parcel is posted only against a credit of its lane, and each side posts [`RESERVE`] receives
+//!   more than it grants of ordinary ones: enough for the urgent ones, and for credit parcels, which need
+//!   no credit and of which at most [`CREDITS_MAX`] are under way. So no receive is ever missing (RNR),
+//!   and two sides that have spent all their credits still hear from each other;
 //! * what is received is taken before the receive is posted again; the peer's pace is ours.
 //!
 //! Deliberately absent: who the peer is (`endpoint`), retransmission (the queue pair).
@@ -20,12 +25,14 @@ use super::Violation;
 use super::fabric::Fabric;
 use super::fetch::Inbox;
 use super::loans::Loans;
-use super::outbox::{Outbox, SlotPool};
-use super::parcel::{Header, Kind, MESSAGE_MAX, Offer, SLOT_LEN, next_record};
+use super::outbox::{Next, Outbox, SlotPool};
+use super::parcel::{Header, Kind, Lane, MESSAGE_MAX, Offer, SLOT_LEN, Stamp, next_record};
 use crate::device::{IN_PLACE, QpId};
 
-/// Receives and sends beyond the credits, for credit parcels.
-pub(crate) const RESERVE: u16 = 4;
+/// Urgent parcels that each side may have under way.
+const URGENT_CREDITS: u16 = 4;
+/// Receives and sends beyond the ordinary credits: for urgent parcels and for credit parcels.
+pub(crate) const RESERVE: u16 = URGENT_CREDITS + 4;
 /// Credit parcels under way at most.
 const CREDITS_MAX: usize = 2;
 /// Data parcels under way at most, however many the peer grants: it bounds the send queue.
@@ -45,6 +52,10 @@ pub(crate) struct Stream {
     owed: u16,
     /// What we granted in all.
     granted: u16,
+    /// Urgent parcels we may still post.
+    urgent_credits: u16,
+    /// Urgent credits taken from the peer and not yet given back.
+    urgent_owed: u16,
     /// Offers that the peer has been told we have taken.
     taken_told: u32,
     /// A parcel is wanted although there is nothing to say: whether the peer is there shows by its
@@ -55,9 +66,10 @@ pub(crate) struct Stream {
     assembly: Assembly,
 }
 
-/// A message coming in as several packets.
+/// The parcel coming in, perhaps as several packets.
 #[derive(Default)]
 struct Assembly {
+    lane: Lane,
     message: Vec<u8>,
     /// Its full length.
     len: usize,
@@ -100,6 +112,8 @@ impl Stream {
             credits_max: credits,
             owed: 0,
             granted,
+            urgent_credits: URGENT_CREDITS,
+            urgent_owed: 0,
             taken_told: 0,
             is_probing: false,
             tx_sequence: 0,
@@ -120,8 +134,16 @@ impl Stream {
     }
 
     /// Owes the peer the credit of a parcel that has been handed up.
-    pub(crate) fn owe(&mut self) {
-        self.owed += 1;
+    pub(crate) fn owe(&mut self, lane: Lane) {
+        match lane {
+            Lane::Ordinary => self.owed += 1,
+            Lane::Urgent => self.urgent_owed += 1,
+        }
+    }
+
+    /// The lane of the parcel whose packet was received last.
+    pub(crate) fn lane(&self) -> Lane {
+        self.assembly.lane
     }
 
     /// Sends something soon, unless what is under way will be answered anyway.
@@ -132,35 +154,48 @@ impl Stream {
     /// Posts what waits and may go, and returns credits if many are owed, or at once if an offer has
     /// been taken or a probe is wanted.
     pub(crate) fn pump(&mut self, device: &mut Fabric, pool: &mut SlotPool) {
-        while self.outbox.is_waiting() && self.credits > 0 {
-            if !self.post(device, pool, None) {
-                break;
-            }
+        while self.outbox.is_waiting(Lane::Urgent)
+            && self.urgent_credits > 0
+            && self.post(device, pool, Next::Waiting(Lane::Urgent))
+        {
+            self.urgent_credits -= 1;
+        }
+        while self.outbox.is_waiting(Lane::Ordinary)
+            && self.credits > 0
+            && self.post(device, pool, Next::Waiting(Lane::Ordinary))
+        {
             self.credits -= 1;
         }
-        let is_owing = self.owed > 0 && self.owed >= self.granted / 2;
+        let is_owing = (self.owed > 0 && self.owed >= self.granted / 2)
+            || self.urgent_owed >= URGENT_CREDITS / 2;
         let taken = self.inbox.taken();
         self.is_probing &= self.outbox.posted() == 0;
         let is_due = is_owing || taken != self.taken_told || self.is_probing;
         if is_due
             && self.outbox.credits_posted() < CREDITS_MAX
-            && self.post(device, pool, Some(taken))
+            && self.post(device, pool, Next::Credit(taken))
         {
             self.taken_told = taken;
             self.is_probing = false;
         }
     }
 
-    fn post(&mut self, device: &mut Fabric, pool: &mut SlotPool, credit: Option<u32>) -> bool {
-        let reserve = if credit.is_some() { RESERVE } else { 0 };
+    fn post(&mut self, device: &mut Fabric, pool: &mut SlotPool, next: Next) -> bool {
+        let reserve = match next {
+            Next::Waiting(Lane::Ordinary) => 0,
+            Next::Waiting(Lane::Urgent) => URGENT_CREDITS,
+            Next::Credit(_) => RESERVE,
+        };
         if self.outbox.posted() >= usize::from(SENDS_MAX + reserve) {
             return false;
         }
         let memory = device.memory();
-        let posting = self
-            .outbox
-            .post(pool, memory, credit, self.owed, self.tx_sequence);
-        let Some(posting) = posting else {
+        let stamp = Stamp {
+            credits: self.owed,
+            urgent_credits: self.urgent_owed,
+            sequence: self.tx_sequence,
+        };
+        let Some(posting) = self.outbox.post(pool, memory, next, stamp) else {
             return false;
         };
         if !device.post_send(self.qp, posting.key, posting.offset, posting.len) {
@@ -170,7 +205,7 @@ impl Stream {
         if posting.is_offer {
             self.loans.note_told();
         }
-        self.owed = 0;
+        (self.owed, self.urgent_owed) = (0, 0);
         self.tx_sequence = self.tx_sequence.wrapping_add(1);
         true
     }
@@ -190,17 +225,20 @@ impl Stream {
             return self.append(payload, is_last);
         }
         let (header, body) = Header::parse(payload)?;
-        if header.sequence != self.rx_sequence || self.assembly.is_open {
+        let Header { kind, lane, stamp } = header;
+        if stamp.sequence != self.rx_sequence || self.assembly.is_open {
             return Err(Violation::Sequence);
         }
         self.rx_sequence = self.rx_sequence.wrapping_add(1);
-        self.credits = self
-            .credits
-            .checked_add(header.credits)
-            .filter(|credits| *credits <= self.credits_max)
-            .ok_or(Violation::Credits)?;
+        self.credits = more(self.credits, stamp.credits, self.credits_max)?;
+        self.urgent_credits = more(self.urgent_credits, stamp.urgent_credits, URGENT_CREDITS)?;
+        if lane == Lane::Urgent && self.urgent_owed >= URGENT_CREDITS {
+            // It has not been given so many back.
+            return Err(Violation::Credits);
+        }
+        self.assembly.lane = lane;
         let body_range = payload.len() - body.len()..payload.len();
-        match header.kind {
+        match kind {
             Kind::Credit { taken } if is_last => Ok(Arrived::Credit { taken }),
             Kind::Offer { len, rkey } if is_last => {
                 let offer = Offer::parse(body)?;
@@ -244,6 +282,12 @@ impl Stream {
     }
 }
 
+/// Credits when some have come back; no more than there are in all.
+fn more(credits: u16, back: u16, max: u16) -> Result<u16, Violation> {
+    let credits = credits.checked_add(back).filter(|credits| *credits <= max);
+    credits.ok_or(Violation::Credits)
+}
+
 /// Makes sure that the body is `count` records and nothing else, before the first is handed up.
 fn check_records(count: u32, mut body: &[u8]) -> Result<(), Violation> {
     for _ in 0..count {
@@ -266,14 +310,53 @@ mod tests {
 
     fn parcel(kind: Kind, credits: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
         let mut bytes = vec![0; super::super::parcel::HEADER_LEN];
-        Header {
-            kind,
+        let stamp = Stamp {
             credits,
+            urgent_credits: 0,
             sequence,
-        }
-        .emit(&mut bytes);
+        };
+        let lane = Lane::Ordinary;
+        Header { kind, lane, stamp }.emit(&mut bytes);
         bytes.extend_from_slice(body);
         bytes
+    }
+
+    /// An urgent record, which also returns urgent credits.
+    fn urgent(urgent_credits: u16, sequence: u32) -> Vec<u8> {
+        let mut bytes = parcel(Kind::Records { count: 1 }, 0, 0, &[0; 4]);
+        let stamp = Stamp {
+            credits: 0,
+            urgent_credits,
+            sequence,
+        };
+        Header {
+            kind: Kind::Records { count: 1 },
+            lane: Lane::Urgent,
+            stamp,
+        }
+        .emit(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn urgent_parcels_are_as_many_as_were_granted() {
+        let mut stream = stream();
+        let mut receive = |stream: &mut Stream, bytes: &[u8]| {
+            let arrived = stream.receive(bytes, 0, true, &mut Vec::new());
+            arrived.map(|_| stream.lane())
+        };
+        for sequence in 0..u32::from(URGENT_CREDITS) {
+            assert_eq!(receive(&mut stream, &urgent(0, sequence)), Ok(Lane::Urgent));
+            stream.owe(Lane::Urgent);
+        }
+        let next = u32::from(URGENT_CREDITS);
+        let ordinary = parcel(Kind::Records { count: 0 }, 0, next, b"");
+        assert_eq!(receive(&mut stream, &ordinary), Ok(Lane::Ordinary));
+        let flood = receive(&mut stream, &urgent(0, next + 1));
+        assert_eq!(flood, Err(Violation::Credits));
+        // None of ours is out, so none can come back.
+        let mut idle = Stream::new(QpId(0), Outbox::new(4096, 8), Loans::new(1), 8, 8);
+        assert_eq!(receive(&mut idle, &urgent(1, 0)), Err(Violation::Credits));
     }
 
     #[test]

@@ -36,7 +36,7 @@ use super::{EndpointConfig, HELLO_MAX};
 use crate::cm::Gsi;
 
 /// Version of the private data and of the parcels.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const GREETING_LEN: usize = 24;
 const COMPLAINT_LEN: usize = 24;
 /// "lowtid" in the locally administered range.

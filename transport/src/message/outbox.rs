@@ -5,10 +5,13 @@
 //! backlog packs itself; nothing waits for company. Of a message that is lent (`loans`) only the
 //! offer lies here.
 //!
+//! Urgent messages have slots of their own, so that a backlog of ordinary ones leaves them room.
+//!
 //! Invariants:
 //! * a parcel lies in one slot and its bytes do not change between posting and completion;
-//! * parcels complete in the order posted, slots are given back in the order taken;
-//! * no more than `slots_max` slots are held, and one more for a credit parcel.
+//! * parcels complete in the order posted, the slots of a lane are given back in the order taken;
+//! * no more than `slots_max` slots hold ordinary messages, [`URGENT_SLOTS`] urgent ones, and one more
+//!   credit parcels, which are made among the urgent ones.
 //!
 //! Deliberately absent: credits and sequence numbers (`connection` stamps them when it posts).
 
@@ -16,11 +19,15 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 
 use super::fabric::Registrar;
-use super::parcel::{self, HEADER_LEN, Header, Kind, MESSAGE_MAX, OFFER_LEN, Offer, SLOT_LEN};
+use super::parcel::{
+    self, HEADER_LEN, Header, Kind, Lane, MESSAGE_MAX, OFFER_LEN, Offer, SLOT_LEN, Stamp,
+};
 use crate::memory::Key;
 
 /// Slots cut from one region.
 const SLOTS_PER_REGION: usize = 8;
+/// Slots of a connection for urgent messages: one to be filled while another is on the wire.
+const URGENT_SLOTS: usize = 2;
 
 /// A stretch of [`SLOT_LEN`] bytes in a private region.
 #[derive(Debug, Clone, Copy)]
@@ -109,15 +116,41 @@ pub(crate) struct Posting {
     pub(crate) is_offer: bool,
 }
 
-/// The send side's memory.
-#[derive(Debug)]
-pub(crate) struct Outbox {
+/// What is to be posted next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// The first that waits in a lane.
+    Waiting(Lane),
+    /// Nothing but credits, and how many offers have been taken.
+    Credit(u32),
+}
+
+/// Slots in the order taken, and the parcels in them that are not posted.
+#[derive(Debug, Default)]
+struct Line {
     held: VecDeque<Held>,
     /// Serial number of `held[0]`.
     first: u64,
     waiting: VecDeque<Waiting>,
-    /// Slot serials of posted parcels, in order, and whether they carry credits only.
-    posted: VecDeque<(u64, bool)>,
+}
+
+/// A parcel that has been posted.
+#[derive(Debug)]
+struct Posted {
+    lane: Lane,
+    /// Serial number of its slot.
+    serial: u64,
+    /// Whether it carries credits only.
+    is_credit: bool,
+}
+
+/// The send side's memory.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    ordinary: Line,
+    urgent: Line,
+    /// In the order of posting.
+    posted: VecDeque<Posted>,
     /// How many of them carry credits only.
     credits_posted: usize,
     packet_len: usize,
@@ -128,100 +161,9 @@ pub(crate) struct Outbox {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Full;
 
-impl Outbox {
-    /// `packet_len` is the path MTU; `slots_max` bounds the memory.
-    pub(crate) fn new(packet_len: usize, slots_max: usize) -> Outbox {
-        Outbox {
-            held: VecDeque::new(),
-            first: 0,
-            waiting: VecDeque::new(),
-            posted: VecDeque::new(),
-            credits_posted: 0,
-            packet_len,
-            slots_max,
-        }
-    }
-
-    /// Whether a parcel waits to be posted.
-    pub(crate) fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
-    }
-
-    /// Parcels posted and not completed.
-    pub(crate) fn posted(&self) -> usize {
-        self.posted.len()
-    }
-
-    /// Parcels with nothing but credits, posted and not completed.
-    pub(crate) fn credits_posted(&self) -> usize {
-        self.credits_posted
-    }
-
-    /// Whether so little memory is held that some messages of any length fit.
-    pub(crate) fn is_roomy(&self) -> bool {
-        self.held.len() <= self.slots_max / 4
-    }
-
-    /// Copies a message of `len` bytes in, at most [`MESSAGE_MAX`].
-    pub(crate) fn push(
-        &mut self,
-        pool: &mut SlotPool,
-        memory: &mut dyn Registrar,
-        parts: &[IoSlice<'_>],
-        len: usize,
-    ) -> Result<(), Full> {
-        assert!(len <= MESSAGE_MAX);
-        if HEADER_LEN + parcel::record_len(len) <= self.packet_len {
-            return self.push_record(pool, memory, parts, len);
-        }
-        let kind = Kind::Message { len: len as u32 };
-        let at = self.reserve(pool, memory, HEADER_LEN + len, kind, self.slots_max)?;
-        let out = &mut self.tail_bytes(memory)[at + HEADER_LEN..][..len];
-        copy_parts(out, parts);
-        Ok(())
-    }
-
-    /// Offers a message of `len` bytes that waits in memory.
-    pub(crate) fn push_offer(
-        &mut self,
-        pool: &mut SlotPool,
-        memory: &mut dyn Registrar,
-        (len, key): (u32, Key),
-        offer: Offer,
-    ) -> Result<(), Full> {
-        let kind = Kind::Offer { len, rkey: key.0 };
-        let need = HEADER_LEN + OFFER_LEN;
-        let at = self.reserve(pool, memory, need, kind, self.slots_max)?;
-        offer.emit(&mut self.tail_bytes(memory)[at + HEADER_LEN..][..OFFER_LEN]);
-        Ok(())
-    }
-
-    fn push_record(
-        &mut self,
-        pool: &mut SlotPool,
-        memory: &mut dyn Registrar,
-        parts: &[IoSlice<'_>],
-        len: usize,
-    ) -> Result<(), Full> {
-        let need = parcel::record_len(len);
-        let at = match self.extend_last(need) {
-            Some(at) => at,
-            None => {
-                let kind = Kind::Records { count: 1 };
-                let slots_max = self.slots_max;
-                self.reserve(pool, memory, HEADER_LEN + need, kind, slots_max)? + HEADER_LEN
-            }
-        };
-        let out = &mut self.tail_bytes(memory)[at..at + need];
-        out[..parcel::RECORD_PREFIX].copy_from_slice(&(len as u32).to_le_bytes());
-        let (body, pad) = out[parcel::RECORD_PREFIX..].split_at_mut(len);
-        copy_parts(body, parts);
-        pad.fill(0);
-        Ok(())
-    }
-
+impl Line {
     /// Makes room for another record in the last waiting parcel, if there is one that has it.
-    fn extend_last(&mut self, need: usize) -> Option<usize> {
+    fn extend_last(&mut self, need: usize, packet_len: usize) -> Option<usize> {
         let last = self.waiting.back_mut()?;
         let Kind::Records { count } = &mut last.kind else {
             return None;
@@ -231,7 +173,7 @@ impl Outbox {
         let end = last.offset + last.len;
         if last.serial != tail_serial
             || tail.filled != end
-            || last.len + need > self.packet_len
+            || last.len + need > packet_len
             || end + need > SLOT_LEN
         {
             return None;
@@ -286,34 +228,172 @@ impl Outbox {
         slot_bytes(memory, slot)
     }
 
-    /// Takes the next waiting parcel, or (if `credit` is how many offers have been taken) makes one
-    /// that carries only that, writes its header and counts it as posted.
+    /// A parcel of a slot has completed.
+    fn complete(&mut self, pool: &mut SlotPool, serial: u64) {
+        self.held[(serial - self.first) as usize].parcels -= 1;
+        while self.held.front().is_some_and(|held| held.parcels == 0) {
+            if let Some(held) = self.held.pop_front() {
+                pool.give_back(held.slot);
+                self.first += 1;
+            }
+        }
+    }
+
+    fn clear(&mut self, pool: &mut SlotPool) {
+        self.waiting.clear();
+        self.first += self.held.len() as u64;
+        for held in self.held.drain(..) {
+            pool.give_back(held.slot);
+        }
+    }
+}
+
+impl Outbox {
+    /// `packet_len` is the path MTU; `slots_max` bounds the memory of ordinary messages.
+    pub(crate) fn new(packet_len: usize, slots_max: usize) -> Outbox {
+        Outbox {
+            ordinary: Line::default(),
+            urgent: Line::default(),
+            posted: VecDeque::new(),
+            credits_posted: 0,
+            packet_len,
+            slots_max,
+        }
+    }
+
+    fn line(&mut self, lane: Lane) -> &mut Line {
+        match lane {
+            Lane::Ordinary => &mut self.ordinary,
+            Lane::Urgent => &mut self.urgent,
+        }
+    }
+
+    /// Whether a parcel of a lane waits to be posted.
+    pub(crate) fn is_waiting(&self, lane: Lane) -> bool {
+        match lane {
+            Lane::Ordinary => !self.ordinary.waiting.is_empty(),
+            Lane::Urgent => !self.urgent.waiting.is_empty(),
+        }
+    }
+
+    /// Whether nothing waits and nothing is posted.
+    pub(crate) fn is_idle(&self) -> bool {
+        !self.is_waiting(Lane::Ordinary) && !self.is_waiting(Lane::Urgent) && self.posted.is_empty()
+    }
+
+    /// Parcels posted and not completed.
+    pub(crate) fn posted(&self) -> usize {
+        self.posted.len()
+    }
+
+    /// Parcels with nothing but credits, posted and not completed.
+    pub(crate) fn credits_posted(&self) -> usize {
+        self.credits_posted
+    }
+
+    /// Whether so little memory of a lane is held that some messages of any length fit.
+    pub(crate) fn is_roomy(&self, lane: Lane) -> bool {
+        match lane {
+            Lane::Ordinary => self.ordinary.held.len() <= self.slots_max / 4,
+            Lane::Urgent => self.urgent.held.len() < URGENT_SLOTS,
+        }
+    }
+
+    /// Copies a message of `len` bytes in, at most [`MESSAGE_MAX`].
+    pub(crate) fn push(
+        &mut self,
+        pool: &mut SlotPool,
+        memory: &mut dyn Registrar,
+        lane: Lane,
+        parts: &[IoSlice<'_>],
+        len: usize,
+    ) -> Result<(), Full> {
+        assert!(len <= MESSAGE_MAX);
+        let slots_max = match lane {
+            Lane::Ordinary => self.slots_max,
+            Lane::Urgent => URGENT_SLOTS,
+        };
+        let packet_len = self.packet_len;
+        let line = self.line(lane);
+        let need = parcel::record_len(len);
+        if HEADER_LEN + need > packet_len {
+            let kind = Kind::Message { len: len as u32 };
+            let at = line.reserve(pool, memory, HEADER_LEN + len, kind, slots_max)?;
+            let out = &mut line.tail_bytes(memory)[at + HEADER_LEN..][..len];
+            copy_parts(out, parts);
+            return Ok(());
+        }
+        let at = match line.extend_last(need, packet_len) {
+            Some(at) => at,
+            None => {
+                let kind = Kind::Records { count: 1 };
+                line.reserve(pool, memory, HEADER_LEN + need, kind, slots_max)? + HEADER_LEN
+            }
+        };
+        let out = &mut line.tail_bytes(memory)[at..at + need];
+        out[..parcel::RECORD_PREFIX].copy_from_slice(&(len as u32).to_le_bytes());
+        let (body, pad) = out[parcel::RECORD_PREFIX..].split_at_mut(len);
+        copy_parts(body, parts);
+        pad.fill(0);
+        Ok(())
+    }
+
+    /// Offers a message of `len` bytes that waits in memory.
+    pub(crate) fn push_offer(
+        &mut self,
+        pool: &mut SlotPool,
+        memory: &mut dyn Registrar,
+        (len, key): (u32, Key),
+        offer: Offer,
+    ) -> Result<(), Full> {
+        let kind = Kind::Offer { len, rkey: key.0 };
+        let need = HEADER_LEN + OFFER_LEN;
+        let line = &mut self.ordinary;
+        let at = line.reserve(pool, memory, need, kind, self.slots_max)?;
+        offer.emit(&mut line.tail_bytes(memory)[at + HEADER_LEN..][..OFFER_LEN]);
+        Ok(())
+    }
+
+    /// Takes the next waiting parcel of a lane, or makes one that carries only credits, writes its
+    /// header and counts it as posted.
     pub(crate) fn post(
         &mut self,
         pool: &mut SlotPool,
         memory: &mut dyn Registrar,
-        credit: Option<u32>,
-        credits: u16,
-        sequence: u32,
+        next: Next,
+        stamp: Stamp,
     ) -> Option<Posting> {
-        let parcel = if let Some(taken) = credit {
-            let slots_max = self.slots_max + 1;
-            self.reserve(pool, memory, HEADER_LEN, Kind::Credit { taken }, slots_max)
-                .ok()?;
-            self.waiting.pop_back()?
-        } else {
-            self.waiting.pop_front()?
+        let (lane, is_credit) = match next {
+            Next::Waiting(lane) => (lane, false),
+            Next::Credit(_) => (Lane::Urgent, true),
         };
-        let slot = self.held[(parcel.serial - self.first) as usize].slot;
+        let line = self.line(lane);
+        let parcel = match next {
+            Next::Waiting(_) => line.waiting.pop_front()?,
+            Next::Credit(taken) => {
+                let kind = Kind::Credit { taken };
+                line.reserve(pool, memory, HEADER_LEN, kind, URGENT_SLOTS + 1)
+                    .ok()?;
+                line.waiting.pop_back()?
+            }
+        };
+        let slot = line.held[(parcel.serial - line.first) as usize].slot;
         let bytes = &mut slot_bytes(memory, slot)[parcel.offset..];
         Header {
             kind: parcel.kind,
-            credits,
-            sequence,
+            lane: match is_credit {
+                true => Lane::Ordinary,
+                false => lane,
+            },
+            stamp,
         }
         .emit(bytes);
-        self.posted.push_back((parcel.serial, credit.is_some()));
-        self.credits_posted += usize::from(credit.is_some());
+        self.posted.push_back(Posted {
+            lane,
+            serial: parcel.serial,
+            is_credit,
+        });
+        self.credits_posted += usize::from(is_credit);
         Some(Posting {
             key: slot.key,
             offset: slot.offset + parcel.offset as u64,
@@ -324,33 +404,20 @@ impl Outbox {
 
     /// The oldest posted parcel has been acknowledged.
     pub(crate) fn complete(&mut self, pool: &mut SlotPool) {
-        let (serial, is_credit) = self
+        let posted = self
             .posted
             .pop_front()
             .expect("a completion for each posting, in order");
-        self.credits_posted -= usize::from(is_credit);
-        self.held[(serial - self.first) as usize].parcels -= 1;
-        self.release(pool);
-    }
-
-    fn release(&mut self, pool: &mut SlotPool) {
-        while self.held.front().is_some_and(|held| held.parcels == 0) {
-            if let Some(held) = self.held.pop_front() {
-                pool.give_back(held.slot);
-                self.first += 1;
-            }
-        }
+        self.credits_posted -= usize::from(posted.is_credit);
+        self.line(posted.lane).complete(pool, posted.serial);
     }
 
     /// Forgets everything and gives all slots back. The queue pair must be gone.
     pub(crate) fn clear(&mut self, pool: &mut SlotPool) {
-        self.waiting.clear();
         self.posted.clear();
         self.credits_posted = 0;
-        self.first += self.held.len() as u64;
-        for held in self.held.drain(..) {
-            pool.give_back(held.slot);
-        }
+        self.ordinary.clear(pool);
+        self.urgent.clear(pool);
     }
 }
 
@@ -391,10 +458,14 @@ mod tests {
         }
 
         fn push(&mut self, message: &[u8]) -> Result<(), Full> {
+            self.push_in(Lane::Ordinary, message)
+        }
+
+        fn push_in(&mut self, lane: Lane, message: &[u8]) -> Result<(), Full> {
             let (left, right) = message.split_at(message.len() / 3);
             let parts = [IoSlice::new(left), IoSlice::new(&[]), IoSlice::new(right)];
-            self.outbox
-                .push(&mut self.pool, &mut self.memory, &parts, message.len())
+            let (pool, memory) = (&mut self.pool, &mut self.memory);
+            self.outbox.push(pool, memory, lane, &parts, message.len())
         }
 
         fn offer(&mut self, number: u32) -> Result<(), Full> {
@@ -407,25 +478,33 @@ mod tests {
             )
         }
 
-        fn post(&mut self, is_credit: bool) -> Option<Vec<u8>> {
-            let credit = is_credit.then_some(5);
+        fn post(&mut self, next: Next) -> Option<Vec<u8>> {
             let World {
                 memory,
                 pool,
                 outbox,
             } = self;
-            let posting = outbox.post(pool, memory, credit, 7, 9)?;
+            let posting = outbox.post(pool, memory, next, STAMP)?;
             let region = memory.private_mut(posting.key).unwrap();
             Some(region[posting.offset as usize..][..posting.len as usize].to_vec())
         }
     }
+
+    const STAMP: Stamp = Stamp {
+        credits: 7,
+        urgent_credits: 3,
+        sequence: 9,
+    };
+    const ORDINARY: Next = Next::Waiting(Lane::Ordinary);
+    const URGENT: Next = Next::Waiting(Lane::Urgent);
+    const CREDIT: Next = Next::Credit(5);
 
     /// Puts parcels together again.
     fn unpack(parcels: &[Vec<u8>]) -> Vec<Vec<u8>> {
         let mut messages = Vec::new();
         for bytes in parcels {
             let (header, mut body) = Header::parse(bytes).unwrap();
-            assert_eq!((header.credits, header.sequence), (7, 9));
+            assert_eq!(header.stamp, STAMP);
             match header.kind {
                 Kind::Records { count } => {
                     assert!(bytes.len() <= 4096);
@@ -471,15 +550,15 @@ mod tests {
             messages.push(b"between".to_vec());
         }
         let mut parcels = Vec::new();
-        while let Some(parcel) = world.post(false) {
+        while let Some(parcel) = world.post(ORDINARY) {
             parcels.push(parcel);
-            parcels.extend(world.post(true));
+            parcels.extend(world.post(CREDIT));
         }
         assert_eq!(unpack(&parcels), messages);
         for _ in 0..parcels.len() {
             world.outbox.complete(&mut world.pool);
         }
-        assert!(world.outbox.posted() == 0 && world.outbox.held.is_empty());
+        assert!(world.outbox.is_idle() && world.pool.out == 0);
     }
 
     #[test]
@@ -489,7 +568,7 @@ mod tests {
             world.push(&message(36)).unwrap();
         }
         let mut parcels = 0;
-        while world.post(false).is_some() {
+        while world.post(ORDINARY).is_some() {
             parcels += 1;
         }
         assert_eq!(parcels, 1);
@@ -509,11 +588,11 @@ mod tests {
         assert!((1..=20).contains(&small));
         assert_eq!(world.push(&big), Err(Full));
         let mut posted = 0;
-        while world.post(false).is_some() {
+        while world.post(ORDINARY).is_some() {
             posted += 1;
         }
         assert!(
-            world.post(true).is_some(),
+            world.post(CREDIT).is_some(),
             "credits are never stuck behind data"
         );
         for _ in 0..=posted {
@@ -530,5 +609,38 @@ mod tests {
             world.pool.free.len() < 3 * SLOTS_PER_REGION,
             "slots are used again"
         );
+    }
+
+    #[test]
+    fn urgent_messages_have_room_of_their_own_and_keep_their_order() {
+        let mut world = World::new(4);
+        let big = message(MESSAGE_MAX);
+        while world.push(&big).is_ok() {}
+        assert_eq!(world.push(b"one more"), Err(Full));
+        let mut expected = Vec::new();
+        for number in 0..20_000u32 {
+            let message = number.to_le_bytes();
+            if world.push_in(Lane::Urgent, &message).is_err() {
+                break;
+            }
+            expected.push(message.to_vec());
+        }
+        assert!((1_000..20_000).contains(&expected.len()), "bounded");
+        let mut parcels = Vec::new();
+        while let Some(parcel) = world.post(URGENT) {
+            let header = Header::parse(&parcel).unwrap().0;
+            assert_eq!(header.lane, Lane::Urgent);
+            parcels.push(parcel);
+        }
+        assert!(parcels.len() * 4 < expected.len(), "they share parcels");
+        assert_eq!(unpack(&parcels), expected);
+        // All of them, and the backlog, are still there; credits are stuck behind neither.
+        assert!(world.post(CREDIT).is_some());
+        assert!(!world.outbox.is_roomy(Lane::Urgent));
+        for _ in 0..=parcels.len() {
+            world.outbox.complete(&mut world.pool);
+        }
+        assert!(world.outbox.is_roomy(Lane::Urgent) && !world.outbox.is_roomy(Lane::Ordinary));
+        assert_eq!(world.pool.out, 4, "only the backlog has slots");
     }
 }

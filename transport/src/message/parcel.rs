@@ -17,9 +17,11 @@
 //! * kind 4, *offer*: a message of `a` bytes, more than [`MESSAGE_MAX`], waits under key `b` to be
 //!   READ. The body is its address (u64), the offer's number (u32: 0, 1, 2 …) and four zeroes.
 //!
-//! `credits` returns receive slots: the sender may have that many more parcels under way.
-//! `sequence` counts the parcels of this direction; queue pairs deliver in order, so a surprise
-//! there is a broken peer.
+//! Kinds 1 and 2 with 128 added are *urgent*: handed up at once, whatever else is being waited for.
+//!
+//! `credits` returns receive slots: in its low 12 bits how many more parcels the other end may have
+//! under way, in its high 4 bits how many more urgent ones. `sequence` counts the parcels of this
+//! direction; queue pairs deliver in order, so a surprise there is a broken peer.
 //!
 //! Invariant: whatever bytes come, parsing neither panics nor allocates.
 //!
@@ -29,7 +31,7 @@
 use super::Violation;
 
 /// Version of the layout.
-pub(crate) const VERSION: u8 = 2;
+pub(crate) const VERSION: u8 = 3;
 /// Length of the parcel header in bytes.
 pub(crate) const HEADER_LEN: usize = 16;
 /// A slot holds one parcel of fifteen full packets: as many as one UDP_SEGMENT send carries.
@@ -40,6 +42,19 @@ pub(crate) const MESSAGE_MAX: usize = SLOT_LEN - HEADER_LEN;
 pub(crate) const OFFER_LEN: usize = 16;
 /// Length prefix of a record.
 pub(crate) const RECORD_PREFIX: usize = 4;
+/// What is added to the kind of an urgent parcel.
+const URGENT: u8 = 0x80;
+/// Ordinary credits that a header has room for, and urgent ones above them.
+const CREDITS_BITS: u32 = 12;
+
+/// Which of two lines a message goes in. Both keep their order, neither waits for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Lane {
+    #[default]
+    Ordinary,
+    /// Few and short, and ahead of all ordinary ones that wait.
+    Urgent,
+}
 
 /// What a parcel carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,12 +110,23 @@ impl Offer {
     }
 }
 
+/// What every parcel says, whatever it carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    /// Receive slots returned, fewer than 4096.
+    pub(crate) credits: u16,
+    /// Those for urgent parcels, fewer than 16.
+    pub(crate) urgent_credits: u16,
+    pub(crate) sequence: u32,
+}
+
 /// A parcel's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) kind: Kind,
-    pub(crate) credits: u16,
-    pub(crate) sequence: u32,
+    /// Urgent ones are records or one message.
+    pub(crate) lane: Lane,
+    pub(crate) stamp: Stamp,
 }
 
 impl Header {
@@ -112,10 +138,19 @@ impl Header {
             Kind::Credit { taken } => (3, taken, 0),
             Kind::Offer { len, rkey } => (4, len, rkey),
         };
+        let Stamp {
+            credits,
+            urgent_credits,
+            sequence,
+        } = self.stamp;
+        let credits = credits | urgent_credits << CREDITS_BITS;
         out[0] = VERSION;
-        out[1] = kind;
-        out[2..4].copy_from_slice(&self.credits.to_le_bytes());
-        out[4..8].copy_from_slice(&self.sequence.to_le_bytes());
+        out[1] = match self.lane {
+            Lane::Ordinary => kind,
+            Lane::Urgent => kind | URGENT,
+        };
+        out[2..4].copy_from_slice(&credits.to_le_bytes());
+        out[4..8].copy_from_slice(&sequence.to_le_bytes());
         out[8..12].copy_from_slice(&u32::to_le_bytes(a));
         out[12..16].copy_from_slice(&u32::to_le_bytes(b));
     }
@@ -129,25 +164,28 @@ impl Header {
             u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
         };
         let (a, b) = (word(8), word(12));
-        let kind = match header[1] {
+        let lane = match header[1] & URGENT {
+            0 => Lane::Ordinary,
+            _ => Lane::Urgent,
+        };
+        let kind = match header[1] & !URGENT {
             1 if b == 0 => Kind::Records { count: a },
             2 if b == 0 => Kind::Message { len: a },
             3 if b == 0 && body.is_empty() => Kind::Credit { taken: a },
             4 => Kind::Offer { len: a, rkey: b },
             _ => return Err(Violation::Layout),
         };
-        if header[0] != VERSION {
+        let has_lane = matches!(kind, Kind::Records { .. } | Kind::Message { .. });
+        if header[0] != VERSION || (lane == Lane::Urgent && !has_lane) {
             return Err(Violation::Layout);
         }
         let credits = u16::from_le_bytes([header[2], header[3]]);
-        Ok((
-            Header {
-                kind,
-                credits,
-                sequence: word(4),
-            },
-            body,
-        ))
+        let stamp = Stamp {
+            credits: credits & ((1 << CREDITS_BITS) - 1),
+            urgent_credits: credits >> CREDITS_BITS,
+            sequence: word(4),
+        };
+        Ok((Header { kind, lane, stamp }, body))
     }
 }
 
@@ -187,15 +225,27 @@ mod tests {
                 rkey: 0x9ABC_DEF0,
             },
         ];
-        for kind in kinds {
+        for (kind, lane) in kinds
+            .into_iter()
+            .flat_map(|kind| [Lane::Ordinary, Lane::Urgent].map(|lane| (kind, lane)))
+        {
             let header = Header {
                 kind,
-                credits: 0x1234,
-                sequence: 0x89AB_CDEF,
+                lane,
+                stamp: Stamp {
+                    credits: 0x234,
+                    urgent_credits: 0xE,
+                    sequence: 0x89AB_CDEF,
+                },
             };
             let mut bytes = [0xEE; HEADER_LEN];
             header.emit(&mut bytes);
-            assert_eq!(Header::parse(&bytes), Ok((header, &[][..])));
+            let has_lane = matches!(kind, Kind::Records { .. } | Kind::Message { .. });
+            let expected = match has_lane || lane == Lane::Ordinary {
+                true => Ok((header, &[][..])),
+                false => Err(Violation::Layout),
+            };
+            assert_eq!(Header::parse(&bytes), expected);
         }
     }
 
@@ -231,7 +281,7 @@ mod tests {
         for round in 0..20_000 {
             let mut bytes: Vec<u8> = (0..round % 64).map(|_| next()).collect();
             if round % 2 == 0 && bytes.len() > 1 {
-                (bytes[0], bytes[1]) = (VERSION, 1 + next() % 4);
+                (bytes[0], bytes[1]) = (VERSION, 1 + next() % 4 | next() & URGENT);
             }
             if let Ok((_, mut body)) = Header::parse(&bytes) {
                 let _ = Offer::parse(body);

@@ -111,14 +111,18 @@ impl Stream {
 
     /// Sends until the connection takes no more.
     pub fn send(&mut self, endpoint: &mut Endpoint) {
-        while self.sent.1 < self.total {
-            let len = message(self.sent.0, &mut self.buffer);
-            match endpoint.send(self.conn, &[IoSlice::new(&self.buffer)]) {
-                Ok(()) => self.sent = (self.sent.0 + 1, self.sent.1 + len),
-                Err(SendError::WouldBlock) => return,
-                Err(error) => panic!("{error}"),
-            }
+        while !self.has_sent_all() && self.send_one(endpoint) {}
+    }
+
+    /// Sends the next; whether the connection takes it.
+    pub fn send_one(&mut self, endpoint: &mut Endpoint) -> bool {
+        let len = message(self.sent.0, &mut self.buffer);
+        match endpoint.send(self.conn, &[IoSlice::new(&self.buffer)]) {
+            Ok(()) => self.sent = (self.sent.0 + 1, self.sent.1 + len),
+            Err(SendError::WouldBlock) => return false,
+            Err(error) => panic!("{error}"),
         }
+        true
     }
 
     pub fn receive(&mut self, conn: ConnId, bytes: &[u8]) {

@@ -11,7 +11,7 @@
 use super::super::connection::Stream;
 use super::super::fetch::Ready;
 use super::super::outbox::SlotPool;
-use super::super::parcel::{MESSAGE_MAX, Offer};
+use super::super::parcel::{Lane, MESSAGE_MAX, Offer};
 use super::super::{ConnId, Event, SendError, Violation};
 use super::shortage::Need;
 use super::{EndpointCtx, Handler};
@@ -127,7 +127,7 @@ impl EndpointCtx {
         };
         stream.inbox.offer(len, rkey, offer, message_max)?;
         // An offer takes no memory to speak of, and how many there are is bounded.
-        stream.owe();
+        stream.owe(Lane::Ordinary);
         self.fetching.enter(&mut stream.inbox, index);
         Ok(())
     }
@@ -179,15 +179,15 @@ impl EndpointCtx {
             };
             match stream.inbox.pop(&mut self.fetching, &mut self.device) {
                 None => return,
-                Some(Ready::Credit) => stream.owe(),
+                Some(Ready::Credit) => stream.owe(Lane::Ordinary),
                 Some(Ready::Message(bytes)) => {
-                    self.hand_up(conn, &bytes, handler);
+                    self.hand_up(conn, Lane::Ordinary, &bytes, handler);
                     self.keep_spare(bytes);
                 }
                 Some(Ready::Fetched(slab, range)) => {
                     self.device.counters_mut().bulk_fetched += 1;
                     self.handing_up = Some((slab.clone(), range.start));
-                    self.hand_up(conn, &slab[range], handler);
+                    self.hand_up(conn, Lane::Ordinary, &slab[range], handler);
                     self.handing_up = None;
                     self.fetching.recycle(slab);
                 }
@@ -205,13 +205,20 @@ impl EndpointCtx {
         let Some(connection) = &mut self.connections[index as usize] else {
             return;
         };
-        let (Some(len), Some(stream)) = (connection.refused, &connection.stream) else {
+        let Some(stream) = &connection.stream else {
             return;
         };
-        let is_lendable = len <= MESSAGE_MAX || stream.loans.is_roomy(&self.lending, len);
-        if stream.outbox.is_roomy() && is_lendable {
+        let has_room = connection.refused.is_some_and(|len| {
+            stream.outbox.is_roomy(Lane::Ordinary)
+                && (len <= MESSAGE_MAX || stream.loans.is_roomy(&self.lending, len))
+        });
+        let has_urgent_room = connection.is_urgent_refused && stream.outbox.is_roomy(Lane::Urgent);
+        if has_room {
             connection.refused = None;
             self.lending.refused.retain(|other| *other != index);
+        }
+        connection.is_urgent_refused &= !has_urgent_room;
+        if has_room || has_urgent_room {
             let conn = connection.id;
             handler(self, Event::Writable { conn });
         }

@@ -11,7 +11,7 @@ use lowtide_transport_proto::time::Nanos;
 
 use super::super::connection::Arrived;
 use super::super::connection::Stream;
-use super::super::parcel::next_record;
+use super::super::parcel::{Lane, next_record};
 use super::super::{CloseReason, ConnId, Event, Violation};
 use super::super::{fabric, handshake};
 use super::{EndpointCtx, Handler};
@@ -270,6 +270,7 @@ impl EndpointCtx {
             return;
         };
         let arrived = stream.receive(payload, offset, is_last, &mut self.spare);
+        let lane = stream.lane();
         if is_last {
             if !self.device.post_receive(qp) {
                 self.end(index, CloseReason::Failed, handler);
@@ -282,8 +283,8 @@ impl EndpointCtx {
             Ok(Arrived::Credit { taken }) => self.end_taken(index, taken, handler),
             Ok(Arrived::Offer { len, rkey, offer }) => self.note_offer(index, len, rkey, offer),
             Ok(Arrived::Whole(range)) => {
-                self.take_message(conn, &payload[range], handler);
-                self.give_credit(conn);
+                self.take_message(conn, lane, &payload[range], handler);
+                self.give_credit(conn, lane);
                 Ok(())
             }
             Ok(Arrived::Records { count, body }) => {
@@ -292,14 +293,14 @@ impl EndpointCtx {
                     let Ok(bytes) = next_record(&mut body) else {
                         break;
                     };
-                    self.take_message(conn, bytes, handler);
+                    self.take_message(conn, lane, bytes, handler);
                 }
-                self.give_credit(conn);
+                self.give_credit(conn, lane);
                 Ok(())
             }
             Ok(Arrived::Assembled(bytes)) => {
-                self.take_assembled(conn, bytes, handler);
-                self.give_credit(conn);
+                self.take_assembled(conn, lane, bytes, handler);
+                self.give_credit(conn, lane);
                 Ok(())
             }
             Err(violation) => Err(violation),
@@ -311,31 +312,37 @@ impl EndpointCtx {
 
     /// Hands a message up in place, or keeps a copy if others must go first. Nothing happens if the
     /// handler has closed the connection meanwhile.
-    fn take_message(&mut self, conn: ConnId, bytes: &[u8], handler: &mut Handler<'_>) {
+    fn take_message(&mut self, conn: ConnId, lane: Lane, bytes: &[u8], handler: &mut Handler<'_>) {
         let Some(stream) = self.stream_of(conn) else {
             return;
         };
-        if stream.inbox.is_holding() {
+        if is_held(stream, lane) {
             stream.inbox.hold(bytes.to_vec());
             let counters = self.device.counters_mut();
             counters.copies += 1;
             counters.held_copied_bytes += bytes.len() as u64;
         } else {
-            self.hand_up(conn, bytes, handler);
+            self.hand_up(conn, lane, bytes, handler);
         }
     }
 
-    fn take_assembled(&mut self, conn: ConnId, bytes: Vec<u8>, handler: &mut Handler<'_>) {
+    fn take_assembled(
+        &mut self,
+        conn: ConnId,
+        lane: Lane,
+        bytes: Vec<u8>,
+        handler: &mut Handler<'_>,
+    ) {
         let counters = self.device.counters_mut();
         counters.copies += 1;
         counters.assembled_copied_bytes += bytes.len() as u64;
         let Some(stream) = self.stream_of(conn) else {
             return;
         };
-        if stream.inbox.is_holding() {
+        if is_held(stream, lane) {
             stream.inbox.hold(bytes);
         } else {
-            self.hand_up(conn, &bytes, handler);
+            self.hand_up(conn, lane, &bytes, handler);
             self.keep_spare(bytes);
         }
     }
@@ -348,18 +355,26 @@ impl EndpointCtx {
     }
 
     /// A parcel has been dealt with: its credit goes back, behind what is held.
-    fn give_credit(&mut self, conn: ConnId) {
+    fn give_credit(&mut self, conn: ConnId, lane: Lane) {
         if let Some(stream) = self.stream_of(conn) {
-            if stream.inbox.is_holding() {
+            if is_held(stream, lane) {
                 stream.inbox.hold_credit();
             } else {
-                stream.owe();
+                stream.owe(lane);
             }
         }
     }
 
-    pub(super) fn hand_up(&mut self, conn: ConnId, bytes: &[u8], handler: &mut Handler<'_>) {
-        self.device.counters_mut().messages += 1;
+    pub(super) fn hand_up(
+        &mut self,
+        conn: ConnId,
+        lane: Lane,
+        bytes: &[u8],
+        handler: &mut Handler<'_>,
+    ) {
+        let counters = self.device.counters_mut();
+        counters.messages += 1;
+        counters.urgent_messages += u64::from(lane == Lane::Urgent);
         handler(self, Event::Message { conn, bytes });
     }
 
@@ -367,4 +382,9 @@ impl EndpointCtx {
         let index = self.index(conn)?;
         self.connections[index as usize].as_mut()?.stream.as_mut()
     }
+}
+
+/// Whether messages of a lane must wait until others have been fetched.
+fn is_held(stream: &Stream, lane: Lane) -> bool {
+    lane == Lane::Ordinary && stream.inbox.is_holding()
 }
