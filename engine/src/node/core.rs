@@ -142,7 +142,13 @@ impl Core {
         status.blocked_by = None;
         let counters = &mut status.counters;
         match self {
-            Core::Root(c, _) => describe_root(c, now, status),
+            Core::Root(c, file) => {
+                describe_root(c, now, status);
+                if let Some(why) = file.full() {
+                    status.stage = "FULL".to_owned();
+                    status.blocked_by = Some(why);
+                }
+            }
             Core::Destination(c) => {
                 describe_destination(c.front(), counters);
                 status.shards = c.front().shards();
