@@ -236,7 +236,9 @@ impl Recovery {
         }
         self.root.handle_persisted(now, self.root_file.persisted());
         self.root.handle_timeout(now);
-        if let Some(why) = self.root_file.failure() {
+        // Nobody makes room for an export; it is told at once.
+        let why = self.root_file.failure().or_else(|| self.root_file.full());
+        if let Some(why) = why {
             return Err(OfflineError::Failed(why));
         }
         while let Some(effect) = self.root.poll_effect() {

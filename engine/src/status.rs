@@ -15,6 +15,17 @@ pub struct MemberStatus {
     pub silent_ms: u64,
 }
 
+/// A life whose bound the minimum waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldStatus {
+    /// Number of the node.
+    pub id: u32,
+    /// Its life.
+    pub incarnation: u64,
+    /// The bound, an epoch.
+    pub bound: u64,
+}
+
 /// Counts since this life of the process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -55,6 +66,12 @@ pub struct NodeCounters {
     pub epochs_refused_elsewhere: u64,
     /// Datagrams dropped by the transport as malformed or with a wrong checksum.
     pub datagrams_dropped: u64,
+    /// Datagrams lost on purpose on their way out (`loss`).
+    pub datagrams_lost: u64,
+    /// Datagrams to and from peers cut off on purpose (`partition`).
+    pub datagrams_blocked: u64,
+    /// Packets that the transport has sent again.
+    pub packets_repeated: u64,
     /// Lives evicted (root).
     pub evicted: u64,
     /// Longest time between two steps of m, in milliseconds (root).
@@ -90,7 +107,7 @@ pub struct Status {
     /// The root's term as it knows it.
     pub term: u64,
     /// `JOINING`, `RECONNECT`, `COMPLETE`, at the root also stages of evictions; `FULL` when new
-    /// work is refused.
+    /// work is refused, at the root when nothing new can become durable.
     pub stage: String,
     /// Shards of a persistent server; 0 for other roles.
     pub shards: u32,
@@ -100,6 +117,8 @@ pub struct Status {
     pub udp_connections: u64,
     /// What it waits for, in words.
     pub blocked_by: Option<String>,
+    /// Root only: who holds the minimum where it is.
+    pub held_by: Option<HoldStatus>,
     /// Root only: every member.
     pub members: Vec<MemberStatus>,
     /// Counts.

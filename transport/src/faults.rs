@@ -46,6 +46,8 @@ pub(crate) enum Fate {
     Pass,
     /// It is never sent.
     Lose,
+    /// It is never sent, because its target is cut off.
+    Block,
     /// It leaves twice.
     Duplicate,
     /// It leaves after the next datagram.
@@ -101,7 +103,7 @@ impl FaultInjector {
     /// Decides about the next datagram to `target`.
     pub(crate) fn fate(&mut self, target: &SocketAddr) -> Fate {
         if self.is_blocked(target) {
-            return Fate::Lose;
+            return Fate::Block;
         }
         if self.bounds[3] == 0 {
             return Fate::Pass;
@@ -163,7 +165,7 @@ mod tests {
             "127.0.0.1:2".parse().unwrap(),
         );
         injector.set_blocked(cut, true);
-        assert_eq!(injector.fate(&cut), Fate::Lose);
+        assert_eq!(injector.fate(&cut), Fate::Block);
         assert_eq!(injector.fate(&free), Fate::Pass);
         injector.set_blocked(cut, false);
         assert_eq!(injector.fate(&cut), Fate::Pass);

@@ -30,6 +30,11 @@ use crate::teeth::{Tooth, bites};
 
 /// How far ahead of the epoch the durable ceiling is kept.
 const CEILING_STEP: u64 = 10_000;
+/// While the disk takes no state (it is full, say) everybody goes on pinging, asking and waiting. Of
+/// more effects than this that wait for a state, those that repeat another one are dropped …
+const WAITING_MANY: usize = 256;
+/// … and of more minima than this the last ones are published together.
+const UNPUBLISHED_MAX: usize = 256;
 
 /// Settings of a root.
 #[derive(Clone, Copy, Debug)]
@@ -280,7 +285,9 @@ impl Root {
             if matches!(effect, Effect::Persist { .. }) {
                 return Some(effect);
             }
-            self.waiting.push_back((self.version, effect));
+            if self.waiting.len() < WAITING_MANY || !self.repeats(&effect) {
+                self.waiting.push_back((self.version, effect));
+            }
         }
         let (version, _) = self.waiting.front()?;
         if *version > self.persisted {
@@ -292,6 +299,17 @@ impl Root {
             envelope.minimum = self.port.minimum();
         }
         Some(effect)
+    }
+
+    /// Whether an effect says what one that waits will say.
+    fn repeats(&self, effect: &Effect) -> bool {
+        let Effect::Send { to, envelope } = effect else {
+            return false;
+        };
+        self.waiting.iter().any(|(_, waiting)| {
+            matches!(waiting, Effect::Send { to: other, envelope: earlier }
+                if other == to && earlier.body == envelope.body)
+        })
     }
 
     /// Identity, epoch and minimum.
@@ -596,7 +614,12 @@ impl Root {
         if value > self.state.minimum {
             self.state.minimum = value;
             self.changed = true;
-            self.unpublished.push_back((self.version + 1, value));
+            let version = self.version + 1;
+            match self.unpublished.len() {
+                0..UNPUBLISHED_MAX => self.unpublished.push_back((version, value)),
+                // Later than it might be, never earlier.
+                len => self.unpublished[len - 1] = (version, value),
+            }
             if bites(Tooth::PublishedEarly) {
                 self.port.publish(self.state.term, value);
             }

@@ -11,7 +11,7 @@ use lowtide_engine_core::root::Root;
 
 use super::rootfile::RootFile;
 use crate::server::Server;
-use crate::status::{MemberStatus, NodeCounters, Status};
+use crate::status::{HoldStatus, MemberStatus, NodeCounters, Status};
 
 /// A state machine with what it needs to run.
 pub(super) enum Core {
@@ -142,7 +142,13 @@ impl Core {
         status.blocked_by = None;
         let counters = &mut status.counters;
         match self {
-            Core::Root(c, _) => describe_root(c, now, status),
+            Core::Root(c, file) => {
+                describe_root(c, now, status);
+                if let Some(why) = file.full() {
+                    status.stage = "FULL".to_owned();
+                    status.blocked_by = Some(why);
+                }
+            }
             Core::Destination(c) => {
                 describe_destination(c.front(), counters);
                 status.shards = c.front().shards();
@@ -215,6 +221,11 @@ fn describe_root(c: &Root, now: Time, status: &mut Status) {
             silent_ms: c.silence(now, seat.life).unwrap_or(0),
         })
         .collect();
+    status.held_by = c.blocked_by().map(|(life, bound)| HoldStatus {
+        id: life.node.0,
+        incarnation: life.incarnation.0,
+        bound: bound.0,
+    });
     let evictions: Vec<String> = c
         .evictions()
         .map(|(victim, stage)| format!("{victim} {stage}"))
@@ -222,7 +233,5 @@ fn describe_root(c: &Root, now: Time, status: &mut Status) {
     if !evictions.is_empty() {
         status.stage = "RESOLVE".to_owned();
         status.blocked_by = Some(evictions.join(", "));
-    } else if let Some((life, bound)) = c.blocked_by() {
-        status.blocked_by = Some(format!("m is held at {bound} by {life}"));
     }
 }

@@ -6,15 +6,19 @@
 //!
 //! Written to a side file, synced, renamed over the old one, directory synced; on a thread of its
 //! own. A state that is superseded before its turn is skipped, its version answered with the next.
+//!
+//! A full disk is no failure: the old file is whole, nothing that rests on the new one has left, and
+//! the newest state is tried again until there is room. Any other error ends the node.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crossbeam_channel::{Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
 use lowtide_engine_core::root::RootState;
 
 use super::StartError;
@@ -25,6 +29,8 @@ const NAME: &str = "root.state";
 const MAGIC: &[u8; 4] = b"LTRT";
 const VERSION: u32 = 1;
 const HEADER: usize = 16;
+/// Time between two tries while the disk is full.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Writes states and says which version is durable.
 #[derive(Debug)]
@@ -33,8 +39,17 @@ pub(crate) struct RootFile {
     _volume: DirVolume,
     work: Option<Sender<(u64, Vec<u8>)>>,
     persisted: Arc<AtomicU64>,
-    failed: Arc<std::sync::Mutex<Option<String>>>,
+    trouble: Arc<Mutex<Trouble>>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What keeps the newest state from being durable, in words.
+#[derive(Debug, Default)]
+struct Trouble {
+    /// There is no room for it.
+    full: Option<String>,
+    /// It cannot be written, ever.
+    failed: Option<String>,
 }
 
 /// Reads the state in `dir` without a lock; `None` when there is none.
@@ -69,19 +84,80 @@ pub fn read_state(dir: &Path) -> Result<Option<RootState>, String> {
     Ok(Some(state))
 }
 
-fn write(dir: &Path, state: &[u8]) -> io::Result<()> {
+/// Why a state is not written.
+enum WriteError {
+    /// Nothing has changed; there may be room another time.
+    Full(io::Error),
+    Failed(io::Error),
+}
+
+fn write(dir: &Path, state: &[u8]) -> Result<(), WriteError> {
     let (path, side) = (dir.join(NAME), dir.join("root.state.new"));
-    let mut file = File::create(&side)?;
     let mut header = Vec::with_capacity(HEADER);
     header.extend_from_slice(MAGIC);
     header.extend_from_slice(&VERSION.to_le_bytes());
     header.extend_from_slice(&crc32c(state).to_le_bytes());
     header.extend_from_slice(&(state.len() as u32).to_le_bytes());
-    file.write_all(&header)?;
-    file.write_all(state)?;
-    file.sync_all()?;
-    fs::rename(&side, &path)?;
-    File::open(dir)?.sync_all()
+    let beside = || {
+        let mut file = File::create(&side)?;
+        let written = file.write_all(&header).and_then(|()| file.write_all(state));
+        if written.is_err() {
+            // What little it holds may be what others lack.
+            let _ = file.set_len(0);
+        }
+        written?;
+        file.sync_all()
+    };
+    // Also a sync that lacks room spoils nothing here: the next try writes all of it anew.
+    beside().map_err(|error| match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => WriteError::Full(error),
+        _ => WriteError::Failed(error),
+    })?;
+    fs::rename(&side, &path)
+        .and_then(|()| File::open(dir)?.sync_all())
+        .map_err(WriteError::Failed)
+}
+
+/// Writes the newest state that waits, again and again, until nobody sends any more or one cannot be
+/// written; `wake` is called whenever there is news.
+fn keep(
+    dir: &Path,
+    queue: &Receiver<(u64, Vec<u8>)>,
+    (persisted, trouble): (&AtomicU64, &Mutex<Trouble>),
+    wake: impl Fn(),
+) {
+    while let Ok(first) = queue.recv() {
+        let mut newest = queue.try_iter().last().unwrap_or(first);
+        loop {
+            match write(dir, &newest.1) {
+                Ok(()) => break,
+                Err(WriteError::Full(e)) => {
+                    let words = format!("no room for {}: {e}", dir.join(NAME).display());
+                    lock(trouble).full = Some(words);
+                }
+                Err(WriteError::Failed(e)) => {
+                    lock(trouble).failed = Some(format!("{}: {e}", dir.display()));
+                    wake();
+                    return;
+                }
+            }
+            wake();
+            std::thread::sleep(RETRY);
+            match queue.try_recv() {
+                Ok(newer) => newest = queue.try_iter().last().unwrap_or(newer),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return,
+            }
+        }
+        lock(trouble).full = None;
+        // Release: whoever sees the version may rely on the file.
+        persisted.store(newest.0, Ordering::Release);
+        wake();
+    }
+}
+
+fn lock(trouble: &Mutex<Trouble>) -> MutexGuard<'_, Trouble> {
+    trouble.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl RootFile {
@@ -95,36 +171,18 @@ impl RootFile {
             .map_err(StartError::Root)?
             .unwrap_or_default();
         let persisted = Arc::new(AtomicU64::new(0));
-        let failed = Arc::new(std::sync::Mutex::new(None));
-        let (work, queue) = unbounded::<(u64, Vec<u8>)>();
-        let (told, told_failed) = (persisted.clone(), failed.clone());
+        let trouble = Arc::new(Mutex::new(Trouble::default()));
+        let (work, queue) = unbounded();
+        let told = (persisted.clone(), trouble.clone());
         let thread = std::thread::Builder::new()
             .name("lowtide-root".to_owned())
-            .spawn(move || {
-                while let Ok(first) = queue.recv() {
-                    let Some((version, state)) = queue.try_iter().last().or(Some(first)) else {
-                        continue;
-                    };
-                    match write(&dir, &state) {
-                        Ok(()) => told.store(version, Ordering::Release),
-                        Err(e) => {
-                            let mut slot = told_failed
-                                .lock()
-                                .unwrap_or_else(std::sync::PoisonError::into_inner);
-                            *slot = Some(format!("{}: {e}", dir.display()));
-                            wake();
-                            return;
-                        }
-                    }
-                    wake();
-                }
-            })
+            .spawn(move || keep(&dir, &queue, (&told.0, &told.1), wake))
             .map_err(StartError::Thread)?;
         let file = RootFile {
             _volume: volume,
             work: Some(work),
             persisted,
-            failed,
+            trouble,
             thread: Some(thread),
         };
         Ok((file, state))
@@ -141,11 +199,13 @@ impl RootFile {
         self.persisted.load(Ordering::Acquire)
     }
 
+    /// Why the newest state is not durable yet, if that is for want of room.
+    pub(crate) fn full(&self) -> Option<String> {
+        lock(&self.trouble).full.clone()
+    }
+
     pub(crate) fn failure(&self) -> Option<String> {
-        self.failed
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .clone()
+        lock(&self.trouble).failed.clone()
     }
 }
 
@@ -186,7 +246,7 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("lowtide-root-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         assert!(read_state(&dir).unwrap().is_none(), "a new root");
-        write(&dir, &state()).unwrap();
+        assert!(write(&dir, &state()).is_ok());
         let whole = fs::read(dir.join(NAME)).unwrap();
         assert!(read_state(&dir).unwrap().is_some());
         let refused = |bytes: &[u8]| {
@@ -210,8 +270,45 @@ mod tests {
         fs::write(dir.join("root.state.new"), &whole[..9]).unwrap();
         assert!(read_state(&dir).unwrap().is_some());
         // What a right checksum covers may still make no sense.
-        write(&dir, &[0xFF; 40]).unwrap();
+        assert!(write(&dir, &[0xFF; 40]).is_ok());
         assert!(read_state(&dir).unwrap_err().contains(NAME));
+        fs::remove_dir_all(dir).unwrap();
+    }
+    /// Waits for what the file's thread does.
+    fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while !condition() {
+            assert!(std::time::Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_told_and_waited_for_and_any_other_error_is_the_end() {
+        let dir = std::env::temp_dir().join(format!("lowtide-full-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let side = dir.join("root.state.new");
+        let (file, _) = RootFile::open(dir.clone(), || {}).unwrap();
+        // Whatever is written there meets ENOSPC.
+        std::os::unix::fs::symlink("/dev/full", &side).unwrap();
+        file.persist(1, state());
+        wait_until("a full disk is told", || file.full().is_some());
+        let words = file.full().unwrap();
+        assert!(words.contains(NAME) && words.contains("space"), "{words}");
+        file.persist(2, state());
+        std::thread::sleep(2 * RETRY);
+        assert_eq!((file.persisted(), file.failure()), (0, None));
+        assert!(read_state(&dir).unwrap().is_none(), "nothing is half there");
+        fs::remove_file(&side).unwrap();
+        wait_until("the newest state is written", || file.persisted() == 2);
+        assert_eq!(file.full(), None);
+        assert!(read_state(&dir).unwrap().is_some());
+
+        fs::create_dir(&side).unwrap();
+        file.persist(3, state());
+        wait_until("another error is a failure", || file.failure().is_some());
+        assert_eq!((file.persisted(), file.full()), (2, None));
+        drop(file);
         fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -377,6 +377,9 @@ impl Inner {
         status.counters.epochs_refused_elsewhere = refusals.elsewhere;
         status.counters.datagrams_dropped =
             transport.rx_bad_icrc + transport.rx_odd_identification + transport.rx_malformed;
+        status.counters.datagrams_lost = transport.faults_dropped;
+        status.counters.datagrams_blocked = transport.faults_blocked;
+        status.counters.packets_repeated = transport.retransmitted_pkts;
         let micros = |quantile| self.latency.value_at_quantile(quantile);
         if !self.latency.is_empty() {
             status.latency = LatencyUs {

@@ -45,6 +45,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Check a stopped or crashed cluster's state by itself
     Verify(VerifyArgs),
+    /// Play a power failure on the state of a cluster that was killed
+    LosePower(LosePowerArgs),
     /// Run one node of a cluster
     Node(NodeArgs),
     /// Store a local file or directory
@@ -115,6 +117,9 @@ pub struct RunArgs {
     /// Have the clients write down in files there what is stable, as soon as it is
     #[arg(long, value_name = "DIR")]
     pub journal: Option<PathBuf>,
+    /// Record what servers have not synced, for `lose-power` (faults with poweroff: do so anyway)
+    #[arg(long)]
+    pub record_unsynced: bool,
     /// Succeed although some of the input cannot be read
     #[arg(long)]
     pub skip_unreadable: bool,
@@ -181,6 +186,24 @@ pub struct VerifyArgs {
     pub state: PathBuf,
 }
 
+/// Options of `lose-power`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each page that a server had written and not yet synced becomes old, new or torn, as if the machine
+under all of them had lost power when they were killed. The cluster must have been started with
+`run --record-unsynced`, or with record_unsynced = true in its nodes' files.
+
+Example:
+  lowtide lose-power --state /tmp/s && lowtide export --state /tmp/s --to /tmp/out")]
+pub struct LosePowerArgs {
+    /// State directory of a cluster that does not run
+    #[arg(long, value_name = "DIR")]
+    pub state: PathBuf,
+    /// Decides what becomes of each page
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
 /// Options of `node`.
 #[derive(Debug, Args)]
 #[command(after_help = NODE_AFTER_HELP)]
@@ -200,6 +223,8 @@ A node file (paths are relative to it):
   name = \"meta0\"
   dir = \"/var/lib/lowtide/meta0\"   # root, meta, object
   control = \"control.sock\"
+  # shards = 4                     # meta, object: a thread and a log each; default: one per core
+  # evict_after_ms = 30000         # root: a client or proxy that is silent for longer is evicted
 
 A cluster file:
   version = 1

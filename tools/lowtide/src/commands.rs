@@ -96,6 +96,7 @@ pub fn execute(cli: Cli) -> Result<(), Failure> {
         Some(Command::Run(args)) => run::run(args),
         Some(Command::Export(args)) => offline::export(&args),
         Some(Command::Verify(args)) => offline::verify(&args),
+        Some(Command::LosePower(args)) => offline::lose_power(&args),
         Some(Command::Status(args)) => status::status(&args),
         Some(Command::Log(args)) => log::log(&args),
         Some(Command::Capture(args)) => dissect::capture(&args),

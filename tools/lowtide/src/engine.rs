@@ -14,6 +14,7 @@ use lowtide_transport::message::SameHost;
 use lowtide_transport::provider::{self, ForMessages};
 
 use crate::config::{Cluster, NodeFile, Provider};
+use crate::report::PowerReport;
 
 /// In the environment: a directory where every device of the process writes a capture file.
 pub const CAPTURE_VARIABLE: &str = "LOWTIDE_CAPTURE";
@@ -44,6 +45,7 @@ pub fn start(file: &NodeFile, carrier: &Carrier) -> Result<NodeHandle, StartErro
         loss_percent: file.loss_percent,
         seed: file.seed,
         power_fail: file.record_unsynced,
+        evict_after_ms: file.evict_after_ms.unwrap_or(base.evict_after_ms),
         ..base
     })
 }
@@ -101,6 +103,18 @@ pub fn is_complete(status: &Status) -> bool {
     status.stage.eq_ignore_ascii_case("complete")
 }
 
+/// What a node waits for, in words; `name_of` knows the name of a node by its number.
+#[must_use]
+pub fn waits_for(status: &Status, name_of: impl Fn(u32) -> Option<String>) -> Option<String> {
+    let held = || {
+        let hold = status.held_by?;
+        let name = name_of(hold.id).unwrap_or_else(|| format!("node {}", hold.id));
+        let (life, bound) = (hold.incarnation, hold.bound);
+        Some(format!("minimum held at {bound} by {name} (life {life})"))
+    };
+    status.blocked_by.clone().or_else(held)
+}
+
 /// Counts of two lives or two nodes taken together: sums, and the larger of two peaks.
 #[must_use]
 pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
@@ -123,6 +137,9 @@ pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
         epochs_refused: a.epochs_refused + b.epochs_refused,
         epochs_refused_elsewhere: a.epochs_refused_elsewhere + b.epochs_refused_elsewhere,
         datagrams_dropped: a.datagrams_dropped + b.datagrams_dropped,
+        datagrams_lost: a.datagrams_lost + b.datagrams_lost,
+        datagrams_blocked: a.datagrams_blocked + b.datagrams_blocked,
+        packets_repeated: a.packets_repeated + b.packets_repeated,
         evicted: a.evicted + b.evicted,
         minimum_lag_max_ms: a.minimum_lag_max_ms.max(b.minimum_lag_max_ms),
     }
@@ -201,22 +218,25 @@ pub fn choose_provider(
 }
 
 /// Plays a power failure on a dead node's directory: each page that was not yet synced becomes
-/// old, new or torn. Tells in words how many.
+/// old, new or torn.
 ///
 /// # Errors
 /// Why it could not.
-pub fn lose_unsynced(dir: &Path, seed: u64) -> Result<String, String> {
+pub fn lose_unsynced(dir: &Path, seed: u64) -> Result<PowerReport, String> {
     match apply_power_loss(dir, seed) {
-        Ok(loss) => Ok(format!(
-            "power lost: {} unsynced pages old, {} new, {} torn",
-            loss.old, loss.new, loss.torn
-        )),
+        Ok(loss) => Ok(PowerReport {
+            old: loss.old,
+            new: loss.new,
+            torn: loss.torn,
+        }),
         Err(error) => Err(error.to_string()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use lowtide_engine::status::HoldStatus;
+
     use super::*;
 
     #[test]
@@ -233,6 +253,25 @@ mod tests {
         };
         let both = together(a, b);
         assert_eq!((both.operations, both.windows_held_max), (11, 7));
+    }
+
+    #[test]
+    fn who_holds_the_minimum_is_called_by_name() {
+        let mut status = Status::default();
+        let name_of = |id| (id == 8).then(|| "client0".to_owned());
+        assert_eq!(waits_for(&status, name_of), None);
+        status.held_by = Some(HoldStatus {
+            id: 8,
+            incarnation: 2,
+            bound: 17,
+        });
+        let words = "minimum held at 17 by client0 (life 2)";
+        assert_eq!(waits_for(&status, name_of).as_deref(), Some(words));
+        let words = "minimum held at 17 by node 8 (life 2)";
+        assert_eq!(waits_for(&status, |_| None).as_deref(), Some(words));
+        // What a node says itself goes first.
+        status.blocked_by = Some("no room".to_owned());
+        assert_eq!(waits_for(&status, name_of).as_deref(), Some("no room"));
     }
 
     #[test]

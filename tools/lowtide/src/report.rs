@@ -31,6 +31,9 @@ pub struct Report {
     pub ops_per_s: f64,
     /// Each fault in the order of injection, those that nobody asked for included.
     pub faults: Vec<FaultReport>,
+    /// What the faults `poweroff:` did to pages.
+    #[serde(default)]
+    pub power: PowerReport,
     /// The global minimum.
     pub minimum: MinimumReport,
     /// Windows sent to destinations.
@@ -75,6 +78,43 @@ pub struct FaultReport {
     pub completed: u64,
     /// Operations undone.
     pub undone: u64,
+    /// Faults that were not yet recovered from when this one struck.
+    #[serde(default)]
+    pub during: Vec<String>,
+    /// Nodes that dropped what came from and went to the other side of a partition.
+    #[serde(default)]
+    pub cut: Vec<String>,
+    /// Longest time between injection and recovery for which the minimum stood still while
+    /// operations waited for it.
+    #[serde(default)]
+    pub minimum_stood_ms: u64,
+}
+
+/// What became of pages that were not synced when the power failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PowerReport {
+    /// As they were before.
+    pub old: u64,
+    /// As they were written.
+    pub new: u64,
+    /// Some sectors of both.
+    pub torn: u64,
+}
+
+impl PowerReport {
+    /// Adds another failure's pages.
+    pub fn add(&mut self, other: PowerReport) {
+        self.old += other.old;
+        self.new += other.new;
+        self.torn += other.torn;
+    }
+}
+
+impl fmt::Display for PowerReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let PowerReport { old, new, torn } = self;
+        write!(f, "{old} unsynced pages old, {new} new, {torn} torn")
+    }
 }
 
 /// How far the global minimum lagged.
@@ -349,6 +389,7 @@ mod tests {
         let mut full = stable();
         for (key, empty) in [
             ("seed", json!(7)),
+            ("power", json!({"old": 0, "new": 0, "torn": 0})),
             ("unreadable", json!(0)),
             ("input_notes", json!([])),
             ("problems", json!([])),

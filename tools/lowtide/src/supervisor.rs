@@ -75,6 +75,8 @@ pub struct Options {
     pub patience: Duration,
     /// Keep the cluster running after the verification, until interrupted.
     pub stay: bool,
+    /// Record what servers have not synced, also if no fault needs it.
+    pub record_unsynced: bool,
     /// Directory for the clients' journals of what is stable, if they are to keep any.
     pub journal: Option<PathBuf>,
 }
@@ -208,10 +210,11 @@ impl<'a> Run<'a> {
             provider: options.carrier.provider(),
             loss_percent,
             seed: options.seed,
-            record_unsynced: options
-                .faults
-                .iter()
-                .any(|fault| matches!(fault, Fault::PowerOff { .. })),
+            record_unsynced: options.record_unsynced
+                || options
+                    .faults
+                    .iter()
+                    .any(|fault| matches!(fault, Fault::PowerOff { .. })),
             shards: options
                 .shards
                 .unwrap_or_else(|| layout::shards_for(shape.meta + shape.object)),
@@ -499,14 +502,17 @@ impl<'a> Run<'a> {
         // Faults belong to the storing; whatever is left strikes right after it.
         let is_time = matches!(phase, Phase::Storing | Phase::Recovering);
         let stored = is_time.then_some(percent);
-        for event in self.chaos.tick(&mut self.nodes, stored, now)? {
+        let standing = self.minimum.standing_since();
+        for event in self.chaos.tick(&mut self.nodes, stored, standing, now)? {
             self.display.event(&event);
         }
         for node in self.chaos.take_powerless() {
             let dir = state::data_dir(self.state, &self.nodes.get(node).member.name);
             let lost = engine::lose_unsynced(&dir, self.options.seed ^ self.nodes.get(node).life)
                 .map_err(|reason| RunError::PowerLoss { dir, reason })?;
-            self.display.event(&lost);
+            let name = &self.nodes.get(node).member.name;
+            self.display.event(&format!("{name} lost power: {lost}"));
+            self.report.power.add(lost);
         }
         let totals = self.nodes.totals();
         self.minimum

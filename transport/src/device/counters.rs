@@ -31,8 +31,10 @@ pub struct Counters {
     pub rx_unknown_qp: u64,
     /// Right queue pair, wrong source.
     pub rx_wrong_peer: u64,
-    /// Dropped by the fault injector, both ways.
+    /// Lost on purpose on their way out.
     pub faults_dropped: u64,
+    /// Dropped because the peer is cut off on purpose, both ways.
+    pub faults_blocked: u64,
     pub duplicate_request: u64,
     pub out_of_seq_request: u64,
     pub rcvd_seq_err: u64,

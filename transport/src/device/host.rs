@@ -216,7 +216,11 @@ impl Device {
         let trailer = &[0; TRAILER_MAX][..pad_len(body.len()) + 4];
         let Some(hosts) = &mut self.hosts else { return };
         let parts = &[&bytes[..header.len()], body, trailer];
-        match !self.faults.is_blocked(&target) && hosts.send(outlet, parts) {
+        if self.faults.is_blocked(&target) {
+            self.counters.faults_blocked += 1;
+            return;
+        }
+        match hosts.send(outlet, parts) {
             true => self.counters.host_tx_packets += 1,
             false => self.counters.host_lost_packets += 1,
         }

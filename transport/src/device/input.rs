@@ -108,7 +108,7 @@ impl Device {
     ) -> Input {
         let Arrival { source, target, .. } = *arrival;
         if self.faults.is_blocked(&source) {
-            self.counters.faults_dropped += 1;
+            self.counters.faults_blocked += 1;
             return Input::Dropped;
         }
         let Ok(packet) = Packet::new_checked(datagram) else {

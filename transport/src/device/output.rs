@@ -254,6 +254,10 @@ impl Device {
                 self.counters.faults_dropped += 1;
                 return;
             }
+            Fate::Block => {
+                self.counters.faults_blocked += 1;
+                return;
+            }
             Fate::Reorder if self.overtaken.is_none() => {
                 self.overtaken = Some(frame);
                 return;

@@ -162,3 +162,59 @@ fn a_child_that_holds_m_while_a_log_is_full_is_told_from_its_neighbours() {
 fn a_child_that_holds_m_is_left_alone_while_every_log_has_room() {
     assert_eq!(branch_held_at_40(Waits::Yes), (true, true));
 }
+
+#[test]
+fn a_root_whose_states_are_not_kept_grows_no_further_and_then_goes_on() {
+    let mut bench = Bench::new();
+    let client = bench.joins(CLIENT, Role::Client);
+    let before = bench.minimum();
+    let hear = |root: &mut Root, from: Life, now: u64, body: Message| {
+        let envelope = Envelope {
+            from,
+            epoch: Epoch(now),
+            minimum: Epoch(0),
+            term: Term(0),
+            body,
+        };
+        root.handle_message(Time(now), envelope);
+    };
+    let mut version = 0;
+    let mut poll = |root: &mut Root| {
+        while let Some(effect) = root.poll_effect() {
+            match effect {
+                Effect::Persist { version: v, .. } => version = v,
+                other => panic!("{other:?} rests on a state that is not kept"),
+            }
+        }
+        version
+    };
+    let unborn = Life {
+        node: ROUTER,
+        incarnation: Incarnation(0),
+    };
+    for now in 200..10_200 {
+        let ping = Message::Ping {
+            lower_bound: Epoch(now),
+            view: ViewId(0),
+            waits: Waits::Yes,
+            attach: 0,
+        };
+        hear(&mut bench.root, client, now, ping);
+        let join = Message::Join {
+            nonce: 9,
+            role: Role::Aggregator,
+        };
+        hear(&mut bench.root, unborn, now, join);
+        poll(&mut bench.root);
+    }
+    assert!(bench.root.waiting.len() <= WAITING_MANY + 8);
+    assert!(bench.root.unpublished.len() <= UNPUBLISHED_MAX);
+    assert_eq!(bench.root.port().minimum(), before);
+
+    let version = poll(&mut bench.root);
+    bench.root.handle_persisted(Time(10_200), version);
+    bench.settles();
+    assert!(bench.root.waiting.is_empty() && bench.root.unpublished.is_empty());
+    assert_eq!(bench.root.port().minimum(), Epoch(10_199));
+    assert!(bench.root.view().seat(ROUTER).is_some_and(|s| s.live));
+}

@@ -1,5 +1,6 @@
 //! `lowtide export` and `lowtide verify`: the state of a stopped or crashed cluster, recovered in
-//! this process without its network.
+//! this process without its network; and `lowtide lose-power`, which damages such a state as a power
+//! failure would.
 
 use std::fmt::Arguments;
 use std::io::Write;
@@ -15,8 +16,9 @@ use lowtide_filetree::tree::Tree;
 use lowtide_filetree::{Progress, check};
 
 use super::{Failure, Kind};
-use crate::cli::{ExportArgs, VerifyArgs};
-use crate::config::{Cluster, Role};
+use crate::cli::{ExportArgs, LosePowerArgs, VerifyArgs};
+use crate::config::{Cluster, NodeFile, Role};
+use crate::engine;
 use crate::jobs::words;
 use crate::report::Size;
 use crate::state::{self, State};
@@ -68,6 +70,31 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     ))?;
     let findings = report.findings.iter().map(ToString::to_string);
     judge("violations", report.finding_count, findings)
+}
+
+pub(super) fn lose_power(args: &LosePowerArgs) -> Result<(), Failure> {
+    let state = State::open(&args.state).map_err(Failure::usage)?;
+    let cluster = state::cluster(state.dir()).map_err(Failure::usage)?;
+    // The root keeps one small file, which it syncs before it takes the old one's place.
+    for role in [Role::Meta, Role::Object] {
+        for member in cluster.of_role(role) {
+            let name = &member.name;
+            let file = state.dir().join(name).join("node.toml");
+            if !NodeFile::load(&file)
+                .map_err(Failure::usage)?
+                .record_unsynced
+            {
+                let words = "nothing was recorded; start the cluster with --record-unsynced";
+                return Err(Failure::usage(format!("{name}: {words}")));
+            }
+            let dir = state::data_dir(state.dir(), name);
+            let seed = args.seed.wrapping_add(u64::from(member.id));
+            let lost = engine::lose_unsynced(&dir, seed)
+                .map_err(|reason| Failure::cluster(format!("{}: {reason}", dir.display())))?;
+            say(format_args!("{name:9} {lost}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// A line for the user.

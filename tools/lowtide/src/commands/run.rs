@@ -86,6 +86,7 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
         restart_after: Duration::from_millis(args.restart_after),
         patience: Duration::from_secs(args.patience),
         stay: args.stay,
+        record_unsynced: args.record_unsynced,
         journal: args.journal.as_deref().map(journal).transpose()?,
     })
 }

@@ -1,5 +1,6 @@
 //! `lowtide status`.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,13 +8,15 @@ use std::time::Duration;
 use super::Failure;
 use crate::cli::StatusArgs;
 use crate::control::{Control, NodeReport};
-use crate::state;
+use crate::{engine, state};
 
 pub(super) fn status(args: &StatusArgs) -> Result<(), Failure> {
     let mut sockets: Vec<(String, PathBuf)> = Vec::new();
+    let mut names = BTreeMap::new();
     if let Some(dir) = &args.state {
         for member in state::cluster(dir).map_err(Failure::usage)?.members {
             let socket = state::control_socket(dir, &member.name);
+            names.insert(member.id, member.name.clone());
             sockets.push((member.name, socket));
         }
     }
@@ -21,7 +24,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<(), Failure> {
         sockets.push((socket.display().to_string(), socket.clone()));
     }
     loop {
-        let answered = look(&sockets, args.json)?;
+        let answered = look(&sockets, &names, args.json)?;
         if !args.watch {
             return match answered {
                 0 => Err(Failure::cluster("no node answers")),
@@ -33,7 +36,11 @@ pub(super) fn status(args: &StatusArgs) -> Result<(), Failure> {
 }
 
 /// Asks every node once and prints; returns how many answered.
-fn look(sockets: &[(String, PathBuf)], json: bool) -> Result<usize, Failure> {
+fn look(
+    sockets: &[(String, PathBuf)],
+    names: &BTreeMap<u32, String>,
+    json: bool,
+) -> Result<usize, Failure> {
     let reports: Vec<_> = sockets
         .iter()
         .map(|(name, socket)| {
@@ -59,7 +66,7 @@ fn look(sockets: &[(String, PathBuf)], json: bool) -> Result<usize, Failure> {
         reports
             .iter()
             .try_for_each(|(name, report)| match report {
-                Ok(report) => writeln!(out, "{}", line(name, report)),
+                Ok(report) => writeln!(out, "{}", line(name, report, names)),
                 Err(error) => writeln!(out, "{name:10} {error}"),
             })
             .and_then(|()| writeln!(out))
@@ -68,7 +75,7 @@ fn look(sockets: &[(String, PathBuf)], json: bool) -> Result<usize, Failure> {
     Ok(answered)
 }
 
-fn line(name: &str, report: &NodeReport) -> String {
+fn line(name: &str, report: &NodeReport, names: &BTreeMap<u32, String>) -> String {
     let status = &report.status;
     let mut line = format!(
         "{name:10} life {:<4} epoch {:<10} minimum {:<10} {}",
@@ -93,7 +100,7 @@ fn line(name: &str, report: &NodeReport) -> String {
             line += &format!(", {value} {what}");
         }
     }
-    if let Some(blocker) = &status.blocked_by {
+    if let Some(blocker) = engine::waits_for(status, |id| names.get(&id).cloned()) {
         line += &format!("; {blocker}");
     }
     line

@@ -26,6 +26,12 @@ impl Standstill {
         self.since.is_some_and(|since| since.elapsed() > time)
     }
 
+    /// Since when it stands still, if it does and somebody waits for it.
+    #[must_use]
+    pub fn standing_since(&self) -> Option<Instant> {
+        self.since
+    }
+
     /// Takes in what the root reports and how many operations wait.
     pub fn observe(&mut self, minimum: u64, in_flight: u64, now: Instant) {
         if minimum != self.value || in_flight == 0 {

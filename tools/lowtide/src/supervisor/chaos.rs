@@ -139,8 +139,8 @@ impl Chaos {
     }
 
     /// Injects what is due when `stored` percent of the work are done (`None`: it is not the time
-    /// for faults), ends what has lasted long enough, and measures. Returns what happened, in
-    /// words.
+    /// for faults), ends what has lasted long enough, and measures. `standing` tells since when the
+    /// minimum stands still, if it does. Returns what happened, in words.
     ///
     /// # Errors
     /// A process cannot be killed or signalled.
@@ -148,6 +148,7 @@ impl Chaos {
         &mut self,
         nodes: &mut Nodes,
         stored: Option<f64>,
+        standing: Option<Instant>,
         now: Instant,
     ) -> Result<Vec<String>, NodesError> {
         let mut events = Vec::new();
@@ -163,7 +164,7 @@ impl Chaos {
         }
         for fault in &mut self.injected {
             fault.drive(nodes, now, &mut events)?;
-            fault.measure(nodes, &mut events);
+            fault.measure(nodes, standing, &mut events);
         }
         Ok(events)
     }
@@ -251,9 +252,12 @@ impl Chaos {
         let before = nodes.totals();
         let now = Instant::now();
         let over = matches!(effect, Effect::Death { is_last: false, .. }).then_some(now);
+        let during = self.injected.iter().filter(|other| !other.is_over());
+        let during = during.map(|other| other.report.spec.clone()).collect();
         self.injected.push(Injected {
             report: FaultReport {
                 spec,
+                during,
                 in_flight: before.in_flight,
                 ..FaultReport::default()
             },
@@ -334,6 +338,10 @@ impl Injected {
                 let sides = [self.victims[0].index, self.victims[1].index];
                 for (side, told) in told.iter_mut().enumerate() {
                     tell_side(nodes, sides[side], sides[1 - side], told, !healing);
+                    let name = &nodes.get(sides[side]).member.name;
+                    if told.is_some() && !self.report.cut.contains(name) {
+                        self.report.cut.push(name.clone());
+                    }
                 }
                 if healing && told.iter().all(Option::is_none) {
                     events.push(format!("{} healed", self.report.spec));
@@ -344,9 +352,13 @@ impl Injected {
         Ok(())
     }
 
-    fn measure(&mut self, nodes: &Nodes, events: &mut Vec<String>) {
+    fn measure(&mut self, nodes: &Nodes, standing: Option<Instant>, events: &mut Vec<String>) {
         if self.is_over() {
             return;
+        }
+        if let Some(since) = standing {
+            let stood_ms = since.max(self.struck).elapsed().as_millis() as u64;
+            self.report.minimum_stood_ms = self.report.minimum_stood_ms.max(stood_ms);
         }
         let elapsed_ms = self.struck.elapsed().as_millis() as u64;
         if self.report.detected_ms.is_none() && self.is_detected(nodes) {

@@ -100,9 +100,8 @@ impl Moment {
                 }
             })
             .collect();
-        if let Some(reason) = nodes.root().blocked_by.as_ref().filter(|_| is_held) {
-            trouble.push(reason.clone());
-        }
+        let reason = is_held.then(|| engine::waits_for(nodes.root(), |id| nodes.name_of(id)));
+        trouble.extend(reason.flatten());
         Moment {
             phase,
             percent,

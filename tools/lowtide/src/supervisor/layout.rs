@@ -109,6 +109,7 @@ pub fn write(state: &Path, cluster: &Cluster, common: &Common) -> Result<(), (Pa
                 .wrapping_add(u64::from(member.id)),
             record_unsynced: common.record_unsynced && member.role.is_persistent(),
             shards: matches!(member.role, Role::Meta | Role::Object).then_some(common.shards),
+            evict_after_ms: None,
         };
         put(
             dir.join("node.toml"),

@@ -237,6 +237,13 @@ impl Nodes {
             .map(|(index, _)| index)
     }
 
+    /// The name of the node with this number.
+    #[must_use]
+    pub fn name_of(&self, id: u32) -> Option<String> {
+        let node = self.nodes.iter().find(|node| node.member.id == id)?;
+        Some(node.member.name.clone())
+    }
+
     /// The root's last status.
     #[must_use]
     pub fn root(&self) -> &Status {
