@@ -365,6 +365,8 @@ impl Inner {
         let transport = ctx.counters();
         status.counters.messages_sent = self.links.messages;
         status.counters.message_bytes_sent = self.links.bytes;
+        status.counters.sent_bytes_copied = transport.bytes_copied_to_send();
+        status.counters.received_bytes_copied = transport.bytes_copied_on_receipt();
         status.counters.frames_dropped = self.frames_dropped;
         status.counters.datagrams_dropped =
             transport.rx_bad_icrc + transport.rx_odd_identification + transport.rx_malformed;

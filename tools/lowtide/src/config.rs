@@ -89,6 +89,9 @@ pub struct NodeFile {
     pub record_unsynced: bool,
     /// Shards of a server, 1 to 64; `None` is one per core.
     pub shards: Option<u32>,
+    /// At the root, milliseconds of silence after which it evicts a client or proxy, at least 1;
+    /// `None` is 30 s.
+    pub evict_after_ms: Option<u64>,
 }
 
 /// Which transport carries the messages.
@@ -152,6 +155,8 @@ struct RawNode {
     record_unsynced: bool,
     #[serde(default)]
     shards: Option<Spanned<u32>>,
+    #[serde(default)]
+    evict_after_ms: Option<Spanned<u64>>,
 }
 
 /// A file's text together with its name, for errors that point into it.
@@ -478,8 +483,13 @@ impl NodeFile {
             let message = format!("{} shards, expected 1 to 64", shards.get_ref());
             return Err(source.error(Some(shards.span()), message));
         }
+        if let Some(zero) = raw.evict_after_ms.as_ref().filter(|ms| *ms.get_ref() == 0) {
+            let message = "0 ms of silence would evict everybody, expected 1 or more";
+            return Err(source.error(Some(zero.span()), message));
+        }
         Ok(NodeFile {
             shards: raw.shards.map(Spanned::into_inner),
+            evict_after_ms: raw.evict_after_ms.map(Spanned::into_inner),
             dir: raw
                 .dir
                 .filter(|_| member.role.is_persistent())
@@ -511,6 +521,8 @@ impl NodeFile {
             record_unsynced: bool,
             #[serde(skip_serializing_if = "Option::is_none")]
             shards: Option<u32>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            evict_after_ms: Option<u64>,
         }
         toml::to_string(&Out {
             version: VERSION,
@@ -524,6 +536,7 @@ impl NodeFile {
             seed: self.seed & i64::MAX as u64,
             record_unsynced: self.record_unsynced,
             shards: self.shards,
+            evict_after_ms: self.evict_after_ms,
         })
         .expect("plain values; paths of a run are UTF-8")
     }
@@ -698,12 +711,13 @@ proxy = "proxy0"
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), "cluster.toml", GOOD);
         let text = "version = 1\ncluster = \"cluster.toml\"\nname = \"meta0\"\n\
-                    dir = \"data\"\ncontrol = \"control.sock\"\nseed = 7\nshards = 4\n";
+                    dir = \"data\"\ncontrol = \"control.sock\"\nseed = 7\nshards = 4\n\
+                    evict_after_ms = 60000\n";
         let node = NodeFile::load(&write(dir.path(), "node.toml", text)).unwrap();
         assert_eq!(node.member.id, 2);
         assert_eq!(node.dir, Some(dir.path().join("data")));
         assert_eq!((node.loss_percent, node.seed), (0.0, 7));
-        assert_eq!(node.shards, Some(4));
+        assert_eq!((node.shards, node.evict_after_ms), (Some(4), Some(60_000)));
         let again = write(
             dir.path(),
             "again.toml",
@@ -728,6 +742,7 @@ proxy = "proxy0"
             ("seed = 7", "provider = \"tcp\"", Some((6, 12)), "softroce"),
             ("control", "cntrl", Some((5, 1)), "unknown field"),
             ("shards = 4", "shards = 0", Some((7, 10)), "1 to 64"),
+            ("60000", "0", Some((8, 18)), "1 or more"),
         ];
         for (from, to, position, message) in table {
             let file = write(dir.path(), "bad.toml", &text.replacen(from, to, 1));

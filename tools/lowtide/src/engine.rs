@@ -43,6 +43,7 @@ pub fn start(file: &NodeFile, carrier: &Carrier) -> Result<NodeHandle, StartErro
         loss_percent: file.loss_percent,
         seed: file.seed,
         power_fail: file.record_unsynced,
+        evict_after_ms: file.evict_after_ms.unwrap_or(base.evict_after_ms),
         ..base
     })
 }
@@ -117,6 +118,8 @@ pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
         windows_held_max: a.windows_held_max.max(b.windows_held_max),
         messages_sent: a.messages_sent + b.messages_sent,
         message_bytes_sent: a.message_bytes_sent + b.message_bytes_sent,
+        sent_bytes_copied: a.sent_bytes_copied + b.sent_bytes_copied,
+        received_bytes_copied: a.received_bytes_copied + b.received_bytes_copied,
         pings_sent: a.pings_sent + b.pings_sent,
         frames_dropped: a.frames_dropped + b.frames_dropped,
         datagrams_dropped: a.datagrams_dropped + b.datagrams_dropped,
