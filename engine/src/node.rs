@@ -109,7 +109,8 @@ pub struct NodeConfig {
     pub power_fail: bool,
     /// Milliseconds between pings.
     pub ping_interval_ms: u64,
-    /// Milliseconds of silence after which the root evicts a client or proxy.
+    /// Milliseconds of silence, or of holding m back while a log has no room, after which the root
+    /// evicts a client or proxy.
     pub evict_after_ms: u64,
     /// Most bytes of other participants' updates in one log record.
     pub carry_bytes: usize,

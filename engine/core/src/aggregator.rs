@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Time};
 use crate::member::{Joined, Member};
-use crate::message::{Covered, Envelope, Message, Role};
+use crate::message::{Covered, Envelope, Message, Role, Waits};
 
 /// Settings of an aggregator.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +31,7 @@ pub struct AggregatorConfig {
 struct Child {
     attach: u32,
     bound: Epoch,
-    waits: bool,
+    waits: Waits,
     last_heard: Time,
 }
 
@@ -87,14 +87,14 @@ impl Aggregator {
                 let child = self.children.entry(life).or_insert(Child {
                     attach,
                     bound: floor,
-                    waits: false,
+                    waits: Waits::No,
                     last_heard: now,
                 });
                 if attach > child.attach {
                     *child = Child {
                         attach,
                         bound: floor,
-                        waits: false,
+                        waits: Waits::No,
                         last_heard: now,
                     };
                 }
@@ -133,19 +133,23 @@ impl Aggregator {
 
     /// Time passed: ping, and report what the children allow.
     pub fn handle_timeout(&mut self, now: Time) {
-        let told = (self.port.epoch(), false);
+        let told = (self.port.epoch(), Waits::No);
         self.member.handle_timeout(now, &mut self.port, told);
         if now < self.next_report || !self.member.is_joined() {
             return;
         }
         self.next_report = now.after(self.config.interval);
         let mut lower_bound = self.port.epoch();
-        let mut waits = false;
+        let mut lowest = None;
+        let mut waits = Waits::No;
         let mut covers = Vec::with_capacity(self.children.len());
         for (&life, c) in &self.children {
             if now.since(c.last_heard) <= self.config.silent_after {
-                lower_bound = lower_bound.min(c.bound);
-                waits |= c.waits;
+                if c.bound < lower_bound {
+                    lower_bound = c.bound;
+                    lowest = Some(life);
+                }
+                waits = waits.max(c.waits);
                 let attach = c.attach;
                 covers.push(Covered { life, attach });
             }
@@ -155,6 +159,7 @@ impl Aggregator {
             self.config.root,
             Message::Report {
                 lower_bound,
+                lowest,
                 covers,
                 view,
                 waits,

@@ -278,7 +278,7 @@ impl Client {
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         self.tiers.connected(peer);
         if peer == self.config.root {
-            let told = (self.bound(), self.waits());
+            let told = (self.bound(), self.waits().into());
             self.member.handle_timeout(now, &mut self.port, told);
         }
         self.open_hop(peer);
@@ -376,7 +376,7 @@ impl Client {
         if self.evicted {
             return;
         }
-        let told = (self.bound(), self.waits());
+        let told = (self.bound(), self.waits().into());
         self.member.handle_timeout(now, &mut self.port, told);
         self.bypass_dead_proxies(now);
         self.settle();

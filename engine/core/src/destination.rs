@@ -37,7 +37,7 @@ use shard::{Answer, News, Order, Shard, Task, shard_of};
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StreamSeq, Time, ViewId};
 use crate::member::{Joined, Member};
-use crate::message::{Envelope, Message, Reclaim, Role};
+use crate::message::{Envelope, Message, Reclaim, Role, Waits};
 use crate::record::Record;
 use crate::room::{Cost, HomeRule, Space};
 use crate::teeth::{Tooth, bites};
@@ -417,7 +417,7 @@ impl Destination {
 
     /// Time passed.
     pub fn handle_timeout(&mut self, now: Time) {
-        let told = (self.port.epoch(), self.undo_kept() > 0);
+        let told = (self.port.epoch(), self.waits());
         self.member.handle_timeout(now, &mut self.port, told);
         self.settle(now);
     }
@@ -503,6 +503,15 @@ impl Destination {
     #[must_use]
     pub fn pings(&self) -> u64 {
         self.member.pings()
+    }
+
+    /// What waits for m here: undo records, and with them new work if the log has no room.
+    fn waits(&self) -> Waits {
+        let sources = self.sources_counted();
+        match self.undo_kept() > 0 {
+            true if !self.room.has_room_in_log(&self.space, sources) => Waits::ForRoom,
+            kept => kept.into(),
+        }
     }
 
     fn shard_of(&self, space: u64) -> u32 {

@@ -10,7 +10,7 @@
 
 use crate::effect::Port;
 use crate::ids::{Epoch, Life, NodeId, Time, ViewId};
-use crate::message::{Message, Role, View};
+use crate::message::{Message, Role, View, Waits};
 
 /// Pings to an aggregator in a row without an answer after which a member attaches anew. Each
 /// further attempt waits twice as long, because an attachment takes two round trips and a number
@@ -107,9 +107,9 @@ impl Member {
         self.next_ping
     }
 
-    /// Joins, attaches or pings, as the time has come, with the lower bound and whether anything
-    /// waits for the minimum.
-    pub fn handle_timeout(&mut self, now: Time, port: &mut Port, (bound, waits): (Epoch, bool)) {
+    /// Joins, attaches or pings, as the time has come, with the lower bound and what waits
+    /// for the minimum.
+    pub fn handle_timeout(&mut self, now: Time, port: &mut Port, (bound, waits): (Epoch, Waits)) {
         if now < self.next_ping {
             return;
         }

@@ -26,7 +26,7 @@ use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
 /// Version of the encoding of messages.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 
 /// What a node is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -70,6 +70,42 @@ impl Wire for Role {
             4 => Role::Aggregator,
             _ => return Err(Malformed { what: "role" }),
         })
+    }
+}
+
+/// What a member waits for m for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Waits {
+    /// It does not.
+    #[default]
+    No,
+    /// To let something go.
+    Yes,
+    /// For room: a home lets nothing new in, because its log is full of what m holds.
+    ForRoom,
+}
+
+impl From<bool> for Waits {
+    fn from(waits: bool) -> Waits {
+        if waits { Waits::Yes } else { Waits::No }
+    }
+}
+
+impl Wire for Waits {
+    fn put(&self, out: &mut impl Sink) {
+        out.push(match self {
+            Waits::No => 0,
+            Waits::Yes => 1,
+            Waits::ForRoom => 2,
+        });
+    }
+    fn take(input: &mut Reader<'_>) -> Result<Self, Malformed> {
+        match u8::take(input)? {
+            0 => Ok(Waits::No),
+            1 => Ok(Waits::Yes),
+            2 => Ok(Waits::ForRoom),
+            _ => Err(Malformed { what: "waits" }),
+        }
     }
 }
 
@@ -285,8 +321,8 @@ messages! {
         lower_bound: Epoch,
         /// Newest view the member knows.
         view: ViewId,
-        /// Something of the member waits for the minimum to rise.
-        waits: bool,
+        /// What the member waits for the minimum for.
+        waits: Waits,
     }
     /// Answer to a ping.
     4 Pong {
@@ -318,12 +354,14 @@ messages! {
     7 Report {
         /// Minimum over the children.
         lower_bound: Epoch,
+        /// The child whose bound that is; `None` if it is the aggregator's own epoch.
+        lowest: Option<Life>,
         /// The children it covers.
         covers: Vec<Covered>,
         /// Newest view known.
         view: ViewId,
-        /// Something of the children waits for the minimum to rise.
-        waits: bool,
+        /// What the children wait for the minimum for.
+        waits: Waits,
     }
     /// A source opens its session with the next tier, after every connect.
     10 Open {

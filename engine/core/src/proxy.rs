@@ -172,7 +172,7 @@ impl Proxy {
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         self.tiers.connected(peer);
         if peer == self.config.root {
-            let told = (self.bound(), self.waits());
+            let told = (self.bound(), self.waits().into());
             self.member.handle_timeout(now, &mut self.port, told);
         }
         self.open_hop(peer);
@@ -243,7 +243,7 @@ impl Proxy {
         if self.evicted {
             return;
         }
-        let told = (self.bound(), self.waits());
+        let told = (self.bound(), self.waits().into());
         self.member.handle_timeout(now, &mut self.port, told);
         self.settle(now);
     }

@@ -249,8 +249,14 @@ impl HomeRule {
     /// Whether new work may come.
     #[must_use]
     pub fn has_room(&self, space: &Space, sources: u64) -> bool {
-        let needed = self.needed(sources);
-        space.log >= needed.log && space.disk >= needed.disk && !space.is_crowded
+        let is_on_disk = space.disk >= self.needed(sources).disk;
+        self.has_room_in_log(space, sources) && is_on_disk && !space.is_crowded
+    }
+
+    /// Whether the logs are below their high-water: as far as they go, new work may come.
+    #[must_use]
+    pub fn has_room_in_log(&self, space: &Space, sources: u64) -> bool {
+        space.log >= self.needed(sources).log
     }
 }
 

@@ -13,17 +13,19 @@
 //! Deliberately absent: payloads. The resolver handles operation tags only.
 
 mod evict;
+mod holders;
 mod state;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::vec::Vec;
 
+use holders::Holders;
 use state::{Eviction, Row};
 pub use state::{RootState, StateError};
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Term, Time, ViewId};
-use crate::message::{Covered, Envelope, Message, Role, View};
+use crate::message::{Covered, Envelope, Message, Role, View, Waits};
 use crate::teeth::{Tooth, bites};
 
 /// How far ahead of the epoch the durable ceiling is kept.
@@ -34,7 +36,8 @@ const CEILING_STEP: u64 = 10_000;
 pub struct RootConfig {
     /// Least ticks between two steps of the epoch (E3); it rests while nobody waits for m.
     pub interval: u64,
-    /// Ticks of silence after which a client or proxy is evicted.
+    /// Ticks of silence, or of holding m back while a log has no room, after which a client or
+    /// proxy is evicted.
     pub evict_after: u64,
     /// Ticks after which an unanswered step of an eviction is repeated.
     pub retry_after: u64,
@@ -45,6 +48,8 @@ pub struct RootConfig {
 pub struct RootCounters {
     /// Lives evicted and GONE.
     pub evicted: u64,
+    /// Lives whose eviction began because they held m back while a log had no room.
+    pub held_back: u64,
     /// Operations of dead lives that survive.
     pub completed: u64,
     /// Operations of dead lives that are undone.
@@ -72,7 +77,9 @@ pub struct Root {
     config: RootConfig,
     state: RootState,
     bounds: BTreeMap<Life, Bound>,
-    branches: BTreeMap<NodeId, (Life, Epoch)>,
+    /// Each aggregator's value, and the child whose bound that is.
+    branches: BTreeMap<NodeId, (Epoch, Option<Life>)>,
+    holders: Holders,
     evictions: BTreeMap<Life, Eviction>,
     /// Effects with the version of the state that must be durable first.
     waiting: VecDeque<(u64, Effect)>,
@@ -129,6 +136,7 @@ impl Root {
             state,
             bounds,
             branches: BTreeMap::new(),
+            holders: Holders::default(),
             evictions,
             waiting: VecDeque::new(),
             version: 0,
@@ -161,7 +169,8 @@ impl Root {
                 waits,
             } => {
                 self.heard(now, from);
-                self.wanted |= waits;
+                self.room_heard(now, from, waits);
+                self.wanted |= waits > Waits::No;
                 self.step(now);
                 self.report_direct(from, attach, lower_bound);
                 self.pong(from.node, view);
@@ -169,14 +178,15 @@ impl Root {
             Message::Attach { life, attach } => self.attach(from, life, attach),
             Message::Report {
                 lower_bound,
+                lowest,
                 covers,
                 view,
                 waits,
             } => {
                 self.heard(now, from);
-                self.wanted |= waits;
+                self.wanted |= waits > Waits::No;
                 self.step(now);
-                self.report_branch(now, from, lower_bound, &covers);
+                self.report_branch(now, from, (lower_bound, lowest), &covers);
                 self.pong(from.node, view);
             }
             Message::Part { life } => self.start_eviction(life),
@@ -224,6 +234,7 @@ impl Root {
             for bound in self.bounds.values_mut() {
                 bound.last_heard = bound.last_heard.after(absent);
             }
+            self.holders.absent(absent);
             let look = (self.config.evict_after / 8).max(self.config.interval);
             self.next_look = now.after(look);
             let silent: Vec<Life> = self
@@ -235,6 +246,7 @@ impl Root {
             for life in silent {
                 self.start_eviction(life);
             }
+            self.evict_holders(now);
         }
         self.step(now);
         self.settle(now);
@@ -412,6 +424,8 @@ impl Root {
                 last_heard: now,
             };
             self.bounds.insert(life, bound);
+        } else if role == Role::Destination {
+            self.holders.joined();
         }
         self.view_changed();
     }
@@ -478,17 +492,20 @@ impl Root {
         );
     }
 
-    fn report_branch(&mut self, now: Time, from: Life, lower_bound: Epoch, covers: &[Covered]) {
+    fn report_branch(
+        &mut self,
+        now: Time,
+        from: Life,
+        value: (Epoch, Option<Life>),
+        covers: &[Covered],
+    ) {
         if self
             .row(from.node)
             .is_none_or(|r| r.life != from || !r.live)
         {
             return;
         }
-        let (_, before) = self
-            .branches
-            .insert(from.node, (from, lower_bound))
-            .unwrap_or((from, Epoch(0)));
+        let (before, _) = self.branches.insert(from.node, value).unwrap_or_default();
         let listed: BTreeMap<Life, u32> = covers.iter().map(|c| (c.life, c.attach)).collect();
         for (life, bound) in &mut self.bounds {
             let newest = listed.get(life) == Some(&bound.attach.0);
@@ -508,7 +525,7 @@ impl Root {
 
     /// An aggregator restarted or died: its children are held by the root again (b.3 rule 5).
     fn branch_lost(&mut self, aggregator: NodeId) {
-        let Some((_, value)) = self.branches.remove(&aggregator) else {
+        let Some((value, _)) = self.branches.remove(&aggregator) else {
             return;
         };
         for bound in self
@@ -523,7 +540,7 @@ impl Root {
 
     fn effective(&self, bound: &Bound) -> Epoch {
         let branch = bound.covered.and_then(|a| self.branches.get(&a));
-        branch.map_or(bound.hold, |(_, value)| *value)
+        branch.map_or(bound.hold, |(value, _)| *value)
     }
 
     /// Freezes a life's bound and begins rule X for it.

@@ -81,6 +81,8 @@ probes! {
     SilentEndFoundByView,
     /// So it was after the peer had died before it joined.
     EndBeforeJoinFoundByView,
+    /// A client or proxy that was heard was evicted for holding m back while a log was full.
+    HolderEvicted,
     IdleEpochsWatched,
     RestWatched,
 }

@@ -376,6 +376,12 @@ impl Scenario {
         under_way.find(|(life, _)| *life == victim).map(|(_, s)| s)
     }
 
+    /// Ticks since the root heard of a life; `None` if it is not counted.
+    #[must_use]
+    pub fn silence(&self, life: Life) -> Option<u64> {
+        self.root().silence(self.world.time(), life)
+    }
+
     /// m as the root has made durable.
     #[must_use]
     pub fn minimum(&self) -> Epoch {

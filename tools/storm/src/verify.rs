@@ -219,6 +219,9 @@ impl World {
         let pressed = self.plan.redo_bytes < 1000;
         for node in 0..self.nodes.len() as Index {
             match &self.nodes[node].core {
+                Core::Root(c) => {
+                    p.hit_if(Probe::HolderEvicted, c.counters().held_back > 0);
+                }
                 Core::Client(c) => {
                     let windows = c.windows();
                     p.hit_if(Probe::WindowsHeldMany, windows.held_max > 1);

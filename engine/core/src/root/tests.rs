@@ -3,6 +3,8 @@ use super::*;
 const ROOT: NodeId = NodeId(1);
 const ROUTER: NodeId = NodeId(2);
 const CLIENT: NodeId = NodeId(3);
+const OTHER: NodeId = NodeId(4);
+const HOME: NodeId = NodeId(5);
 
 /// A root that says at once that its state is durable.
 struct Bench {
@@ -75,12 +77,13 @@ fn a_dead_routers_children_are_held_where_it_last_had_them() {
     bench.hears(router, attach);
     let report = |bound| Message::Report {
         lower_bound: Epoch(bound),
+        lowest: Some(client),
         covers: alloc::vec![Covered {
             life: client,
             attach: 1,
         }],
         view: ViewId(0),
-        waits: true,
+        waits: Waits::Yes,
     };
     bench.hears(router, report(40));
     assert_eq!(bench.minimum(), Epoch(40));
@@ -94,10 +97,68 @@ fn a_dead_routers_children_are_held_where_it_last_had_them() {
     let ping = Message::Ping {
         lower_bound: Epoch(70),
         view: ViewId(0),
-        waits: true,
+        waits: Waits::Yes,
         attach: 2,
     };
     bench.hears(client, ping);
     assert_eq!(bench.minimum(), Epoch(70));
     assert!(bench.root.view().seat(CLIENT).is_some_and(|s| s.live));
+}
+
+/// A ping of a member that waits for something.
+fn ping(lower_bound: u64, waits: Waits) -> Message {
+    Message::Ping {
+        attach: 0,
+        lower_bound: Epoch(lower_bound),
+        view: ViewId(0),
+        waits,
+    }
+}
+
+/// Lets `evict_after` pass twice, in which a home, a router and who it covers are heard: CLIENT
+/// holds its branch at 40, OTHER does not. Returns who lives then, of the two.
+fn branch_held_at_40(waits: Waits) -> (bool, bool) {
+    let mut bench = Bench::new();
+    let router = bench.joins(ROUTER, Role::Aggregator);
+    let home = bench.joins(HOME, Role::Destination);
+    let lives = [CLIENT, OTHER].map(|node| bench.joins(node, Role::Client));
+    for life in lives {
+        bench.hears(router, Message::Attach { life, attach: 1 });
+    }
+    let covers = lives.map(|life| Covered { life, attach: 1 });
+    for _ in 0..200 {
+        bench.now = bench.now.after(10);
+        bench.hears(home, ping(60, waits));
+        let report = Message::Report {
+            lower_bound: Epoch(40),
+            lowest: Some(lives[0]),
+            covers: covers.to_vec(),
+            view: ViewId(0),
+            waits: Waits::Yes,
+        };
+        bench.hears(router, report);
+        bench.root.handle_timeout(bench.now);
+        bench.settles();
+    }
+    assert_eq!(
+        bench.root.port().minimum(),
+        Epoch(40),
+        "nobody answered a fence"
+    );
+    let [client, other] = lives.map(|life| bench.root.is_member(life));
+    assert_eq!(
+        bench.root.counters().held_back,
+        u64::from(!client) + u64::from(!other)
+    );
+    (client, other)
+}
+
+#[test]
+fn a_child_that_holds_m_while_a_log_is_full_is_told_from_its_neighbours() {
+    assert_eq!(branch_held_at_40(Waits::ForRoom), (false, true));
+}
+
+#[test]
+fn a_child_that_holds_m_is_left_alone_while_every_log_has_room() {
+    assert_eq!(branch_held_at_40(Waits::Yes), (true, true));
 }
