@@ -4,7 +4,10 @@ mod common;
 
 use common::{STORAGE, TINY_SEGMENT, TempDir, tiny};
 use lowtide_engine::log::inspect::{Entry, Verdict, inspect};
-use lowtide_engine::log::{Append, Log, LogIdentity, Lsn, OpenError, ReserveError, Scanned};
+use lowtide_engine::log::set::{LogSet, SetConfig};
+use lowtide_engine::log::{
+    Append, Log, LogConfig, LogIdentity, Lsn, OpenError, ReserveError, Scanned,
+};
 use lowtide_engine::medium::dir::{DirOptions, DirVolume, SyncMode};
 use lowtide_engine::medium::{Access, MediumError, Poison, Volume};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -12,6 +15,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 fn volume(dir: &Path) -> Arc<dyn Volume> {
     Arc::new(DirVolume::open(dir, DirOptions::default()).unwrap())
@@ -473,4 +477,33 @@ fn a_small_store_to_a_mapped_file_is_a_small_write() {
     nix::fcntl::posix_fadvise(&file, 0, 0, advice).unwrap();
     let opened = volume.open("m", Access::Mapped).unwrap();
     check(&*opened, "a file read back");
+}
+
+/// Nothing is committed while there is no room, so growth must not wait for a commit.
+#[test]
+fn a_log_grows_while_nothing_is_committed() {
+    let dir = TempDir::new("grows");
+    let config = SetConfig {
+        storage: STORAGE,
+        shards: 1,
+        shard: LogConfig {
+            segments_max: 9,
+            ..tiny("", 0)
+        },
+        must_reach: Vec::new(),
+        was_opened: false,
+    };
+    let (set, _) = LogSet::open(volume(dir.path()), &config).unwrap();
+    let (mut shards, committer) = set.start(|_| {}).unwrap();
+    let log = &mut shards[0].log;
+    // Six segments, since each keeps pages for itself; a log begins with two or three.
+    let wanted = 4 * TINY_SEGMENT;
+    let until = Instant::now() + Duration::from_secs(20);
+    while let Err(error) = log.reserve(wanted) {
+        let is_growing = matches!(error, ReserveError::HighWater { .. });
+        assert!(is_growing && Instant::now() < until, "{error}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(shards);
+    committer.stop();
 }

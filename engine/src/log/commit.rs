@@ -15,6 +15,7 @@
 //! Source: design D2, D5; Tu et al., "Speedy Transactions in Multicore In-Memory Databases".
 
 use super::claim::Claims;
+use super::segment::Bell;
 use super::set::LogSet;
 use super::teeth::{Tooth, bites};
 use super::{BatchEnd, Log, LogError, Lsn, SyncHandle};
@@ -374,11 +375,11 @@ impl Work {
 }
 
 /// A second thread that allocates and faults in what the logs will need next, so that a commit
-/// never waits for it. It is woken after each commit and ends with the committer, or when a log is
-/// poisoned (which the committer finds out by itself).
+/// never waits for it. It is woken after each commit and when a log should grow, and ends with the
+/// committer, or when a log is poisoned (which the committer finds out by itself).
 #[derive(Debug)]
 struct Preparer {
-    asked: Arc<AtomicBool>,
+    bell: Bell,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -387,7 +388,7 @@ impl Preparer {
     fn start(handles: Vec<SyncHandle>) -> std::io::Result<Preparer> {
         let asked = Arc::new(AtomicBool::new(true));
         let stop = Arc::new(AtomicBool::new(false));
-        let (ask, halt) = (asked.clone(), stop.clone());
+        let (ask, halt, logs) = (asked.clone(), stop.clone(), handles.clone());
         let run = move || {
             while !halt.load(Ordering::SeqCst) {
                 if !ask.swap(false, Ordering::SeqCst) {
@@ -400,18 +401,19 @@ impl Preparer {
         let thread = std::thread::Builder::new()
             .name("lowtide-prepare".to_owned())
             .spawn(run)?;
+        let bell = Bell::new(asked, thread.thread().clone());
+        for log in logs {
+            log.set_bell(bell.clone());
+        }
         Ok(Preparer {
-            asked,
+            bell,
             stop,
             thread: Some(thread),
         })
     }
 
     fn wake(&self) {
-        self.asked.store(true, Ordering::SeqCst);
-        if let Some(thread) = &self.thread {
-            thread.thread().unpark();
-        }
+        self.bell.ring();
     }
 }
 

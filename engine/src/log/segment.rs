@@ -11,7 +11,8 @@ use super::{LogConfig, Lsn};
 use crate::medium::{Access, Gated, Medium, MediumError, PAGE, Poison, Volume};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::Thread;
 
 /// Offsets of the claim slots, a page each; see [`super::claim`]. Used in a node's first log only.
 pub(super) const CLAIM_SLOTS: [u64; 2] = [PAGE, 2 * PAGE];
@@ -74,6 +75,9 @@ pub(super) struct Shared {
     prefaulted: AtomicU64,
     want_growth: AtomicBool,
     disk_full: AtomicBool,
+    /// Wakes whoever prepares segments, if somebody does: growth must not wait for a commit, since
+    /// without room there may never be one.
+    bell: OnceLock<Bell>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -106,6 +110,7 @@ impl Shared {
             prefaulted: AtomicU64::new(0),
             want_growth: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
+            bell: OnceLock::new(),
         }
     }
 
@@ -145,6 +150,15 @@ impl Shared {
 
     pub fn want_growth(&self) {
         self.want_growth.store(true, Ordering::Relaxed);
+        if let Some(bell) = self.bell.get() {
+            bell.ring();
+        }
+    }
+
+    /// Whom to wake when the log should grow.
+    pub fn set_bell(&self, bell: Bell) {
+        // A log has one committer in its life.
+        let _ = self.bell.set(bell);
     }
 
     pub fn is_disk_full(&self) -> bool {
@@ -309,6 +323,26 @@ impl Shared {
     }
 }
 
+/// Wakes a thread that sleeps until it is asked for something.
+#[derive(Debug, Clone)]
+pub(super) struct Bell {
+    asked: Arc<AtomicBool>,
+    thread: Thread,
+}
+
+impl Bell {
+    /// The thread looks at `asked` whenever it is unparked.
+    pub fn new(asked: Arc<AtomicBool>, thread: Thread) -> Bell {
+        Bell { asked, thread }
+    }
+
+    pub fn ring(&self) {
+        if !self.asked.swap(true, Ordering::SeqCst) {
+            self.thread.unpark();
+        }
+    }
+}
+
 /// Makes a log durable and keeps segments ready; lives on a thread that may block.
 #[derive(Debug, Clone)]
 pub struct SyncHandle {
@@ -323,6 +357,11 @@ impl SyncHandle {
     /// Everything before this position is durable.
     pub fn durable(&self) -> Lsn {
         self.shared.durable()
+    }
+
+    /// Whom a refused reservation wakes, so that it calls [`SyncHandle::prepare`].
+    pub(super) fn set_bell(&self, bell: Bell) {
+        self.shared.set_bell(bell);
     }
 
     /// Makes everything before `up_to` durable, which must be a value of [`super::Log::end`] that

@@ -156,6 +156,19 @@ fn run_as(provider: &str, faults: &[&str], files: u32) -> Value {
     report
 }
 
+/// Each source has its share of every log, so the logs must grow before anything is stored.
+#[test]
+fn many_clients_and_proxies_have_room_from_the_start() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (input, report) = (tmp.path().join("in"), tmp.path().join("report.json"));
+    make_input(&input, 60);
+    let mut run = lowtide(&["run", "--clients", "7", "--proxy", "3"]);
+    run.args(["--input", text(&input), "--report", text(&report)]);
+    check(&run.output().unwrap(), 0);
+    let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    assert_eq!(report["nodes"].as_object().unwrap().len(), 1 + 4 + 3 + 7);
+}
+
 #[test]
 fn another_client_finishes_the_work_of_one_that_never_returns() {
     let report = run_with(&["kill:client1@20%!"], 400);
