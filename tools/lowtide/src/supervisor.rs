@@ -428,6 +428,7 @@ impl<'a> Run<'a> {
             "staying; try: lowtide ls --state {} /   (Ctrl-C ends)",
             self.state.display()
         ));
+        self.nodes.watch_calmly();
         while !self.interrupted.load(Ordering::Relaxed) {
             self.step(Phase::Staying, 100.0, Progress::default())
                 .or_else(|error| match error {
