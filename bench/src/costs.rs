@@ -16,23 +16,33 @@ const MEMORY_FLAT_MIB: f64 = 512.0;
 const FLAT_PER_FILE: u64 = 20;
 /// Bytes that tag every message: the sender's epoch, its minimum, and the root's term.
 const TAG_BYTES: f64 = 20.0;
+/// How long the paused client holds the minimum.
+const PAUSE: &str = "pause:client0@40%:30000";
+/// Silence after which it would be evicted, milliseconds: twice as long.
+const EVICT_AFTER: &str = "60000";
+/// The least time for which the minimum has to stand still then, milliseconds.
+const HELD_MS_MIN: u64 = 25_000;
 /// Ways that a file's bytes have to go: to the proxy, and from there to the server.
 const HOPS: f64 = 2.0;
 
 /// Memory of every process, also while a paused client holds the minimum; and messages.
 ///
 /// # Errors
-/// A run fails.
+/// A run fails, or the paused client did not hold the minimum.
 pub fn costs(bench: &Bench) -> Result<Vec<Row>, Failure> {
     let (input, bytes) = small::input(bench)?;
     let shape = ["--proxy", bench.proxies.as_str()];
-    let quiet = bench.lowtide.store(&input, &bench.scratch, &shape)?;
-    let pause = ["--fault", "pause:client0@40%:30000"];
-    let options = [shape, pause].concat();
-    let paused = bench.lowtide.store(&input, &bench.scratch, &options)?;
+    let lowtide = &bench.lowtide;
+    let quiet = lowtide.store_and_export(&input, &bench.scratch, &shape)?;
+    let pause = ["--fault", PAUSE, "--evict-after", EVICT_AFTER];
+    let options = [&shape[..], &pause].concat();
+    let paused = lowtide.store(&input, &bench.scratch, &options)?;
+    let (held_ms, evicted) = held(&paused)?;
     let rows = vec![
         memory(bench, "memory", &quiet, MEMORY_MIB),
-        memory(bench, "memory-paused", &paused, MEMORY_MIB),
+        memory(bench, "memory-paused", &paused, MEMORY_MIB)
+            .with("max_lag_ms", held_ms)
+            .with("evicted", evicted),
         messages(bench, &quiet, bytes),
     ];
     let finish = |row: Row| {
@@ -41,6 +51,22 @@ pub fn costs(bench: &Bench) -> Result<Vec<Row>, Failure> {
             .with("proxies", bench.proxies.as_str())
     };
     Ok(rows.into_iter().map(finish).collect())
+}
+
+/// How long the minimum stood still in the run with the paused client, in milliseconds, and how many
+/// lives were evicted.
+///
+/// # Errors
+/// It did not stand still, or somebody was evicted: then nothing was held.
+fn held(report: &Value) -> Result<(u64, u64), Failure> {
+    let held_ms = report["minimum"]["max_lag_ms"].as_u64();
+    let evicted = report["nodes"]["root"]["counters_of_all_lives"]["evicted"].as_u64();
+    match (held_ms, evicted) {
+        (Some(held_ms), Some(0)) if held_ms >= HELD_MS_MIN => Ok((held_ms, 0)),
+        told => Err(Failure::Broken(format!(
+            "the paused client did not hold the minimum: {told:?} ms and evictions"
+        ))),
+    }
 }
 
 /// Memory of every process with a million entries in one directory.
@@ -52,7 +78,8 @@ pub fn flat(bench: &Bench) -> Result<Vec<Row>, Failure> {
     let entries = bench.files * FLAT_PER_FILE;
     tree::make_flat(&input, entries).map_err(Failure::io(input.display()))?;
     let options = ["--proxy", bench.proxies.as_str()];
-    let report = bench.lowtide.store(&input, &bench.scratch, &options)?;
+    let lowtide = &bench.lowtide;
+    let report = lowtide.store_and_export(&input, &bench.scratch, &options)?;
     let row = memory(bench, "memory-million", &report, MEMORY_FLAT_MIB)
         .reduced(bench.files < tree::FILES)
         .with("entries", entries)
@@ -110,6 +137,7 @@ fn messages(bench: &Bench, report: &Value, bytes: u64) -> Row {
     }
     let (messages, pings) = (total("messages_sent"), total("pings_sent"));
     let sent = total("message_bytes_sent");
+    let copies = |key: &str| (total(key) / sent * 1e3).round() / 1e3;
     let operations = report["operations"].as_f64().unwrap_or(0.0).max(1.0);
     let figures = Rounds {
         unit: "B/B",
@@ -130,6 +158,27 @@ fn messages(bench: &Bench, report: &Value, bytes: u64) -> Row {
             "tag_bytes_percent",
             round(100.0 * TAG_BYTES * messages / sent),
         )
+        .with("copies_by_sender", copies("sent_bytes_copied"))
+        .with("copies_by_receiver", copies("received_bytes_copied"))
         .with("pings", pings)
         .with("pings_percent", round(100.0 * pings / messages.max(1.0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minimum_that_was_not_held_is_no_result() {
+        let report = |lag: Option<u64>, evicted: u64| {
+            serde_json::json!({
+                "minimum": { "max_lag_ms": lag },
+                "nodes": { "root": { "counters_of_all_lives": { "evicted": evicted } } },
+            })
+        };
+        assert_eq!(held(&report(Some(29_950), 0)).unwrap(), (29_950, 0));
+        assert!(held(&report(Some(24_999), 0)).is_err());
+        assert!(held(&report(Some(29_950), 1)).is_err());
+        assert!(held(&report(None, 0)).is_err());
+    }
 }

@@ -22,6 +22,7 @@ mod device;
 mod ends;
 mod guest;
 mod host;
+mod idle;
 mod large;
 mod latency;
 mod logs;
@@ -179,6 +180,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "costs",
         about: "memory and messages of a run of the small files, against their limits",
         run: costs::costs,
+    },
+    Benchmark {
+        name: "idle",
+        about: "processor time of a cluster of nine processes at rest, against its limit",
+        run: idle::idle,
     },
     Benchmark {
         name: "queue",

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use lowtide_transport::message::{ConnId, Endpoint, EndpointConfig, Event, SendError};
+use lowtide_transport::message::{ConnId, Counters, Endpoint, EndpointConfig, Event, SendError};
 
 use crate::ends::{PATIENCE, address};
 use crate::row::{Better, Pick, Rounds, Row};
@@ -34,11 +34,12 @@ const QUESTION: u8 = b'?';
 /// A socket fails.
 pub fn round_trip(bench: &Bench) -> Result<Vec<Row>, Failure> {
     let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
+    let mut copies = Copies::default();
     for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
         yardstick.push(udp_trips().map_err(Failure::io("plain datagrams"))?);
         let mut pair = Pair::open()?;
         ours.push(median_us(|| pair.ask())?);
-        pair.close();
+        copies.add(pair.close(), 2 * TRIPS * SHORT);
     }
     let figures = Rounds {
         unit: "us",
@@ -47,11 +48,8 @@ pub fn round_trip(bench: &Bench) -> Result<Vec<Row>, Failure> {
         ours,
         yardstick,
     };
-    Ok(vec![figures.row(
-        "message-rtt",
-        Pick::Median,
-        &bench.machine,
-    )])
+    let row = figures.row("message-rtt", Pick::Median, &bench.machine);
+    Ok(vec![copies.tell(row)])
 }
 
 /// Short messages per second in one direction.
@@ -60,9 +58,10 @@ pub fn round_trip(bench: &Bench) -> Result<Vec<Row>, Failure> {
 /// A socket fails.
 pub fn rate(bench: &Bench) -> Result<Vec<Row>, Failure> {
     let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
+    let mut copies = Copies::default();
     for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
         yardstick.push(udp_rate().map_err(Failure::io("plain datagrams"))?);
-        ours.push(stream(SHORT, SHORTS)? / SHORT as f64);
+        ours.push(stream(SHORT, SHORTS, &mut copies)? / SHORT as f64);
     }
     let figures = Rounds {
         unit: "msg/s",
@@ -71,11 +70,8 @@ pub fn rate(bench: &Bench) -> Result<Vec<Row>, Failure> {
         ours,
         yardstick,
     };
-    Ok(vec![figures.row(
-        "message-rate",
-        Pick::Median,
-        &bench.machine,
-    )])
+    let row = figures.row("message-rate", Pick::Median, &bench.machine);
+    Ok(vec![copies.tell(row)])
 }
 
 /// MB/s of long messages.
@@ -84,9 +80,10 @@ pub fn rate(bench: &Bench) -> Result<Vec<Row>, Failure> {
 /// A socket fails.
 pub fn bandwidth(bench: &Bench) -> Result<Vec<Row>, Failure> {
     let (mut ours, mut yardstick) = (Vec::new(), Vec::new());
+    let mut copies = Copies::default();
     for _ in 0..bench.rounds.unwrap_or(ROUNDS) {
         yardstick.push(tcp_rate().map_err(Failure::io("the TCP stream"))? / 1e6);
-        ours.push(stream(LONG, LONGS)? / 1e6);
+        ours.push(stream(LONG, LONGS, &mut copies)? / 1e6);
     }
     let figures = Rounds {
         unit: "MB/s",
@@ -95,18 +92,41 @@ pub fn bandwidth(bench: &Bench) -> Result<Vec<Row>, Failure> {
         ours,
         yardstick,
     };
-    Ok(vec![figures.row(
-        "message-bw",
-        Pick::Median,
-        &bench.machine,
-    )])
+    let row = figures.row("message-bw", Pick::Median, &bench.machine);
+    Ok(vec![copies.tell(row)])
+}
+
+/// Bytes of messages that were copied, and all bytes of messages, over all rounds.
+#[derive(Debug, Default)]
+struct Copies {
+    to_send: u64,
+    on_receipt: u64,
+    of: usize,
+}
+
+impl Copies {
+    /// Takes in what both ends counted while they passed `len` bytes of messages.
+    fn add(&mut self, ends: [Counters; 2], len: usize) {
+        for end in ends {
+            self.to_send += end.bytes_copied_to_send();
+            self.on_receipt += end.bytes_copied_on_receipt();
+        }
+        self.of += len;
+    }
+
+    /// How often each byte was copied by its sender and by its receiver.
+    fn tell(&self, row: Row) -> Row {
+        let each = |copied: u64| (copied as f64 / self.of as f64 * 1e3).round() / 1e3;
+        row.with("copies_by_sender", each(self.to_send))
+            .with("copies_by_receiver", each(self.on_receipt))
+    }
 }
 
 /// Two endpoints, one of them served by a thread of its own.
 struct Pair {
     client: Endpoint,
     conn: ConnId,
-    server: JoinHandle<()>,
+    server: JoinHandle<Counters>,
 }
 
 impl Pair {
@@ -160,15 +180,17 @@ impl Pair {
         self.wait(|event| matches!(event, Event::Message { .. }))
     }
 
-    fn close(mut self) {
+    /// What both ends have counted.
+    fn close(mut self) -> [Counters; 2] {
         self.client.close(self.conn);
+        let own = self.client.counters();
         drop(self.client);
-        self.server.join().expect("the server does not panic");
+        [own, self.server.join().expect("the server does not panic")]
     }
 }
 
 /// Answers questions, swallows everything else, until the peer closes or is silent for long.
-fn serve(mut endpoint: Endpoint) {
+fn serve(mut endpoint: Endpoint) -> Counters {
     let mut is_done = false;
     let mut heard = Instant::now();
     while !is_done && heard.elapsed() < PATIENCE {
@@ -185,10 +207,11 @@ fn serve(mut endpoint: Endpoint) {
         });
         is_done |= polled.is_err();
     }
+    endpoint.counters()
 }
 
 /// Bytes per second of `count` messages, the last of which is answered.
-fn stream(len: usize, count: usize) -> Result<f64, Failure> {
+fn stream(len: usize, count: usize, copies: &mut Copies) -> Result<f64, Failure> {
     let mut pair = Pair::open()?;
     let message = vec![0; len];
     let began = Instant::now();
@@ -202,7 +225,8 @@ fn stream(len: usize, count: usize) -> Result<f64, Failure> {
     }
     pair.ask()?;
     let seconds = began.elapsed().as_secs_f64();
-    pair.close();
+    // A question and its answer besides.
+    copies.add(pair.close(), len * count + 2 * SHORT);
     Ok((len * count) as f64 / seconds)
 }
 

@@ -107,8 +107,10 @@ pub struct NodeConfig {
     pub seed: u64,
     /// Keep what a power failure could take back, for fault injection.
     pub power_fail: bool,
-    /// Milliseconds between pings.
+    /// Milliseconds between pings, while anything moves.
     pub ping_interval_ms: u64,
+    /// The same at rest: while the node waits for nothing and has said so.
+    pub rest_interval_ms: u64,
     /// Milliseconds of silence, or of holding m back while a log has no room, after which the root
     /// evicts a client or proxy.
     pub evict_after_ms: u64,
@@ -141,6 +143,7 @@ impl NodeConfig {
             seed: 0,
             power_fail: false,
             ping_interval_ms: 20,
+            rest_interval_ms: 200,
             evict_after_ms: 30_000,
             carry_bytes: 64 << 10,
             shards: default_shards(),

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use lowtide_engine_core::destination::{DestinationConfig, DestinationCounters};
 use lowtide_engine_core::effect::Effect;
 use lowtide_engine_core::ids::{Life, NodeId, Time};
+use lowtide_engine_core::member::Intervals;
 use lowtide_engine_core::message::Envelope;
 use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::record::{Objects, Storage};
@@ -125,7 +126,7 @@ impl Recovery {
             let settings = DestinationConfig {
                 root: *root_id,
                 parent: *root_id,
-                ping_interval: 1,
+                pings: Intervals { ping: 1, rest: 1 },
                 nonce,
                 carry_bytes: 0,
                 room: HomeRule::default(),

@@ -56,6 +56,10 @@ pub struct NodeCounters {
     pub messages_sent: u64,
     /// Bytes of messages sent, headers included.
     pub message_bytes_sent: u64,
+    /// Bytes of messages sent that were copied to be sent.
+    pub sent_bytes_copied: u64,
+    /// Bytes of messages received that were copied: put together, held back, or placed by READ.
+    pub received_bytes_copied: u64,
     /// Pings among the messages sent.
     pub pings_sent: u64,
     /// Frames dropped: not whole, not ours, not decodable.

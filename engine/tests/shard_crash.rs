@@ -14,6 +14,7 @@ use lowtide_engine_core::effect::Effect;
 use lowtide_engine_core::ids::{
     Epoch, Incarnation, Life, NodeId, OpId, Seq, StreamSeq, Term, Time,
 };
+use lowtide_engine_core::member::Intervals;
 use lowtide_engine_core::message::{Envelope, Message, Parts, StreamBase, View};
 use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
 use lowtide_engine_core::record::Objects;
@@ -75,7 +76,10 @@ impl Home {
         let config = DestinationConfig {
             root: ROOT.node,
             parent: ROOT.node,
-            ping_interval: 1000,
+            pings: Intervals {
+                ping: 1000,
+                rest: 1000,
+            },
             nonce: 1,
             carry_bytes: 0,
             room: ROOM,

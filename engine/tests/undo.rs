@@ -11,6 +11,7 @@ use lowtide_engine_core::effect::Effect;
 use lowtide_engine_core::ids::{
     Epoch, Incarnation, Life, NodeId, OpId, Seq, StreamSeq, Term, Time,
 };
+use lowtide_engine_core::member::Intervals;
 use lowtide_engine_core::message::{Envelope, Message, Parts, StreamBase, View};
 use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
 use lowtide_engine_core::record::{Objects, Value};
@@ -47,7 +48,7 @@ impl Bench {
         let config = DestinationConfig {
             root: ROOT.node,
             parent: ROOT.node,
-            ping_interval: 1,
+            pings: Intervals { ping: 1, rest: 1 },
             nonce: 7,
             carry_bytes: 0,
             room: HomeRule::default(),

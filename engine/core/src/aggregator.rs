@@ -10,8 +10,8 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Time};
-use crate::member::{Joined, Member};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Time, ViewId};
+use crate::member::{Intervals, Joined, Member, Resting};
 use crate::message::{Covered, Envelope, Message, Role, Waits};
 
 /// Settings of an aggregator.
@@ -19,8 +19,8 @@ use crate::message::{Covered, Envelope, Message, Role, Waits};
 pub struct AggregatorConfig {
     /// Root of the cluster.
     pub root: NodeId,
-    /// Ticks between pings and reports.
-    pub interval: u64,
+    /// Ticks between pings, and between reports.
+    pub pings: Intervals,
     /// Different for every start of the process.
     pub nonce: u64,
     /// Ticks of silence after which a child is no longer covered (the root then judges it).
@@ -42,7 +42,10 @@ pub struct Aggregator {
     member: Member,
     config: AggregatorConfig,
     children: BTreeMap<Life, Child>,
-    next_report: Time,
+    resting: Resting,
+    last_report: Option<Time>,
+    /// The epoch of the last report, unless a child has said something new since.
+    reported: Option<Epoch>,
 }
 
 impl Aggregator {
@@ -54,17 +57,16 @@ impl Aggregator {
             incarnation: Incarnation(0),
         };
         let AggregatorConfig {
-            root,
-            interval,
-            nonce,
-            ..
+            root, pings, nonce, ..
         } = config;
         Aggregator {
             port: Port::new(life, Epoch(0)),
-            member: Member::new(root, root, Role::Aggregator, nonce, interval),
+            member: Member::new(root, root, Role::Aggregator, nonce, pings),
             config,
             children: BTreeMap::new(),
-            next_report: Time(0),
+            resting: Resting::default(),
+            last_report: None,
+            reported: None,
         }
     }
 
@@ -73,7 +75,8 @@ impl Aggregator {
         if self.port.receive(&envelope).is_err() {
             return;
         }
-        let from = envelope.from;
+        let (from, epoch) = (envelope.from, envelope.epoch);
+        self.tell_resting();
         match envelope.body {
             Message::Attach { life, attach } if self.member.is_joined() => {
                 self.port
@@ -84,6 +87,7 @@ impl Aggregator {
                 attach,
                 floor,
             } if life != self.port.life() => {
+                self.reported = None;
                 let child = self.children.entry(life).or_insert(Child {
                     attach,
                     bound: floor,
@@ -117,17 +121,45 @@ impl Aggregator {
                 let Some(child) = known else {
                     return;
                 };
+                if lower_bound > child.bound || waits != child.waits {
+                    self.reported = None;
+                }
                 child.bound = child.bound.max(lower_bound);
                 child.waits = waits;
                 child.last_heard = now;
-                let newer = (view < self.member.view_id()).then(|| self.member.view().clone());
-                self.port.send(from.node, Message::Pong { view: newer });
+                self.pong(from.node, view);
+                let rests = waits == Waits::No && epoch == self.port.epoch();
+                self.resting
+                    .answered(from.node, self.member.view_id(), rests);
             }
             body => {
                 if self.member.handle(&mut self.port, &body) == Joined::ViewChanged {
                     self.forget_replaced();
+                    self.tell_resting();
                 }
             }
+        }
+    }
+
+    /// The connection to `peer` is up.
+    pub fn handle_connected(&mut self, peer: NodeId) {
+        if peer == self.config.root {
+            self.member.stir();
+            self.reported = None;
+        }
+    }
+
+    fn pong(&mut self, to: NodeId, known: ViewId) {
+        let view = self.member.view();
+        let view = (known < view.id).then(|| view.clone());
+        self.port.send(to, Message::Pong { view });
+    }
+
+    /// News for the children that rest.
+    fn tell_resting(&mut self) {
+        let (epoch, view) = (self.port.epoch(), self.member.view_id());
+        for (node, known) in self.resting.news(epoch, view) {
+            self.pong(node, known);
         }
     }
 
@@ -135,10 +167,11 @@ impl Aggregator {
     pub fn handle_timeout(&mut self, now: Time) {
         let told = (self.port.epoch(), Waits::No);
         self.member.handle_timeout(now, &mut self.port, told);
-        if now < self.next_report || !self.member.is_joined() {
+        if now < self.next_report() || !self.member.is_joined() {
             return;
         }
-        self.next_report = now.after(self.config.interval);
+        self.last_report = Some(now);
+        self.reported = Some(self.port.epoch());
         let mut lower_bound = self.port.epoch();
         let mut lowest = None;
         let mut waits = Waits::No;
@@ -170,7 +203,23 @@ impl Aggregator {
     /// When [`Aggregator::handle_timeout`] wants to run.
     #[must_use]
     pub fn poll_timeout(&self) -> Time {
-        self.member.timeout().min(self.next_report)
+        let epoch = self.port.epoch();
+        let ping = self.member.timeout(epoch, Waits::No, || epoch);
+        ping.min(self.next_report())
+    }
+
+    /// When the next report is due: it rests with its own pings, and while no child waits or has said
+    /// anything new.
+    fn next_report(&self) -> Time {
+        let Some(last) = self.last_report else {
+            return Time(0);
+        };
+        let epoch = self.port.epoch();
+        let rests = self.member.rests(epoch, Waits::No, || epoch)
+            && self.reported == Some(epoch)
+            && self.children.values().all(|c| c.waits == Waits::No);
+        let Intervals { ping, rest } = self.config.pings;
+        last.after(if rests { rest } else { ping })
     }
 
     /// The next effect.
@@ -186,10 +235,131 @@ impl Aggregator {
 
     /// A life that was replaced or is being resolved is the root's to hold.
     fn forget_replaced(&mut self) {
+        self.reported = None;
         let view = self.member.view();
         self.children.retain(|life, _| {
             view.seat(life.node)
                 .is_some_and(|s| s.life == *life && s.live)
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::View;
+
+    const ROOT: NodeId = NodeId(1);
+    const CHILDREN: [u32; 2] = [3, 4];
+
+    fn life(node: u32) -> Life {
+        Life {
+            node: NodeId(node),
+            incarnation: Incarnation(1),
+        }
+    }
+
+    /// An aggregator with two children, and what it sent in an answer to somebody.
+    struct Bench {
+        aggregator: Aggregator,
+        now: Time,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let pings = Intervals {
+                ping: 10,
+                rest: 100,
+            };
+            let config = AggregatorConfig {
+                root: ROOT,
+                pings,
+                nonce: 7,
+                silent_after: 1000,
+            };
+            let aggregator = Aggregator::new(NodeId(2), config);
+            let mut bench = Bench {
+                aggregator,
+                now: Time(0),
+            };
+            let joined = Message::Joined {
+                nonce: 7,
+                life: life(2),
+                floor: Epoch(5),
+                view: View::default(),
+            };
+            bench.hears(ROOT.0, 5, joined);
+            for child in CHILDREN {
+                let attached = Message::Attached {
+                    life: life(child),
+                    attach: 1,
+                    floor: Epoch(5),
+                };
+                bench.hears(ROOT.0, 5, attached);
+            }
+            bench
+        }
+
+        /// Whom it answers when it hears this.
+        fn hears(&mut self, from: u32, epoch: u64, body: Message) -> Vec<u32> {
+            let envelope = Envelope {
+                from: life(from),
+                epoch: Epoch(epoch),
+                minimum: Epoch(0),
+                term: crate::ids::Term(1),
+                body,
+            };
+            self.aggregator.handle_message(self.now, envelope);
+            self.sent(|body| matches!(body, Message::Pong { .. }))
+        }
+
+        fn sent(&mut self, which: impl Fn(&Message) -> bool) -> Vec<u32> {
+            let mut to_whom = Vec::new();
+            while let Some(effect) = self.aggregator.poll_effect() {
+                if let Effect::Send { to, envelope } = effect
+                    && which(&envelope.body)
+                {
+                    to_whom.push(to.0);
+                }
+            }
+            to_whom
+        }
+
+        fn reports(&mut self, at: u64) -> usize {
+            self.now = Time(at);
+            self.aggregator.handle_timeout(self.now);
+            self.sent(|body| matches!(body, Message::Report { .. }))
+                .len()
+        }
+    }
+
+    fn ping(epoch: u64, waits: Waits) -> Message {
+        Message::Ping {
+            attach: 1,
+            lower_bound: Epoch(epoch),
+            view: ViewId(0),
+            waits,
+        }
+    }
+
+    #[test]
+    fn it_rests_with_its_children_and_passes_on_what_wakes_them() {
+        let mut bench = Bench::new();
+        for child in CHILDREN {
+            assert_eq!(bench.hears(child, 5, ping(5, Waits::No)), [child]);
+        }
+        assert_eq!(bench.reports(10), 1);
+        bench.hears(ROOT.0, 5, Message::Pong { view: None });
+        assert_eq!(bench.reports(20), 0, "there is nothing new to report");
+        assert_eq!(bench.reports(110), 1);
+        bench.hears(ROOT.0, 5, Message::Pong { view: None });
+
+        // A child that waits ends the rest of the reports, and the root's answer that of the other.
+        bench.hears(CHILDREN[0], 5, ping(5, Waits::Yes));
+        assert_eq!(bench.reports(120), 1);
+        let told = bench.hears(ROOT.0, 6, Message::Pong { view: None });
+        assert_eq!(told, [CHILDREN[1]]);
+        let told = bench.hears(ROOT.0, 7, Message::Pong { view: None });
+        assert_eq!(told, [0u32; 0], "it does not rest any more");
     }
 }

@@ -29,7 +29,7 @@ use alloc::vec::Vec;
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time, ViewId};
 use crate::lock::{Holdings, normalise};
-use crate::member::{Joined, Member};
+use crate::member::{Intervals, Joined, Member};
 use crate::message::{Envelope, Message, Role};
 use crate::op::{Key, Mode, Operation, Range, Refusal, Request, Stamp, Want};
 use crate::room::{Budget, Ledger, Words};
@@ -53,7 +53,7 @@ pub struct ClientConfig {
     /// Where pings go: the root or an aggregator.
     pub parent: NodeId,
     /// Ticks between pings.
-    pub ping_interval: u64,
+    pub pings: Intervals,
     /// Different for every start of the process.
     pub nonce: u64,
     /// Homes reached through a proxy; all others are reached directly.
@@ -170,7 +170,7 @@ impl Client {
             config.parent,
             Role::Client,
             config.nonce,
-            config.ping_interval,
+            config.pings,
         );
         let routes = Routes {
             via: config.via.clone(),
@@ -278,6 +278,7 @@ impl Client {
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         self.tiers.connected(peer);
         if peer == self.config.root {
+            self.member.stir();
             let told = (self.bound(), self.waits().into());
             self.member.handle_timeout(now, &mut self.port, told);
         }
@@ -385,7 +386,9 @@ impl Client {
     /// When [`Client::handle_timeout`] wants to run.
     #[must_use]
     pub fn poll_timeout(&self) -> Time {
-        self.member.timeout()
+        let epoch = self.port.epoch();
+        self.member
+            .timeout(epoch, self.waits().into(), || self.bound())
     }
 
     /// The next effect.

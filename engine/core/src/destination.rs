@@ -36,7 +36,7 @@ use shard::{Answer, News, Order, Shard, Task, shard_of};
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StreamSeq, Time, ViewId};
-use crate::member::{Joined, Member};
+use crate::member::{Intervals, Joined, Member};
 use crate::message::{Envelope, Message, Reclaim, Role, Waits};
 use crate::record::Record;
 use crate::room::{Cost, HomeRule, Space};
@@ -54,7 +54,7 @@ pub struct DestinationConfig {
     /// Where pings go: the root or an aggregator.
     pub parent: NodeId,
     /// Ticks between pings.
-    pub ping_interval: u64,
+    pub pings: Intervals,
     /// Different for every start of the process.
     pub nonce: u64,
     /// Most bytes of other participants' updates in one record.
@@ -205,7 +205,7 @@ impl Destination {
                 config.parent,
                 Role::Destination,
                 config.nonce,
-                config.ping_interval,
+                config.pings,
             ),
             lanes: (0..count).map(|_| Lane::default()).collect(),
             step,
@@ -237,7 +237,11 @@ impl Destination {
     }
 
     /// A connection to `peer` is up.
-    pub fn handle_connected(&mut self, _peer: NodeId) {}
+    pub fn handle_connected(&mut self, peer: NodeId) {
+        if peer == self.member.root() {
+            self.member.stir();
+        }
+    }
 
     /// The connection to `peer` broke.
     pub fn handle_disconnected(&mut self, peer: NodeId) {
@@ -425,7 +429,8 @@ impl Destination {
     /// When [`Destination::handle_timeout`] wants to run.
     #[must_use]
     pub fn poll_timeout(&self) -> Time {
-        self.member.timeout()
+        let epoch = self.port.epoch();
+        self.member.timeout(epoch, self.waits(), || epoch)
     }
 
     /// The next effect. Nothing leaves while the epoch exceeds its durable ceiling (trap T2).

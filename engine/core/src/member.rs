@@ -1,12 +1,17 @@
 //! How a node joins the cluster, pings its parent and learns the membership view.
 //!
-//! Pings go out at a fixed interval whether or not there is work (E4), carry the lower bound, and
-//! are answered by the parent with the newest view if the member's is old. A lost ping costs one
-//! interval; nothing is retransmitted.
+//! Pings go out at a fixed interval (E4), carry the lower bound, and are answered by the parent with
+//! the newest view if the member's is old. A lost ping costs one interval; nothing is retransmitted.
+//!
+//! A member rests while it waits for nothing, its last ping was answered, and it would say the same
+//! again: then the interval is a longer one. Whoever answers pings tells those who rest when its
+//! epoch rises or the view changes ([`Resting`]), so nobody who waits for m waits for them.
 //!
 //! A member below an aggregator that gets no answers attaches anew, under the next number, and
 //! pings the root until the aggregator has confirmed it (b.3 rule 5): the aggregator may be gone,
 //! or may have restarted with an empty table, and then answers nobody it does not count.
+
+use alloc::collections::BTreeMap;
 
 use crate::effect::Port;
 use crate::ids::{Epoch, Life, NodeId, Time, ViewId};
@@ -33,10 +38,54 @@ pub struct Member {
     unanswered: u32,
     /// How many may be sent before the next attempt.
     patience: u32,
-    interval: u64,
-    next_ping: Time,
+    every: Intervals,
+    last_ping: Option<Time>,
+    /// The node's own epoch and its lower bound as the last ping told them, if it waited for nothing.
+    asked: Option<(Epoch, Epoch)>,
+    /// The same, once that ping was answered.
+    told: Option<(Epoch, Epoch)>,
     view: View,
     pings: u64,
+}
+
+/// Ticks between pings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Intervals {
+    /// While anything moves.
+    pub ping: u64,
+    /// At rest; not shorter, and well below any silence that others judge.
+    pub rest: u64,
+}
+
+/// Members whose last ping said all that its answer did, so that they rest; kept by whoever answers
+/// them.
+#[derive(Debug, Default)]
+pub struct Resting {
+    /// Each with the view that it knows.
+    members: BTreeMap<NodeId, ViewId>,
+    /// What all of them know.
+    told: (Epoch, ViewId),
+}
+
+impl Resting {
+    /// A ping of `node` was answered; `rests` if it waits for nothing and has our epoch.
+    pub fn answered(&mut self, node: NodeId, view: ViewId, rests: bool) {
+        match rests {
+            true => self.members.insert(node, view),
+            false => self.members.remove(&node),
+        };
+    }
+
+    /// Whom to send an answer that nobody asked for, if there is news since the last call, and the view
+    /// that each knows. They are not at rest any more.
+    pub fn news(&mut self, epoch: Epoch, view: ViewId) -> BTreeMap<NodeId, ViewId> {
+        let now = (epoch, view);
+        let is_news = core::mem::replace(&mut self.told, now) != now;
+        match is_news {
+            true => core::mem::take(&mut self.members),
+            false => BTreeMap::new(),
+        }
+    }
 }
 
 /// What a membership message meant for the node.
@@ -57,9 +106,9 @@ pub enum Joined {
 
 impl Member {
     /// A node that will join with `nonce`, different for every start of the process, and ping
-    /// every `interval` ticks. `parent` is the root or an aggregator.
+    /// as often as `every` says. `parent` is the root or an aggregator.
     #[must_use]
-    pub fn new(root: NodeId, parent: NodeId, role: Role, nonce: u64, interval: u64) -> Member {
+    pub fn new(root: NodeId, parent: NodeId, role: Role, nonce: u64, every: Intervals) -> Member {
         Member {
             root,
             parent,
@@ -70,8 +119,10 @@ impl Member {
             attached: parent == root,
             unanswered: 0,
             patience: UNANSWERED_MAX,
-            interval,
-            next_ping: Time(0),
+            every,
+            last_ping: None,
+            told: None,
+            asked: None,
             view: View::default(),
             pings: 0,
         }
@@ -101,19 +152,43 @@ impl Member {
         self.root
     }
 
-    /// When [`Member::handle_timeout`] wants to run.
+    /// When [`Member::handle_timeout`] wants to run, given the node's epoch, what it waits for, and its
+    /// lower bound.
     #[must_use]
-    pub fn timeout(&self) -> Time {
-        self.next_ping
+    pub fn timeout(&self, epoch: Epoch, waits: Waits, bound: impl FnOnce() -> Epoch) -> Time {
+        let Some(last) = self.last_ping else {
+            return Time(0);
+        };
+        let rests = self.rests(epoch, waits, bound);
+        last.after(if rests {
+            self.every.rest
+        } else {
+            self.every.ping
+        })
+    }
+
+    /// Whether a ping would say what the last one did, which was answered, and nothing waits.
+    #[must_use]
+    pub fn rests(&self, epoch: Epoch, waits: Waits, bound: impl FnOnce() -> Epoch) -> bool {
+        let says_it_again = |(then, lower)| then == epoch && lower == bound();
+        waits == Waits::No && self.attached && self.told.is_some_and(says_it_again)
+    }
+
+    /// The connection to the parent is new: whatever was told may be forgotten.
+    pub fn stir(&mut self) {
+        self.told = None;
     }
 
     /// Joins, attaches or pings, as the time has come, with the lower bound and what waits
     /// for the minimum.
     pub fn handle_timeout(&mut self, now: Time, port: &mut Port, (bound, waits): (Epoch, Waits)) {
-        if now < self.next_ping {
+        if now < self.timeout(port.epoch(), waits, || bound) {
             return;
         }
-        self.next_ping = now.after(self.interval);
+        self.last_ping = Some(now);
+        self.told = None;
+        let is_calm = self.joined && waits == Waits::No;
+        self.asked = is_calm.then_some((port.epoch(), bound));
         if !self.joined {
             port.send(
                 self.root,
@@ -180,6 +255,7 @@ impl Member {
                 Joined::Nothing
             }
             Message::Pong { view } => {
+                self.told = self.asked;
                 if self.attached {
                     self.unanswered = 0;
                     self.patience = UNANSWERED_MAX;
@@ -199,6 +275,7 @@ impl Member {
     /// Moves under another parent (b.3 rule 4): attach there before leaving the old one.
     pub fn reparent(&mut self, parent: NodeId) {
         self.parent = parent;
+        self.told = None;
         self.attach += 1;
         self.attached = parent == self.root;
     }
@@ -216,5 +293,70 @@ impl Member {
     #[must_use]
     pub fn view_id(&self) -> ViewId {
         self.view.id
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Incarnation;
+
+    const ROOT: NodeId = NodeId(1);
+
+    #[test]
+    fn a_member_rests_only_while_it_would_say_what_was_answered() {
+        let every = Intervals {
+            ping: 10,
+            rest: 100,
+        };
+        let mut member = Member::new(ROOT, ROOT, Role::Client, 7, every);
+        let life = |incarnation| Life {
+            node: NodeId(2),
+            incarnation: Incarnation(incarnation),
+        };
+        let mut port = Port::new(life(0), Epoch(0));
+        member.handle_timeout(Time(0), &mut port, (Epoch(0), Waits::No));
+        let joined = Message::Joined {
+            nonce: 7,
+            life: life(1),
+            floor: Epoch(3),
+            view: View::default(),
+        };
+        let due =
+            |m: &Member, epoch, waits, bound| m.timeout(Epoch(epoch), waits, || Epoch(bound)).0;
+        member.handle(&mut port, &joined);
+        let epoch = port.epoch().0;
+        assert_eq!(
+            due(&member, epoch, Waits::No, epoch),
+            10,
+            "it has told nothing"
+        );
+
+        let told = |m: &mut Member, port: &mut Port, at, waits| {
+            m.handle_timeout(Time(at), port, (Epoch(epoch), waits));
+        };
+        told(&mut member, &mut port, 10, Waits::No);
+        assert_eq!(due(&member, epoch, Waits::No, epoch), 20, "nobody answered");
+        member.handle(&mut port, &Message::Pong { view: None });
+        assert_eq!(due(&member, epoch, Waits::No, epoch), 110);
+        assert_eq!(
+            due(&member, epoch + 1, Waits::No, epoch),
+            20,
+            "its epoch rose"
+        );
+        assert_eq!(
+            due(&member, epoch, Waits::No, epoch - 1),
+            20,
+            "its bound moved"
+        );
+        assert_eq!(due(&member, epoch, Waits::Yes, epoch), 20, "it waits");
+        member.stir();
+        assert_eq!(due(&member, epoch, Waits::No, epoch), 20);
+
+        // Whoever answered one that waits does not take it for one at rest.
+        told(&mut member, &mut port, 20, Waits::Yes);
+        member.handle(&mut port, &Message::Pong { view: None });
+        assert_eq!(due(&member, epoch, Waits::No, epoch), 30);
+        assert_eq!(member.pings(), 2);
     }
 }

@@ -27,7 +27,7 @@ pub use originate::Originate;
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Seq, Time, ViewId};
 use crate::lock::{Asker, Holdings, LockServer, Notice, Recall};
-use crate::member::{Joined, Member};
+use crate::member::{Intervals, Joined, Member};
 use crate::message::{Envelope, Held, Message, Role};
 use crate::op::{Mode, Range};
 use crate::room::{Budget, Words};
@@ -42,7 +42,7 @@ pub struct ProxyConfig {
     /// Where pings go: the root or an aggregator.
     pub parent: NodeId,
     /// Ticks between pings.
-    pub ping_interval: u64,
+    pub pings: Intervals,
     /// Different for every start of the process.
     pub nonce: u64,
     /// Ticks between merges, unless a lock is asked back or a batch is full.
@@ -138,7 +138,7 @@ impl Proxy {
             config.parent,
             Role::Proxy,
             config.nonce,
-            config.ping_interval,
+            config.pings,
         );
         Proxy {
             port: Port::new(life, Epoch(0)),
@@ -172,6 +172,7 @@ impl Proxy {
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         self.tiers.connected(peer);
         if peer == self.config.root {
+            self.member.stir();
             let told = (self.bound(), self.waits().into());
             self.member.handle_timeout(now, &mut self.port, told);
         }
@@ -251,11 +252,14 @@ impl Proxy {
     /// When [`Proxy::handle_timeout`] wants to run.
     #[must_use]
     pub fn poll_timeout(&self) -> Time {
+        let epoch = self.port.epoch();
+        let waits = self.waits().into();
+        let ping = self.member.timeout(epoch, waits, || self.bound());
         // A proxy that holds nothing has nothing to merge; what comes first is merged at once.
         if self.member.is_joined() && self.outbox.bytes() > 0 {
-            self.member.timeout().min(self.next_merge)
+            ping.min(self.next_merge)
         } else {
-            self.member.timeout()
+            ping
         }
     }
 

@@ -25,6 +25,7 @@ pub use state::{RootState, StateError};
 
 use crate::effect::{Effect, Port};
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Term, Time, ViewId};
+use crate::member::Resting;
 use crate::message::{Covered, Envelope, Message, Role, View, Waits};
 use crate::teeth::{Tooth, bites};
 
@@ -86,6 +87,7 @@ pub struct Root {
     branches: BTreeMap<NodeId, (Epoch, Option<Life>)>,
     holders: Holders,
     evictions: BTreeMap<Life, Eviction>,
+    resting: Resting,
     /// Effects with the version of the state that must be durable first.
     waiting: VecDeque<(u64, Effect)>,
     version: u64,
@@ -143,6 +145,7 @@ impl Root {
             branches: BTreeMap::new(),
             holders: Holders::default(),
             evictions,
+            resting: Resting::default(),
             waiting: VecDeque::new(),
             version: 0,
             persisted: 0,
@@ -164,7 +167,7 @@ impl Root {
         if self.port.receive(&envelope).is_err() {
             return;
         }
-        let from = envelope.from;
+        let (from, epoch) = (envelope.from, envelope.epoch);
         match envelope.body {
             Message::Join { nonce, role } => self.join(now, from.node, nonce, role),
             Message::Ping {
@@ -178,7 +181,7 @@ impl Root {
                 self.wanted |= waits > Waits::No;
                 self.step(now);
                 self.report_direct(from, attach, lower_bound);
-                self.pong(from.node, view);
+                self.answer(from.node, view, (epoch, waits));
             }
             Message::Attach { life, attach } => self.attach(from, life, attach),
             Message::Report {
@@ -192,7 +195,7 @@ impl Root {
                 self.wanted |= waits > Waits::No;
                 self.step(now);
                 self.report_branch(now, from, (lower_bound, lowest), &covers);
-                self.pong(from.node, view);
+                self.answer(from.node, view, (epoch, waits));
             }
             Message::Part { life } => self.start_eviction(life),
             body => self.eviction_message(from, body),
@@ -454,6 +457,23 @@ impl Root {
         self.wanted = true;
     }
 
+    /// Answers a ping or report that was sent at `epoch`.
+    fn answer(&mut self, to: NodeId, known: ViewId, (epoch, waits): (Epoch, Waits)) {
+        // First, so that the one who pinged is not told twice.
+        self.tell_resting();
+        self.pong(to, known);
+        let rests = waits == Waits::No && epoch == self.port.epoch();
+        self.resting.answered(to, self.state.view, rests);
+    }
+
+    /// News for the members that rest.
+    fn tell_resting(&mut self) {
+        let news = self.resting.news(self.port.epoch(), self.state.view);
+        for (node, known) in news {
+            self.pong(node, known);
+        }
+    }
+
     fn pong(&mut self, to: NodeId, known: ViewId) {
         let view = (known < self.state.view).then(|| self.view());
         self.port.send(to, Message::Pong { view });
@@ -592,6 +612,7 @@ impl Root {
             self.next_look = self.next_look.min(now.after(self.config.interval));
         }
         self.publish();
+        self.tell_resting();
         if self.port.epoch().0 + CEILING_STEP / 2 > self.state.ceiling.0 {
             self.state.ceiling = Epoch(self.port.epoch().0 + CEILING_STEP);
             self.changed = true;

@@ -36,9 +36,10 @@ impl Core {
     pub(super) fn handle_connected(&mut self, now: Time, peer: NodeId) {
         match self {
             Core::Destination(c) => c.front_mut().handle_connected(peer),
+            Core::Aggregator(c) => c.handle_connected(peer),
             Core::Proxy(c) => c.handle_connected(now, peer),
             Core::Client(c) => c.handle_connected(now, peer),
-            Core::Root(..) | Core::Aggregator(_) => {}
+            Core::Root(..) => {}
         }
     }
 

@@ -15,6 +15,7 @@ use lowtide_engine_core::destination::DestinationConfig;
 use lowtide_engine_core::destination::shard::SHARDS_MAX;
 use lowtide_engine_core::effect::{Effect, Refusals};
 use lowtide_engine_core::ids::{Life, NodeId, Time};
+use lowtide_engine_core::member::Intervals;
 use lowtide_engine_core::proxy::{Proxy, ProxyConfig};
 use lowtide_engine_core::room::{Budget, HomeRule};
 use lowtide_engine_core::root::{Root, RootConfig};
@@ -371,6 +372,8 @@ impl Inner {
         let transport = ctx.counters();
         status.counters.messages_sent = self.links.messages;
         status.counters.message_bytes_sent = self.links.bytes;
+        status.counters.sent_bytes_copied = transport.bytes_copied_to_send();
+        status.counters.received_bytes_copied = transport.bytes_copied_on_receipt();
         status.counters.frames_dropped = self.frames_dropped;
         let refusals = self.core.port().refusals();
         status.counters.epochs_refused = refusals.here;
@@ -477,7 +480,11 @@ fn make_core(
     waker: Waker,
 ) -> Result<Core, StartError> {
     let parent = config.parent.unwrap_or(root);
-    let ping_interval = config.ping_interval_ms.max(1);
+    let ping = config.ping_interval_ms.max(1);
+    let pings = Intervals {
+        ping,
+        rest: config.rest_interval_ms.max(ping),
+    };
     let dir = || {
         config
             .dir
@@ -497,7 +504,7 @@ fn make_core(
         Role::Root => {
             let (file, state) = RootFile::open(dir()?, wake)?;
             let settings = RootConfig {
-                interval: ping_interval,
+                interval: ping,
                 evict_after: config.evict_after_ms,
                 retry_after: 200,
             };
@@ -509,7 +516,7 @@ fn make_core(
             let settings = DestinationConfig {
                 root,
                 parent,
-                ping_interval,
+                pings,
                 nonce,
                 carry_bytes,
                 room: HomeRule::default(),
@@ -525,7 +532,7 @@ fn make_core(
             let settings = ProxyConfig {
                 root,
                 parent,
-                ping_interval,
+                pings,
                 nonce,
                 merge_interval: 2,
                 window_bytes: 64 << 20,
@@ -538,7 +545,7 @@ fn make_core(
             let settings = ClientConfig {
                 root,
                 parent,
-                ping_interval,
+                pings,
                 nonce,
                 via,
                 bypass_after: 3_000,
@@ -550,7 +557,7 @@ fn make_core(
         Role::Router => {
             let settings = AggregatorConfig {
                 root,
-                interval: ping_interval,
+                pings,
                 nonce,
                 silent_after: 1_000,
             };

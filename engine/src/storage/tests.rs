@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use lowtide_engine_core::destination::shard::Shard;
 use lowtide_engine_core::destination::{Destination, DestinationConfig};
 use lowtide_engine_core::ids::{Epoch, NodeId};
+use lowtide_engine_core::member::Intervals;
 use lowtide_engine_core::op::Bytes;
 use lowtide_engine_core::record::{Objects, Record, Storage, Value, encode_record};
 use lowtide_engine_core::room::HomeRule;
@@ -15,7 +16,7 @@ fn mind() -> DestinationConfig {
     DestinationConfig {
         root: NodeId(1),
         parent: NodeId(1),
-        ping_interval: 1,
+        pings: Intervals { ping: 1, rest: 1 },
         nonce: 1,
         carry_bytes: 0,
         room: HomeRule::default(),

@@ -129,6 +129,9 @@ pub struct RunArgs {
     /// Milliseconds for which a killed process stays dead
     #[arg(long, value_name = "MS", default_value_t = 300)]
     pub restart_after: u64,
+    /// Milliseconds of silence after which the root evicts a client or proxy
+    #[arg(long, value_name = "MS", default_value_t = 30_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub evict_after: u64,
     /// Seconds without any progress after which the run is given up
     #[arg(long, value_name = "S", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..))]
     pub patience: u64,

@@ -132,6 +132,8 @@ pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
         windows_held_max: a.windows_held_max.max(b.windows_held_max),
         messages_sent: a.messages_sent + b.messages_sent,
         message_bytes_sent: a.message_bytes_sent + b.message_bytes_sent,
+        sent_bytes_copied: a.sent_bytes_copied + b.sent_bytes_copied,
+        received_bytes_copied: a.received_bytes_copied + b.received_bytes_copied,
         pings_sent: a.pings_sent + b.pings_sent,
         frames_dropped: a.frames_dropped + b.frames_dropped,
         epochs_refused: a.epochs_refused + b.epochs_refused,

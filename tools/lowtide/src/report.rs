@@ -50,7 +50,7 @@ pub struct Report {
     pub input_notes: Vec<String>,
     /// What differed, or which invariant does not hold; the first hundred.
     pub problems: Vec<String>,
-    /// Memory at its largest, per node.
+    /// Memory at its largest, per node, and of the `supervisor`: the process that starts them.
     pub memory: BTreeMap<String, MemoryReport>,
     /// Processor time, user and system, of each node's process from its start until everything was
     /// stable, in seconds. What a process that was killed had used is not in it.

@@ -23,7 +23,7 @@ use crate::control::{Job, Outcome, Progress};
 use crate::engine::{self, Carrier};
 use crate::fault::{Fault, Shape};
 use crate::input::{self, Survey};
-use crate::report::Report;
+use crate::report::{MemoryReport, Report};
 use crate::state::State;
 use crate::{address, state};
 
@@ -47,10 +47,14 @@ const TICK: Duration = Duration::from_millis(10);
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// Time for one process to end in good order.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
+/// Time between two looks at the supervisor's own memory.
+const OWN_MEMORY_EVERY: Duration = Duration::from_millis(50);
 /// A minimum that stands still for this long gets an explanation on the screen.
 const HELD_AFTER: Duration = Duration::from_secs(1);
 /// Most problems and notes kept in a report.
 const NOTES_MAX: usize = 100;
+/// What the supervisor's own process is called in a report; no node of a run is.
+const SUPERVISOR: &str = "supervisor";
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -71,6 +75,8 @@ pub struct Options {
     pub seed: u64,
     /// How long a killed process stays dead.
     pub restart_after: Duration,
+    /// Silence after which the root evicts a client or proxy, in milliseconds, at least 1.
+    pub evict_after_ms: u64,
     /// How long nothing may move before the run is given up.
     pub patience: Duration,
     /// Keep the cluster running after the verification, until interrupted.
@@ -170,7 +176,26 @@ struct Run<'a> {
     survey: Survey,
     minimum: Standstill,
     moved: Movement,
+    own_memory: OwnMemory,
     report: Report,
+}
+
+/// The supervisor's own memory at its largest, and when it was looked at.
+#[derive(Debug, Default)]
+struct OwnMemory {
+    most: MemoryReport,
+    looked: Option<Instant>,
+}
+
+impl OwnMemory {
+    fn look(&mut self, now: Instant) {
+        if self.looked.is_some_and(|at| now - at < OWN_MEMORY_EVERY) {
+            return;
+        }
+        self.looked = Some(now);
+        let now = MemoryReport::of_process(std::process::id()).unwrap_or_default();
+        self.most = self.most.max(now);
+    }
 }
 
 /// When the work moved last.
@@ -218,6 +243,7 @@ impl<'a> Run<'a> {
             shards: options
                 .shards
                 .unwrap_or_else(|| layout::shards_for(shape.meta + shape.object)),
+            evict_after_ms: options.evict_after_ms,
         };
         layout::write(state.dir(), &cluster, &common)
             .map_err(|(path, error)| RunError::Write { path, error })?;
@@ -251,6 +277,7 @@ impl<'a> Run<'a> {
                 seen: (Progress::default(), 0),
                 at: Instant::now(),
             },
+            own_memory: OwnMemory::default(),
             report: Report::default(),
         })
     }
@@ -266,6 +293,8 @@ impl<'a> Run<'a> {
         self.report.provider = accounts::provider(&self.options.carrier, &self.nodes);
         self.report.seed = self.options.seed;
         accounts::close(&mut self.report, &self.nodes, &self.minimum);
+        let own = (SUPERVISOR.to_owned(), self.own_memory.most);
+        self.report.memory.extend([own]);
         if self.options.stay {
             self.stay()?;
         }
@@ -402,6 +431,7 @@ impl<'a> Run<'a> {
             "staying; try: lowtide ls --state {} /   (Ctrl-C ends)",
             self.state.display()
         ));
+        self.nodes.watch_calmly();
         while !self.interrupted.load(Ordering::Relaxed) {
             self.step(Phase::Staying, 100.0, Progress::default())
                 .or_else(|error| match error {
@@ -517,6 +547,7 @@ impl<'a> Run<'a> {
         let totals = self.nodes.totals();
         self.minimum
             .observe(self.nodes.root().minimum, totals.in_flight, now);
+        self.own_memory.look(now);
         let moment = self.moment(phase, percent, progress);
         self.display.show(&moment, now);
         std::thread::sleep(TICK);

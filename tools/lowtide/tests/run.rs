@@ -39,7 +39,9 @@ fn a_killed_server_is_restarted_and_everything_is_there() {
     assert_eq!(report["nodes"]["meta1"]["lives"], 2);
     assert_eq!(report["nodes"]["meta0"]["lives"], 1);
     assert_eq!(report["minimum"]["final_lag"], 0);
-    assert!(report["memory"]["meta1"]["rss_anon"].as_u64().unwrap() > 0);
+    for process in ["meta1", "supervisor"] {
+        assert!(report["memory"][process]["rss_anon"].as_u64().unwrap() > 0);
+    }
     assert!(processes(&state).is_empty());
 
     check(

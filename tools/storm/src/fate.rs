@@ -6,6 +6,7 @@ use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::{DestinationConfig, Stage};
 use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, ViewId};
+use lowtide_engine_core::member::Intervals;
 use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
 use lowtide_engine_core::root::{Root, RootConfig, RootState};
@@ -103,7 +104,7 @@ impl World {
         let config = DestinationConfig {
             root: self.nodes[0].id,
             parent: self.nodes[0].id,
-            ping_interval: self.plan.ping_interval,
+            pings: self.plan.pings(),
             nonce: self.nonce(node),
             carry_bytes: self.plan.carry_bytes,
             room: self.plan.room_rule(),
@@ -144,12 +145,15 @@ impl World {
     fn start_volatile(&mut self, node: Index) {
         let root = self.nodes[0].id;
         let (id, nonce) = (self.nodes[node].id, self.nonce(node));
-        let interval = self.plan.ping_interval;
+        let pings = self.plan.pings();
         let aggregator = self.plan.aggregator_index();
         if Some(node) == aggregator {
             let config = AggregatorConfig {
                 root,
-                interval: interval / 2,
+                pings: Intervals {
+                    ping: pings.ping / 2,
+                    rest: pings.rest / 2,
+                },
                 nonce,
                 silent_after: self.plan.evict_after,
             };
@@ -165,7 +169,7 @@ impl World {
             let config = ProxyConfig {
                 root,
                 parent,
-                ping_interval: interval,
+                pings,
                 nonce,
                 merge_interval: self.plan.merge_interval,
                 window_bytes: self.plan.window_bytes,
@@ -188,7 +192,7 @@ impl World {
         let config = ClientConfig {
             root,
             parent: if plan.aggregated { parent } else { root },
-            ping_interval: interval,
+            pings,
             nonce,
             via: plan.via.iter().map(|&(d, p)| (home(d), proxy(p))).collect(),
             bypass_after: self.plan.bypass_after,

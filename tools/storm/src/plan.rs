@@ -5,6 +5,8 @@ mod small_disk;
 
 pub use small_disk::SmallDisk;
 
+use lowtide_engine_core::member::Intervals;
+
 use crate::rng::Rng;
 
 /// Index of a node in the plan: 0 is the root, then the aggregator if any, destinations, proxies,
@@ -264,6 +266,15 @@ impl Plan {
                 scan: 1,
             },
             small_disk: None,
+        }
+    }
+
+    /// Ticks between pings; at rest so many that silence of a member at rest is far from eviction.
+    #[must_use]
+    pub fn pings(&self) -> Intervals {
+        Intervals {
+            ping: self.ping_interval,
+            rest: 3 * self.ping_interval,
         }
     }
 

@@ -100,6 +100,7 @@ pub(crate) fn check_restartable(
 mod tests {
     use lowtide_engine_core::destination::shard::{Order, Task};
     use lowtide_engine_core::ids::{Epoch, Incarnation, Life, OpId, Seq, StreamSeq};
+    use lowtide_engine_core::member::Intervals;
     use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
     use lowtide_engine_core::record::Piece;
     use lowtide_engine_core::room::HomeRule;
@@ -113,7 +114,7 @@ mod tests {
         let config = DestinationConfig {
             root: NodeId(1),
             parent: NodeId(1),
-            ping_interval: 10,
+            pings: Intervals { ping: 10, rest: 10 },
             nonce: 7,
             carry_bytes: 0,
             room: HomeRule::default(),

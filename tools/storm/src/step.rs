@@ -184,6 +184,7 @@ impl World {
         let n = &mut self.nodes[node];
         match &mut n.core {
             Core::Destination(c) => c.handle_connected(id),
+            Core::Aggregator(c) => c.handle_connected(id),
             Core::Proxy(c) => c.handle_connected(now, id),
             Core::Client(c) => c.handle_connected(now, id),
             _ => {}

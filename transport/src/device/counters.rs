@@ -89,6 +89,21 @@ pub struct Counters {
     pub violations: u64,
 }
 
+impl Counters {
+    /// Bytes of messages copied by us, so that they could be sent.
+    #[must_use]
+    pub fn bytes_copied_to_send(&self) -> u64 {
+        self.sent_copied_bytes + self.bulk_copied_bytes
+    }
+
+    /// Bytes of messages copied by us on their way to the program: put together from packets, held
+    /// back, or placed by READ.
+    #[must_use]
+    pub fn bytes_copied_on_receipt(&self) -> u64 {
+        self.assembled_copied_bytes + self.held_copied_bytes + self.bulk_placed_bytes
+    }
+}
+
 /// Adds what a queue pair has counted.
 pub(super) fn add_counters(sum: &mut Counters, qp: &qp::Counters) {
     sum.duplicate_request += qp.duplicate_request;

@@ -341,7 +341,7 @@ mod tests {
     #[test]
     fn urgent_parcels_are_as_many_as_were_granted() {
         let mut stream = stream();
-        let mut receive = |stream: &mut Stream, bytes: &[u8]| {
+        let receive = |stream: &mut Stream, bytes: &[u8]| {
             let arrived = stream.receive(bytes, 0, true, &mut Vec::new());
             arrived.map(|_| stream.lane())
         };

@@ -10,6 +10,8 @@ const HOME: NodeId = NodeId(5);
 struct Bench {
     root: Root,
     now: Time,
+    /// Who was sent a Pong.
+    answered: Vec<NodeId>,
 }
 
 impl Bench {
@@ -20,17 +22,25 @@ impl Bench {
             retry_after: 10,
         };
         let root = Root::new(ROOT, config, RootState::default(), Time(0));
-        Bench { root, now: Time(0) }
+        Bench {
+            root,
+            now: Time(0),
+            answered: Vec::new(),
+        }
     }
 
     fn hears(&mut self, from: Life, body: Message) {
+        let epoch = match body {
+            Message::Join { .. } => 1,
+            _ => 100,
+        };
+        self.hears_at(Epoch(epoch), from, body);
+    }
+
+    fn hears_at(&mut self, epoch: Epoch, from: Life, body: Message) {
         let envelope = Envelope {
             from,
-            epoch: Epoch(if matches!(body, Message::Join { .. }) {
-                1
-            } else {
-                100
-            }),
+            epoch,
             minimum: Epoch(0),
             term: Term(0),
             body,
@@ -41,8 +51,12 @@ impl Bench {
 
     fn settles(&mut self) {
         while let Some(effect) = self.root.poll_effect() {
-            if let Effect::Persist { version, .. } = effect {
-                self.root.handle_persisted(self.now, version);
+            match effect {
+                Effect::Persist { version, .. } => self.root.handle_persisted(self.now, version),
+                Effect::Send { to, envelope } if matches!(envelope.body, Message::Pong { .. }) => {
+                    self.answered.push(to);
+                }
+                _ => {}
             }
         }
     }
@@ -217,4 +231,36 @@ fn a_root_whose_states_are_not_kept_grows_no_further_and_then_goes_on() {
     assert!(bench.root.waiting.is_empty() && bench.root.unpublished.is_empty());
     assert_eq!(bench.root.port().minimum(), Epoch(10_199));
     assert!(bench.root.view().seat(ROUTER).is_some_and(|s| s.live));
+}
+
+#[test]
+fn who_rests_is_told_once_when_the_epoch_rises_or_the_view_changes() {
+    let mut bench = Bench::new();
+    let client = bench.joins(CLIENT, Role::Client);
+    let other = bench.joins(OTHER, Role::Client);
+    // All news is told with answers; then the client has nothing to say any more.
+    for _ in 0..3 {
+        bench.now = bench.now.after(1);
+        let epoch = bench.root.port().epoch();
+        bench.hears_at(epoch, client, ping(epoch.0, Waits::No));
+    }
+    let epoch = bench.root.port().epoch();
+    bench.answered.clear();
+    bench.now = bench.now.after(5);
+    bench.hears_at(epoch, other, ping(epoch.0, Waits::Yes));
+    assert!(bench.root.port().epoch() > epoch, "somebody waits");
+    bench.answered.sort_unstable();
+    assert_eq!(bench.answered, [CLIENT, OTHER]);
+
+    // It has not pinged since, so it does not rest.
+    bench.answered.clear();
+    bench.now = bench.now.after(5);
+    bench.hears_at(epoch, other, ping(epoch.0, Waits::Yes));
+    assert_eq!(bench.answered, [OTHER]);
+
+    let epoch = bench.root.port().epoch();
+    bench.hears_at(epoch, client, ping(epoch.0, Waits::No));
+    bench.answered.clear();
+    let home = bench.joins(HOME, Role::Destination);
+    assert_eq!(bench.answered, [CLIENT], "{home} is in the view");
 }

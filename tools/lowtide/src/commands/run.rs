@@ -84,6 +84,7 @@ fn options(args: &RunArgs) -> Result<Options, Failure> {
         why,
         seed: args.seed.unwrap_or_else(seed_from_clock),
         restart_after: Duration::from_millis(args.restart_after),
+        evict_after_ms: args.evict_after,
         patience: Duration::from_secs(args.patience),
         stay: args.stay,
         record_unsynced: args.record_unsynced,

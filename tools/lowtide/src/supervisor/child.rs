@@ -3,7 +3,8 @@
 //! Each life of a node is a process in a process group of its own (Ctrl-C on the terminal reaches
 //! only the supervisor) that dies with the supervisor (`node` asks for the parent's death signal).
 //! A watching thread asks the node for its report thirty times a second, so that a node that is
-//! paused, dead or slow never delays the supervisor.
+//! paused, dead or slow never delays the supervisor; a tenth as often when the run is over and the
+//! cluster only stays.
 
 use std::fs::File;
 use std::io;
@@ -20,6 +21,8 @@ use crate::control::{Control, NodeReport};
 
 /// Time between two reports.
 const WATCH_INTERVAL: Duration = Duration::from_millis(30);
+/// The same while the cluster only stays.
+const CALM_INTERVAL: Duration = Duration::from_millis(300);
 
 /// A running node process.
 #[derive(Debug)]
@@ -75,6 +78,11 @@ impl Child {
     #[must_use]
     pub fn report(&self) -> Option<(Instant, NodeReport)> {
         self.watch.latest()
+    }
+
+    /// Asks for reports less often from now on.
+    pub fn watch_calmly(&self) {
+        self.watch.shared.is_calm.store(true, Ordering::Relaxed);
     }
 
     /// How the process ended, once it has.
@@ -156,6 +164,7 @@ struct Watch {
 struct Shared {
     latest: Mutex<Option<(Instant, NodeReport)>>,
     over: AtomicBool,
+    is_calm: AtomicBool,
 }
 
 impl Watch {
@@ -194,7 +203,10 @@ fn watch_loop(socket: &Path, shared: &Shared) {
             Some(Err(_)) => connection = None,
             None => {}
         }
-        std::thread::sleep(WATCH_INTERVAL);
+        std::thread::sleep(match shared.is_calm.load(Ordering::Relaxed) {
+            true => CALM_INTERVAL,
+            false => WATCH_INTERVAL,
+        });
     }
 }
 

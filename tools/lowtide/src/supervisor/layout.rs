@@ -20,6 +20,8 @@ pub struct Common {
     pub record_unsynced: bool,
     /// Shards of each server.
     pub shards: u32,
+    /// Silence after which the root evicts a client or proxy, in milliseconds.
+    pub evict_after_ms: u64,
 }
 
 /// The machine's cores shared out to `servers`, at least one for each.
@@ -109,7 +111,7 @@ pub fn write(state: &Path, cluster: &Cluster, common: &Common) -> Result<(), (Pa
                 .wrapping_add(u64::from(member.id)),
             record_unsynced: common.record_unsynced && member.role.is_persistent(),
             shards: matches!(member.role, Role::Meta | Role::Object).then_some(common.shards),
-            evict_after_ms: None,
+            evict_after_ms: (member.role == Role::Root).then_some(common.evict_after_ms),
         };
         put(
             dir.join("node.toml"),
@@ -164,6 +166,7 @@ mod tests {
             seed: u64::MAX,
             record_unsynced: true,
             shards: 3,
+            evict_after_ms: 4_000,
         };
         write(tmp.path(), &cluster, &common).unwrap();
         let meta = NodeFile::load(&tmp.path().join("meta1/node.toml")).unwrap();
@@ -173,6 +176,11 @@ mod tests {
         let proxy = NodeFile::load(&tmp.path().join("proxy1/node.toml")).unwrap();
         assert_eq!((proxy.dir, proxy.record_unsynced), (None, false));
         assert_eq!((meta.shards, proxy.shards), (Some(3), None));
+        let root = NodeFile::load(&tmp.path().join("root/node.toml")).unwrap();
+        assert_eq!(
+            (root.evict_after_ms, meta.evict_after_ms),
+            (Some(4_000), None)
+        );
         assert_eq!(proxy.loss_percent, 10.0);
         assert_ne!(proxy.seed, meta.seed);
     }

@@ -145,6 +145,12 @@ impl Nodes {
         self.nodes.iter_mut().try_for_each(Node::start)
     }
 
+    /// Asks the nodes that run now for their reports less often.
+    pub fn watch_calmly(&self) {
+        let children = self.nodes.iter().filter_map(|node| node.child.as_ref());
+        children.for_each(Child::watch_calmly);
+    }
+
     /// Notices deaths, restarts what is due and takes in reports. To be called often.
     ///
     /// # Errors
