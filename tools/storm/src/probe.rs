@@ -85,6 +85,8 @@ probes! {
     HolderEvicted,
     /// A home was recovered twice from one disk, once with a crash on the way.
     RecoveredTwice,
+    /// A node refused what a root said that had been replaced.
+    OldRootRefused,
     IdleEpochsWatched,
     RestWatched,
 }

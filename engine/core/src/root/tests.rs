@@ -162,3 +162,26 @@ fn a_child_that_holds_m_while_a_log_is_full_is_told_from_its_neighbours() {
 fn a_child_that_holds_m_is_left_alone_while_every_log_has_room() {
     assert_eq!(branch_held_at_40(Waits::Yes), (true, true));
 }
+
+#[test]
+fn a_root_that_hears_a_newer_term_leaves_and_says_nothing_more() {
+    let mut bench = Bench::new();
+    let client = bench.joins(CLIENT, Role::Client);
+    let says = |term| Envelope {
+        from: client,
+        epoch: Epoch(100),
+        minimum: Epoch(0),
+        term: Term(term),
+        body: ping(50, Waits::Yes),
+    };
+    bench.root.handle_message(bench.now, says(1));
+    // An answer and a new m are under way when it hears of another root.
+    bench.root.handle_message(bench.now, says(2));
+    assert_eq!(bench.root.poll_effect(), Some(Effect::Evicted));
+    bench.now = Time(100_000);
+    bench.root.handle_message(bench.now, says(1));
+    bench.root.declare_dead(bench.now, CLIENT);
+    bench.root.handle_timeout(bench.now);
+    bench.root.handle_persisted(bench.now, 1000);
+    assert_eq!(bench.root.poll_effect(), None);
+}
