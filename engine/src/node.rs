@@ -206,8 +206,9 @@ pub enum StartError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum NodeError {
-    /// Its life was evicted; a restart joins as a new one.
-    #[error("this life was evicted from the cluster")]
+    /// Its life was evicted, and a restart joins as a new one; or it is a root and another has taken
+    /// its place.
+    #[error("this life was evicted from the cluster, or is a root that another has replaced")]
     Evicted,
     /// Its storage failed; nothing was acknowledged after that.
     #[error("storage failed: {0}")]

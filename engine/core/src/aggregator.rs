@@ -60,7 +60,7 @@ impl Aggregator {
             root, pings, nonce, ..
         } = config;
         Aggregator {
-            port: Port::new(life, Epoch(0)),
+            port: Port::new(life, root, Epoch(0)),
             member: Member::new(root, root, Role::Aggregator, nonce, pings),
             config,
             children: BTreeMap::new(),

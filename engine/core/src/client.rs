@@ -177,7 +177,7 @@ impl Client {
             bypassed: BTreeSet::new(),
         };
         Client {
-            port: Port::new(life, Epoch(0)),
+            port: Port::new(life, config.root, Epoch(0)),
             member,
             config,
             redo: Redo::new(),

@@ -199,7 +199,7 @@ impl Destination {
             ceiling
         };
         let front = Destination {
-            port: Port::new(life, first),
+            port: Port::new(life, config.root, first),
             member: Member::new(
                 config.root,
                 config.parent,

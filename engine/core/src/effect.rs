@@ -3,7 +3,8 @@
 //! Invariants: E1 is applied by [`Port::receive`] before a message is processed, E2 by
 //! [`Port::send`] to every message that leaves (I2, and S1 by construction: no message without a
 //! stamp). m only rises, and only by the word of the highest term heard (I9). A message whose epoch
-//! is not credible changes nothing; it is counted and answered, so both ends know of it (T7).
+//! is not credible changes nothing; it is counted and answered, so both ends know of it (T7). A root
+//! whose term is older than the highest heard was replaced: nothing that it says is heard (N10).
 //!
 //! Transport contract assumed of the hands: per peer a connection that delivers in order without
 //! loss or duplication until it breaks, but that urgent messages ([`Message::is_urgent`]), in order
@@ -18,6 +19,7 @@ use crate::ids::{Epoch, Incarnation, Life, NodeId, Term};
 use crate::message::{Envelope, Message};
 use crate::op::{Bytes, Stamp};
 use crate::session::{Page, SessionError, Ticket};
+use crate::teeth::{Tooth, bites};
 
 /// Something the hands must do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +61,7 @@ pub enum Effect {
         /// The encoded state.
         state: alloc::vec::Vec<u8>,
     },
-    /// This life was evicted; the node must leave.
+    /// This life was evicted, or is a root that was replaced; the node must leave.
     Evicted,
 }
 
@@ -76,27 +78,50 @@ pub struct Refusals {
     pub newest_elsewhere: Option<(Life, Epoch)>,
 }
 
+/// Why a message must be dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Its epoch is not credible.
+    Poisoned(Poisoned),
+    /// It is of a root that was replaced.
+    OldRoot {
+        /// The term of that root.
+        term: Term,
+    },
+}
+
+impl From<Poisoned> for Refused {
+    fn from(poisoned: Poisoned) -> Refused {
+        Refused::Poisoned(poisoned)
+    }
+}
+
 /// A node's mouth and ears: identity, epoch, minimum, and the queue of effects.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Port {
     life: Life,
+    root: NodeId,
     clock: Clock,
     minimum: Epoch,
     term: Term,
     refusals: Refusals,
+    /// Messages refused because their root was replaced.
+    outdated: u64,
     out: VecDeque<Effect>,
 }
 
 impl Port {
-    /// A port for `life`, starting at `epoch`.
+    /// A port for `life` in the cluster of `root`, starting at `epoch`.
     #[must_use]
-    pub fn new(life: Life, epoch: Epoch) -> Port {
+    pub fn new(life: Life, root: NodeId, epoch: Epoch) -> Port {
         Port {
             life,
+            root,
             clock: Clock::starting_at(epoch),
             minimum: Epoch(0),
             term: Term(0),
             refusals: Refusals::default(),
+            outdated: 0,
             out: VecDeque::new(),
         }
     }
@@ -137,6 +162,12 @@ impl Port {
         self.refusals
     }
 
+    /// Messages refused because the root that said them was replaced.
+    #[must_use]
+    pub fn outdated(&self) -> u64 {
+        self.outdated
+    }
+
     /// Enters a life with the floor the root gave.
     pub fn join(&mut self, life: Life, floor: Epoch) {
         assert_eq!(life.node, self.life.node, "a node joins as itself");
@@ -165,11 +196,15 @@ impl Port {
     /// E1 and the minimum, before the message is looked at.
     ///
     /// # Errors
-    /// [`Poisoned`]: the message must be dropped. Its sender is told.
-    pub fn receive(&mut self, envelope: &Envelope) -> Result<(), Poisoned> {
+    /// [`Refused`]: the message must be dropped. Whoever sent an epoch that is not credible is told.
+    pub fn receive(&mut self, envelope: &Envelope) -> Result<(), Refused> {
+        // A root speaks in its own term, all others in the newest that they have heard.
+        let term = envelope.term;
+        let is_old = envelope.from.node == self.root && term < self.term;
+        let is_old = is_old && !bites(Tooth::OldRootHeard);
         match envelope.body {
             // The floor comes before the bound: a node may have been away for long (T7).
-            Message::Joined { floor, .. } if self.life.incarnation == Incarnation(0) => {
+            Message::Joined { floor, .. } if self.life.incarnation == Incarnation(0) && !is_old => {
                 self.clock.join(floor);
             }
             Message::Incredible { epoch } => {
@@ -185,7 +220,11 @@ impl Port {
             if !matches!(envelope.body, Message::Incredible { .. }) {
                 self.send(envelope.from.node, Message::Incredible { epoch });
             }
-            return Err(poisoned);
+            return Err(poisoned.into());
+        }
+        if is_old {
+            self.outdated += 1;
+            return Err(Refused::OldRoot { term });
         }
         if envelope.term >= self.term {
             self.term = envelope.term;
@@ -245,11 +284,11 @@ mod tests {
         let (liar, honest) = (life(7, 2), life(1, 4));
         let far = JUMP_MAX + 6;
         for (epoch, minimum) in [(far, 0), (5, far)] {
-            let mut port = Port::new(honest, Epoch(5));
+            let mut port = Port::new(honest, NodeId(9), Epoch(5));
             let pong = || Message::Pong { view: None };
             let refused = port.receive(&envelope(liar, epoch, minimum, pong()));
             let epoch = Epoch(far);
-            assert_eq!(refused, Err(Poisoned { epoch }));
+            assert_eq!(refused, Err(Poisoned { epoch }.into()));
             let state = (port.epoch(), port.minimum(), port.term());
             assert_eq!(state, (Epoch(5), Epoch(0), Term(0)));
             assert_eq!(port.refusals().here, 1);
@@ -266,7 +305,7 @@ mod tests {
                 (liar.node, &Message::Incredible { epoch })
             );
 
-            let mut other = Port::new(liar, epoch);
+            let mut other = Port::new(liar, NodeId(9), epoch);
             assert_eq!(other.receive(&answer), Ok(()));
             assert_eq!(other.refusals().elsewhere, 1);
             assert_eq!(other.refusals().newest_elsewhere, Some((honest, epoch)));
@@ -277,7 +316,7 @@ mod tests {
 
     #[test]
     fn no_answer_to_an_answer() {
-        let mut port = Port::new(life(1, 1), Epoch(5));
+        let mut port = Port::new(life(1, 1), NodeId(9), Epoch(5));
         let body = Message::Incredible { epoch: Epoch(1) };
         port.receive(&envelope(life(2, 1), JUMP_MAX + 6, 0, body))
             .expect_err("not credible");
@@ -291,7 +330,7 @@ mod tests {
     /// T7: "a (re)joining node takes its floor before the bound applies".
     #[test]
     fn a_node_that_was_away_for_long_can_join() {
-        let mut port = Port::new(life(5, 0), Epoch(1));
+        let mut port = Port::new(life(5, 0), NodeId(1), Epoch(1));
         let floor = Epoch(3 * JUMP_MAX);
         let joined = |floor| Message::Joined {
             nonce: 1,
@@ -308,5 +347,32 @@ mod tests {
         let told = envelope(life(1, 1), far.0, 0, joined(far));
         port.receive(&told).expect_err("not credible");
         assert_eq!(port.epoch(), Epoch(floor.0 + 20));
+    }
+
+    #[test]
+    fn a_root_of_an_older_term_is_not_heard() {
+        let life = |node, incarnation| Life {
+            node: NodeId(node),
+            incarnation: Incarnation(incarnation),
+        };
+        let said = |from: Life, term, minimum| Envelope {
+            from,
+            epoch: Epoch(9),
+            minimum: Epoch(minimum),
+            term: Term(term),
+            body: Message::Pong { view: None },
+        };
+        let mut port = Port::new(life(2, 1), NodeId(1), Epoch(0));
+        assert_eq!(port.receive(&said(life(1, 1), 1, 3)), Ok(()));
+        // A neighbour has heard the successor.
+        assert_eq!(port.receive(&said(life(3, 1), 2, 5)), Ok(()));
+        let term = Term(1);
+        let refused = Err(Refused::OldRoot { term });
+        assert_eq!(port.receive(&said(life(1, 1), 1, 7)), refused);
+        assert_eq!((port.minimum(), port.outdated()), (Epoch(5), 1));
+        // Whoever has not heard it yet is believed, but for m.
+        assert_eq!(port.receive(&said(life(4, 1), 1, 7)), Ok(()));
+        assert_eq!(port.receive(&said(life(1, 2), 2, 6)), Ok(()));
+        assert_eq!((port.minimum(), port.outdated()), (Epoch(6), 1));
     }
 }

@@ -59,7 +59,7 @@ pub struct Intervals {
 
 /// Members whose last ping said all that its answer did, so that they rest; kept by whoever answers
 /// them.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Resting {
     /// Each with the view that it knows.
     members: BTreeMap<NodeId, ViewId>,
@@ -314,7 +314,7 @@ mod tests {
             node: NodeId(2),
             incarnation: Incarnation(incarnation),
         };
-        let mut port = Port::new(life(0), Epoch(0));
+        let mut port = Port::new(life(0), ROOT, Epoch(0));
         member.handle_timeout(Time(0), &mut port, (Epoch(0), Waits::No));
         let joined = Message::Joined {
             nonce: 7,

@@ -141,7 +141,7 @@ impl Proxy {
             config.pings,
         );
         Proxy {
-            port: Port::new(life, Epoch(0)),
+            port: Port::new(life, config.root, Epoch(0)),
             member,
             config,
             locks: LockServer::default(),

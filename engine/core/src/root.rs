@@ -77,7 +77,7 @@ struct Bound {
 }
 
 /// A root. See the module's head.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Root {
     port: Port,
     config: RootConfig,
@@ -102,6 +102,8 @@ pub struct Root {
     next_look: Time,
     last_rise: Time,
     counters: RootCounters,
+    /// Another root has taken its place: it says nothing any more.
+    is_replaced: bool,
 }
 
 impl Root {
@@ -114,7 +116,7 @@ impl Root {
             node,
             incarnation: Incarnation(state.term.0),
         };
-        let mut port = Port::new(life, Epoch(state.ceiling.0.max(1)));
+        let mut port = Port::new(life, node, Epoch(state.ceiling.0.max(1)));
         port.publish(state.term, state.minimum);
         let evictions: BTreeMap<Life, Eviction> = core::mem::take(&mut state.evictions)
             .into_iter()
@@ -156,14 +158,18 @@ impl Root {
             next_look: now,
             last_rise: now,
             counters: RootCounters::default(),
+            is_replaced: false,
         };
         root.state.view = ViewId(root.state.view.0 + 1);
         root.settle(now);
         root
     }
 
-    /// A message arrived.
+    /// A message arrived. One of a newer term proves that another root has taken this one's place.
     pub fn handle_message(&mut self, now: Time, envelope: Envelope) {
+        if envelope.term > self.state.term || self.is_replaced {
+            return self.leave();
+        }
         if self.port.receive(&envelope).is_err() {
             return;
         }
@@ -605,7 +611,18 @@ impl Root {
         self.view_changed();
     }
 
+    /// Nothing that was to be said is said, nor is anything written.
+    fn leave(&mut self) {
+        if !core::mem::replace(&mut self.is_replaced, true) {
+            while self.port.poll().is_some() {}
+            self.waiting = VecDeque::from([(0, Effect::Evicted)]);
+        }
+    }
+
     fn settle(&mut self, now: Time) {
+        if self.is_replaced {
+            return;
+        }
         self.evictions_settle(now);
         if !self.evictions.is_empty() {
             self.wanted = true;

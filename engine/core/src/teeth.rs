@@ -67,6 +67,8 @@ pub enum Tooth {
     NeverRests,
     /// A connection to a process that died before it spoke is not asked when the view names another.
     SilentEndIgnored,
+    /// What a root says is heard although its term is older than another that was heard (N10).
+    OldRootHeard,
 }
 
 impl Tooth {
@@ -102,6 +104,7 @@ impl Tooth {
         Tooth::AgeIgnored,
         Tooth::NeverRests,
         Tooth::SilentEndIgnored,
+        Tooth::OldRootHeard,
     ];
 }
 

@@ -437,6 +437,11 @@ impl World {
                 self.nodes[node].disk.full = true;
                 self.at(now + ticks, Event::Unfull { node });
             }
+            Fault::TwoRoots {
+                down,
+                asleep,
+                ticks,
+            } => self.replace_root((down, asleep, ticks)),
             Fault::Part { node } => {
                 if let Core::Client(client) = &mut self.nodes[node].core {
                     client.part();
@@ -461,6 +466,7 @@ impl World {
     /// Every fault ends; nodes that are to come back do.
     pub(crate) fn heal(&mut self) {
         self.is_healed = true;
+        self.old_root = None;
         self.note(9, || "everything heals".to_owned());
         for node in 0..self.nodes.len() {
             self.nodes[node].paused_until = 0;

@@ -263,12 +263,12 @@ struct Show {
 
 fn one(seed: u64, whole: bool, show: &Show) -> bool {
     let mut plan = Plan::of(seed);
-    let mut failed = run(&plan, false).failure.is_some();
-    if failed && !whole {
+    let first = run(&plan, false).failure;
+    if first.is_some() && !whole {
         plan = minimise(&plan);
     }
     let result = run(&plan, true);
-    failed |= result.failure.is_some();
+    let failed = first.is_some() || result.failure.is_some();
     if failed || show.trace {
         let skip = result.trace.len().saturating_sub(show.lines);
         for line in &result.trace[skip..] {
@@ -281,8 +281,11 @@ fn one(seed: u64, whole: bool, show: &Show) -> bool {
             println!("{node}");
         }
     }
-    if let Some(what) = &result.failure {
+    if let Some(what) = first.as_ref().or(result.failure.as_ref()) {
         println!("seed {seed} failed: {what}");
+    }
+    if let Some(what) = result.failure.filter(|what| first.as_ref() != Some(what)) {
+        println!("thinned out: {what}");
     }
     println!("hash {:016x}, {} events", result.hash, result.events);
     println!("{} passed, {} failed", u8::from(!failed), u8::from(failed));

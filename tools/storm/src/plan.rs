@@ -79,6 +79,15 @@ pub enum Fault {
         /// A client.
         node: Index,
     },
+    /// The root stops, a successor takes its place, and then it goes on.
+    TwoRoots {
+        /// Ticks until the successor starts.
+        down: u64,
+        /// Ticks from then on until the old root goes on.
+        asleep: u64,
+        /// For how long it does.
+        ticks: u64,
+    },
 }
 
 impl Fault {
@@ -92,6 +101,11 @@ impl Fault {
             | Fault::Isolate { ticks, .. }
             | Fault::Slow { ticks, .. }
             | Fault::Full { ticks, .. } => *ticks,
+            Fault::TwoRoots {
+                down,
+                asleep,
+                ticks,
+            } => down + asleep + ticks,
             Fault::Break { .. } | Fault::Part { .. } => 0,
         }
     }
@@ -362,6 +376,7 @@ impl Plan {
         plan.draw_shards(&mut Rng::branch(seed, 7));
         plan.draw_orphan(&mut list);
         plan.draw_disk(&mut Rng::branch(seed, 10));
+        plan.draw_roots(&mut list, &mut Rng::branch(seed, 11));
         list.sort_by_key(|(at, _)| *at);
         plan.faults = list;
         plan
@@ -437,6 +452,19 @@ impl Plan {
         let restarted = at + rng.range(20, 100);
         list.extend([(at, cut), (restarted, restart)]);
         list.push((restarted + rng.below(20), death));
+    }
+
+    /// An old root goes on long enough to take everybody for silent.
+    fn draw_roots(&self, list: &mut Vec<(u64, Fault)>, rng: &mut Rng) {
+        if !rng.chance(3) {
+            return;
+        }
+        let fault = Fault::TwoRoots {
+            down: rng.range(1, 20),
+            asleep: rng.range(1, 100),
+            ticks: self.evict_after * 2 + rng.below(200),
+        };
+        list.push((rng.range(5, self.horizon), fault));
     }
 
     fn knobs(&mut self, rng: &mut Rng) {

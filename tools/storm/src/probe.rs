@@ -87,6 +87,8 @@ probes! {
     RecoveredTwice,
     /// A ping, a report or an answer arrived before what had been sent before it.
     UrgentOvertook,
+    /// A node refused what a root said that had been replaced.
+    OldRootRefused,
     IdleEpochsWatched,
     RestWatched,
 }

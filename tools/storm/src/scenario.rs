@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 
 use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::{Destination, Stage};
-use lowtide_engine_core::ids::{Epoch, Life, NodeId, OpId};
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, OpId, Term, ViewId};
+use lowtide_engine_core::message::{Envelope, Message, Waits};
 use lowtide_engine_core::op::{
     Bytes, Change, Check, Expect, Key, Mode, Request, Stamp, Update, Want,
 };
@@ -410,6 +411,54 @@ impl Scenario {
         }
         self.world.after(0);
         self.check();
+    }
+
+    /// The root stops and its successor takes its place at once; after `asleep` ticks the old one
+    /// goes on, for `ticks`, without hearing anybody. What it says arrives at whoever has heard the
+    /// successor.
+    pub fn replace_root(&mut self, asleep: u64, ticks: u64) {
+        self.world.replace_root((1, asleep, ticks));
+    }
+
+    /// Kinds of messages that the old root has said to somebody.
+    #[must_use]
+    pub fn old_root_said(&self) -> Vec<&'static str> {
+        self.world.old_root_said.iter().copied().collect()
+    }
+
+    /// The old root hears a ping of a node; returns whether it leaves.
+    ///
+    /// # Panics
+    /// When the node is down.
+    pub fn old_root_hears(&mut self, node: Index) -> bool {
+        let port = self.world.nodes[node].core.port().expect("it is up");
+        let envelope = Envelope {
+            from: port.life(),
+            epoch: port.epoch(),
+            minimum: port.minimum(),
+            term: port.term(),
+            body: Message::Ping {
+                attach: 0,
+                lower_bound: port.epoch(),
+                view: ViewId(0),
+                waits: Waits::No,
+            },
+        };
+        self.world.old_root_hears(envelope)
+    }
+
+    /// Messages of old roots that a node has refused.
+    #[must_use]
+    pub fn outdated(&self, node: Index) -> u64 {
+        let port = self.world.nodes[node].core.port();
+        port.map_or(0, |port| port.outdated())
+    }
+
+    /// Term of the newest root that a node has heard.
+    #[must_use]
+    pub fn term(&self, node: Index) -> Term {
+        let port = self.world.nodes[node].core.port();
+        port.map_or(Term(0), |port| port.term())
     }
 
     /// Starts a node's process.

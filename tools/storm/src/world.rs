@@ -22,6 +22,7 @@ use crate::app::App;
 use crate::disk::{Disk, RootDisk};
 use crate::fate::Losses;
 use crate::net::Net;
+use crate::old_root::OldRoot;
 use crate::oracle::Oracle;
 use crate::plan::{Fault, Index, Plan};
 use crate::probe::{Probe, Probes};
@@ -142,6 +143,7 @@ pub(crate) enum Event {
     Unfull {
         node: Index,
     },
+    OldRoot,
     BreakLater {
         key: (Index, Index),
     },
@@ -212,6 +214,10 @@ pub struct World {
     pub(crate) pins: BTreeSet<(Index, Index)>,
     /// Homes and whom they last refused a lock because room had run out.
     pub(crate) refused: BTreeSet<(Index, NodeId)>,
+    /// A root that was replaced and goes on, and the kinds of messages that it said to those who
+    /// have heard the other.
+    pub(crate) old_root: Option<OldRoot>,
+    pub(crate) old_root_said: BTreeSet<&'static str>,
 }
 
 impl World {
@@ -276,6 +282,8 @@ impl World {
             progress: 0,
             pins: BTreeSet::new(),
             refused: BTreeSet::new(),
+            old_root: None,
+            old_root_said: BTreeSet::new(),
         };
         for node in 0..world.nodes.len() {
             let at = if node == 0 { 0 } else { world.rng.below(6) };
@@ -459,6 +467,7 @@ impl World {
             }
             Event::Start { node } => self.start(node),
             Event::Unfull { node } => self.nodes[node].disk.full = false,
+            Event::OldRoot => self.old_root_goes_on(),
             Event::BreakLater { key } => self.break_link(key),
         }
     }

@@ -408,6 +408,46 @@ fn a_root_that_stood_still_evicts_nobody() {
     s.finish();
 }
 
+/// N10. A root stops, its successor takes its place, and then it goes on: it hears nobody, takes
+/// everybody for silent and begins to evict them. Whoever has heard the successor refuses all that.
+#[test]
+fn what_a_root_says_that_was_replaced_is_refused() {
+    let mut s = Scenario::new(two_by_two(2));
+    let (d0, d1, s0, s1, c0, c1) = (s.d(0), s.d(1), s.s(0), s.s(1), s.c(0), s.c(1));
+    let everybody = [d0, d1, s0, s1, c0, c1];
+    let lives = everybody.map(|n| s.life(n));
+    let before = s.put(c0, &[(0, 10, 1), (1, 10, 1)]);
+    s.wait(before).expect("not refused");
+    let term = s.term(0);
+    s.replace_root(100, 100_000);
+    s.until("everybody has heard the successor", |s| {
+        s.is_up(0) && everybody.iter().all(|n| s.term(*n) > term)
+    });
+    assert_eq!(s.old_root_said(), Vec::<&str>::new(), "it sleeps");
+    s.run(500);
+    assert_eq!(s.old_root_said(), ["Fence"], "it evicts them all");
+    for home in [d0, d1] {
+        assert!(s.outdated(home) > 4, "it tells of four lives, and again");
+    }
+    // Nobody is fenced, and m goes on.
+    for (number, client) in [c0, c1].into_iter().enumerate() {
+        let slot = 20 + number as u64;
+        let ticket = s.put(client, &[(0, slot, 2), (1, slot, 2)]);
+        let stamp = s.wait(ticket).expect("not refused");
+        s.until("it is stable", |s| s.minimum() > stamp.epoch);
+    }
+    for life in lives {
+        let seat = s.root().view().seat(life.node).cloned();
+        assert!(seat.is_some_and(|seat| seat.life == life && seat.live));
+    }
+    assert_eq!(s.root().counters().evicted, 0);
+    assert!(
+        s.old_root_hears(c0),
+        "the first word of the successor's term ends it"
+    );
+    s.finish();
+}
+
 /// A client reads through its proxy what was completed elsewhere after another one's death
 /// (seed 1087175): the proxy never saw that part and must not call the range empty.
 #[test]

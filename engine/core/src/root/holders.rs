@@ -22,7 +22,7 @@ use crate::ids::{Epoch, Life, NodeId, Time};
 use crate::message::{Role, Waits};
 
 /// What the root knows about full logs, and who has held m back meanwhile.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Holders {
     /// When each home was heard last, and whether it said that its log has no room for m's sake.
     homes: BTreeMap<NodeId, (Time, bool)>,

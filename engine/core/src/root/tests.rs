@@ -264,3 +264,26 @@ fn who_rests_is_told_once_when_the_epoch_rises_or_the_view_changes() {
     let home = bench.joins(HOME, Role::Destination);
     assert_eq!(bench.answered, [CLIENT], "{home} is in the view");
 }
+
+#[test]
+fn a_root_that_hears_a_newer_term_leaves_and_says_nothing_more() {
+    let mut bench = Bench::new();
+    let client = bench.joins(CLIENT, Role::Client);
+    let says = |term| Envelope {
+        from: client,
+        epoch: Epoch(100),
+        minimum: Epoch(0),
+        term: Term(term),
+        body: ping(50, Waits::Yes),
+    };
+    bench.root.handle_message(bench.now, says(1));
+    // An answer and a new m are under way when it hears of another root.
+    bench.root.handle_message(bench.now, says(2));
+    assert_eq!(bench.root.poll_effect(), Some(Effect::Evicted));
+    bench.now = Time(100_000);
+    bench.root.handle_message(bench.now, says(1));
+    bench.root.declare_dead(bench.now, CLIENT);
+    bench.root.handle_timeout(bench.now);
+    bench.root.handle_persisted(bench.now, 1000);
+    assert_eq!(bench.root.poll_effect(), None);
+}

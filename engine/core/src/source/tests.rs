@@ -39,7 +39,7 @@ fn told(executed: u64, committed: u64) -> StreamState {
 
 #[test]
 fn what_is_sent_again_counts_as_on_its_way_until_it_lands_again() {
-    let mut port = Port::new(life(), Epoch(1));
+    let mut port = Port::new(life(), NodeId(1), Epoch(1));
     let (mut outbox, mut redo) = (Outbox::default(), Redo::new());
     outbox.open(life(), HOME, StreamSeq(1));
     let value: crate::op::Bytes = alloc::vec![7u8; IN_FLIGHT_BYTES / 2].into();
