@@ -3,11 +3,13 @@
 mod common;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use common::{check, diff, lowtide, make_input, processes, start_staying, text, wait_until};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::Value;
 
 #[test]
@@ -247,6 +249,78 @@ fn a_fault_may_strike_while_another_one_is_recovered_from() {
 }
 
 #[test]
+fn a_run_tells_how_far_it_is_and_what_recovers() {
+    let tmp = tempfile::tempdir().unwrap();
+    let input = tmp.path().join("in");
+    make_input(&input, 400);
+    // A server waits for the proxy that is away, for as long as it takes for two lines or more.
+    let output = lowtide(&["run", "--fault", "pause:proxy0@30%:5000"])
+        .args(["--fault", "kill:meta1@30%", "--input", text(&input)])
+        .output()
+        .unwrap();
+    check(&output, 0);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let line_with = |words: &[&str]| {
+        let has = |line: &str| words.iter().all(|word| line.contains(word));
+        assert!(said.lines().any(has), "{words:?}: {said}");
+    };
+    let figures = [
+        "storing ",
+        "%: ",
+        " operations (",
+        " unstable), ",
+        " entries, ",
+        " epoch ",
+        " minimum ",
+        "(lag ",
+    ];
+    line_with(&figures);
+    line_with(&["storing ", "meta1 RECONNECT"]);
+    line_with(&["storing ", "proxy0 silent", "minimum held at "]);
+}
+
+#[test]
+fn on_a_terminal_a_bar_grows() {
+    let tmp = tempfile::tempdir().unwrap();
+    let input = tmp.path().join("in");
+    make_input(&input, 200);
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&ours).unwrap();
+    unlockpt(&ours).unwrap();
+    let size = Winsize {
+        ws_row: 40,
+        ws_col: 160,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&ours, size).unwrap();
+    let name = ptsname(&ours, Vec::new()).unwrap();
+    let mut theirs = fs::File::options();
+    let theirs = theirs.read(true).write(true).open(name.to_str().unwrap());
+    let mut run = lowtide(&["run", "--clients", "1", "--input", text(&input)])
+        .env("TERM", "xterm")
+        .stderr(theirs.unwrap())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    // The terminal hangs up, an error, when the last process that has it is gone.
+    let mut shown = Vec::new();
+    let _ = fs::File::from(ours).read_to_end(&mut shown);
+    assert_eq!(run.wait().unwrap().code(), Some(0));
+    let shown = String::from_utf8_lossy(&shown).into_owned();
+    let whole = "\u{2588}";
+    for words in ["\u{1b}[", whole, "\u{2591}", "storing ", " epoch ", "(lag "] {
+        assert!(shown.contains(words), "{words:?}: {shown:?}");
+    }
+    // It is as wide as its work is far.
+    let widths = shown
+        .split(['\r', '\n'])
+        .map(|line| line.matches(whole).count());
+    let widths: std::collections::BTreeSet<usize> = widths.collect();
+    assert!(widths.len() > 3, "{widths:?}");
+}
+
+#[test]
 fn two_runs_at_once_do_not_meet() {
     let tmp = tempfile::tempdir().unwrap();
     let input = tmp.path().join("in");
@@ -320,7 +394,43 @@ fn a_cluster_that_stays_serves_commands_until_it_is_told_to_end() {
         7
     );
     // In use: nobody else may open it.
-    check(&on(&["export", "--to", "/nonexistent"]), 2);
+    let refused = on(&["export", "--to", "/nonexistent"]);
+    check(&refused, 2);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("in use by another lowtide process"), "{said}");
+
+    // For people: a line for each node, and with --watch again and again.
+    let names: Vec<String> = status.as_object().unwrap().keys().cloned().collect();
+    let is_look = |lines: &[String]| {
+        let of = |name: &String| lines.iter().find(|line| line.starts_with(name.as_str()));
+        names.iter().all(|name| {
+            of(name).is_some_and(|line| {
+                let words = [" life ", " epoch ", " minimum ", "COMPLETE"];
+                words.iter().all(|word| line.contains(word))
+            })
+        })
+    };
+    let plain = on(&["status"]);
+    check(&plain, 0);
+    let plain = String::from_utf8(plain.stdout).unwrap();
+    let lines: Vec<String> = plain.lines().map(str::to_owned).collect();
+    assert!(is_look(&lines) && lines.len() == names.len() + 1, "{plain}");
+    let mut watch = lowtide(&["status", "--watch", "--state", text(&state)])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    for _ in 0..2 {
+        // An empty line ends a look.
+        let look: Vec<String> = lines
+            .by_ref()
+            .map(Result::unwrap)
+            .take_while(|line| !line.is_empty())
+            .collect();
+        assert!(is_look(&look) && look.len() == names.len(), "{look:?}");
+    }
+    watch.kill().unwrap();
+    watch.wait().unwrap();
 
     let nodes = processes(&state);
     assert_eq!(nodes.len(), 8);

@@ -73,6 +73,8 @@ pub struct Node {
     pub gone: bool,
     program: Program,
     child: Option<Child>,
+    /// Whether we have stopped it: it takes orders, and answers none.
+    paused: bool,
     restart_at: Option<Instant>,
     deaths: VecDeque<Instant>,
     /// Counts of lives that are over.
@@ -122,6 +124,7 @@ impl Nodes {
                         control: state::control_socket(state, &member.name),
                     },
                     child: None,
+                    paused: false,
                     restart_at: None,
                     deaths: VecDeque::new(),
                     past: NodeCounters::default(),
@@ -197,14 +200,15 @@ impl Nodes {
     /// # Errors
     /// A system call failed.
     pub fn set_paused(&mut self, index: NodeIndex, paused: bool) -> Result<(), NodesError> {
-        let node = &self.nodes[index.0];
-        match &node.child {
+        let node = &mut self.nodes[index.0];
+        let done = match &node.child {
             Some(child) if paused => child.pause(),
             Some(child) => child.resume(),
             // Died meanwhile; its next life is not paused.
-            None => Ok(()),
-        }
-        .map_err(|e| node.error(e))
+            None => return Ok(()),
+        };
+        node.paused = paused;
+        done.map_err(|e| node.error(e))
     }
 
     /// Gives an order to the current life of a node.
@@ -340,10 +344,10 @@ impl Node {
         self.child.as_ref().map(Child::pid)
     }
 
-    /// Whether it runs and answered within the last moments.
+    /// Whether it runs and answered within the last moments, so that an order need not be waited for.
     #[must_use]
     pub fn is_answering(&self) -> bool {
-        self.report_age().is_some_and(|age| age < FRESH)
+        !self.paused && self.report_age().is_some_and(|age| age < FRESH)
     }
 
     /// Age of the current life's newest report.
@@ -390,6 +394,7 @@ impl Node {
         self.past = engine::together(self.past, ended);
         self.last = NodeReport::default();
         self.restart_at = None;
+        self.paused = false;
         self.life += 1;
         self.child = Some(Child::spawn(&self.program).map_err(|e| self.error(e))?);
         Ok(())

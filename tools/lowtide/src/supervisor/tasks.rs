@@ -119,8 +119,11 @@ impl Task {
                 }
             }
             Some(outcome) => {
-                // The outcome is ours now; a client that does not hear this keeps a few bytes.
-                let _ = nodes.order(self.owner, &Order::Forget { job: report.id });
+                // The outcome is ours now; a client that does not hear this keeps a few bytes. One
+                // that is stopped is not asked: it would stop us, too.
+                if nodes.get(self.owner).is_answering() {
+                    let _ = nodes.order(self.owner, &Order::Forget { job: report.id });
+                }
                 self.outcome = Some(outcome);
             }
         }
