@@ -24,6 +24,7 @@ use lowtide_engine_core::session::Placement;
 use lowtide_transport::message::{BindError, SameHost, Waker};
 use serde::{Deserialize, Serialize};
 
+use crate::medium::Volume;
 use crate::session::{Command, SessionHandle, Shared};
 use crate::status::Status;
 use crate::storage::StorageError;
@@ -95,6 +96,8 @@ pub struct NodeConfig {
     pub addr: SocketAddr,
     /// Persistent state; required for persistent roles, unused otherwise.
     pub dir: Option<PathBuf>,
+    /// A server's state instead of the files in `dir`: a medium that fails on purpose, say.
+    pub volume: Option<Arc<dyn Volume>>,
     /// The whole cluster, this node included.
     pub peers: Vec<Peer>,
     /// Homes that a client reaches through a proxy; others are reached directly.
@@ -136,6 +139,7 @@ impl NodeConfig {
             role,
             addr,
             dir: None,
+            volume: None,
             peers: Vec::new(),
             via: Vec::new(),
             parent: None,

@@ -60,8 +60,25 @@ pub enum OfflineError {
     #[error("storage failed: {0}")]
     Failed(String),
     /// Recovery stopped making progress.
-    #[error("work is unresolved: {0}")]
-    Unresolved(String),
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Unresolved(Vec<Unresolved>),
+}
+
+/// A dead life whose work cannot be completed or undone, and what is missing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the work of {life} is unresolved ({stage}) without {}", nodes(.missing))]
+pub struct Unresolved {
+    /// Whose work.
+    pub life: Life,
+    /// How far it came.
+    pub stage: &'static str,
+    /// Nodes that have not said what they have of it, or done what was decided.
+    pub missing: Vec<NodeId>,
+}
+
+fn nodes(missing: &[NodeId]) -> String {
+    let words: Vec<String> = missing.iter().map(|node| format!("node {node}")).collect();
+    words.join(", ")
 }
 
 /// A recovered cluster at rest.
@@ -83,13 +100,43 @@ impl std::fmt::Debug for OfflineState {
 /// # Errors
 /// See [`OfflineError`].
 pub fn open(config: &OfflineConfig) -> Result<OfflineState, OfflineError> {
+    open_within(config, PATIENCE)
+}
+
+/// As [`open`], and gives up when recovery makes no progress for as long as `patience`.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_within(
+    config: &OfflineConfig,
+    patience: Duration,
+) -> Result<OfflineState, OfflineError> {
     let mut recovery = Recovery::new(config)?;
-    recovery.run()?;
+    recovery.run(patience)?;
     let resolved = recovery.root.counters().evicted;
     Ok(OfflineState {
-        servers: recovery.servers,
+        servers: std::mem::take(&mut recovery.servers),
         resolved,
     })
+}
+
+/// Ends the servers' threads, which hold their directories.
+fn close(servers: &mut BTreeMap<NodeId, Server>) {
+    for server in std::mem::take(servers).into_values() {
+        server.close();
+    }
+}
+
+impl Drop for OfflineState {
+    fn drop(&mut self) {
+        close(&mut self.servers);
+    }
+}
+
+impl Drop for Recovery {
+    fn drop(&mut self) {
+        close(&mut self.servers);
+    }
 }
 
 struct Recovery {
@@ -152,7 +199,7 @@ impl Recovery {
         })
     }
 
-    fn run(&mut self) -> Result<(), OfflineError> {
+    fn run(&mut self, patience: Duration) -> Result<(), OfflineError> {
         let mut last_progress = Instant::now();
         let mut last_seen = self.measure();
         loop {
@@ -174,8 +221,8 @@ impl Recovery {
             let seen = self.measure();
             if seen != last_seen {
                 (last_seen, last_progress) = (seen, Instant::now());
-            } else if last_progress.elapsed() > PATIENCE {
-                return Err(OfflineError::Unresolved(self.describe()));
+            } else if last_progress.elapsed() > patience {
+                return Err(OfflineError::Unresolved(self.unresolved()));
             }
         }
     }
@@ -209,19 +256,27 @@ impl Recovery {
                 .all(|s| s.front().stage().1.is_empty())
     }
 
-    fn describe(&self) -> String {
-        let evictions: Vec<String> = self
-            .root
-            .evictions()
-            .map(|(life, stage)| format!("{life} {stage}"))
+    /// Evictions that nobody answers, and lives that a server still expects back.
+    fn unresolved(&self) -> Vec<Unresolved> {
+        let evictions = self.root.unanswered_evictions();
+        let mut all: Vec<Unresolved> = evictions
+            .map(|(life, stage, missing)| Unresolved {
+                life,
+                stage,
+                missing,
+            })
             .collect();
-        let waiting: Vec<String> = self
-            .servers
-            .iter()
-            .filter(|(_, s)| !s.front().stage().1.is_empty())
-            .map(|(node, s)| format!("server {node} waits for {:?}", s.front().stage().1))
-            .collect();
-        [evictions, waiting].concat().join("; ")
+        for (node, server) in &self.servers {
+            let expected = server.front().stage().1.into_iter();
+            let is_told = |life: &Life| all.iter().any(|u| u.life == *life);
+            let untold: Vec<Life> = expected.filter(|life| !is_told(life)).collect();
+            all.extend(untold.into_iter().map(|life| Unresolved {
+                life,
+                stage: "RECONNECT",
+                missing: vec![*node],
+            }));
+        }
+        all
     }
 
     fn step(&mut self) -> Result<(), OfflineError> {

@@ -24,6 +24,8 @@ use lowtide_engine_core::lock::LockServer;
 use lowtide_engine_core::room::Space;
 
 use crate::log::commit::GroupPin;
+use crate::medium::Volume;
+use crate::medium::dir::{DirOptions, DirVolume};
 use crate::ring::{self, Receiver, Sender};
 use crate::storage::{NodeStorage, ShardStorage, StorageConfig, StorageError};
 
@@ -216,8 +218,24 @@ impl Server {
         shards: u32,
         wake: impl Fn() + Send + Sync + Clone + 'static,
     ) -> Result<Server, StorageError> {
+        let options = DirOptions {
+            power_fail,
+            ..DirOptions::default()
+        };
+        let volume = Arc::new(DirVolume::open(dir, options)?);
+        Server::open_on(id, config, volume, shards, wake)
+    }
+
+    /// As [`Server::open`], on a volume of the caller's.
+    pub(crate) fn open_on(
+        id: NodeId,
+        config: DestinationConfig,
+        volume: Arc<dyn Volume>,
+        shards: u32,
+        wake: impl Fn() + Send + Sync + Clone + 'static,
+    ) -> Result<Server, StorageError> {
         let shape = StorageConfig::new(shards);
-        let opened = NodeStorage::open(dir, &shape, power_fail, wake.clone())?;
+        let opened = NodeStorage::open_on(volume, &shape, wake.clone())?;
         let (mut node, storages, image) = opened;
         let (front, minds) = Destination::new(id, config, image);
         let workers = minds.into_iter().zip(storages);

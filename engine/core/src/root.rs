@@ -363,6 +363,14 @@ impl Root {
             .map(|(&victim, e)| (victim, e.stage.name()))
     }
 
+    /// The same with the nodes whose answer is awaited.
+    pub fn unanswered_evictions(
+        &self,
+    ) -> impl Iterator<Item = (Life, &'static str, Vec<NodeId>)> + '_ {
+        let evictions = self.evictions.iter();
+        evictions.map(|(&victim, e)| (victim, e.stage.name(), self.unanswered(e)))
+    }
+
     /// Figures so far.
     #[must_use]
     pub fn counters(&self) -> RootCounters {

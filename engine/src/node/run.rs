@@ -524,8 +524,14 @@ fn make_core(
             if !(1..=SHARDS_MAX).contains(&config.shards) {
                 return Err(StartError::Config("a server has 1 to 64 shards"));
             }
-            let place = (&*dir()?, config.power_fail);
-            let server = Server::open(config.id, settings, place, config.shards, wake)?;
+            let (id, shards) = (config.id, config.shards);
+            let server = match &config.volume {
+                Some(volume) => Server::open_on(id, settings, volume.clone(), shards, wake)?,
+                None => {
+                    let place = (&*dir()?, config.power_fail);
+                    Server::open(id, settings, place, shards, wake)?
+                }
+            };
             Core::Destination(Box::new(server))
         }
         Role::Proxy => {

@@ -17,7 +17,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
 use super::Root;
-use super::state::{Decision, Stage};
+use super::state::{Decision, Eviction, Stage};
 use crate::ids::{Epoch, Life, NodeId, Seq, StreamSeq, Time};
 use crate::message::{Held, Message, Role};
 use crate::op::Participant;
@@ -75,20 +75,23 @@ impl Root {
         nodes
     }
 
+    /// Nodes that have not answered the current stage of an eviction.
+    pub(super) fn unanswered(&self, eviction: &Eviction) -> Vec<NodeId> {
+        let (victim, stage) = (eviction.victim, eviction.stage);
+        let mut expected = self.expected(victim, stage, eviction.role);
+        if stage == Stage::Resolving {
+            // A home that has not joined yet may be a participant all the same.
+            expected.extend(eviction.decision.until.iter().map(|(node, _)| *node));
+        }
+        expected.difference(&eviction.answered).copied().collect()
+    }
+
     /// Sends or repeats the current stage, or enters the next; returns whether it advanced.
     fn advance_eviction(&mut self, now: Time, victim: Life) -> bool {
         let Some(eviction) = self.evictions.get(&victim) else {
             return false;
         };
         let (stage, role) = (eviction.stage, eviction.role);
-        let mut expected = self.expected(victim, stage, role);
-        if stage == Stage::Resolving {
-            // A home that has not joined yet may be a participant all the same.
-            expected.extend(eviction.decision.until.iter().map(|(node, _)| *node));
-        }
-        let Some(eviction) = self.evictions.get(&victim) else {
-            return false;
-        };
         if stage == Stage::Resolving && self.has_lost_supplier(&eviction.decision) {
             if let Some(eviction) = self.evictions.get_mut(&victim) {
                 eviction.round += 1;
@@ -98,7 +101,7 @@ impl Root {
             }
             return true;
         }
-        let mut missing: Vec<NodeId> = expected.difference(&eviction.answered).copied().collect();
+        let mut missing = self.unanswered(eviction);
         // A dead client may have stamped under a dead proxy's locks: it is resolved first.
         let clients_pending =
             role == Role::Proxy && self.evictions.values().any(|e| e.role == Role::Client);

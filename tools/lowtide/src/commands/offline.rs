@@ -6,7 +6,7 @@ use std::fmt::Arguments;
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use lowtide_engine::offline::{self, OfflineConfig, OfflineError, OfflineState};
+use lowtide_engine::offline::{self, OfflineConfig, OfflineError, OfflineState, Unresolved};
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::session::{Page, Placement, SessionError};
@@ -133,7 +133,13 @@ fn recover(state: &State) -> Result<Offline<RecoveredObjects>, Failure> {
             .expect("checked when the cluster was loaded"),
         servers: servers.into_iter().flatten().collect(),
     };
-    let recovered = offline::open(&config).map_err(|e| Failure::cluster(words(e)))?;
+    let recovered = offline::open(&config).map_err(|error| match error {
+        OfflineError::Unresolved(all) => {
+            let words: Vec<String> = all.iter().map(|one| unresolved(&cluster, one)).collect();
+            Failure::cluster(words.join("; "))
+        }
+        error => Failure::cluster(words(error)),
+    })?;
     let (undone, completed) = recovered.undone_and_completed();
     say(format_args!(
         "recovered {} dead lives, {completed} operations completed, {undone} undone",
@@ -143,6 +149,21 @@ fn recover(state: &State) -> Result<Offline<RecoveredObjects>, Failure> {
         placement: placement(&cluster),
         state: Mutex::new(recovered),
     }))
+}
+
+/// Whose work is unresolved for want of whom, by the names of the cluster.
+fn unresolved(cluster: &Cluster, work: &Unresolved) -> String {
+    let name = |node: NodeId| {
+        let mut members = cluster.members.iter();
+        let member = members.find(|member| member.id == node.0);
+        member.map_or_else(|| format!("node {node}"), |member| member.name.clone())
+    };
+    let missing: Vec<String> = work.missing.iter().map(|node| name(*node)).collect();
+    let (whose, stage) = (name(work.life.node), work.stage);
+    format!(
+        "the work of {whose} is unresolved ({stage}) without {}",
+        missing.join(", ")
+    )
 }
 
 fn placement(cluster: &Cluster) -> Placement {
@@ -191,5 +212,38 @@ impl Objects for RecoveredObjects {
         self.state()
             .scan(home, &range, after, bytes_max)
             .map_err(unavailable(home))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lowtide_engine_core::ids::{Incarnation, Life};
+
+    use super::*;
+
+    #[test]
+    fn unresolved_work_is_named_as_the_cluster_names_its_nodes() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("cluster.toml");
+        std::fs::write(&file, include_str!("../../tests/data/cluster.toml")).unwrap();
+        let cluster = Cluster::load(&file).unwrap();
+        let client = cluster.of_role(Role::Client).next().unwrap();
+        let meta = cluster.of_role(Role::Meta).next().unwrap();
+        let work = Unresolved {
+            life: Life {
+                node: NodeId(client.id),
+                incarnation: Incarnation(3),
+            },
+            stage: "FENCING",
+            missing: vec![NodeId(meta.id), NodeId(4711)],
+        };
+        let words = unresolved(&cluster, &work);
+        let expected = format!(
+            "the work of {} is unresolved (FENCING) without {}, node {}",
+            client.name,
+            meta.name,
+            NodeId(4711)
+        );
+        assert_eq!(words, expected);
     }
 }
