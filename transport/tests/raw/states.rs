@@ -120,7 +120,11 @@ fn query_tells_the_next_packet_numbers_in_every_state_that_has_them() {
             }
             let (at_a, at_b) = (a.qp.query(), b.qp.query());
             assert_eq!((at_a.state, at_b.state), (state, state));
-            assert_eq!((at_a.sq_psn, at_b.rq_psn), (next, next), "{kind:?} {state:?}");
+            assert_eq!(
+                (at_a.sq_psn, at_b.rq_psn),
+                (next, next),
+                "{kind:?} {state:?}"
+            );
         }
     }
 }
