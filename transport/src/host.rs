@@ -59,6 +59,7 @@ use self::outlet::Outlet;
 use self::ring::{Receiver, words_of};
 pub(crate) use self::segment::Segment;
 use crate::raw::event_fd::EventFd;
+use crate::udp::{HEADER_MAX, TRAILER_MAX};
 
 /// Units of a ring, 64 bytes each: twice what a peer's budget lets be under way.
 const RING_UNITS: usize = 1 << 14;
@@ -66,6 +67,8 @@ const RING_UNITS: usize = 1 << 14;
 pub(crate) const RING_PACKETS: u32 = 96;
 /// Records taken from one ring in one turn at most.
 const RECORDS_MAX: usize = 64;
+/// Bytes of a full packet and its headers.
+const RECORD_LEN: usize = 4096 + HEADER_MAX + TRAILER_MAX;
 /// Rings at once, to us; who comes later is turned away and uses UDP.
 const INLETS_MAX: usize = 4096;
 const LISTENER: Token = Token(0);
@@ -271,6 +274,9 @@ impl Hosts {
     pub(crate) fn receive(&mut self, batch: &mut HostBatch) -> bool {
         batch.bytes.clear();
         batch.records.clear();
+        // What one peer may bring in one turn, so that it grows only for several.
+        batch.bytes.reserve(RECORDS_MAX * RECORD_LEN);
+        batch.records.reserve(RECORDS_MAX);
         let mut is_drained = true;
         for entry in &mut self.inlets {
             let Entry::Named(inlet) = entry else { continue };
@@ -301,8 +307,10 @@ impl Hosts {
             if polled.is_err() || self.occurred.is_empty() {
                 return;
             }
-            let tokens: Vec<usize> = self.occurred.iter().map(|event| event.token().0).collect();
-            for token in tokens {
+            // Out of the way, and back: none takes no memory.
+            let occurred = std::mem::replace(&mut self.occurred, Events::with_capacity(0));
+            for event in &occurred {
+                let token = event.token().0;
                 match token.checked_sub(LINKS) {
                     None if token == LISTENER.0 => self.accept(exports),
                     None => {}
@@ -310,6 +318,7 @@ impl Hosts {
                     Some(link) => self.hear_inlet(link / 2, exports),
                 }
             }
+            self.occurred = occurred;
         }
     }
 

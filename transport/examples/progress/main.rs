@@ -174,11 +174,13 @@ fn crowd() -> Outcome {
     let end = End::open(MEMORY, 1)?;
     end.meet(&mut process, 0, &HOW)?;
     let stopped = process.stop_often(Duration::from_millis(200), Duration::from_millis(800));
-    ping(&end, SendOp::Send, 1000, true)?;
+    let done = ping(&end, SendOp::Send, 1000, true);
     let stops = stopped.finish();
+    let (count, longest) = (stops.count, stops.longest.as_millis());
+    done.map_err(|error| format!("{error}; it was stopped {count} times, for {longest} ms once"))?;
     process.end()?;
-    println!("1,000 messages, {stops} stops of 200 ms");
-    match stops {
+    println!("1,000 messages, {count} stops of 200 ms, the longest of {longest}");
+    match count {
         0 => Err("it was over before the first stop".into()),
         _ => Ok(()),
     }
@@ -249,7 +251,7 @@ fn storm(is_stopped: bool) -> Result<(u64, u32), String> {
         bytes += line.parse::<u64>().map_err(|_| line)?;
         sender.end()?;
     }
-    let stops = stops.map_or(0, part::Stops::finish);
+    let stops = stops.map_or(0, |stops| stops.finish().count);
     target.end()?;
     Ok((bytes, stops))
 }

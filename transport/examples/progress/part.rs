@@ -15,6 +15,7 @@ use lowtide_transport::verbs::{
     Access, Address, Buffer, CompletionQueue, Device, DeviceOptions, MemoryRegion,
     ProtectionDomain, Qpn, QueuePair, Reliability, Remote, Rkey, SendOp, Status,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 /// Nothing here takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -69,17 +70,20 @@ impl Process {
 
     /// Stops it again and again until the answer is dropped.
     pub fn stop_often(&self, stopped: Duration, running: Duration) -> Stops {
-        let pid = self.child.id();
+        let pid = Pid::from_child(&self.child);
         let is_over = Arc::new(AtomicBool::new(false));
         let seen = is_over.clone();
         let thread = std::thread::spawn(move || {
-            let mut stops = 0;
+            let mut stops = Stopped::default();
             while !seen.load(Ordering::Relaxed) {
                 std::thread::sleep(running);
-                if signal(pid, "-STOP") {
-                    stops += 1;
+                let began = Instant::now();
+                if kill_process(pid, Signal::STOP).is_ok() {
                     std::thread::sleep(stopped);
-                    signal(pid, "-CONT");
+                    // It is the child's number until the child is waited for.
+                    let _ = kill_process(pid, Signal::CONT);
+                    stops.count += 1;
+                    stops.longest = stops.longest.max(began.elapsed());
                 }
             }
             stops
@@ -91,14 +95,6 @@ impl Process {
     }
 }
 
-fn signal(pid: u32, name: &str) -> bool {
-    let status = Command::new("kill")
-        .args([name, &pid.to_string()])
-        .stderr(Stdio::null())
-        .status();
-    status.is_ok_and(|status| status.success())
-}
-
 impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended by itself.
@@ -107,18 +103,26 @@ impl Drop for Process {
     }
 }
 
+/// How often a process was stopped, and for how long at most: whoever wakes it may be late himself.
+#[derive(Clone, Copy, Default)]
+pub struct Stopped {
+    pub count: u32,
+    pub longest: Duration,
+}
+
 /// See [`Process::stop_often`].
 pub struct Stops {
     is_over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<u32>>,
+    thread: Option<JoinHandle<Stopped>>,
 }
 
 impl Stops {
-    /// How often it was stopped.
-    pub fn finish(mut self) -> u32 {
+    /// Ends it.
+    pub fn finish(mut self) -> Stopped {
         self.is_over.store(true, Ordering::Relaxed);
         let thread = self.thread.take();
-        thread.map_or(0, |thread| thread.join().unwrap_or(0))
+        let stopped = thread.map(|thread| thread.join().unwrap_or_default());
+        stopped.unwrap_or_default()
     }
 }
 

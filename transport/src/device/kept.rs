@@ -10,8 +10,11 @@
 
 use lowtide_transport_proto::qp::EarlyPacket;
 
-/// Datagrams, of up to 4 KiB each.
+use crate::udp::{HEADER_MAX, TRAILER_MAX};
+
+/// Datagrams, of up to 4 KiB and headers each.
 const SLOTS: usize = 1024;
+const DATAGRAM_LEN: usize = 4096 + HEADER_MAX + TRAILER_MAX;
 
 /// Whose packet: the queue pair's index, and which of its.
 type Key = (u32, EarlyPacket);
@@ -34,7 +37,9 @@ impl Kept {
         }
         let slot = &mut self.slots[place(queue_pair, packet)];
         let before = slot.take().map(|(_, buffer)| buffer);
-        let mut buffer = before.or_else(|| self.spare.pop()).unwrap_or_default();
+        let buffer = before.or_else(|| self.spare.pop());
+        // As long as any, so that it serves whatever comes.
+        let mut buffer = buffer.unwrap_or_else(|| Vec::with_capacity(DATAGRAM_LEN));
         buffer.clear();
         buffer.extend_from_slice(bytes);
         *slot = Some(((queue_pair, packet), buffer));
