@@ -67,6 +67,8 @@ pub enum Tooth {
     NeverRests,
     /// A connection to a process that died before it spoke is not asked when the view names another.
     SilentEndIgnored,
+    /// What a home says of streams may overtake what it said before.
+    ProgressUrgent,
 }
 
 impl Tooth {
@@ -102,6 +104,7 @@ impl Tooth {
         Tooth::AgeIgnored,
         Tooth::NeverRests,
         Tooth::SilentEndIgnored,
+        Tooth::ProgressUrgent,
     ];
 }
 

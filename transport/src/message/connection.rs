@@ -141,6 +141,12 @@ impl Stream {
         }
     }
 
+    /// Makes it believe that the peer grants so many; how many it granted.
+    #[cfg(test)]
+    pub(crate) fn replace_credits(&mut self, credits: u16) -> u16 {
+        std::mem::replace(&mut self.credits, credits)
+    }
+
     /// The lane of the parcel whose packet was received last.
     pub(crate) fn lane(&self) -> Lane {
         self.assembly.lane
@@ -341,7 +347,7 @@ mod tests {
     #[test]
     fn urgent_parcels_are_as_many_as_were_granted() {
         let mut stream = stream();
-        let mut receive = |stream: &mut Stream, bytes: &[u8]| {
+        let receive = |stream: &mut Stream, bytes: &[u8]| {
             let arrived = stream.receive(bytes, 0, true, &mut Vec::new());
             arrived.map(|_| stream.lane())
         };
