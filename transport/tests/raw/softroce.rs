@@ -5,6 +5,7 @@ mod contention;
 mod gone;
 mod network;
 mod paths;
+mod resets;
 mod secrets;
 mod unplugged;
 
