@@ -57,11 +57,13 @@ use lowtide_transport_proto::wire::{MESSAGE_LEN_MAX, Mtu};
 pub use self::address::AddressHandle;
 pub use self::completion::{CompletionChannel, CompletionQueue};
 use self::event_fd::EventFd;
+pub(crate) use self::posting::Brought;
 pub(crate) use self::posts::Room;
 pub(crate) use self::progress::{Shared, State};
 pub use self::queue_pair::{BadWr, QueuePair, Queues};
 pub use self::region::{MemoryRegion, MemoryWindow};
 pub use self::shared_receive::SharedReceiveQueue;
+pub(crate) use self::tables::Keeper;
 use self::types::{
     AsyncEvent, AtomicCap, DeviceAttr, Error, Gid, GidEntry, GidType, PortAttr, PortState,
 };

@@ -14,23 +14,29 @@
 //! Invariant: a completion queue never overflows: the queues of its queue pairs are together no
 //! deeper, and a request counts until its completion has been polled.
 //!
+//! Posting and polling wait for no other thread: as in the raw layer, whoever has the device in hand does
+//! what was posted meanwhile, and leaves what has completed to be taken.
+//!
 //! Queue pairs are connected by exchanging [`Address`]es as `ibv_rc_pingpong` does, or by the
 //! connection manager ([`crate::cm`]).
 //!
 //! Deliberately absent: UC, UD and shared receive queues, inline data (copies are cheap here), memory
 //! of the caller's choosing, and whatever else takes `unsafe` or has no owner: see [`crate::raw`].
 
+mod places;
+mod posts;
 mod queue_pair;
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lowtide_transport_proto::qp::{Lkey, SGE_MAX, Sge};
+
+use self::posts::{Outstanding, Posts};
 
 pub use lowtide_transport_proto::qp::{
     CompletionKind, InvalidTransition, PostError, QpState, Remote, Rkey, SendOp, Status,
@@ -38,8 +44,8 @@ pub use lowtide_transport_proto::qp::{
 pub use lowtide_transport_proto::wire::{Mtu, Qpn};
 
 pub use self::queue_pair::{Address, PostRefused, QueuePair, Reliability};
+use crate::device::WORK_REQUESTS_MAX;
 pub use crate::device::{Counters, DeviceOptions};
-use crate::device::{IN_PLACE, WORK_REQUESTS_MAX};
 pub use crate::faults::Faults;
 pub use crate::host::SameHost;
 pub use crate::memory::Access;
@@ -114,8 +120,7 @@ impl Device {
         CompletionQueue(Arc::new(CqHandle {
             device: self.clone(),
             raw: raw.expect("its depth is one that the device has"),
-            depth,
-            posts: Mutex::default(),
+            posts: Arc::new(Posts::new(depth)),
         }))
     }
 
@@ -232,7 +237,7 @@ impl ProtectionDomain {
             return Err(CreateError::Exhausted);
         }
         let [sends, recvs] = [(send_cq, send_depth), (recv_cq, recv_depth)].map(|(cq, depth)| {
-            let has_room = cq.0.posts().promise(depth, cq.0.depth);
+            let has_room = cq.0.posts.promise(depth);
             has_room.then(|| Queue::new(cq, depth))
         });
         let (Some(sends), Some(recvs)) = (sends, recvs) else {
@@ -255,7 +260,8 @@ impl ProtectionDomain {
             recv: &recv_cq.0.raw,
             shared: None,
         };
-        let raw = self.raw.queue_pair(queues, &init);
+        let keepers = [send_cq, recv_cq].map(|cq| cq.0.posts.clone() as Arc<dyn raw::Keeper>);
+        let raw = self.raw.queue_pair_kept(queues, &init, Some(keepers));
         let raw = raw.map_err(|_: Error| CreateError::Exhausted)?;
         Ok(QueuePair {
             device: self.device.clone(),
@@ -293,7 +299,7 @@ impl ProtectionDomain {
 /// }
 /// ```
 pub struct Slot {
-    /// None while posted; but then no program holds it.
+    /// None once posted; but then no program holds it.
     bytes: Option<Box<[u8]>>,
     key: Key,
     device: Device,
@@ -430,127 +436,7 @@ pub struct CompletionQueue(Arc<CqHandle>);
 struct CqHandle {
     device: Device,
     raw: raw::CompletionQueue,
-    depth: u32,
-    /// Locked only under the device's lock, or alone.
-    posts: Mutex<Posts>,
-}
-
-/// Work requests whose completions come here, from posting to polling.
-#[derive(Debug, Default)]
-struct Posts {
-    /// By the name that the raw layer knows them under.
-    entries: Vec<Post>,
-    /// The first free one, or one beyond the last.
-    free: usize,
-    /// The queues whose requests these are.
-    owners: Vec<Option<Arc<Outstanding>>>,
-    free_owners: Vec<u32>,
-    /// The depths of the queues served, and what is left of those that are gone.
-    promised: u32,
-}
-
-/// A work request under way, or completed and not polled; or a free place.
-#[derive(Debug, Clone, Copy)]
-struct Post {
-    /// The program's name for it; of a free place the free one after it.
-    id: u64,
-    /// The key of its slot, or [`NO_SLOT`].
-    slot: Key,
-    /// Index in `owners`, or [`FREE`].
-    of: u32,
-}
-
-/// A key that nothing has.
-const NO_SLOT: Key = Key(IN_PLACE.0);
-/// The owner of what is free.
-const FREE: u32 = u32::MAX;
-
-/// Requests of one queue of a queue pair that are not polled yet.
-#[derive(Debug, Default)]
-struct Outstanding {
-    count: AtomicU32,
-    /// The queue pair is gone.
-    is_orphaned: AtomicBool,
-}
-
-impl Post {
-    fn slot(&self) -> Option<Key> {
-        (self.slot != NO_SLOT).then_some(self.slot)
-    }
-}
-
-impl Posts {
-    /// Whether another queue so deep finds room.
-    fn promise(&mut self, depth: u32, of: u32) -> bool {
-        let promised = self.promised.saturating_add(depth);
-        let fits = promised <= of;
-        if fits {
-            self.promised = promised;
-        }
-        fits
-    }
-
-    /// A queue whose requests will come; its index in `owners`.
-    fn own(&mut self, queue: Arc<Outstanding>) -> u32 {
-        let index = self.free_owners.pop().unwrap_or_else(|| {
-            self.owners.push(None);
-            self.owners.len() as u32 - 1
-        });
-        self.owners[index as usize] = Some(queue);
-        index
-    }
-
-    /// Puts a request in; its name for the raw layer.
-    fn add(&mut self, post: Post) -> u64 {
-        if let Some(owner) = self.owner(post.of) {
-            // Relaxed: counted under the lock.
-            owner.count.fetch_add(1, Ordering::Relaxed);
-        }
-        let index = self.free;
-        match self.entries.get_mut(index) {
-            Some(place) => self.free = std::mem::replace(place, post).id as usize,
-            None => {
-                self.entries.push(post);
-                self.free = self.entries.len();
-            }
-        }
-        index as u64
-    }
-
-    /// Takes it out again.
-    fn take(&mut self, name: u64) -> Option<Post> {
-        let place = self.entries.get_mut(name as usize)?;
-        if place.of == FREE {
-            return None;
-        }
-        let free = Post {
-            id: self.free as u64,
-            slot: NO_SLOT,
-            of: FREE,
-        };
-        let post = std::mem::replace(place, free);
-        self.free = name as usize;
-        if let Some(owner) = self.owner(post.of) {
-            let before = owner.count.fetch_sub(1, Ordering::Relaxed);
-            if owner.is_orphaned.load(Ordering::Relaxed) {
-                self.promised -= 1;
-                self.forget(post.of, before - 1);
-            }
-        }
-        Some(post)
-    }
-
-    fn owner(&self, index: u32) -> Option<&Outstanding> {
-        self.owners.get(index as usize)?.as_deref()
-    }
-
-    /// Forgets a queue that is gone, if none of its requests is left.
-    fn forget(&mut self, index: u32, left: u32) {
-        if left == 0 {
-            self.owners[index as usize] = None;
-            self.free_owners.push(index);
-        }
-    }
+    posts: Arc<Posts>,
 }
 
 /// A send or receive queue: its place in the completion queue that serves it.
@@ -559,80 +445,55 @@ struct Queue {
     cq: CompletionQueue,
     depth: u32,
     outstanding: Arc<Outstanding>,
-    /// Its index among the owners of posts.
-    index: u32,
 }
 
 impl Queue {
     /// A queue whose depth has been promised.
     fn new(cq: &CompletionQueue, depth: u32) -> Queue {
-        let outstanding = Arc::<Outstanding>::default();
         Queue {
-            index: cq.0.posts().own(outstanding.clone()),
             cq: cq.clone(),
             depth,
-            outstanding,
+            outstanding: Arc::default(),
         }
-    }
-
-    fn is_full(&self) -> bool {
-        self.outstanding.count.load(Ordering::Relaxed) >= self.depth
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        let mut posts = self.cq.0.posts();
-        // What is not polled yet keeps its place.
-        let left = self.outstanding.count.load(Ordering::Relaxed);
-        posts.promised -= self.depth - left;
-        self.outstanding.is_orphaned.store(true, Ordering::Relaxed);
-        posts.forget(self.index, left);
-    }
-}
-
-impl CqHandle {
-    fn posts(&self) -> MutexGuard<'_, Posts> {
-        self.posts.lock().unwrap_or_else(PoisonError::into_inner)
+        self.cq.0.posts.release(self.depth, &self.outstanding);
     }
 }
 
 impl Drop for CqHandle {
     fn drop(&mut self) {
-        // Nobody will poll these any more.
-        let posts = std::mem::take(&mut *self.posts());
         let mut state = self.device.shared.lock();
-        for post in posts.entries {
-            if post.of != FREE && post.slot != NO_SLOT {
-                state.device.memory.unreserve(post.slot);
-            }
+        for key in self.posts.abandoned() {
+            state.device.memory.unreserve(key);
         }
     }
 }
 
 impl CompletionQueue {
-    /// The next completion, if there is one.
+    /// The next completion, if there is one. Drives the device if none is there, unless another thread
+    /// has it in hand. Never waits for one.
     pub fn poll(&self) -> Option<WorkCompletion> {
-        let mut state = self.0.device.shared.lock_polled(self.0.raw.completions());
-        self.take(&mut state)
+        self.0.device.shared.look(self.0.raw.completions());
+        self.take()
     }
 
     /// Appends up to `max` completions to `done`; how many.
     pub fn poll_many(&self, max: usize, done: &mut Vec<WorkCompletion>) -> usize {
-        let mut state = self.0.device.shared.lock_polled(self.0.raw.completions());
+        self.0.device.shared.look(self.0.raw.completions());
         let before = done.len();
-        done.extend(std::iter::from_fn(|| self.take(&mut state)).take(max));
+        done.extend(std::iter::from_fn(|| self.take()).take(max));
         done.len() - before
     }
 
-    fn take(&self, state: &mut State) -> Option<WorkCompletion> {
+    fn take(&self) -> Option<WorkCompletion> {
         let handle = &*self.0;
         let done = handle.raw.completions().pop()?;
-        let post = handle.posts().take(done.wr_id);
+        let post = handle.posts.take(done.wr_id);
         let post = post.expect("what completes has been posted");
-        let bytes = post
-            .slot()
-            .and_then(|key| Some((key, state.device.memory.detach(key)?)));
         Some(WorkCompletion {
             id: post.id,
             status: done.status,
@@ -640,9 +501,9 @@ impl CompletionQueue {
             byte_len: done.byte_len,
             imm: done.imm,
             qpn: done.qpn,
-            slot: bytes.map(|(key, bytes)| Slot {
-                bytes: Some(bytes),
-                key,
+            slot: post.slot.map(|kept| Slot {
+                bytes: kept.bytes,
+                key: kept.key,
                 device: handle.device.clone(),
             }),
         })

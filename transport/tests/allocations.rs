@@ -97,8 +97,9 @@ fn hear(a: &mut Endpoint, b: &mut Endpoint, heard: &mut u64, count: u64) {
     }
 }
 
-/// Allocations that 500 messages cost once 500 have gone before.
-fn in_steady_state(mut send: impl FnMut(&mut Endpoint, ConnId)) -> u64 {
+/// Allocations that 500 messages cost once 500 have gone before, and copies that both ends made of each,
+/// the sender's and the receiver's.
+fn in_steady_state(mut send: impl FnMut(&mut Endpoint, ConnId)) -> (u64, [u64; 2]) {
     const MESSAGES: u64 = 500;
     let (mut a, mut b) = (
         Endpoint::bind(config(1)).unwrap(),
@@ -116,7 +117,14 @@ fn in_steady_state(mut send: impl FnMut(&mut Endpoint, ConnId)) -> u64 {
         }
     };
     run(MESSAGES);
-    during(|| run(2 * MESSAGES))
+    let asked = during(|| run(2 * MESSAGES));
+    let copies = [&a, &b].map(|end| end.counters().copies);
+    assert!(
+        copies
+            .iter()
+            .all(|copies| copies.is_multiple_of(2 * MESSAGES))
+    );
+    (asked, copies.map(|copies| copies / (2 * MESSAGES)))
 }
 
 #[test]
@@ -134,22 +142,24 @@ fn the_counter_counts() {
     assert!(ASKED_BY_DEVICES.load(Ordering::Relaxed) > before);
 }
 
-/// One datagram, handed up where it arrived.
+/// One datagram, copied once to be sent, and handed up where it arrived.
 #[test]
 fn a_short_message_allocates_nothing() {
     let _alone = alone();
     let bytes = vec![7; 1000];
     let asked = in_steady_state(|a, conn| a.send(conn, &[IoSlice::new(&bytes)]).unwrap());
-    assert_eq!(asked, 0);
+    assert_eq!(asked, (0, [1, 0]));
+    let urgent = in_steady_state(|a, conn| a.send_urgent(conn, &[IoSlice::new(&bytes)]).unwrap());
+    assert_eq!(urgent, (0, [1, 0]));
 }
 
-/// Several datagrams, put together.
+/// Several datagrams, put together by one more copy.
 #[test]
 fn a_message_of_several_packets_allocates_nothing() {
     let _alone = alone();
     let bytes = vec![7; 60_000];
     let asked = in_steady_state(|a, conn| a.send(conn, &[IoSlice::new(&bytes)]).unwrap());
-    assert_eq!(asked, 0);
+    assert_eq!(asked, (0, [1, 1]));
 }
 
 /// Lent in pieces by one end, fetched by READ by the other.
@@ -163,7 +173,8 @@ fn a_fetched_message_allocates_nothing() {
         pieces.push(Piece::Shared(bytes.clone(), 100..1 << 20));
         a.send_pieces(conn, &mut pieces).unwrap();
     });
-    assert_eq!(asked, 0);
+    // READ places it: no copy of a whole message.
+    assert_eq!(asked, (0, [0, 0]));
 }
 
 /// A raw queue pair, with memory of the program and a slab.
@@ -565,6 +576,55 @@ fn what_waits_for_another_thread_allocates_once() {
     }
 }
 
+/// The first posts beside a thread that drives the device, raw and safe ones, if they were expected;
+/// and in the raw layer what it costs if not.
+#[test]
+fn posts_beside_who_drives_the_device_allocate_nothing_if_expected() {
+    let _alone = alone();
+    let [a, b] = raw_pair(PLAIN);
+    let other = raw_on(a.context.clone(), PLAIN);
+    let post = |end: &Raw| {
+        let list = [RecvWr {
+            wr_id: 0,
+            sg_list: &[],
+        }];
+        let wr = SendWr {
+            wr_id: 0,
+            op: SendOp::Send,
+            sg_list: &[end.sge(false, 64)],
+            flags: SendFlags::INLINE,
+            to: None,
+        };
+        // SAFETY: nobody looks at the memory but the device.
+        unsafe { end.qp.post_recv(&list) }.unwrap();
+        // SAFETY: as above.
+        unsafe { end.qp.post_send(&[wr]) }.unwrap();
+    };
+    a.qp.expect_contention();
+    common::beside_one_that_drives(&other.qp, || assert_eq!(during(|| post(&a)), 0));
+    let other = raw_on(b.context.clone(), PLAIN);
+    common::beside_one_that_drives(&other.qp, || assert!(during(|| post(&b)) > 0));
+
+    let device = Device::open(common::address(), &DeviceOptions::default()).unwrap();
+    let domain = device.protection_domain();
+    let queue = device.completion_queue(64);
+    let qp = domain.queue_pair(&queue, &queue, 16, 16).unwrap();
+    qp.to_init(Access::ALL).unwrap();
+    qp.connect(&qp.address()).unwrap();
+    qp.expect_contention();
+    let [ball, glove] = [0, 1].map(|_| domain.slot(64).unwrap());
+    let other = raw_on(device.context().clone(), PLAIN);
+    common::beside_one_that_drives(&other.qp, || {
+        let asked = during(|| {
+            qp.post_recv(1, Buffer::Slot(glove, 64)).unwrap();
+            qp.post_send(2, SendOp::Send, Buffer::Slot(ball, 64))
+                .unwrap();
+            assert!(queue.poll().is_none());
+        });
+        assert_eq!(asked, 0);
+    });
+}
+
 /// The safe verbs, in batches: slots go round.
 #[test]
 fn slots_in_batches_allocate_nothing() {
@@ -576,6 +636,7 @@ fn slots_in_batches_allocate_nothing() {
         let queue = device.completion_queue(64);
         let qp = domain.queue_pair(&queue, &queue, 16, 16).unwrap();
         qp.to_init(Access::ALL).unwrap();
+        qp.expect_contention();
         let slots: Vec<_> = (0..BATCH).map(|_| domain.slot(64).unwrap()).collect();
         (queue, qp, slots)
     };

@@ -1,7 +1,6 @@
 //! The examples are what people copy: each one runs to its end.
 //!
-//! They are the programs that `cargo test` builds beside this one. `providers` needs a device of the
-//! kernel and is run by `ci/guest/verbs`.
+//! They are the programs that `cargo test` builds beside this one, each short enough to be read at once.
 
 use std::process::Command;
 
@@ -26,6 +25,24 @@ fn runs(name: &str, args: &[&str], says: &str) {
     let complaint = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{name}: {said}{complaint}");
     assert!(said.contains(says), "{name} says {said}");
+}
+
+/// Lines of an example at most.
+const LINES_MAX: usize = 79;
+
+#[test]
+fn every_example_is_one_short_file_and_is_run_here() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).expect("a file, no folder");
+        let lines = text.lines().count();
+        assert!(lines <= LINES_MAX, "{}: {lines} lines", path.display());
+        names.push(path.file_stem().unwrap().to_str().unwrap().to_owned());
+    }
+    names.sort_unstable();
+    assert_eq!(names, ["awaits", "lookup", "pingpong", "rpc"]);
 }
 
 #[test]

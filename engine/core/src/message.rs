@@ -25,6 +25,7 @@ use alloc::vec::Vec;
 use crate::ids::{Age, Epoch, GrantId, Life, NodeId, Seq, StreamSeq, Term, ViewId};
 use crate::op::{Bytes, Key, Mode, Operation, Participant, Range};
 use crate::room::RoomAt;
+use crate::teeth::{Tooth, bites};
 use crate::wire::{Malformed, Reader, Sink, Wire};
 use crate::wire_struct;
 
@@ -219,10 +220,11 @@ impl Message {
     /// an aggregator compares with the attachments that came before it.
     #[must_use]
     pub fn is_urgent(&self) -> bool {
-        matches!(
-            self,
-            Message::Ping { .. } | Message::Report { .. } | Message::Pong { view: None }
-        )
+        match self {
+            Message::Ping { .. } | Message::Report { .. } | Message::Pong { view: None } => true,
+            Message::Progress { .. } => bites(Tooth::ProgressUrgent),
+            _ => false,
+        }
     }
 }
 

@@ -69,6 +69,8 @@ pub enum Tooth {
     SilentEndIgnored,
     /// What a root says is heard although its term is older than another that was heard (N10).
     OldRootHeard,
+    /// What a home says of streams may overtake what it said before.
+    ProgressUrgent,
 }
 
 impl Tooth {
@@ -105,6 +107,7 @@ impl Tooth {
         Tooth::NeverRests,
         Tooth::SilentEndIgnored,
         Tooth::OldRootHeard,
+        Tooth::ProgressUrgent,
     ];
 }
 

@@ -240,3 +240,112 @@ fn log_lost(to: NodeId, envelope: &Envelope, sent: Result<(), SendError>) {
         tracing::error!(%to, %error, message = envelope.body.name(), "message not sent");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::time::{Duration, Instant};
+
+    use lowtide_engine_core::ids::{Epoch, Term, ViewId};
+    use lowtide_engine_core::message::{Message, Waits};
+    use lowtide_engine_core::op::Bytes;
+    use lowtide_transport::message::{Endpoint, EndpointConfig, Event};
+
+    use super::*;
+    use crate::frame::decode;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn endpoint(node: u64) -> Endpoint {
+        let pid = std::process::id();
+        let ip = Ipv4Addr::new(127, 16 | (pid >> 8 & 15) as u8, pid as u8, node as u8);
+        Endpoint::bind(EndpointConfig::new(SocketAddr::from((ip, 4791)), node, 1)).unwrap()
+    }
+
+    fn envelope(body: Message) -> Envelope {
+        Envelope {
+            from: Life {
+                node: NodeId(1),
+                incarnation: Incarnation(1),
+            },
+            epoch: Epoch(5),
+            minimum: Epoch(1),
+            term: Term(1),
+            body,
+        }
+    }
+
+    /// A ping that is sent when the connection takes no more, and more waits here, is heard before
+    /// that; and what waits keeps its order.
+    #[test]
+    fn a_ping_overtakes_what_waits_for_room() {
+        let (mut ours, mut theirs) = (endpoint(1), endpoint(2));
+        let peer = theirs.local_addr();
+        let mut links = Links::new(NodeId(1), [(NodeId(2), peer)].into_iter());
+        links.want(&mut ours, NodeId(2));
+        let start = Instant::now();
+        let mut is_up = false;
+        while !is_up {
+            assert!(start.elapsed() < PATIENCE);
+            ours.poll(Some(Duration::ZERO), &mut |ctx, event| {
+                if let Event::Connected { conn, .. } = event {
+                    links.connected(ctx, conn, NodeId(2), false);
+                    is_up = true;
+                }
+            })
+            .unwrap();
+            theirs.poll(Some(Duration::ZERO), &mut |_, _| ()).unwrap();
+        }
+        const BACKLOG: u64 = 200;
+        for request in 0..BACKLOG {
+            let value = Some(Bytes::from_iter((0..30_000).map(|i| i as u8)));
+            let reply = envelope(Message::ReadReply { request, value });
+            links.send(&mut ours, NodeId(2), &reply);
+        }
+        assert!(
+            links.links[&NodeId(2)].waiting.len() > 100,
+            "it is a backlog"
+        );
+        let ping = envelope(Message::Ping {
+            attach: 0,
+            lower_bound: Epoch(3),
+            view: ViewId(1),
+            waits: Waits::No,
+        });
+        links.send(&mut ours, NodeId(2), &ping);
+        let (mut heard, mut before) = (0, None);
+        while heard < BACKLOG || before.is_none() {
+            assert!(start.elapsed() < PATIENCE);
+            ours.poll(Some(Duration::ZERO), &mut |ctx, event| {
+                if let Event::Writable { conn } = event {
+                    links.writable(ctx, conn);
+                }
+            })
+            .unwrap();
+            theirs
+                .poll(Some(Duration::ZERO), &mut |ctx, event| {
+                    let Event::Message { bytes, .. } = event else {
+                        return;
+                    };
+                    let own = Life {
+                        node: NodeId(2),
+                        incarnation: Incarnation(1),
+                    };
+                    match decode(bytes, ctx.shared_message(), own).unwrap().body {
+                        Message::Ping { .. } => before = Some(heard),
+                        Message::ReadReply { request, .. } => {
+                            assert_eq!(request, heard);
+                            heard += 1;
+                        }
+                        other => panic!("{other:?}"),
+                    }
+                })
+                .unwrap();
+        }
+        let before = before.expect("heard");
+        assert!(
+            before < BACKLOG / 4,
+            "{before} of {BACKLOG} were heard first"
+        );
+    }
+}

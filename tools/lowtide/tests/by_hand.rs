@@ -38,7 +38,7 @@ struct ByHand {
 
 impl ByHand {
     /// One metadata server, one object server, two clients, nobody between them; none runs.
-    fn new(dir: &Path) -> ByHand {
+    fn new(dir: &Path, silence: Duration) -> ByHand {
         let shape = Shape {
             meta: 1,
             object: 1,
@@ -54,6 +54,7 @@ impl ByHand {
             seed: 1,
             record_unsynced: false,
             shards: 1,
+            evict_after_ms: u64::try_from(silence.as_millis()).unwrap(),
         };
         layout::write(dir, &cluster, &common).unwrap();
         ByHand {
@@ -160,12 +161,8 @@ fn ends_well(mut child: Child, within: Duration) {
 #[test]
 fn a_client_that_falls_silent_is_evicted_and_its_locks_pass_on() {
     let tmp = tempfile::tempdir().unwrap();
-    let mut cluster = ByHand::new(&tmp.path().join("state"));
     let silence = Duration::from_secs(3);
-    let file = cluster.dir.join("root/node.toml");
-    let settings = fs::read_to_string(&file).unwrap();
-    let line = format!("evict_after_ms = {}\n", silence.as_millis());
-    fs::write(&file, settings + &line).unwrap();
+    let mut cluster = ByHand::new(&tmp.path().join("state"), silence);
     cluster.start(&["root", "meta0", "object0"]);
 
     let (large, small) = (tmp.path().join("large"), tmp.path().join("small"));
@@ -196,7 +193,7 @@ fn a_client_that_falls_silent_is_evicted_and_its_locks_pass_on() {
 #[test]
 fn status_names_the_client_that_holds_the_minimum() {
     let tmp = tempfile::tempdir().unwrap();
-    let mut cluster = ByHand::new(&tmp.path().join("state"));
+    let mut cluster = ByHand::new(&tmp.path().join("state"), Duration::from_secs(30));
     cluster.start(&["root", "meta0", "object0", "client0", "client1"]);
     let file = tmp.path().join("file");
     fs::write(&file, "small").unwrap();
@@ -242,8 +239,8 @@ fn status_names_the_client_that_holds_the_minimum() {
 #[test]
 fn a_data_directory_serves_one_node_and_says_whom() {
     let tmp = tempfile::tempdir().unwrap();
-    let mut first = ByHand::new(&tmp.path().join("first"));
-    let second = ByHand::new(&tmp.path().join("second"));
+    let mut first = ByHand::new(&tmp.path().join("first"), Duration::from_secs(30));
+    let second = ByHand::new(&tmp.path().join("second"), Duration::from_secs(30));
     first.start(&["root", "meta0"]);
     for name in ["root", "meta0"] {
         // Another address, the same directory.
@@ -264,7 +261,7 @@ fn a_data_directory_serves_one_node_and_says_whom() {
 #[test]
 fn verify_tells_a_tree_with_half_an_operation_from_a_sound_one() {
     let tmp = tempfile::tempdir().unwrap();
-    let mut cluster = ByHand::new(&tmp.path().join("state"));
+    let mut cluster = ByHand::new(&tmp.path().join("state"), Duration::from_secs(30));
     let servers = ["root", "meta0", "object0"];
     cluster.start(&servers);
     let file = tmp.path().join("file");

@@ -141,6 +141,12 @@ impl Stream {
         }
     }
 
+    /// Makes it believe that the peer grants so many; how many it granted.
+    #[cfg(test)]
+    pub(crate) fn replace_credits(&mut self, credits: u16) -> u16 {
+        std::mem::replace(&mut self.credits, credits)
+    }
+
     /// The lane of the parcel whose packet was received last.
     pub(crate) fn lane(&self) -> Lane {
         self.assembly.lane

@@ -19,6 +19,10 @@ use crate::raw::event_fd::EventFd;
 
 /// Entries of a ring at first, as a logarithm; a deeper queue's grows when it has to.
 const LOG_FIRST: usize = 16;
+/// What stands for how it ended, and what it was, in an entry of a queue pair that has been reset since.
+const VOID: u64 = u64::MAX;
+/// Where in the entry.
+const VOID_AT: usize = 1;
 /// Sizes of rings: the largest holds [`CQE_MAX`].
 const RINGS: usize = CQE_MAX.ilog2() as usize + 1;
 
@@ -93,18 +97,34 @@ impl Completions {
         (self.oldest..=current).map(|log| self.ring(log))
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.rings().map(Ring::len).sum()
-    }
-
-    /// All of them, oldest first. Under the token.
-    pub(super) fn all(&self) -> impl Iterator<Item = WorkCompletion> {
+    /// Whether `depth` completions or more are there, those not counted that are void. Under the
+    /// token.
+    pub(super) fn has_as_many_as(&self, depth: usize) -> bool {
+        if self.rings().map(Ring::len).sum::<usize>() < depth {
+            return false;
+        }
         let words = self.rings().flat_map(|ring| ring.first(ring.len()));
-        words.map(|words| decode(&words))
+        words.filter(|words| !is_void(words)).count() >= depth
     }
 
+    /// Whether nothing is there.
     pub(crate) fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.rings().all(|ring| {
+            while ring.pop_if(is_void).is_some() {}
+            ring.len() == 0
+        })
+    }
+
+    /// Makes the completions of a queue pair void. They keep their places, so that whoever polls
+    /// meanwhile finds those of others in their order. Under the token.
+    pub(super) fn purge(&self, qpn: Qpn) {
+        for ring in self.rings() {
+            ring.mark(VOID_AT, VOID, |words| {
+                !is_void(words) && decode(words).qpn == qpn
+            });
+            // A queue that serves one queue pair alone is empty then.
+            while ring.pop_if(is_void).is_some() {}
+        }
     }
 
     /// Whether a receive is among the first: something that a program may answer. Under the token.
@@ -115,20 +135,29 @@ impl Completions {
 
     /// The oldest.
     pub(crate) fn pop(&self) -> Option<WorkCompletion> {
-        let words = self.rings().find_map(Ring::pop)?;
-        Some(decode(&words))
+        loop {
+            let words = self.rings().find_map(Ring::pop)?;
+            if !is_void(&words) {
+                return Some(decode(&words));
+            }
+        }
     }
 
-    /// Appends; the caller has seen that the queue is deep enough. Under the token.
-    pub(super) fn push(&self, work: &WorkCompletion) {
+    /// Appends; the caller has seen that the queue is deep enough. False if it has no room all the
+    /// same, because of what is void in the middle. Under the token.
+    pub(super) fn push(&self, work: &WorkCompletion) -> bool {
         let words = encode(work);
         let log = self.current.load(Ordering::Relaxed);
         if self.ring(log).push(words) {
-            return;
+            return true;
         }
         let log = log + 1;
+        if log >= RINGS {
+            return false;
+        }
         self.ring(log).push(words);
         self.current.store(log, Ordering::Release);
+        true
     }
 
     pub(super) fn is_broken(&self) -> bool {
@@ -153,6 +182,10 @@ fn encode(work: &WorkCompletion) -> [u64; ENTRY] {
         pair(word, work.qpn.value() | has << 24),
         pair(work.vendor_err, work.source.value()),
     ]
+}
+
+fn is_void(words: &[u64; ENTRY]) -> bool {
+    words[VOID_AT] == VOID
 }
 
 fn is_recv(words: &[u64; ENTRY]) -> bool {
@@ -348,9 +381,36 @@ mod tests {
     fn a_deep_queue_grows_and_keeps_the_order() {
         let done = Completions::new(1 << (LOG_FIRST + 2));
         let count = 3 << LOG_FIRST;
-        (0..count).for_each(|id| done.push(&work(id)));
-        assert_eq!(done.len() as u64, count);
+        (0..count).for_each(|id| assert!(done.push(&work(id))));
+        let has = |count: u64| done.has_as_many_as(count as usize);
+        assert!(has(count) && !has(count + 1));
         (0..count).for_each(|id| assert_eq!(done.pop(), Some(work(id))));
         assert!(done.is_empty() && done.pop().is_none());
+    }
+
+    #[test]
+    fn completions_of_a_queue_pair_that_was_reset_are_neither_had_nor_counted() {
+        let done = Completions::new(16);
+        let of = |id: u64, qpn| WorkCompletion {
+            qpn: Qpn::new(qpn),
+            ..work(id)
+        };
+        for id in 0..12 {
+            assert!(done.push(&of(id, 1 + id as u32 % 3)));
+        }
+        done.purge(Qpn::new(1));
+        assert!(done.has_as_many_as(8) && !done.has_as_many_as(9));
+        for id in (0..12).filter(|id| id % 3 > 0) {
+            assert!(!done.is_empty());
+            assert_eq!(done.pop(), Some(of(id, 1 + id as u32 % 3)));
+        }
+        assert!(done.is_empty() && done.pop().is_none());
+        // A queue that serves one alone has all its room again, however often.
+        for _ in 0..1000 {
+            (0..16).for_each(|id| assert!(done.push(&of(id, 1))));
+            done.purge(Qpn::new(1));
+            assert!(done.is_empty());
+        }
+        assert_eq!(done.current.load(Ordering::Relaxed), done.oldest);
     }
 }

@@ -3,8 +3,8 @@
 //! Owns: the copy of a queue pair's state that posting checks, room and lines of its queues, and the
 //! way from the lines into the state machines.
 //!
-//! A line's memory is taken when a thread first finds the token taken, so that queues that are never
-//! contended have none.
+//! A line's memory is taken when a thread first finds the token taken, or when the program says that one
+//! will, so that queues that are never contended have none: it would double what a queue pair takes.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -15,6 +15,7 @@ use super::posts::{Line, QUEUES_MAX, Room};
 use super::progress::State;
 use super::types::SrqId;
 use crate::device::{QUEUE_PAIRS_MAX, QpId};
+use crate::memory::Key;
 
 /// Queues that may have work in lines: of queue pairs, then shared ones.
 pub(super) const QUEUES: usize = 2 * QUEUE_PAIRS_MAX;
@@ -27,16 +28,24 @@ pub(super) enum Request {
     Datagram(UdSendWr),
 }
 
+/// The bytes of a slot that a request brings with it, and the key that they lie behind.
+pub(crate) type Brought = Option<(Key, Box<[u8]>)>;
+
 /// A request that waits for the token.
 #[derive(Debug)]
 pub(super) struct WaitingSend {
     pub(super) request: Option<Request>,
     /// Its inline data, if it has any.
     pub(super) inline: Vec<u8>,
+    pub(super) brought: Brought,
 }
 
 /// A receive that waits for the token.
-pub(super) type WaitingReceive = Option<qp::RecvWr>;
+#[derive(Debug, Default)]
+pub(super) struct WaitingReceive {
+    pub(super) wr: Option<qp::RecvWr>,
+    pub(super) brought: Brought,
+}
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -92,13 +101,19 @@ impl Posting {
         let item = || WaitingSend {
             request: None,
             inline: Vec::with_capacity(self.inline_max as usize),
+            brought: None,
         };
         self.sends.get_or_init(|| Line::new(self.depths[0], item))
     }
 
     pub(super) fn receives(&self) -> &Line<WaitingReceive> {
         self.receives
-            .get_or_init(|| Line::new(self.depths[1], || None))
+            .get_or_init(|| Line::new(self.depths[1], WaitingReceive::default))
+    }
+
+    /// Takes the memory of the lines now.
+    pub(super) fn prepare(&self) {
+        (self.sends(), self.receives());
     }
 
     /// Whether nothing waits.
@@ -136,7 +151,8 @@ impl SharedPosting {
     }
 
     pub(super) fn receives(&self) -> &Line<WaitingReceive> {
-        self.receives.get_or_init(|| Line::new(self.depth, || None))
+        self.receives
+            .get_or_init(|| Line::new(self.depth, WaitingReceive::default))
     }
 }
 
@@ -178,13 +194,15 @@ impl State {
         let posting = posting.clone();
         if let Some(line) = posting.receives.get() {
             while line.pop(|waiting| {
-                if let Some(wr) = waiting.take() {
+                self.attach(waiting.brought.take());
+                if let Some(wr) = waiting.wr.take() {
                     self.post_waiting_receive(id, wr, &posting);
                 }
             }) {}
         }
         if let Some(line) = posting.sends.get() {
             while line.pop(|waiting| {
+                self.attach(waiting.brought.take());
                 if let Some(request) = waiting.request.take() {
                     self.post_waiting_send(id, request, &waiting.inline, &posting);
                 }
@@ -194,20 +212,30 @@ impl State {
         posting.is_empty()
     }
 
+    /// Puts what a request has brought where the device finds it.
+    pub(super) fn attach(&mut self, brought: Brought) {
+        if let Some((key, bytes)) = brought {
+            self.device.memory.attach(key, bytes);
+        }
+    }
+
     /// A request for which room is taken. In a state that takes none the queue pair has been reset
-    /// since, and that forgets requests.
+    /// since, while whoever posted was at it: that forgets requests. The safe layer resets none, so its
+    /// slots are never forgotten.
     fn post_waiting_send(&mut self, id: QpId, request: Request, inline: &[u8], posting: &Posting) {
         let request = match inline.len() {
             0 => request,
             _ => self.with_inline(id, request, |place| place.copy_from_slice(inline)),
         };
         if self.post_request(id, request).is_err() {
+            debug_assert!(self.tables.qp(id).keepers.is_none());
             posting.room[0].give(1);
         }
     }
 
     fn post_waiting_receive(&mut self, id: QpId, wr: qp::RecvWr, posting: &Posting) {
         if self.post_receive(id, wr).is_err() {
+            debug_assert!(self.tables.qp(id).keepers.is_none());
             posting.room[1].give(1);
         }
     }
@@ -222,8 +250,20 @@ impl State {
             return true;
         };
         if let Some(queue) = self.device.srq(id.0) {
-            while line.pop(|waiting| queue.post(waiting.take())) {}
+            while line.pop(|waiting| queue.post(waiting.wr.take())) {}
         }
         line.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `QueuePair::expect_contention` says that it takes.
+    #[test]
+    fn a_line_takes_some_200_bytes_for_each_request() {
+        let sizes = [size_of::<WaitingSend>(), size_of::<WaitingReceive>()];
+        assert!(sizes[0] <= 200 && sizes[1] <= 120, "{sizes:?}");
     }
 }

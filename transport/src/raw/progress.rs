@@ -25,7 +25,7 @@ use super::habit::Habit;
 use super::posting::QUEUES;
 use super::posts::Pending;
 use super::tables::Tables;
-use super::token::{Sleepers, Token};
+use super::token::Sleepers;
 use crate::cm::Manager;
 use crate::device::{Device, DeviceOptions, Input, Peers, QpId};
 use crate::host::HostBatch;
@@ -225,16 +225,6 @@ impl Shared {
         if !self.is_polled.load(Ordering::Relaxed) {
             self.is_polled.store(true, Ordering::Relaxed);
         }
-    }
-
-    /// The state, for a program's thread that takes completions with it: driven if there is none.
-    pub(crate) fn lock_polled(&self, queue: &Completions) -> Token<'_> {
-        let mut state = self.lock();
-        match queue.is_empty() {
-            true => self.drive_for(&mut state, queue),
-            false => self.note_found(),
-        }
-        state
     }
 
     /// Drives the device for one that has found an empty completion queue. What is owed to peers for

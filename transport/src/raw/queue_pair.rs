@@ -11,8 +11,8 @@ use lowtide_transport_proto::qp::{
 };
 use lowtide_transport_proto::wire::{Mtu, Psn};
 
-use super::posting::{Posting, Request, queue_of};
-use super::tables::{QpEntry, attr_of};
+use super::posting::{Brought, Posting, Request, queue_of};
+use super::tables::{Keepers, QpEntry, attr_of};
 use super::types::{
     Error, Gid, Lkey, QpCap, QpInitAttr, QpType, Qpn, RecvWr, SendFlags, SendOp, SendWr, Sge,
 };
@@ -40,6 +40,15 @@ pub struct BadWr {
     pub error: Error,
 }
 
+/// Who posts: with the device's token, or into lines.
+pub(crate) struct Poster<'a>(Option<&'a mut State>);
+
+impl Poster<'_> {
+    fn state(&mut self) -> Option<&mut State> {
+        self.0.as_deref_mut()
+    }
+}
+
 /// A queue pair. Dropping it forgets what is posted; completions stay to be polled.
 #[derive(Debug)]
 pub struct QueuePair {
@@ -62,6 +71,16 @@ impl ProtectionDomain {
     /// [`Error::Limit`] for more than the device can do, [`Error::Argument`] for queues of another
     /// device or protection domain, [`Error::Exhausted`].
     pub fn queue_pair(&self, queues: Queues<'_>, init: &QpInitAttr) -> Result<QueuePair, Error> {
+        self.queue_pair_kept(queues, init, None)
+    }
+
+    /// The same, whose completions are told to `keepers` first.
+    pub(crate) fn queue_pair_kept(
+        &self,
+        queues: Queues<'_>,
+        init: &QpInitAttr,
+        keepers: Option<Keepers>,
+    ) -> Result<QueuePair, Error> {
         let context = &self.context;
         let is_ours = |cq: &CompletionQueue| self.is_of(cq.context());
         if !is_ours(queues.send) || !is_ours(queues.recv) {
@@ -117,6 +136,7 @@ impl ProtectionDomain {
             posting: posting.clone(),
             held: [0; 2],
             tells_drained: false,
+            keepers,
         };
         state.tables.add_qp(id, entry);
         drop(state);
@@ -178,6 +198,12 @@ impl QueuePair {
         Psn::new(self.context().shared.lock().draw() as u32)
     }
 
+    /// Takes memory now that the first post beside a thread that drives the device would take: some
+    /// 200 bytes for each request that its queues hold.
+    pub fn expect_contention(&self) {
+        self.posting.prepare();
+    }
+
     /// Posts sends, in order, and sends what may be sent. If another thread drives the device, that
     /// one sends; this never waits for it, but in a state that does not admit posting.
     ///
@@ -215,47 +241,92 @@ impl QueuePair {
         &self,
         feed: impl FnOnce(&mut dyn FnMut(&SendWr<'_>) -> Result<(), Error>),
     ) {
+        self.post_to_sends(|poster| {
+            // SAFETY: the caller's promise.
+            feed(&mut |wr| unsafe { self.post_one(poster, wr) });
+        });
+    }
+
+    /// Lets `feed` post to the send queue, and sends what may be sent.
+    pub(crate) fn post_to_sends(&self, feed: impl FnOnce(&mut Poster<'_>)) {
         let shared = &self.context().shared;
         // In another state it may have been moved by the connection manager.
         let waits = !self.posting.admits_sends();
         let clear = |state: &mut State| state.take_posts_of(self.id);
         if let Some(mut state) = shared.lock_to_post(waits, clear) {
-            // SAFETY: the caller's promise.
-            feed(&mut |wr| unsafe { self.post_one(&mut state, wr) });
+            feed(&mut Poster(Some(&mut state)));
             state.collect(self.id);
             shared.send_posted(&mut state);
         } else {
-            // SAFETY: as above.
-            feed(&mut |wr| unsafe { self.leave_send(wr) });
+            feed(&mut Poster(None));
+            shared.leave(queue_of(self.id));
+        }
+    }
+
+    /// The same for the receive queue.
+    pub(crate) fn post_to_receives(&self, feed: impl FnOnce(&mut Poster<'_>)) {
+        let shared = &self.context().shared;
+        let waits = !self.posting.admits_receives();
+        let clear = |state: &mut State| state.take_posts_of(self.id);
+        if let Some(mut state) = shared.lock_to_post(waits, clear) {
+            feed(&mut Poster(Some(&mut state)));
+            state.collect(self.id);
+            shared.sleepers.notify();
+        } else {
+            feed(&mut Poster(None));
             shared.leave(queue_of(self.id));
         }
     }
 
     /// # Safety
     /// As of `post_send`.
-    unsafe fn post_one(&self, state: &mut State, wr: &SendWr<'_>) -> Result<(), Error> {
+    unsafe fn post_one(&self, poster: &mut Poster<'_>, wr: &SendWr<'_>) -> Result<(), Error> {
         if !wr.flags.contains(SendFlags::INLINE) {
             let local = list(wr.sg_list, self.init.cap.max_send_sge)?;
-            return self.post_list(state, wr, local);
+            return self.post_list(poster, wr, local, &mut || None);
         }
-        let request = self.request(wr, self.inline_list(wr)?)?;
-        self.take_room(state, 0)?;
+        let local = self.inline_list(wr)?;
+        let request = self.request(wr, local)?;
+        self.take_room(poster, 0)?;
+        let Some(state) = poster.state() else {
+            self.posting.sends().push(|waiting| {
+                waiting.request = Some(request);
+                waiting.inline.clear();
+                waiting.inline.resize(local.total() as usize, 0);
+                // SAFETY: the caller's promise; the vector is ours.
+                unsafe { gather(wr.sg_list, &mut waiting.inline) };
+            });
+            return Ok(());
+        };
         // SAFETY: the caller's promise; the place is the device's own.
         let fill = |place: &mut [u8]| unsafe { gather(wr.sg_list, place) };
         let request = state.with_inline(self.id, request, fill);
         self.post_with_room(state, request)
     }
 
-    /// Posts a request whose memory is `local`, whatever its list says.
+    /// Posts a request whose memory is `local`, whatever its list says. Of a request that is taken
+    /// `bring` is asked for the bytes of its slot.
     pub(crate) fn post_list(
         &self,
-        state: &mut State,
+        poster: &mut Poster<'_>,
         wr: &SendWr<'_>,
         local: SgList,
+        bring: &mut dyn FnMut() -> Brought,
     ) -> Result<(), Error> {
         let request = self.request(wr, local)?;
-        self.take_room(state, 0)?;
-        self.post_with_room(state, request)
+        self.take_room(poster, 0)?;
+        match poster.state() {
+            Some(state) => {
+                self.post_with_room(state, request)?;
+                state.attach(bring());
+            }
+            None => self.posting.sends().push(|waiting| {
+                waiting.request = Some(request);
+                waiting.inline.clear();
+                waiting.brought = bring();
+            }),
+        }
+        Ok(())
     }
 
     fn post_with_room(&self, state: &mut State, request: Request) -> Result<(), Error> {
@@ -266,32 +337,6 @@ impl QueuePair {
             request => state.post_request(self.id, request),
         };
         posted.inspect_err(|_| self.posting.room[0].give(1))
-    }
-
-    /// Leaves a request for whoever has the token.
-    ///
-    /// # Safety
-    /// As of `post_send`.
-    unsafe fn leave_send(&self, wr: &SendWr<'_>) -> Result<(), Error> {
-        let is_inline = wr.flags.contains(SendFlags::INLINE);
-        let local = match is_inline {
-            true => self.inline_list(wr)?,
-            false => list(wr.sg_list, self.init.cap.max_send_sge)?,
-        };
-        let request = self.request(wr, local)?;
-        if !self.posting.room[0].take() {
-            return Err(Error::QueueFull);
-        }
-        self.posting.sends().push(|waiting| {
-            waiting.request = Some(request);
-            waiting.inline.clear();
-            if is_inline {
-                waiting.inline.resize(local.total() as usize, 0);
-                // SAFETY: the caller's promise; the vector is ours.
-                unsafe { gather(wr.sg_list, &mut waiting.inline) };
-            }
-        });
-        Ok(())
     }
 
     /// What a request asks of the state machine, if it may be asked.
@@ -340,17 +385,20 @@ impl QueuePair {
         }
     }
 
-    /// Room in the send queue (0) or the receive queue (1), for who has the token.
-    fn take_room(&self, state: &mut State, side: usize) -> Result<(), Error> {
-        if self.posting.room[side].take() {
+    /// Room in the send queue (0) or the receive queue (1).
+    fn take_room(&self, poster: &mut Poster<'_>, side: usize) -> Result<(), Error> {
+        let room = &self.posting.room[side];
+        if room.take() {
             return Ok(());
         }
         // What has finished and reports nothing may not have been noticed.
-        state.collect(self.id);
-        match self.posting.room[side].take() {
-            true => Ok(()),
-            false => Err(Error::QueueFull),
+        if let Some(state) = poster.state() {
+            state.collect(self.id);
+            if room.take() {
+                return Ok(());
+            }
         }
+        Err(Error::QueueFull)
     }
 
     /// A list as long as the inline data of a request, if it may have any.
@@ -388,43 +436,39 @@ impl QueuePair {
     /// Until a receive has completed the memory that it names is the device's: it changes it, so no
     /// reference of Rust's may stand in the way of that.
     pub unsafe fn post_recv(&self, list: &[RecvWr<'_>]) -> Result<(), BadWr> {
-        let shared = &self.context().shared;
-        let checked = |wr: &RecvWr<'_>| recv_wr(wr, self.init.cap.max_recv_sge);
-        let waits = !self.posting.admits_receives();
-        let clear = |state: &mut State| state.take_posts_of(self.id);
-        if let Some(mut state) = shared.lock_to_post(waits, clear) {
-            let result = each(list, |wr| self.post_receive(&mut state, checked(wr)?));
-            state.collect(self.id);
-            shared.sleepers.notify();
-            result
-        } else {
-            let result = each(list, |wr| self.leave_receive(checked(wr)?));
-            shared.leave(queue_of(self.id));
-            result
-        }
+        let mut result = Ok(());
+        self.post_to_receives(|poster| {
+            result = each(list, |wr| {
+                let wr = recv_wr(wr, self.init.cap.max_recv_sge)?;
+                self.post_receive(poster, wr, &mut || None)
+            });
+        });
+        result
     }
 
-    fn leave_receive(&self, wr: qp::RecvWr) -> Result<(), Error> {
+    /// Posts a receive; of one that is taken `bring` is asked for the bytes of its slot.
+    pub(crate) fn post_receive(
+        &self,
+        poster: &mut Poster<'_>,
+        wr: qp::RecvWr,
+        bring: &mut dyn FnMut() -> Brought,
+    ) -> Result<(), Error> {
         if self._shared.is_some() {
             return Err(posting_error(PostError::Invalid));
         }
-        if !self.posting.room[1].take() {
-            return Err(Error::QueueFull);
-        }
-        self.posting.receives().push(|waiting| *waiting = Some(wr));
-        Ok(())
-    }
-
-    pub(crate) fn post_receive(&self, state: &mut State, wr: qp::RecvWr) -> Result<(), Error> {
-        if self._shared.is_none() {
-            self.take_room(state, 1)?;
-        }
-        let posted = state.post_receive(self.id, wr);
-        posted.inspect_err(|_| {
-            if self._shared.is_none() {
-                self.posting.room[1].give(1);
+        self.take_room(poster, 1)?;
+        match poster.state() {
+            Some(state) => {
+                let posted = state.post_receive(self.id, wr);
+                posted.inspect_err(|_| self.posting.room[1].give(1))?;
+                state.attach(bring());
             }
-        })
+            None => self.posting.receives().push(|waiting| {
+                waiting.wr = Some(wr);
+                waiting.brought = bring();
+            }),
+        }
+        Ok(())
     }
 
     /// Attaches a datagram queue pair to a multicast group (IGMP or MLD joins it on the device's

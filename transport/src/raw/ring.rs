@@ -126,6 +126,11 @@ impl Ring {
 
     /// The oldest entry, if there is one.
     pub fn pop(&self) -> Option<[u64; ENTRY]> {
+        self.pop_if(|_| true)
+    }
+
+    /// The oldest entry, if there is one and it is `wanted`.
+    pub fn pop_if(&self, wanted: impl Fn(&[u64; ENTRY]) -> bool) -> Option<[u64; ENTRY]> {
         let mut seen = self.head.0.load(Ordering::Acquire);
         loop {
             let head = Place::of(seen);
@@ -140,6 +145,15 @@ impl Ring {
                 continue;
             }
             let entry = self.peek(head.index);
+            if !wanted(&entry) {
+                // What has been read is only worth something if the entry is still there.
+                let now = self.head.0.load(Ordering::Acquire);
+                if now == seen {
+                    return None;
+                }
+                seen = now;
+                continue;
+            }
             // Release: the entry is read before the producer sees that it may write there. Acquire:
             // so are those claimed before.
             let claimed = self.head.0.compare_exchange(
@@ -159,6 +173,23 @@ impl Ring {
     pub fn first(&self, count: usize) -> impl Iterator<Item = [u64; ENTRY]> {
         let head = Place::of(self.head.0.load(Ordering::Acquire));
         (0..count.min(self.len())).map(move |at| self.peek(head.index.wrapping_add(at as u32)))
+    }
+
+    /// Writes over one word of each entry that `is_meant`. A consumer that reads meanwhile has the old
+    /// word or the new one; nobody's order changes. One producer at a time.
+    pub fn mark(&self, word: usize, value: u64, is_meant: impl Fn(&[u64; ENTRY]) -> bool) {
+        // Relaxed: as of `push`.
+        let tail = Place::of(self.tail.0.load(Ordering::Relaxed));
+        let mut at = Place::of(self.head.0.load(Ordering::Acquire));
+        // Up to the tail, however many are consumed meanwhile: their entries are not used again yet.
+        while at != tail {
+            let index = at.index;
+            at = at.next();
+            if is_meant(&self.peek(index)) {
+                // Relaxed: who must see it has been told by other means.
+                self.entry(index)[word].store(value, Ordering::Relaxed);
+            }
+        }
     }
 
     fn peek(&self, index: u32) -> [u64; ENTRY] {
@@ -198,6 +229,26 @@ mod tests {
                 next_out += u64::from(expected.is_some());
             }
         }
+    }
+
+    #[test]
+    fn what_is_marked_stays_in_its_place() {
+        let ring = ring(8);
+        for value in 0..6 {
+            assert!(ring.push([value; ENTRY]));
+        }
+        assert_eq!(ring.pop(), Some([0; ENTRY]));
+        ring.mark(1, 77, |entry| entry[0] % 2 == 1);
+        assert_eq!(ring.len(), 5);
+        assert_eq!(ring.pop_if(|entry| entry[1] != 77), None);
+        for value in 1..6 {
+            let mut expected = [value; ENTRY];
+            if value % 2 == 1 {
+                expected[1] = 77;
+            }
+            assert_eq!(ring.pop_if(|entry| *entry == expected), Some(expected));
+        }
+        assert_eq!(ring.pop_if(|_| true), None);
     }
 
     #[test]
@@ -266,6 +317,37 @@ mod loom_tests {
             had.extend(take(&ring));
             had.sort_unstable();
             assert_eq!(had, pushed);
+        });
+    }
+
+    /// A consumer beside a producer that marks the last entry: each is had once, in order, and who takes
+    /// that one afterwards has it marked.
+    #[test]
+    fn marking_changes_nobodys_order() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            let ring = ring(4);
+            for value in 1..=3 {
+                assert!(ring.push([value; ENTRY]));
+            }
+            let consumer = {
+                let ring = ring.clone();
+                thread::spawn(move || {
+                    let entries = std::iter::from_fn(|| ring.pop());
+                    entries.collect::<Vec<_>>()
+                })
+            };
+            ring.mark(1, 9, |entry| entry[0] == 3);
+            let later: Vec<_> = std::iter::from_fn(|| ring.pop()).collect();
+            let marked = [3, 9, 3, 3];
+            assert!(later.iter().all(|entry| entry[0] != 3 || *entry == marked));
+            let mut had = consumer.join().unwrap();
+            assert!(had.is_sorted_by_key(|entry| entry[0]));
+            had.extend(later);
+            had.sort_unstable();
+            assert_eq!(had[..2], [[1; ENTRY], [2; ENTRY]]);
+            assert!(had[2] == [3; ENTRY] || had[2] == marked);
         });
     }
 }

@@ -95,7 +95,7 @@ impl SharedReceiveQueue {
         } else {
             let result = each(list, |wr| {
                 let wr = checked(wr)?;
-                posting.receives().push(|waiting| *waiting = Some(wr));
+                posting.receives().push(|waiting| waiting.wr = Some(wr));
                 Ok(())
             });
             shared.leave(queue_of_shared(self.id()));

@@ -22,10 +22,19 @@ use super::types::{
     WorkCompletion,
 };
 use crate::device::{Device, QpId};
-use crate::memory::Key;
+use crate::memory::{Key, Memory};
 
 /// Asynchronous events that may wait; later ones are lost without a trace.
 const EVENTS_MAX: usize = 4096;
+
+/// Who wants to know of completions before those who poll do: the safe layer.
+pub(crate) trait Keeper: std::fmt::Debug + Send + Sync {
+    /// A request has completed. Under the token.
+    fn completed(&self, wr_id: u64, memory: &mut Memory);
+}
+
+/// The same for the send queue and the receive queue of a queue pair.
+pub(crate) type Keepers = [Arc<dyn Keeper>; 2];
 
 /// What is known of a queue pair besides its state machine.
 #[derive(Debug)]
@@ -46,6 +55,7 @@ pub(crate) struct QpEntry {
     pub(super) held: [u32; 2],
     /// Its owner wants to know when the send queue has drained.
     pub(super) tells_drained: bool,
+    pub(super) keepers: Option<Keepers>,
 }
 
 /// A line of things to be told and the eventfd that says that there are some.
@@ -201,7 +211,7 @@ impl Tables {
         let Some(cq) = self.cqs[id.0 as usize].as_mut() else {
             return false;
         };
-        let fits = cq.done.len() <= depth as usize;
+        let fits = !cq.done.has_as_many_as(depth as usize + 1);
         if fits {
             cq.depth = depth;
         }
@@ -223,20 +233,10 @@ impl Tables {
         let entry = self.qp(id);
         let qpn = entry.qpn;
         entry.forget();
-        for (index, cq) in self.cqs.iter_mut().enumerate() {
-            let Some(cq) = cq else { continue };
-            let is_here = cq.done.all().any(|entry| entry.qpn == qpn);
+        for cq in self.cqs.iter().flatten() {
             // A broken queue takes nothing again, and keeps what it has.
-            if !is_here || cq.done.is_broken() {
-                continue;
-            }
-            // Others' entries are new again to whoever sleeps until something comes: a poll
-            // meanwhile may have found nothing.
-            let kept: Vec<_> = std::iter::from_fn(|| cq.done.pop())
-                .filter(|entry| entry.qpn != qpn)
-                .collect();
-            for work in kept {
-                cq.push(CqId(index as u32), work, true);
+            if !cq.done.is_broken() {
+                cq.done.purge(qpn);
             }
         }
     }
@@ -279,6 +279,10 @@ impl Tables {
                 false => entry.send_cq,
             };
             let solicited = completion.solicited || completion.status != Status::Success;
+            if let Some(keepers) = &entry.keepers {
+                let keeper = &keepers[usize::from(completion.kind.is_recv())];
+                keeper.completed(completion.wr_id.0, &mut device.memory);
+            }
             let work = work_completion(&completion, entry);
             let Some(target) = self.cqs[cq.0 as usize].as_mut() else {
                 continue;
@@ -368,11 +372,10 @@ impl Cq {
         if self.done.is_broken() {
             return true;
         }
-        if self.done.len() >= self.depth as usize {
+        if self.done.has_as_many_as(self.depth as usize) || !self.done.push(&work) {
             self.done.set_broken();
             return false;
         }
-        self.done.push(&work);
         let is_awaited = match self.armed {
             Armed::No => false,
             Armed::Solicited => solicited,

@@ -13,11 +13,12 @@ use lowtide_transport_proto::qp::{
 };
 use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
 
-use super::{Buffer, Device, NO_SLOT, Post, Queue};
+use super::posts::{Kept, Post};
+use super::{Buffer, Device, Queue};
 use crate::device::QpId;
 use crate::memory::Access;
 use crate::raw::types::{Error, SendFlags, SendWr};
-use crate::raw::{self, State};
+use crate::raw::{self, Brought};
 use crate::udp::path_mtu;
 
 /// READs and atomics a queue pair serves, and has under way, at once.
@@ -171,6 +172,8 @@ impl QueuePair {
         qp.to_rts(rts)?;
         let budget = (peer.budget > 0).then_some(peer.budget);
         state.device.set_peer(self.id, peer.socket, budget);
+        // Posting need not ask for the state any more.
+        state.collect(self.id);
         Ok(())
     }
 
@@ -194,6 +197,12 @@ impl QueuePair {
         result
     }
 
+    /// Takes memory now that the first post beside a thread that drives the device would take: some
+    /// 200 bytes for each request that its queues hold.
+    pub fn expect_contention(&self) {
+        self.raw.expect_contention();
+    }
+
     /// Posts to the send queue, and sends what the peer's budget allows. `id` comes back in the
     /// completion; for READ and atomics `buffer` is where the answer goes.
     ///
@@ -212,26 +221,24 @@ impl QueuePair {
         &self,
         list: &mut impl Iterator<Item = (u64, SendOp, Buffer)>,
     ) -> Result<(), PostRefused> {
-        let shared = &self.device.shared;
-        let mut state = shared.lock();
         let mut result = Ok(());
-        for (id, op, buffer) in list {
-            result = self.post(&mut state, id, buffer, &self.sends, |state, wr_id, list| {
-                let wr = SendWr {
-                    wr_id,
-                    op,
-                    sg_list: &[],
-                    flags: SendFlags::NONE,
-                    to: None,
-                };
-                self.raw.post_list(state, &wr, list)
-            });
-            if result.is_err() {
-                break;
+        self.raw.post_to_sends(|poster| {
+            for (id, op, buffer) in list {
+                result = self.post(id, buffer, &self.sends, |wr_id, list, bring| {
+                    let wr = SendWr {
+                        wr_id,
+                        op,
+                        sg_list: &[],
+                        flags: SendFlags::NONE,
+                        to: None,
+                    };
+                    self.raw.post_list(poster, &wr, list, bring)
+                });
+                if result.is_err() {
+                    break;
+                }
             }
-        }
-        state.collect(self.id);
-        shared.send_posted(&mut state);
+        });
         result
     }
 
@@ -251,34 +258,29 @@ impl QueuePair {
         &self,
         list: &mut impl Iterator<Item = (u64, Buffer)>,
     ) -> Result<(), PostRefused> {
-        let mut state = self.device.shared.lock();
         let mut result = Ok(());
-        for (id, buffer) in list {
-            result = self.post(
-                &mut state,
-                id,
-                buffer,
-                &self.recvs,
-                |state, wr_id, local| {
+        self.raw.post_to_receives(|poster| {
+            for (id, buffer) in list {
+                result = self.post(id, buffer, &self.recvs, |wr_id, local, bring| {
                     let wr_id = WrId(wr_id);
-                    self.raw.post_receive(state, RecvWr { wr_id, local })
-                },
-            );
-            if result.is_err() {
-                break;
+                    self.raw
+                        .post_receive(poster, RecvWr { wr_id, local }, bring)
+                });
+                if result.is_err() {
+                    break;
+                }
             }
-        }
-        state.collect(self.id);
+        });
         result
     }
 
+    /// Posts one by `post`, which asks for the bytes of its slot when it has taken the rest.
     fn post(
         &self,
-        state: &mut State,
         id: u64,
         buffer: Buffer,
         queue: &Queue,
-        post: impl FnOnce(&mut State, u64, SgList) -> Result<(), Error>,
+        post: impl FnOnce(u64, SgList, &mut dyn FnMut() -> Brought) -> Result<(), Error>,
     ) -> Result<(), PostRefused> {
         let (sge, slot) = match &buffer {
             Buffer::Empty => (None, None),
@@ -302,20 +304,24 @@ impl QueuePair {
         let (Ok(list), true) = (SgList::new(sge.as_slice()), is_ours) else {
             return refuse(PostError::Invalid, buffer);
         };
-        if queue.is_full() {
+        if !queue.outstanding.take(queue.depth) {
             return refuse(PostError::QueueFull, buffer);
         }
-        let of = queue.index;
-        let slot = slot.unwrap_or(NO_SLOT);
-        let name = queue.cq.0.posts().add(Post { id, slot, of });
-        if let Err(error) = post(state, name, list) {
-            queue.cq.0.posts().take(name);
-            return refuse(post_error(error), buffer);
-        }
-        if let Buffer::Slot(mut slot, _) = buffer {
+        let posts = &queue.cq.0.posts;
+        let name = posts.add(Post {
+            id,
+            slot: slot.map(|key| Kept { key, bytes: None }),
+            of: queue.outstanding.clone(),
+        });
+        let mut buffer = buffer;
+        let mut bring = || match &mut buffer {
             // From here on the key belongs to the request, and dropping the rest is nothing.
-            let bytes = slot.bytes.take().unwrap_or_default();
-            state.device.memory.attach(slot.key, bytes);
+            Buffer::Slot(slot, _) => Some((slot.key, slot.bytes.take().unwrap_or_default())),
+            _ => None,
+        };
+        if let Err(error) = post(name, list, &mut bring) {
+            posts.take(name);
+            return refuse(post_error(error), buffer);
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ mod locked;
 mod network;
 mod others;
 mod paths;
+mod resets;
 mod secrets;
 mod unplugged;
 

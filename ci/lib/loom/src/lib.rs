@@ -7,3 +7,5 @@ pub mod host_ring;
 pub mod posts;
 #[path = "../../../../transport/src/raw/ring.rs"]
 pub mod completions;
+#[path = "../../../../transport/src/verbs/places.rs"]
+pub mod places;

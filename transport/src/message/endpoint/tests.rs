@@ -291,3 +291,58 @@ fn random_offers_are_never_believed() {
         world.hostile = world.connect(HOSTILE);
     }
 }
+
+#[test]
+fn urgent_messages_need_no_ordinary_credit() {
+    let mut world = World::new();
+    let conns = [world.honest.0, world.honest.1];
+    let set_credits = |world: &mut World, credits: [u16; 2]| {
+        let mut before = [0; 2];
+        for side in [VICTIM, HONEST] {
+            let (ctx, index) = world.stream(side, conns[side]);
+            let connection = ctx.connections[index as usize].as_mut().unwrap();
+            let stream = connection.stream.as_mut().unwrap();
+            before[side] = stream.replace_credits(credits[side]);
+            ctx.mark_dirty(index);
+        }
+        before
+    };
+    let granted = set_credits(&mut world, [0; 2]);
+    let mut heard: [Vec<Vec<u8>>; 2] = Default::default();
+    let mut until = |world: &mut World, count: usize| {
+        let start = Instant::now();
+        while heard.iter().any(|side| side.len() < count) {
+            assert!(start.elapsed() < PATIENCE, "nothing more happens");
+            for (side, heard) in heard.iter_mut().enumerate() {
+                let poll =
+                    world.ends[side].poll(Some(Duration::ZERO), &mut |_, event| match event {
+                        Event::Message { bytes, .. } => heard.push(bytes.to_vec()),
+                        other => panic!("{other:?}"),
+                    });
+                poll.unwrap();
+            }
+        }
+        heard.clone()
+    };
+    for (side, conn) in conns.into_iter().enumerate() {
+        let ordinary = [IoSlice::new(b"ordinary")];
+        world.ends[side].send(conn, &ordinary).unwrap();
+    }
+    // Far more than there are urgent credits, so these come back without any other traffic.
+    let expected: Vec<Vec<u8>> = (0..1000u32).map(|n| n.to_le_bytes().to_vec()).collect();
+    for (round, message) in expected.iter().enumerate() {
+        for (side, conn) in conns.into_iter().enumerate() {
+            let urgent = [IoSlice::new(message)];
+            world.ends[side].send_urgent(conn, &urgent).unwrap();
+        }
+        until(&mut world, round + 1);
+    }
+    assert_eq!(
+        until(&mut world, 1000),
+        [expected.clone(), expected.clone()]
+    );
+    set_credits(&mut world, granted);
+    for side in until(&mut world, 1001) {
+        assert_eq!(side.last().unwrap(), b"ordinary");
+    }
+}

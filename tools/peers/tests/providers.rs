@@ -2,13 +2,13 @@
 //! device of libibverbs that this machine has, in both roles against softroce and against itself.
 //! `ci/guest/verbs` holds the same conversation on the kernel's rxe.
 
-mod common;
-#[path = "../examples/providers/conversation.rs"]
+#[path = "../src/bin/providers/conversation.rs"]
 mod conversation;
-#[path = "../examples/providers/parts.rs"]
+#[path = "../src/bin/providers/parts.rs"]
 mod parts;
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 
 use conversation::converse;
@@ -40,8 +40,13 @@ fn speak(client: &str, server: &str) {
     });
 }
 
+/// A provider of softroce at an address that no other test has.
 fn softroce(kind: &str) -> String {
-    format!("{kind}:{}", common::address().ip())
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    let process = std::process::id();
+    let (high, low) = ((process >> 7) as u8 & 0x7F | 0x80, process as u8 & 0x7F);
+    let next = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{kind}:{}", Ipv4Addr::new(127, high, 1 + low, next | 0x80))
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Progress between processes, as `ci/progress` tries it: what holds while a program sleeps, exits, is
 //! stopped, or is not given a processor. Each scenario starts processes of this same program.
 //!
-//! `cargo run --release -p lowtide-transport --example progress -- SCENARIO`
+//! `cargo run --release -p lowtide-peers --bin progress -- SCENARIO`
 //!
 //! * `sleeper`: WRITE, READ and atomics against a process that sleeps in read(2) the whole time;
 //! * `leaver`: processes that end right after their last completion, of a message or of a WRITE with

@@ -1,6 +1,6 @@
 //! Measures messages and verbs between two threads over loopback, next to plain UDP and TCP.
 //!
-//! `cargo run --release -p lowtide-transport --example throughput -- [--mib 512] [--rounds 3]
+//! `cargo run --release -p lowtide-peers --bin throughput -- [--mib 512] [--rounds 3]
 //! [--drop PERCENT] [--seed N] [--spin MICROSECONDS]`
 //!
 //! Streams are measured in interleaved rounds; the last table has the medians, their ratio to the
