@@ -303,10 +303,19 @@ impl Run<'_> {
     }
 
     fn next(&mut self) -> Result<WorkCompletion, PeerError> {
-        let (done, count) = (self.done, self.count);
-        // perftest does not sleep either. And of two that do, each wakes the other later than it would
-        // have polled, so that both go on sleeping.
+        let work = self.link.wait(PATIENCE)?;
+        self.succeeded(work)
+    }
+
+    /// The same without sleeping, as perftest does it. Of two ends that sleep each may wake the other later
+    /// than it would have polled, so that both go on sleeping.
+    fn poll(&mut self) -> Result<WorkCompletion, PeerError> {
         let work = self.link.poll(PATIENCE)?;
+        self.succeeded(work)
+    }
+
+    fn succeeded(&self, work: Option<WorkCompletion>) -> Result<WorkCompletion, PeerError> {
+        let (done, count) = (self.done, self.count);
         let work = work.ok_or(PeerError::Silence(done, count))?;
         match work.status {
             Status::Success => Ok(work),
@@ -348,7 +357,7 @@ impl Run<'_> {
             }
             let (mut is_back, mut is_sent) = (false, !is_client && self.done == 0);
             while !(is_back && is_sent) {
-                let is_recv = self.next()?.kind == CompletionKind::Recv;
+                let is_recv = self.poll()?.kind == CompletionKind::Recv;
                 *(if is_recv { &mut is_back } else { &mut is_sent }) = true;
             }
             self.done += 1;

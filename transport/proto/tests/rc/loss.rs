@@ -249,7 +249,11 @@ fn silence_exhausts_the_retries() {
         ];
         assert_eq!(statuses(&net.completions(0)), flushed);
         assert_eq!(net.ends[0].qp.state(), QpState::Err);
-        assert_eq!(net.ends[0].qp.counters().ack_timeout, timeouts);
+        let counters = net.ends[0].qp.counters();
+        assert_eq!(counters.ack_timeout, timeouts);
+        // The last timeout is the end, not another try.
+        assert_eq!(counters.completer_retry_err, timeouts - 1);
+        assert_eq!((counters.retry_exceeded_err, counters.rdma_sends), (1, 0));
         let expected = INTERVAL * timeouts;
         assert!(
             (expected..expected + 1_000_000).contains(&net.now.0),

@@ -47,6 +47,10 @@ fn rnr_retries_are_counted_and_exhausted() {
         send(&mut net, 2, write_to(0), 100);
         net.run(10_000);
         assert_eq!(count(&log, Opcode::RcSendOnly), usize::from(rnr_retry) + 1);
+        let counters = net.ends[0].qp.counters();
+        assert_eq!(counters.retry_rnr_exceeded_err, 1);
+        // Waiting for a receive is no loss.
+        assert_eq!(counters.completer_retry_err, 0);
         let flushed = [(1, Status::RnrRetryExceeded), (2, Status::Flushed)];
         assert_eq!(statuses(&net.completions(0)), flushed);
         assert_eq!(net.ends[0].qp.counters().ack_timeout, 0);
