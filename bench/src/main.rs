@@ -272,6 +272,11 @@ const BENCHMARKS: &[Benchmark] = &[
         run: checksum::icrc,
     },
     Benchmark {
+        name: "icrc-cached",
+        about: "the same over 2 MiB that stay in the processor's cache",
+        run: checksum::icrc_cached,
+    },
+    Benchmark {
         name: "rtt-device",
         about: "--device NAME: a SEND of 64 bytes and its answer, against ib_send_lat",
         run: device::round_trip,

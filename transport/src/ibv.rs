@@ -43,8 +43,10 @@ pub use self::memory::{AddressHandle, MemoryRegion, ProtectionDomain, SharedRece
 pub use self::queue_pair::{QueuePair, Queues};
 use self::window::Keys;
 pub use self::window::MemoryWindow;
+use crate::device::DeviceOptions;
+use crate::faults::Faults;
 use crate::raw::types::{
-    AccessFlags, AsyncEvent, DeviceAttr, Error, Gid, GidEntry, GidType, PortAttr,
+    AccessFlags, AsyncEvent, DeviceAttr, Error, Gid, GidEntry, GidType, NO_CAPTURE, PortAttr,
 };
 
 /// Where the kernel tells about devices.
@@ -78,6 +80,19 @@ pub struct DeviceEntry {
     pub name: String,
     /// What stands behind it.
     pub driver: Driver,
+}
+
+/// Refuses what is about packets: a device's are its own.
+pub(crate) fn refuse_wire(wants_capture: bool, faults: &Faults) -> Result<(), Error> {
+    if wants_capture {
+        return Err(NO_CAPTURE);
+    }
+    match faults.is_any() {
+        true => Err(Error::Unsupported(
+            "injected faults: its packets are its own",
+        )),
+        false => Ok(()),
+    }
 }
 
 /// Why there is no device.
@@ -258,6 +273,17 @@ impl Context {
         let fd = unsafe { (*context.as_ptr()).async_fd };
         set_nonblocking(fd)?;
         Ok(opened)
+    }
+
+    /// The same for a program that takes the provider and what it wants of it from its user: what
+    /// only softroce can do is refused, and so before the device is looked for. Sockets are not a
+    /// device's to have, and ways to peers on this host it has of its own: these are passed over.
+    ///
+    /// # Errors
+    /// [`NO_CAPTURE`], [`Error::Unsupported`] for injected faults; those of [`Context::open`].
+    pub fn open_with(name: &str, options: &DeviceOptions) -> Result<Context, Error> {
+        refuse_wire(options.capture.is_some(), &options.faults)?;
+        Context::open(name)
     }
 
     /// Its name.

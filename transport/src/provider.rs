@@ -61,22 +61,30 @@ impl std::error::Error for NotForMessages {}
 /// # Errors
 /// Why there is none.
 pub fn for_messages(local: Option<IpAddr>) -> Result<ForMessages, NotForMessages> {
+    let devices = ibv::devices().map_err(NotForMessages::None)?;
+    best_of(devices, |name| {
+        let carrier = ibv::carrier::Carrier::open(name, local)?;
+        let lack = Error::Argument("an InfiniBand port has no address: name one");
+        let address = carrier.address().or(local).ok_or(lack)?;
+        // In a container the address may be another network namespace's.
+        UdpSocket::bind((address, 0)).map_err(|error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EADDRNOTAVAIL);
+            Error::Os(errno)
+        })?;
+        Ok(address)
+    })
+}
+
+/// The first of the devices, adapters before the kernel's, of which `attempt` makes an address.
+fn best_of(
+    mut devices: Vec<DeviceEntry>,
+    attempt: impl Fn(&str) -> Result<IpAddr, Error>,
+) -> Result<ForMessages, NotForMessages> {
+    devices.sort_by(|a, b| (a.driver, &a.name).cmp(&(b.driver, &b.name)));
     let mut refused = Vec::new();
-    for device in ibv::devices().map_err(NotForMessages::None)? {
-        let opened = ibv::carrier::Carrier::open(&device.name, local);
-        match opened.map(|carrier| carrier.address().or(local)) {
-            // In a container the address may be another network namespace's.
-            Ok(Some(address)) => match UdpSocket::bind((address, 0)) {
-                Ok(_) => return Ok(ForMessages { device, address }),
-                Err(error) => {
-                    let errno = error.raw_os_error().unwrap_or(libc::EADDRNOTAVAIL);
-                    refused.push((device.name, Error::Os(errno)));
-                }
-            },
-            Ok(None) => {
-                let lack = Error::Argument("an InfiniBand port has no address: name one");
-                refused.push((device.name, lack));
-            }
+    for device in devices {
+        match attempt(&device.name) {
+            Ok(address) => return Ok(ForMessages { device, address }),
             Err(error) => refused.push((device.name, error)),
         }
     }
@@ -85,7 +93,51 @@ pub fn for_messages(local: Option<IpAddr>) -> Result<ForMessages, NotForMessages
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
+    use crate::ibv::Driver;
+
+    #[test]
+    fn adapters_come_before_the_kernels_devices_and_all_are_tried() {
+        let entry = |name: &str, driver| DeviceEntry {
+            name: name.to_owned(),
+            driver,
+        };
+        let devices = vec![
+            entry("a_siw", Driver::Siw),
+            entry("b_rxe", Driver::Rxe),
+            entry("mlx5_1", Driver::Hardware),
+            entry("c_rxe", Driver::Rxe),
+            entry("mlx5_0", Driver::Hardware),
+        ];
+        let order = ["mlx5_0", "mlx5_1", "b_rxe", "c_rxe", "a_siw"];
+        let address = IpAddr::from([192, 0, 2, 1]);
+        for able in 0..=order.len() {
+            let tried = RefCell::new(Vec::new());
+            let found = best_of(devices.clone(), |name| {
+                tried.borrow_mut().push(name.to_owned());
+                match order.iter().position(|each| *each == name) >= Some(able) {
+                    true => Ok(address),
+                    false => Err(Error::Unsupported("what it takes")),
+                }
+            });
+            let tried = tried.into_inner();
+            match order.get(able) {
+                Some(name) => {
+                    let found = found.unwrap();
+                    assert_eq!((&found.device.name[..], found.address), (*name, address));
+                    assert_eq!(tried, order[..=able]);
+                }
+                // Then softroce serves: `lowtide`'s choice has that, with these reasons.
+                None => {
+                    let refused = found.unwrap_err().to_string();
+                    assert_eq!(tried, order);
+                    assert!(refused.starts_with("mlx5_0: "), "{refused}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn where_no_device_can_carry_messages_the_reasons_are_told() {

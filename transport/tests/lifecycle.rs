@@ -6,9 +6,12 @@ use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, config, connect, run_until};
+use lowtide_transport::ibv;
 use lowtide_transport::message::{
     BindError, CloseReason, ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, Faults, SendError,
 };
+use lowtide_transport::raw::types::{Error, NO_CAPTURE};
+use lowtide_transport::verbs::DeviceOptions;
 
 #[test]
 fn connecting_before_the_peer_exists_succeeds_once_it_does() {
@@ -266,15 +269,41 @@ fn a_device_of_libibverbs_that_cannot_be_used_is_named() {
         .expect("no such device");
     assert!(matches!(&error, BindError::Device(name, _) if name == "nosuch0"));
     assert!(error.to_string().contains("nosuch0"), "{error}");
-    // What only softroce can do is refused before anything is opened.
+    // What only softroce can do is refused before anything is opened, by both ways to a device.
+    let faults = Faults {
+        loss_percent: 5.0,
+        ..Faults::default()
+    };
     let lossy = EndpointConfig {
-        faults: Faults {
-            loss_percent: 5.0,
-            ..Faults::default()
-        },
+        faults,
+        ..missing.clone()
+    };
+    let file = std::env::temp_dir().join("lowtide-that-is-never-written.pcap");
+    let captured = EndpointConfig {
+        capture: Some(file.clone()),
         ..missing
     };
-    assert!(matches!(Endpoint::bind(lossy), Err(BindError::Config(_))));
+    let refused = |config| match Endpoint::bind(config).err() {
+        Some(BindError::Device(_, error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(refused(lossy), Error::Unsupported(_)));
+    let error = refused(captured);
+    assert_eq!(error, NO_CAPTURE);
+    assert!(error.to_string().contains("tcpdump"), "{error}");
+    let open = |options| ibv::Context::open_with("nosuch0", &options).err().unwrap();
+    let capture = DeviceOptions {
+        capture: Some(file.clone()),
+        ..DeviceOptions::default()
+    };
+    assert_eq!(open(capture), NO_CAPTURE);
+    let lossy = DeviceOptions {
+        faults,
+        ..DeviceOptions::default()
+    };
+    assert!(matches!(open(lossy), Error::Unsupported(_)));
+    assert_ne!(open(DeviceOptions::default()), NO_CAPTURE);
+    assert!(!file.exists());
 }
 
 #[test]

@@ -674,6 +674,13 @@ uint32_t lowtide_version(void);
 // what to do.
 struct lowtide_context *lowtide_open_device(const char *address_text, uint16_t port);
 
+// The same, for a device that writes a capture file (pcap): every packet that it sends,
+// and every one with a right ICRC that it receives. Its packets then go by UDP, also to peers on the
+// same host. The message of an error says what is wrong with the file.
+struct lowtide_context *lowtide_open_captured_device(const char *address_text,
+                                                     uint16_t port,
+                                                     const char *path);
+
 // Closes a device.
 int lowtide_close_device(struct lowtide_context *context);
 

@@ -1,8 +1,9 @@
 //! Devices, protection domains, asynchronous events.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
 
 use lowtide_transport::raw::types::{AsyncEvent, Gid};
 use lowtide_transport::raw::{Context, ProtectionDomain};
@@ -55,18 +56,48 @@ pub unsafe extern "C" fn lowtide_open_device(
     address_text: *const c_char,
     port: u16,
 ) -> *mut lowtide_context {
+    // SAFETY: the header's contract.
+    object(|| unsafe { open(address_text, port, &DeviceOptions::default()) })
+}
+
+/// The same, for a device that writes a capture file (pcap): every packet that it sends,
+/// and every one with a right ICRC that it receives. Its packets then go by UDP, also to peers on the
+/// same host. The message of an error says what is wrong with the file.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lowtide_open_captured_device(
+    address_text: *const c_char,
+    port: u16,
+    path: *const c_char,
+) -> *mut lowtide_context {
     object(|| {
+        if path.is_null() {
+            return Err(Fault::Null("path"));
+        }
+        // SAFETY: not NULL, and so a string of C, as the header asks.
+        let path = unsafe { CStr::from_ptr(path) };
+        let options = DeviceOptions {
+            capture: Some(OsStr::from_bytes(path.to_bytes()).into()),
+            ..DeviceOptions::default()
+        };
         // SAFETY: the header's contract.
-        let ip = unsafe { address(address_text) }?;
-        let address = SocketAddr::new(ip, port);
-        let raw = Context::open(address, &DeviceOptions::default())?;
-        make_blocking(raw.as_fd())?;
-        Ok(Box::new(lowtide_context {
-            raw,
-            names: SharedNames::default(),
-            uses: Uses::default(),
-        }))
+        unsafe { open(address_text, port, &options) }
     })
+}
+
+unsafe fn open(
+    address_text: *const c_char,
+    port: u16,
+    options: &DeviceOptions,
+) -> Result<Box<lowtide_context>, Fault> {
+    // SAFETY: the header's contract.
+    let ip = unsafe { address(address_text) }?;
+    let raw = Context::open(SocketAddr::new(ip, port), options)?;
+    make_blocking(raw.as_fd())?;
+    Ok(Box::new(lowtide_context {
+        raw,
+        names: SharedNames::default(),
+        uses: Uses::default(),
+    }))
 }
 
 /// Closes a device.

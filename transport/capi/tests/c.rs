@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use lowtide_transport::pcap::Reader;
+
 /// A directory that goes away, with programs.
 struct Programs(PathBuf);
 
@@ -90,8 +92,21 @@ fn succeeds(output: Output, says: &str) {
 fn every_call_does_what_the_header_says() {
     let programs = Programs::new("verbs");
     let program = programs.compile("tests/verbs.c");
-    let child = start(&program, &[&address(), &address()]);
+    let capture = programs.0.join("verbs.pcap");
+    let args = [&address(), &address(), capture.to_str().unwrap()];
+    let child = start(&program, &args);
     succeeds(child.wait_with_output().unwrap(), "all of it holds");
+    // A SEND and its ACK, each as it left and as it came.
+    let mut reader = Reader::new(std::fs::File::open(&capture).unwrap()).unwrap();
+    let mut opcodes = Vec::new();
+    while let Some(frame) = reader.next_frame().unwrap() {
+        let datagram = frame.datagram().expect("every packet is a datagram");
+        opcodes.push(datagram.payload[0]);
+    }
+    assert!(opcodes.len() >= 4, "{opcodes:?}");
+    opcodes.sort_unstable();
+    opcodes.dedup();
+    assert_eq!(opcodes, [0x04, 0x11]);
 }
 
 #[test]

@@ -84,10 +84,10 @@ static void to_rts(struct lowtide_qp *qp, struct lowtide_qp *peer, struct lowtid
     MUST(lowtide_modify_qp(qp, &attr, mask) == 0);
 }
 
-static struct end open_end(const char *address)
+static struct end open_end(struct lowtide_context *context, const char *address)
 {
-    struct end end = {.context = lowtide_open_device(address, LOWTIDE_ROCE_PORT)};
-    MUST(end.context && lowtide_udp_port(end.context) == LOWTIDE_ROCE_PORT);
+    struct end end = {.context = context};
+    MUST(end.context && lowtide_udp_port(end.context) != 0);
     struct lowtide_gid known;
     MUST(lowtide_query_gid(end.context, 1, 0, &end.gid) == 0);
     MUST(lowtide_parse_gid(address, &known) == 0 && memcmp(&known, &end.gid, sizeof known) == 0);
@@ -483,10 +483,29 @@ static void connections(struct end *a, struct end *b)
     MUST(lowtide_destroy_qp(qps[0]) == 0 && lowtide_destroy_qp(qps[1]) == 0);
 }
 
+// A queue pair talks to itself, and the packets are in a file; who reads it is the caller's.
+static void captures(const char *address, const char *path)
+{
+    MUST(!lowtide_open_captured_device(address, 0, NULL) && errno == EINVAL);
+    MUST(!lowtide_open_captured_device(address, 0, "/nowhere/at.pcap") && errno == ENOENT);
+    struct end end = open_end(lowtide_open_captured_device(address, 0, path), address);
+    to_init(end.qp, 0);
+    to_rts(end.qp, end.qp, end.gid);
+    receive(&end, end.qp, 100, 8);
+    struct lowtide_sge sge = piece(&end, 0, 8);
+    struct lowtide_send_wr wr = request(LOWTIDE_WR_SEND, &sge);
+    MUST(lowtide_post_send(end.qp, &wr, NULL) == 0);
+    for (int i = 0; i < 2; i++)
+        MUST(completion(&end).status == LOWTIDE_WC_SUCCESS);
+    close_end(&end);
+}
+
 int main(int argc, char **argv)
 {
-    MUST(argc == 3 && lowtide_version() > 0 && strcmp(lowtide_error_message(), "no error") == 0);
-    struct end a = open_end(argv[1]), b = open_end(argv[2]);
+    MUST(argc == 4 && lowtide_version() > 0 && strcmp(lowtide_error_message(), "no error") == 0);
+    struct end a = open_end(lowtide_open_device(argv[1], LOWTIDE_ROCE_PORT), argv[1]);
+    struct end b = open_end(lowtide_open_device(argv[2], LOWTIDE_ROCE_PORT), argv[2]);
+    MUST(lowtide_udp_port(a.context) == LOWTIDE_ROCE_PORT);
     int fds[2] = {lowtide_comp_channel_fd(b.channel), lowtide_async_fd(b.context)};
     for (int i = 0; i < 2; i++)
         MUST(fcntl(fds[i], F_SETFL, fcntl(fds[i], F_GETFL) | O_NONBLOCK) == 0);
@@ -500,6 +519,7 @@ int main(int argc, char **argv)
     datagrams(&a, &b);
     events(&a, &b);
     connections(&a, &b);
+    captures(argv[1], argv[3]);
     struct lowtide_counters seen;
     MUST(lowtide_query_counters(a.context, &seen) == 0 && seen.sent_pkts > 0);
     MUST(seen.rx_malformed == 0 && seen.rx_bad_icrc == 0);

@@ -26,6 +26,7 @@ use super::{BindError, Counters, EndpointConfig};
 use crate::cm::Gsi;
 use crate::device::{Device, DeviceOptions, Peers, QpId};
 use crate::ibv::carrier::{Carrier, Done, Received};
+use crate::ibv::refuse_wire;
 use crate::memory::{Key, Lent, Memory, Region};
 use crate::names::Random;
 use crate::udp::path_mtu;
@@ -482,12 +483,8 @@ impl Fabric {
 
 impl Verbs {
     fn open(name: &str, config: &EndpointConfig) -> Result<Verbs, BindError> {
-        let wants_wire = config.capture.is_some() || config.faults.is_any();
-        if wants_wire {
-            return Err(BindError::Config(
-                "injected faults and captures need softroce: a device's packets are its own",
-            ));
-        }
+        refuse_wire(config.capture.is_some(), &config.faults)
+            .map_err(|error| BindError::Device(name.to_owned(), error))?;
         let carrier = Carrier::open(name, Some(config.addr.ip()))
             .map_err(|error| BindError::Device(name.to_owned(), error))?;
         let socket = UdpSocket::bind(config.addr)

@@ -22,7 +22,7 @@ pub use lowtide_transport_proto::qp::{
 };
 pub use lowtide_transport_proto::wire::{Mtu, Psn, Qpn, RnrTimer};
 
-pub use self::error::Error;
+pub use self::error::{Error, NO_CAPTURE};
 pub use self::flags::{AccessFlags, QpAttrMask, SendFlags, WcFlags};
 
 /// A global identifier: an IPv6 address, or an IPv4 one as `::ffff:a.b.c.d`.

@@ -4,6 +4,14 @@ use std::fmt;
 
 use super::{InvalidTransition, QpAttrMask, QpState};
 
+/// What every provider but softroce answers to whoever wants a capture file: it makes its packets itself,
+/// and they pass no code of ours.
+pub const NO_CAPTURE: Error = Error::Unsupported(
+    "capture of its own: `tcpdump -i INTERFACE udp port 4791` sees the packets of the kernel's soft-RoCE, \
+     ibdump, or tcpdump on an interface with RDMA sniffing, those of an adapter; `lowtide dissect` reads \
+     what they write",
+);
+
 /// Why a call failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
