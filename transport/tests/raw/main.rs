@@ -20,6 +20,11 @@ mod softroce_provider {
     pub const HAS_WORDS: bool = true;
     /// Every completion of a receive has these flags.
     pub const FLAGS_OF_ANY_RECEIVE: types::WcFlags = types::WcFlags::NONE;
+
+    /// Packets that the device has repeated to ask how things stand.
+    pub fn asked_early(context: &Context) -> u64 {
+        context.counters().probes
+    }
 }
 
 /// What a way to a peer is asked for by.

@@ -438,7 +438,7 @@ fn retries_for_want_of_receives_end() {
             ..attr_to(&b.context, b.qp.qpn())
         };
         a.qp.modify(&to(attr, QpState::Rts), RTS_RC).unwrap();
-        let before = a.context.counters().rcvd_rnr_err;
+        let before = rnr_naks(&a);
         a.receive(3, &[a.sge(0, 8)]);
         a.post(1, op, &[a.sge(0, 8)]);
         a.post(2, SendOp::Write(b.remote(0)), &[a.sge(0, 8)]);
@@ -451,14 +451,18 @@ fn retries_for_want_of_receives_end() {
             "{ends:?}"
         );
         assert_eq!(a.qp.query().state, QpState::Err);
-        let told = a.context.counters().rcvd_rnr_err - before;
-        assert!(told >= u64::from(retries), "{told}");
-        // Who counts its retries itself counts exactly.
-        assert!(
-            !provider::HAS_WORDS || told == u64::from(retries) + 1,
-            "{told}"
-        );
+        // The kernel does not count the last.
+        let told = rnr_naks(&a) - before;
+        let least = u64::from(retries) + u64::from(provider::HAS_WORDS);
+        // A busy machine may have us ask early, which is no retry.
+        let most = u64::from(retries) + 1 + provider::asked_early(&a.context);
+        assert!((least..=most).contains(&told), "{told} of {retries}");
         // What nobody received was not done in part either.
         assert_eq!(b.pages.read(0, 8), [0; 8]);
     }
+}
+
+/// How often its peers have had no receive.
+fn rnr_naks(end: &End) -> u64 {
+    end.context.counters().rcvd_rnr_err
 }
