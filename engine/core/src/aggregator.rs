@@ -112,6 +112,7 @@ impl Aggregator {
                 lower_bound,
                 view,
                 waits,
+                ..
             } => {
                 let known = self.children.get_mut(&from).filter(|c| c.attach == attach);
                 let Some(child) = known else {

@@ -67,6 +67,12 @@ pub enum Tooth {
     NeverRests,
     /// A connection to a process that died before it spoke is not asked when the view names another.
     SilentEndIgnored,
+    /// A home tells the root how far its history goes before that is durable.
+    CommitToldEarly,
+    /// The root lets a home in whatever its storage is.
+    AnyStorageAdmitted,
+    /// A home answers before it was let in.
+    AnswersUnjoined,
 }
 
 impl Tooth {
@@ -102,6 +108,9 @@ impl Tooth {
         Tooth::AgeIgnored,
         Tooth::NeverRests,
         Tooth::SilentEndIgnored,
+        Tooth::CommitToldEarly,
+        Tooth::AnyStorageAdmitted,
+        Tooth::AnswersUnjoined,
     ];
 }
 

@@ -123,6 +123,7 @@ pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
         epochs_refused_elsewhere: a.epochs_refused_elsewhere + b.epochs_refused_elsewhere,
         datagrams_dropped: a.datagrams_dropped + b.datagrams_dropped,
         evicted: a.evicted + b.evicted,
+        joins_rejected: a.joins_rejected + b.joins_rejected,
         minimum_lag_max_ms: a.minimum_lag_max_ms.max(b.minimum_lag_max_ms),
     }
 }

@@ -77,6 +77,21 @@ pub enum Fault {
         /// A client.
         node: Index,
     },
+    /// Somebody copies a destination's disk.
+    Copy {
+        /// A destination.
+        node: Index,
+    },
+    /// The process of a destination dies and starts on another disk, again and again until the root
+    /// refuses it; then it gets its own back. Does not happen while the root would not know better.
+    Swap {
+        /// A destination.
+        node: Index,
+        /// Onto the copy that was made, if there is one; else onto an empty disk.
+        copy: bool,
+        /// Ticks until it starts, and starts again.
+        down: u64,
+    },
 }
 
 impl Fault {
@@ -90,7 +105,8 @@ impl Fault {
             | Fault::Isolate { ticks, .. }
             | Fault::Slow { ticks, .. }
             | Fault::Full { ticks, .. } => *ticks,
-            Fault::Break { .. } | Fault::Part { .. } => 0,
+            Fault::Swap { down, .. } => 2 * down,
+            Fault::Break { .. } | Fault::Part { .. } | Fault::Copy { .. } => 0,
         }
     }
 }
@@ -345,6 +361,7 @@ impl Plan {
         plan.draw_shards(&mut Rng::branch(seed, 7));
         plan.draw_orphan(&mut list);
         plan.draw_disk(&mut Rng::branch(seed, 10));
+        plan.draw_swap(&mut list);
         list.sort_by_key(|(at, _)| *at);
         plan.faults = list;
         plan
@@ -420,6 +437,23 @@ impl Plan {
         let restarted = at + rng.range(20, 100);
         list.extend([(at, cut), (restarted, restart)]);
         list.push((restarted + rng.below(20), death));
+    }
+
+    /// A home comes back on an empty disk, or on a copy of its own from before.
+    fn draw_swap(&self, list: &mut Vec<(u64, Fault)>) {
+        let mut rng = Rng::branch(self.seed, 11);
+        if !rng.chance(10) {
+            return;
+        }
+        let node = self.first_destination() + rng.below(self.destinations as u64) as usize;
+        let copied = rng.range(1, self.horizon / 2);
+        let swapped = copied + rng.range(1, self.horizon / 2);
+        let swap = Fault::Swap {
+            node,
+            copy: rng.chance(60),
+            down: rng.range(1, 60),
+        };
+        list.extend([(copied, Fault::Copy { node }), (swapped, swap)]);
     }
 
     fn knobs(&mut self, rng: &mut Rng) {

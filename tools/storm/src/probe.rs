@@ -81,6 +81,10 @@ probes! {
     SilentEndFoundByView,
     /// So it was after the peer had died before it joined.
     EndBeforeJoinFoundByView,
+    /// A home came back on an empty disk and was not let in.
+    WipedHomeRejected,
+    /// So on an old copy of its own.
+    OldCopyRejected,
     IdleEpochsWatched,
     RestWatched,
 }

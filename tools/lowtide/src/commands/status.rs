@@ -86,6 +86,7 @@ fn line(name: &str, report: &NodeReport) -> String {
         (c.replayed, "replayed"),
         (c.completed, "completed"),
         (c.undone, "undone"),
+        (c.joins_rejected, "joins rejected"),
         (c.epochs_refused, "incredible epochs refused"),
         (c.epochs_refused_elsewhere, "incredible epochs sent"),
     ] {
