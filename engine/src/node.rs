@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::Sender;
 use lowtide_engine_core::destination::shard::SHARDS_MAX;
+use lowtide_engine_core::identity::JoinRefusal;
 use lowtide_engine_core::ids::NodeId;
 use lowtide_engine_core::session::Placement;
 use lowtide_transport::message::{BindError, SameHost, Waker};
@@ -214,12 +215,41 @@ pub enum NodeError {
     /// its place.
     #[error("this life was evicted from the cluster, or is a root that another has replaced")]
     Evicted,
+    /// The root knows another storage of this node.
+    #[error(
+        "its storage is another than the cluster knows ({known}): it was wiped, or is another \
+         node's; put back the directory as this node left it last. The cluster waits for what it held"
+    )]
+    OtherStorage {
+        /// The one that the node had, in hexadecimal.
+        known: String,
+    },
+    /// The root knows of work that this node's storage had and lacks now.
+    #[error(
+        "its storage is older than the cluster knows (it once had step {known}): it is an old copy; \
+         put back the directory as this node left it last. The cluster waits for what it held"
+    )]
+    OlderStorage {
+        /// The step that it had at least.
+        known: u64,
+    },
     /// Its storage failed; nothing was acknowledged after that.
     #[error("storage failed: {0}")]
     Storage(String),
     /// Its socket failed.
     #[error("transport failed: {0}")]
     Transport(String),
+}
+
+impl From<JoinRefusal> for NodeError {
+    fn from(reason: JoinRefusal) -> NodeError {
+        match reason {
+            JoinRefusal::OtherStorage { known } => NodeError::OtherStorage {
+                known: known.to_string(),
+            },
+            JoinRefusal::OlderStorage { known } => NodeError::OlderStorage { known: known.0 },
+        }
+    }
 }
 
 /// What the engine thread publishes.

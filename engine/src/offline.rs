@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use lowtide_engine_core::destination::{DestinationConfig, DestinationCounters};
 use lowtide_engine_core::effect::Effect;
-use lowtide_engine_core::ids::{Life, NodeId, Time};
+use lowtide_engine_core::ids::{Life, NodeId, StorageId, Time};
 use lowtide_engine_core::member::Intervals;
 use lowtide_engine_core::message::Envelope;
 use lowtide_engine_core::op::{Bytes, Key, Range};
@@ -22,8 +22,9 @@ use lowtide_engine_core::room::HomeRule;
 use lowtide_engine_core::root::{Root, RootConfig};
 use lowtide_engine_core::session::Page;
 
-use crate::node::StartError;
+use crate::log::superblock::SUPERBLOCK_FILE;
 use crate::node::rootfile::RootFile;
+use crate::node::{NodeError, StartError};
 use crate::server::Server;
 use crate::storage::StorageError;
 
@@ -55,6 +56,29 @@ pub enum OfflineError {
         dir: PathBuf,
         /// What is wrong.
         error: StorageError,
+    },
+    /// A server's state is not there, and the cluster knows that there was one.
+    #[error(
+        "server {node} in {dir}: its storage is gone (there is no {SUPERBLOCK_FILE}), and the \
+             cluster knows that there was one ({known}): put the directory back"
+    )]
+    Missing {
+        /// The server.
+        node: NodeId,
+        /// Its directory.
+        dir: PathBuf,
+        /// The storage that it had.
+        known: StorageId,
+    },
+    /// A server's state cannot be the one that the cluster knows.
+    #[error("server {node} in {dir}: {error}")]
+    Rejected {
+        /// The server.
+        node: NodeId,
+        /// Its directory.
+        dir: PathBuf,
+        /// Why.
+        error: NodeError,
     },
     /// A storage failed while recovery ran.
     #[error("storage failed: {0}")]
@@ -144,6 +168,7 @@ struct Recovery {
     root: Root,
     root_file: RootFile,
     servers: BTreeMap<NodeId, Server>,
+    dirs: BTreeMap<NodeId, PathBuf>,
     mail: VecDeque<(NodeId, Envelope)>,
     now: u64,
     /// Counts what other threads made durable.
@@ -166,6 +191,14 @@ impl Recovery {
             evict_after: u64::MAX,
             retry_after: 50,
         };
+        // Before anything is created in the place of what is lost.
+        for (node, dir) in &config.servers {
+            let known = state.store(*node).map(|store| store.storage);
+            if let Some(known) = known.filter(|_| !dir.join(SUPERBLOCK_FILE).exists()) {
+                let (node, dir) = (*node, dir.clone());
+                return Err(OfflineError::Missing { node, dir, known });
+            }
+        }
         let root = Root::new(*root_id, settings, state, Time(0));
         let mut servers = BTreeMap::new();
         for (index, (node, dir)) in config.servers.iter().enumerate() {
@@ -193,6 +226,7 @@ impl Recovery {
             root,
             root_file,
             servers,
+            dirs: config.servers.iter().cloned().collect(),
             mail,
             now: 0,
             events,
@@ -304,7 +338,7 @@ impl Recovery {
                 _ => {}
             }
         }
-        for server in self.servers.values_mut() {
+        for (node, server) in &mut self.servers {
             server.settle(now);
             server.front_mut().handle_timeout(now);
             server.pass(now);
@@ -312,8 +346,14 @@ impl Recovery {
                 return Err(OfflineError::Failed(why));
             }
             while let Some(effect) = server.front_mut().poll_effect() {
-                if let Effect::Send { to, envelope } = effect {
-                    self.mail.push_back((to, envelope));
+                match effect {
+                    Effect::Send { to, envelope } => self.mail.push_back((to, envelope)),
+                    Effect::Rejected(reason) => {
+                        let (node, dir) = (*node, self.dirs[node].clone());
+                        let error = reason.into();
+                        return Err(OfflineError::Rejected { node, dir, error });
+                    }
+                    _ => {}
                 }
             }
         }

@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, unbounded};
 use lowtide_engine_core::destination::{Image, RecoverError};
-use lowtide_engine_core::ids::Step;
+use lowtide_engine_core::ids::{Step, StorageId};
 use lowtide_engine_core::op::{Key, Range};
 use lowtide_engine_core::record::Extent;
 use lowtide_engine_core::room::{Cost, Space};
@@ -328,7 +328,8 @@ impl NodeStorage {
             was_opened: superblock.state().boots > 0,
         };
         let (set, _report) = LogSet::open(volume.clone(), &logs)?;
-        let recovered = recover::replay(&volume, &set, &store, (config, image))?;
+        let whole = (config, StorageId(storage), image);
+        let recovered = recover::replay(&volume, &set, &store, whole)?;
         superblock.update(|s| s.boots += 1)?;
 
         let durability = Arc::new(Durability {

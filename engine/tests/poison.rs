@@ -154,6 +154,7 @@ fn a_forged_epoch_is_refused_and_both_ends_count_it() {
     let join = || Message::Join {
         nonce: 1,
         role: message::Role::Client,
+        store: None,
     };
 
     let far = 2 * JUMP_MAX;

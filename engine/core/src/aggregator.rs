@@ -116,6 +116,7 @@ impl Aggregator {
                 lower_bound,
                 view,
                 waits,
+                ..
             } => {
                 let known = self.children.get_mut(&from).filter(|c| c.attach == attach);
                 let Some(child) = known else {
@@ -339,6 +340,7 @@ mod tests {
             lower_bound: Epoch(epoch),
             view: ViewId(0),
             waits,
+            commit: None,
         }
     }
 

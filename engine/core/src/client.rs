@@ -305,7 +305,8 @@ impl Client {
                 match self.member.handle(&mut self.port, &envelope.body) {
                     Joined::Entered { .. } => self.entered(now),
                     Joined::ViewChanged => self.view_changed(now),
-                    Joined::Nothing => {}
+                    // Only homes are.
+                    Joined::Rejected(_) | Joined::Nothing => {}
                 }
             }
             Message::Opened { life } => self.hop_opened(life),

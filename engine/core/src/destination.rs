@@ -119,6 +119,13 @@ pub struct Destination {
     step: Step,
     /// The newest step that writes records.
     logged: Step,
+    /// The newest step with a record that counts ([`StoreMark::commit`]): an operation's, or one of
+    /// the front's own but for marks. Steps of undo lie between such ones.
+    counting: Step,
+    /// Such a step: the root is told of it once it is durable.
+    telling: Step,
+    /// The newest one that this start found. Of what was found nothing is told.
+    recovered: Step,
     /// Steps up to here are durable, as far as they write records.
     durable: Step,
     sources: BTreeMap<Life, Source>,
@@ -173,6 +180,7 @@ impl Destination {
             minimum,
             ceiling,
             step,
+            store,
             kept,
             replaced,
             ..
@@ -206,10 +214,14 @@ impl Destination {
                 Role::Destination,
                 config.nonce,
                 config.pings,
-            ),
+            )
+            .with_store(store),
             lanes: (0..count).map(|_| Lane::default()).collect(),
             step,
             logged: step,
+            counting: store.commit,
+            telling: store.commit,
+            recovered: store.commit,
             durable: step,
             sources,
             gone,
@@ -263,18 +275,26 @@ impl Destination {
         }
         let from = envelope.from;
         match envelope.body {
-            Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
+            Message::Joined { .. }
+            | Message::Rejected { .. }
+            | Message::Attached { .. }
+            | Message::Pong { .. } => {
                 let said = self.member.handle(&mut self.port, &envelope.body);
-                if said != Joined::Nothing {
+                if let Joined::Rejected(reason) = said {
+                    self.port.ask(Effect::Rejected(reason));
+                } else if said != Joined::Nothing {
                     self.count_living();
                 }
-                if matches!(said, Joined::Entered { .. }) {
+                if let Joined::Entered { life, .. } = said {
+                    self.log(Record::Entered(life));
                     for (_, (from, reclaim)) in core::mem::take(&mut self.early) {
                         self.open(from, reclaim);
                     }
                 }
             }
             Message::Open { reclaim, .. } => self.open(from, reclaim),
+            // Nobody is answered, and nothing written, for a storage that may be the wrong one.
+            _ if !self.member.is_joined() && !bites(Tooth::AnswersUnjoined) => {}
             Message::Stream { base } => self.announce(from, base),
             Message::Reint { parts, .. } => {
                 if self.is_refused(from) {
@@ -331,6 +351,7 @@ impl Destination {
         if self.undone.take_if(|step| *step <= durable).is_some() {
             self.tidy();
         }
+        self.tell_commit();
         let opening = core::mem::take(&mut self.opening);
         for life in opening {
             if self.rows.get(&life).is_some_and(|&step| step > durable) {
@@ -549,8 +570,26 @@ impl Destination {
 
     /// The front's own records stand in the log of shard 0.
     fn log(&mut self, record: Record) -> Step {
+        let counts = !matches!(record, Record::Marks { .. });
         self.logged = self.order(0, Task::Log(record));
+        if counts {
+            self.counting = self.logged;
+        }
         self.logged
+    }
+
+    /// Looks how far what counts is durable. While work goes on, some step of it is looked at: the
+    /// newest one never is durable.
+    fn tell_commit(&mut self) {
+        let durable = self.durable;
+        for _ in 0..2 {
+            if self.telling <= durable || bites(Tooth::CommitToldEarly) {
+                if self.telling > self.recovered {
+                    self.member.commit(self.telling);
+                }
+                self.telling = self.counting;
+            }
+        }
     }
 
     fn is_fenced(&self, life: Life) -> bool {

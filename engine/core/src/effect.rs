@@ -15,6 +15,7 @@
 use alloc::collections::VecDeque;
 
 use crate::epoch::{Clock, Poisoned};
+use crate::identity::JoinRefusal;
 use crate::ids::{Epoch, Incarnation, Life, NodeId, Term};
 use crate::message::{Envelope, Message};
 use crate::op::{Bytes, Stamp};
@@ -63,6 +64,8 @@ pub enum Effect {
     },
     /// This life was evicted, or is a root that was replaced; the node must leave.
     Evicted,
+    /// The root does not let this home in; the node must leave.
+    Rejected(JoinRefusal),
 }
 
 /// What became of messages whose epoch is not credible (T7).

@@ -70,6 +70,16 @@ number!(
     Time(u64), ""
 );
 
+/// A home's storage, told from every other one. Drawn by chance when it is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StorageId(pub u128);
+
+impl fmt::Display for StorageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
 impl Time {
     /// This moment and `ticks` more.
     #[must_use]

@@ -11,6 +11,7 @@
 //! - [`lock`]: range locks with grant ids, granted along a chain of tiers to an object's home.
 //! - [`source`]: the redo half of every node that issues or forwards operations (windows, lower bound).
 //! - [`client`], [`proxy`], [`destination`], [`root`], [`aggregator`]: one state machine per role.
+//! - [`identity`]: how a home that lost its storage is noticed.
 //! - [`member`]: how a node joins, pings its parent and learns the view.
 //! - [`record`]: what a destination writes to its log.
 //! - [`room`]: what may be stamped, so that nothing stamped is ever refused for space.
@@ -33,6 +34,7 @@ pub mod client;
 pub mod destination;
 pub mod effect;
 pub mod epoch;
+pub mod identity;
 pub mod ids;
 pub mod lock;
 pub mod member;

@@ -14,7 +14,8 @@
 use alloc::collections::BTreeMap;
 
 use crate::effect::Port;
-use crate::ids::{Epoch, Life, NodeId, Time, ViewId};
+use crate::identity::{JoinRefusal, StoreMark};
+use crate::ids::{Epoch, Life, NodeId, Step, Time, ViewId};
 use crate::message::{Message, Role, View, Waits};
 
 /// Pings to an aggregator in a row without an answer after which a member attaches anew. Each
@@ -46,6 +47,10 @@ pub struct Member {
     told: Option<(Epoch, Epoch)>,
     view: View,
     pings: u64,
+    /// What a home has on disk.
+    store: Option<StoreMark>,
+    /// How far a home's history is durable, as this life knows.
+    commit: Option<Step>,
 }
 
 /// Ticks between pings.
@@ -98,6 +103,8 @@ pub enum Joined {
         /// m at the root when it was admitted.
         floor: Epoch,
     },
+    /// The root does not let the node in.
+    Rejected(JoinRefusal),
     /// A newer view was learned.
     ViewChanged,
     /// Nothing changed.
@@ -125,7 +132,21 @@ impl Member {
             asked: None,
             view: View::default(),
             pings: 0,
+            store: None,
+            commit: None,
         }
+    }
+
+    /// A home, with what it has on disk.
+    #[must_use]
+    pub fn with_store(mut self, store: StoreMark) -> Member {
+        self.store = Some(store);
+        self
+    }
+
+    /// From now on pings say that the home's history is durable up to here.
+    pub fn commit(&mut self, commit: Step) {
+        self.commit = self.commit.max(Some(commit));
     }
 
     /// Whether the node has a life.
@@ -195,6 +216,7 @@ impl Member {
                 Message::Join {
                     nonce: self.nonce,
                     role: self.role,
+                    store: self.store,
                 },
             );
             return;
@@ -226,11 +248,12 @@ impl Member {
                 lower_bound: bound,
                 view: self.view.id,
                 waits,
+                commit: self.commit,
             },
         );
     }
 
-    /// Processes Joined, Attached and Pong.
+    /// Processes Joined, Rejected, Attached and Pong.
     pub fn handle(&mut self, port: &mut Port, body: &Message) -> Joined {
         match body {
             Message::Joined {
@@ -246,6 +269,9 @@ impl Member {
                     life: *life,
                     floor: *floor,
                 }
+            }
+            Message::Rejected { nonce, reason } if *nonce == self.nonce && !self.joined => {
+                Joined::Rejected(*reason)
             }
             Message::Attached { life, attach, .. }
                 if *life == port.life() && *attach == self.attach =>

@@ -6,7 +6,7 @@
 //!
 //! | group | messages | from → to |
 //! |---|---|---|
-//! | membership | Join, Joined, Ping, Pong, Part | every node ↔ root (Ping, Pong also ↔ aggregator) |
+//! | membership | Join, Joined, Rejected, Ping, Pong, Part | every node ↔ root (Ping, Pong also ↔ aggregator) |
 //! | minimum | Report, Attach, Attached | aggregator ↔ root, member → aggregator |
 //! | session | Open, Opened, Stream, Progress, Reint | source ↔ next tier (proxy or destination) |
 //! | locks | Lock, Granted, Refused, Revoke, Unlock | source ↔ next tier |
@@ -22,7 +22,8 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use crate::ids::{Age, Epoch, GrantId, Life, NodeId, Seq, StreamSeq, Term, ViewId};
+use crate::identity::{JoinRefusal, StoreMark};
+use crate::ids::{Age, Epoch, GrantId, Life, NodeId, Seq, Step, StreamSeq, Term, ViewId};
 use crate::op::{Bytes, Key, Mode, Operation, Participant, Range};
 use crate::room::RoomAt;
 use crate::teeth::{Tooth, bites};
@@ -321,6 +322,8 @@ messages! {
         nonce: u64,
         /// What the node is.
         role: Role,
+        /// What it has on disk, if it is a home.
+        store: Option<StoreMark>,
     }
     /// The root admits a node.
     2 Joined {
@@ -343,11 +346,20 @@ messages! {
         view: ViewId,
         /// What the member waits for the minimum for.
         waits: Waits,
+        /// How far a home's history is durable ([`StoreMark::commit`]), once this life knows.
+        commit: Option<Step>,
     }
     /// Answer to a ping.
     4 Pong {
         /// Membership, if the member's is old.
         view: Option<View>,
+    }
+    /// The root does not admit a home, because its storage cannot be the one that it had.
+    9 Rejected {
+        /// The nonce of the Join.
+        nonce: u64,
+        /// Why.
+        reason: JoinRefusal,
     }
     /// A member leaves on purpose; what it left unfinished is resolved like a dead one's.
     8 Part {

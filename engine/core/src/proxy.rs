@@ -208,7 +208,8 @@ impl Proxy {
                         return;
                     }
                     Joined::ViewChanged => self.view_changed(),
-                    Joined::Nothing => {}
+                    // Only homes are.
+                    Joined::Rejected(_) | Joined::Nothing => {}
                 }
             }
             Message::Open { known, reclaim } => self.open(from, known, &reclaim),

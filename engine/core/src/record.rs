@@ -4,7 +4,7 @@
 //! step, and then by kind
 //! Op      id | epoch | previous | participants | position here | piece | own writes | carried updates
 //! Undone  id | position | restored writes
-//! Fence, Row, Gone      a life
+//! Fence, Row, Gone, Entered      a life
 //! Base    a stream and where it starts here
 //! Marks   durable copy of m | ceiling of the epoch
 //! ```
@@ -227,6 +227,8 @@ pub enum Record {
         /// The epoch may rise up to here before the next such record.
         ceiling: Epoch,
     },
+    /// The root let this home in, in this life: what follows is that life's.
+    Entered(Life),
 }
 
 /// Kind byte of [`Record::Op`] in the log's record header.
@@ -244,6 +246,7 @@ impl Record {
             Record::Gone(_) => 5,
             Record::Base(_) => 6,
             Record::Marks { .. } => 7,
+            Record::Entered(_) => 8,
         }
     }
 
@@ -266,6 +269,7 @@ impl Record {
                 minimum: Wire::take(input_ref)?,
                 ceiling: Wire::take(input_ref)?,
             },
+            8 => Record::Entered(Wire::take(input_ref)?),
             _ => {
                 return Err(Malformed {
                     what: "record kind",
@@ -285,7 +289,9 @@ pub fn encode_record(step: Step, record: &Record) -> Vec<u8> {
     match record {
         Record::Op(r) => r.put(&mut out),
         Record::Undone(r) => r.put(&mut out),
-        Record::Fence(life) | Record::Row(life) | Record::Gone(life) => life.put(&mut out),
+        Record::Fence(life) | Record::Row(life) | Record::Gone(life) | Record::Entered(life) => {
+            life.put(&mut out);
+        }
         Record::Base(base) => base.put(&mut out),
         Record::Marks { minimum, ceiling } => {
             minimum.put(&mut out);

@@ -10,6 +10,10 @@
 //! each aggregator's branch value, each hold, and each evicted life's frozen bound. Reports are
 //! absolute and bounds only rise, so a lost, late or repeated report only makes m smaller (claim 3).
 //!
+//! What homes say with their pings of their storages ([`crate::identity`]) is written with the next
+//! state, at rest within an eighth of `evict_after`: it is a lower bound, so an older one does no
+//! harm and is only of less use.
+//!
 //! Deliberately absent: payloads. The resolver handles operation tags only.
 
 mod evict;
@@ -24,7 +28,8 @@ use state::{Eviction, Row};
 pub use state::{RootState, StateError};
 
 use crate::effect::{Effect, Port};
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Term, Time, ViewId};
+use crate::identity::StoreMark;
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, Term, Time, ViewId};
 use crate::member::Resting;
 use crate::message::{Covered, Envelope, Message, Role, View, Waits};
 use crate::teeth::{Tooth, bites};
@@ -62,6 +67,8 @@ pub struct RootCounters {
     pub undone: u64,
     /// Most ticks between two steps of m.
     pub lag_max: u64,
+    /// Joins of homes that were refused.
+    pub rejected: u64,
 }
 
 /// How a member is counted.
@@ -95,6 +102,8 @@ pub struct Root {
     /// m per version, to be published once durable.
     unpublished: VecDeque<(u64, Epoch)>,
     changed: bool,
+    /// What is known of storages rose, and is not part of a state yet.
+    grown: bool,
     /// Somebody waits for m: the epoch steps once, after `interval` at the earliest.
     wanted: bool,
     last_step: Time,
@@ -153,6 +162,7 @@ impl Root {
             persisted: 0,
             unpublished: VecDeque::new(),
             changed: true,
+            grown: false,
             wanted: true,
             last_step: now,
             next_look: now,
@@ -175,14 +185,18 @@ impl Root {
         }
         let (from, epoch) = (envelope.from, envelope.epoch);
         match envelope.body {
-            Message::Join { nonce, role } => self.join(now, from.node, nonce, role),
+            Message::Join { nonce, role, store } => {
+                self.join(now, from.node, (nonce, role), store);
+            }
             Message::Ping {
                 lower_bound,
                 view,
                 attach,
                 waits,
+                commit,
             } => {
                 self.heard(now, from);
+                self.committed(from, commit);
                 self.room_heard(now, from, waits);
                 self.wanted |= waits > Waits::No;
                 self.step(now);
@@ -251,6 +265,7 @@ impl Root {
             self.holders.absent(absent);
             let look = (self.config.evict_after / 8).max(self.config.interval);
             self.next_look = now.after(look);
+            self.changed |= self.grown;
             let silent: Vec<Life> = self
                 .bounds
                 .iter()
@@ -389,15 +404,46 @@ impl Root {
         }
     }
 
+    /// A home says how far its history is durable.
+    fn committed(&mut self, life: Life, commit: Option<Step>) {
+        let row = self.row(life.node).filter(|r| r.life == life);
+        let store = row.and_then(|r| r.store.as_mut());
+        if let (Some(store), Some(commit)) = (store, commit)
+            && store.commit < commit
+        {
+            store.commit = commit;
+            self.grown = true;
+        }
+    }
+
     fn row(&mut self, node: NodeId) -> Option<&mut Row> {
         self.state.rows.iter_mut().find(|r| r.life.node == node)
     }
 
-    fn join(&mut self, now: Time, node: NodeId, nonce: u64, role: Role) {
+    fn join(
+        &mut self,
+        now: Time,
+        node: NodeId,
+        (nonce, role): (u64, Role),
+        said: Option<StoreMark>,
+    ) {
+        if role == Role::Destination && said.is_none() {
+            // Every home says what it has.
+            return;
+        }
         let known = self.row(node).map(|r| (r.life, r.nonce, r.live, r.role));
+        let store = self.row(node).and_then(|r| r.store);
         let life = match known {
             Some((life, seen, true, _)) if seen == nonce => life,
             _ => {
+                if let (Some(said), Some(known)) = (said, store)
+                    && let Err(reason) = said.follows(&known)
+                    && !bites(Tooth::AnyStorageAdmitted)
+                {
+                    self.counters.rejected += 1;
+                    self.port.send(node, Message::Rejected { nonce, reason });
+                    return;
+                }
                 let last = known.map_or(0, |(life, ..)| life.incarnation.0);
                 let life = Life {
                     node,
@@ -414,7 +460,17 @@ impl Root {
                         self.branch_lost(node);
                     }
                 }
-                self.admit(now, life, nonce, role);
+                // Of a storage that is new here only its number is known.
+                let commit = store.map_or(Step(0), |known| known.commit);
+                let store = said.map(|said| StoreMark { commit, ..said });
+                let row = Row {
+                    life,
+                    nonce,
+                    role,
+                    live: true,
+                    store,
+                };
+                self.admit(now, row);
                 life
             }
         };
@@ -431,13 +487,8 @@ impl Root {
         );
     }
 
-    fn admit(&mut self, now: Time, life: Life, nonce: u64, role: Role) {
-        let row = Row {
-            life,
-            nonce,
-            role,
-            live: true,
-        };
+    fn admit(&mut self, now: Time, row: Row) {
+        let (life, role) = (row.life, row.role);
         match self
             .state
             .rows
@@ -643,6 +694,7 @@ impl Root {
             self.changed = true;
         }
         if core::mem::take(&mut self.changed) {
+            self.grown = false;
             self.version += 1;
             let durable: Vec<Eviction> = self.evictions.values().cloned().collect();
             let state = self.state.encode(&durable);

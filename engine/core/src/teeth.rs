@@ -71,6 +71,12 @@ pub enum Tooth {
     OldRootHeard,
     /// What a home says of streams may overtake what it said before.
     ProgressUrgent,
+    /// A home tells the root how far its history goes before that is durable.
+    CommitToldEarly,
+    /// The root lets a home in whatever its storage is.
+    AnyStorageAdmitted,
+    /// A home answers before it was let in.
+    AnswersUnjoined,
 }
 
 impl Tooth {
@@ -108,6 +114,9 @@ impl Tooth {
         Tooth::SilentEndIgnored,
         Tooth::OldRootHeard,
         Tooth::ProgressUrgent,
+        Tooth::CommitToldEarly,
+        Tooth::AnyStorageAdmitted,
+        Tooth::AnswersUnjoined,
     ];
 }
 

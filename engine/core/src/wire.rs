@@ -10,8 +10,8 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::ids::{
-    Age, Epoch, GrantId, Incarnation, Life, Lsn, NodeId, OpId, Seq, Step, StreamSeq, Term, Time,
-    Version, ViewId,
+    Age, Epoch, GrantId, Incarnation, Life, Lsn, NodeId, OpId, Seq, Step, StorageId, StreamSeq,
+    Term, Time, Version, ViewId,
 };
 use crate::op::{
     Bytes, Change, Key, Mode, NAME_MAX, Operation, Participant, Range, UPDATES_MAX, Update,
@@ -186,7 +186,7 @@ macro_rules! integers {
         }
     )*};
 }
-integers!(u8, u16, u32, u64);
+integers!(u8, u16, u32, u64, u128);
 
 macro_rules! newtypes {
     ($($name:ident),*) => {$(
@@ -211,6 +211,7 @@ newtypes!(
     Version,
     Lsn,
     Step,
+    StorageId,
     ViewId,
     Time
 );

@@ -20,7 +20,9 @@ use std::sync::Arc;
 
 /// Name of the file.
 pub const SUPERBLOCK_FILE: &str = "node.meta";
-const VERSION: u32 = 1;
+/// Version of this file, and of what the mind writes to logs and store beside it: in those of version 1
+/// nothing tells how far the history goes that the root may rely on.
+const VERSION: u32 = 2;
 const MAGIC: u32 = u32::from_le_bytes(*b"LTSB");
 const FIXED: usize = 72;
 /// Most logs whose checkpoint position fits.

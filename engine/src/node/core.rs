@@ -210,6 +210,7 @@ fn describe_destination(c: &Destination, counters: &mut NodeCounters) {
 fn describe_root(c: &Root, now: Time, status: &mut Status) {
     let own = c.counters();
     status.counters.evicted = own.evicted;
+    status.counters.joins_rejected = own.rejected;
     status.counters.minimum_lag_max_ms = own.lag_max;
     let view = c.view();
     status.members = view

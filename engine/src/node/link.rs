@@ -311,6 +311,7 @@ mod tests {
             lower_bound: Epoch(3),
             view: ViewId(1),
             waits: Waits::No,
+            commit: None,
         });
         links.send(&mut ours, NodeId(2), &ping);
         let (mut heard, mut before) = (0, None);

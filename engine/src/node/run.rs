@@ -332,6 +332,7 @@ impl Inner {
                     }
                 }
                 Effect::Evicted => self.failure = Some(NodeError::Evicted),
+                Effect::Rejected(reason) => self.failure = Some(reason.into()),
             }
         }
     }

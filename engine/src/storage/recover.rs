@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lowtide_engine_core::destination::Image;
 use lowtide_engine_core::destination::shard::shard_of;
-use lowtide_engine_core::ids::Lsn;
+use lowtide_engine_core::ids::{Lsn, StorageId};
 use lowtide_engine_core::op::{Bytes, Key};
 use lowtide_engine_core::record::{Objects, Position, Record, Recorded, Stored, Value, step_of};
 use lowtide_engine_core::wire;
@@ -32,11 +32,11 @@ pub(super) fn replay(
     volume: &Arc<dyn Volume>,
     set: &LogSet,
     store: &Arc<dyn Store>,
-    (config, image): (&StorageConfig, &[u8]),
+    (config, storage, image): (&StorageConfig, StorageId, &[u8]),
 ) -> Result<Recovered, StorageError> {
     let malformed = |m: wire::Malformed| StorageError::Malformed(m.what);
     let shards = config.shards;
-    let mut image = Image::decode(image, shards).map_err(malformed)?;
+    let mut image = Image::decode(image, storage, shards).map_err(malformed)?;
     let mut replay = Replay {
         overlays: (0..shards).map(|_| Overlay::new(store.clone())).collect(),
         extents: ExtentFile::open_for_reading(&**volume, config.extents_max)?,

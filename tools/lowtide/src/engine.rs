@@ -143,6 +143,7 @@ pub fn together(a: NodeCounters, b: NodeCounters) -> NodeCounters {
         datagrams_blocked: a.datagrams_blocked + b.datagrams_blocked,
         packets_repeated: a.packets_repeated + b.packets_repeated,
         evicted: a.evicted + b.evicted,
+        joins_rejected: a.joins_rejected + b.joins_rejected,
         minimum_lag_max_ms: a.minimum_lag_max_ms.max(b.minimum_lag_max_ms),
     }
 }

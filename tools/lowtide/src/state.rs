@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use crate::config::{Cluster, ConfigError};
 
 /// Version of the layout and of everything below it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Why a state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -216,7 +216,7 @@ mod tests {
             Err(StateError::NotEmpty { .. })
         ));
         assert_eq!(std::fs::read_dir(dir).unwrap().count(), 1);
-        for (text, found) in [("version = 2", "2"), ("??", "unknown")] {
+        for (text, found) in [("version = 1", "1"), ("??", "unknown")] {
             std::fs::write(dir.join("lowtide.toml"), text).unwrap();
             let error = State::open(dir).unwrap_err();
             assert!(error.to_string().contains(&format!("version {found},")));

@@ -177,7 +177,7 @@ fn a_state_of_another_version_is_left_alone() {
         check(&output, 2);
         let said = stderr(&output);
         assert!(
-            said.contains("state of version 9, this lowtide knows version 1"),
+            said.contains("state of version 9, this lowtide knows version 2"),
             "{said}"
         );
     }
@@ -330,6 +330,65 @@ fn a_torn_end_is_what_a_crash_leaves_and_is_said_to_be_one() {
     );
     check(&export(&state, &tmp.path().join("out")), 0);
     diff(&tmp.path().join("in"), &tmp.path().join("out"));
+}
+
+/// `object0` of a stopped cluster is on another storage than its own, or on none.
+#[test]
+fn a_server_whose_storage_is_gone_or_another_is_named_and_not_let_in() {
+    let tmp = tempfile::tempdir().unwrap();
+    let state = stored(tmp.path());
+    let (data, own) = (state.join("object0/data"), tmp.path().join("own"));
+    fs::rename(&data, &own).unwrap();
+    let out = tmp.path().join("out");
+    for is_empty in [false, true] {
+        if is_empty {
+            fs::create_dir(&data).unwrap();
+        }
+        let output = export(&state, &out);
+        check(&output, 3);
+        let said = stderr(&output);
+        assert!(
+            said.contains("object0/data: its storage is gone")
+                && said.contains("put the directory"),
+            "{said}"
+        );
+        assert_eq!(data.exists(), is_empty, "nothing is put in its place");
+        assert!(!out.exists());
+    }
+
+    // The same for a node that starts: the root, and an object server on what is empty.
+    let start = |name: &str| {
+        let config = state.join(name).join("node.toml");
+        let mut command = lowtide(&["node", "--config", text(&config)]);
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut root = start("root");
+    let refused = start("object0").wait_with_output().unwrap();
+    check(&refused, 3);
+    let said = stderr(&refused);
+    assert!(
+        said.contains("lowtide: object0 left: its storage is another than the cluster knows"),
+        "{said}"
+    );
+    let socket = state.join("root/control.sock");
+    let status = lowtide(&["status", "--control", text(&socket)]).output();
+    let said = stdout(&status.unwrap());
+    assert!(said.contains("1 joins rejected"), "{said}");
+    rustix::process::kill_process(Pid::from_child(&root), Signal::TERM).unwrap();
+    assert_eq!(root.wait().unwrap().code(), Some(0));
+
+    // An empty storage that a start has made is another one to `export` as well.
+    let output = export(&state, &out);
+    check(&output, 3);
+    let said = stderr(&output);
+    assert!(
+        said.contains("object0/data: its storage is another than the cluster knows"),
+        "{said}"
+    );
+    fs::remove_dir_all(&data).unwrap();
+    fs::rename(&own, &data).unwrap();
+    check(&export(&state, &out), 0);
+    diff(&tmp.path().join("in"), &out);
 }
 
 /// Datagrams that are none of ours, or nearly.

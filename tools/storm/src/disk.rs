@@ -13,8 +13,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use lowtide_engine_core::destination::Image;
 use lowtide_engine_core::destination::shard::{Shard, ShardSet, shard_of};
-use lowtide_engine_core::ids::{Epoch, Lsn, Step};
+use lowtide_engine_core::ids::{Epoch, Lsn, Step, StorageId};
 use lowtide_engine_core::op::{Bytes, Key, Range};
 use lowtide_engine_core::record::{
     Extent, KIND_OP, Objects, OpRecord, Position, Record, Recorded, Storage, Stored, Value, step_of,
@@ -72,6 +73,8 @@ pub struct Checkpoint {
 /// Storage of one destination.
 #[derive(Clone, Debug, Default)]
 pub struct Disk {
+    /// Tells this disk from every other one.
+    pub storage: StorageId,
     /// Newest executed objects (volatile).
     pub objects: BTreeMap<Key, Stored>,
     /// One log per shard; more when there were more shards before.
@@ -98,8 +101,9 @@ pub struct Disk {
 impl Disk {
     /// An empty disk on which each log takes so many bytes.
     #[must_use]
-    pub fn of(log_bytes: Option<u64>) -> Disk {
+    pub fn of(storage: StorageId, log_bytes: Option<u64>) -> Disk {
         Disk {
+            storage,
             log_bytes,
             ..Disk::default()
         }
@@ -163,6 +167,29 @@ impl Disk {
             log: log.unwrap_or_default(),
             ..Space::UNBOUNDED
         }
+    }
+
+    /// What somebody has who copies the disk now, and nothing that is not durable.
+    #[must_use]
+    pub fn copy(&self) -> Disk {
+        let mut copy = self.clone();
+        copy.crash(copy.synced);
+        copy
+    }
+
+    /// The newest step that a start from here would tell ([`StoreMark::commit`]).
+    ///
+    /// [`StoreMark::commit`]: lowtide_engine_core::identity::StoreMark::commit
+    #[must_use]
+    pub fn commit(&self) -> Step {
+        let image = Image::decode(&self.checkpoint.image, self.storage, 1);
+        let covered = image.map_or(Step(0), |image| image.store().commit);
+        let records = self.logs.iter().flat_map(|l| &l.records);
+        let counts = records.filter(|r| {
+            let record = Record::from_parts(r.kind, &r.body);
+            !matches!(record, Ok((_, Record::Marks { .. })))
+        });
+        counts.map(|r| r.step).fold(covered, Step::max)
     }
 
     /// Loses what a crash loses; steps up to `survives` (at least [`Disk::synced`]) remain.

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use lowtide_engine_core::aggregator::{Aggregator, AggregatorConfig};
 use lowtide_engine_core::client::{Client, ClientConfig};
 use lowtide_engine_core::destination::{DestinationConfig, Stage};
-use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, ViewId};
+use lowtide_engine_core::identity::JoinRefusal;
+use lowtide_engine_core::ids::{Epoch, Life, NodeId, Seq, Step, StorageId, ViewId};
 use lowtide_engine_core::member::Intervals;
 use lowtide_engine_core::op::{Bytes, Change, Mode, Update, Want};
 use lowtide_engine_core::proxy::{Originate, Proxy, ProxyConfig};
@@ -13,6 +14,7 @@ use lowtide_engine_core::root::{Root, RootConfig, RootState};
 use lowtide_engine_core::session::Ticket;
 
 use crate::app::{App, REGISTERS};
+use crate::disk::Disk;
 use crate::net::pair;
 use crate::plan::{Fault, Index};
 use crate::probe::Probe;
@@ -28,6 +30,16 @@ pub(crate) enum Losses {
     Random,
     /// None: the power fails.
     All,
+}
+
+/// A home that runs on a disk that is not its own.
+#[derive(Debug)]
+pub(crate) struct Swapped {
+    /// Its own.
+    pub(crate) own: Disk,
+    /// How often it starts again on the wrong one when it was not let in, and after how many ticks;
+    /// then it gets its own back. `None` in scripts, which say so themselves.
+    pub(crate) again: Option<(u32, u64)>,
 }
 
 impl World {
@@ -135,9 +147,11 @@ impl World {
         n.core = Core::Destination(Box::new(front));
         n.shards = Shards::new(shards);
         let boot = n.boot;
-        let disk = &mut self.nodes[node].disk;
-        // Crashes strike in the middle of reconnects and of undo, too (I24).
-        self.oracle.compare(id, disk, "after a restart");
+        if !self.swapped.contains_key(&node) {
+            let disk = &mut self.nodes[node].disk;
+            // Crashes strike in the middle of reconnects and of undo, too (I24).
+            self.oracle.compare(id, disk, "after a restart");
+        }
         let pause = self.rng.range(10, 300);
         self.at(self.now + pause, Event::Checkpoint { node, boot });
     }
@@ -302,7 +316,9 @@ impl World {
                 .hit_if(Probe::CrashKeptUnsyncedRecords, survives > choices[0]);
             let lost = self.oracle.tally.lost_in_crash;
             self.nodes[node].disk.crash(survives);
-            self.oracle.crashed(id, survives);
+            if !self.swapped.contains_key(&node) {
+                self.oracle.crashed(id, survives);
+            }
             let more = self.oracle.tally.lost_in_crash > lost;
             self.probes.hit_if(Probe::HomeCrashedWithUncommitted, more);
         } else if node == 0 {
@@ -382,6 +398,66 @@ impl World {
         }
     }
 
+    /// Whether the root, if it died now, would know that a home on this disk is not right.
+    fn would_be_missed(&self, node: Index, disk: &Disk) -> bool {
+        let state = RootState::decode(&self.nodes[0].root_disk.durable);
+        let known = state.ok().and_then(|s| s.store(self.nodes[node].id));
+        known.is_some_and(|known| disk.storage != known.storage || disk.commit() < known.commit)
+    }
+
+    /// An empty disk for a home, which is not the one that it has.
+    pub(crate) fn empty_disk(&self, node: Index) -> Disk {
+        let drawn = (u128::from(self.now) << 32) + node as u128;
+        Disk::of(StorageId(drawn), self.plan.log_bytes())
+    }
+
+    /// A home's process dies, and what starts next finds another disk.
+    pub(crate) fn swap(&mut self, node: Index, wrong: Disk, again: Option<(u32, u64)>) {
+        self.crash(node);
+        let id = self.nodes[node].id;
+        let what = wrong.storage;
+        self.note(12, || format!("{id} gets the disk {what}"));
+        let own = std::mem::replace(&mut self.nodes[node].disk, wrong);
+        self.swapped.insert(node, Swapped { own, again });
+    }
+
+    /// A home that is down gets its own disk back.
+    pub(crate) fn restore(&mut self, node: Index) {
+        if let Some(Swapped { own, .. }) = self.swapped.remove(&node) {
+            self.nodes[node].disk = own;
+        }
+    }
+
+    /// The root does not let a home in: the process leaves.
+    pub(crate) fn rejected(&mut self, node: Index, reason: JoinRefusal) {
+        let id = self.nodes[node].id;
+        self.note(13, || format!("{id} is not let in: {reason:?}"));
+        self.rejections.push((node, reason));
+        let Some(swapped) = self.swapped.get_mut(&node) else {
+            let text = format!("D11: {id} on its own disk is not let in: {reason:?}");
+            return self.oracle.fail(text);
+        };
+        let again = swapped.again;
+        self.hit(match reason {
+            JoinRefusal::OtherStorage { .. } => Probe::WipedHomeRejected,
+            JoinRefusal::OlderStorage { .. } => Probe::OldCopyRejected,
+        });
+        self.crash(node);
+        self.nodes[node].returns = again.is_some();
+        let Some((tries, down)) = again else {
+            return;
+        };
+        match tries.checked_sub(1) {
+            Some(left) => {
+                if let Some(swapped) = self.swapped.get_mut(&node) {
+                    swapped.again = Some((left, down));
+                }
+            }
+            None => self.restore(node),
+        }
+        self.at(self.now + down, Event::Start { node });
+    }
+
     pub(crate) fn strike(&mut self, fault: &Fault) {
         let shown = fault.clone();
         self.note(8, || format!("fault {shown:?}"));
@@ -442,6 +518,24 @@ impl World {
                 asleep,
                 ticks,
             } => self.replace_root((down, asleep, ticks)),
+            Fault::Copy { node } => {
+                if !self.swapped.contains_key(&node) {
+                    let copy = self.nodes[node].disk.copy();
+                    self.copies.insert(node, copy);
+                }
+            }
+            Fault::Swap { node, copy, down } => {
+                let copy = self.copies.get(&node).filter(|_| copy);
+                let wrong = copy.cloned().unwrap_or_else(|| self.empty_disk(node));
+                let is_up = !matches!(self.nodes[node].core, Core::Down);
+                if !is_up || self.swapped.contains_key(&node) || !self.would_be_missed(node, &wrong)
+                {
+                    return;
+                }
+                self.swap(node, wrong, Some((2, down)));
+                self.nodes[node].returns = true;
+                self.at(now + down, Event::Start { node });
+            }
             Fault::Part { node } => {
                 if let Core::Client(client) = &mut self.nodes[node].core {
                     client.part();

@@ -88,6 +88,21 @@ pub enum Fault {
         /// For how long it does.
         ticks: u64,
     },
+    /// Somebody copies a destination's disk.
+    Copy {
+        /// A destination.
+        node: Index,
+    },
+    /// The process of a destination dies and starts on another disk, again and again until the root
+    /// refuses it; then it gets its own back. Does not happen while the root would not know better.
+    Swap {
+        /// A destination.
+        node: Index,
+        /// Onto the copy that was made, if there is one; else onto an empty disk.
+        copy: bool,
+        /// Ticks until it starts, and starts again.
+        down: u64,
+    },
 }
 
 impl Fault {
@@ -106,7 +121,8 @@ impl Fault {
                 asleep,
                 ticks,
             } => down + asleep + ticks,
-            Fault::Break { .. } | Fault::Part { .. } => 0,
+            Fault::Swap { down, .. } => 2 * down,
+            Fault::Break { .. } | Fault::Part { .. } | Fault::Copy { .. } => 0,
         }
     }
 }
@@ -377,6 +393,7 @@ impl Plan {
         plan.draw_orphan(&mut list);
         plan.draw_disk(&mut Rng::branch(seed, 10));
         plan.draw_roots(&mut list, &mut Rng::branch(seed, 11));
+        plan.draw_swap(&mut list);
         list.sort_by_key(|(at, _)| *at);
         plan.faults = list;
         plan
@@ -465,6 +482,23 @@ impl Plan {
             ticks: self.evict_after * 2 + rng.below(200),
         };
         list.push((rng.range(5, self.horizon), fault));
+    }
+
+    /// A home comes back on an empty disk, or on a copy of its own from before.
+    fn draw_swap(&self, list: &mut Vec<(u64, Fault)>) {
+        let mut rng = Rng::branch(self.seed, 12);
+        if !rng.chance(10) {
+            return;
+        }
+        let node = self.first_destination() + rng.below(self.destinations as u64) as usize;
+        let copied = rng.range(1, self.horizon / 2);
+        let swapped = copied + rng.range(1, self.horizon / 2);
+        let swap = Fault::Swap {
+            node,
+            copy: rng.chance(60),
+            down: rng.range(1, 60),
+        };
+        list.extend([(copied, Fault::Copy { node }), (swapped, swap)]);
     }
 
     fn knobs(&mut self, rng: &mut Rng) {

@@ -89,6 +89,10 @@ probes! {
     UrgentOvertook,
     /// A node refused what a root said that had been replaced.
     OldRootRefused,
+    /// A home came back on an empty disk and was not let in.
+    WipedHomeRejected,
+    /// So on an old copy of its own.
+    OldCopyRejected,
     IdleEpochsWatched,
     RestWatched,
 }

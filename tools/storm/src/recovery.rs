@@ -16,7 +16,7 @@ use crate::rng::Rng;
 /// Feeds the first `records` records of the disk to a process of `shards` shards.
 fn replay(disk: &mut Disk, shards: u32, records: usize) -> Result<Image, String> {
     disk.set_shards(shards);
-    let image = Image::decode(&disk.checkpoint.image, shards);
+    let image = Image::decode(&disk.checkpoint.image, disk.storage, shards);
     let mut image = image.map_err(|e| format!("the image does not decode: {e}"))?;
     let list = disk.records(Step(0), Step(u64::MAX));
     for (position, r) in list.iter().take(records) {
@@ -99,7 +99,7 @@ pub(crate) fn check_restartable(
 #[cfg(test)]
 mod tests {
     use lowtide_engine_core::destination::shard::{Order, Task};
-    use lowtide_engine_core::ids::{Epoch, Incarnation, Life, OpId, Seq, StreamSeq};
+    use lowtide_engine_core::ids::{Epoch, Incarnation, Life, OpId, Seq, StorageId, StreamSeq};
     use lowtide_engine_core::member::Intervals;
     use lowtide_engine_core::op::{Bytes, Change, Key, Operation, Participant, Update};
     use lowtide_engine_core::record::Piece;
@@ -124,7 +124,7 @@ mod tests {
 
     /// A disk to whose one log three operations were written that each add 1 to a counter.
     fn counted() -> Disk {
-        let mut disk = Disk::of(None);
+        let mut disk = Disk::of(StorageId(7), None);
         let (_, mut shards) = recover(&mut disk, home(), 1).expect("an empty disk");
         let source = Life {
             node: NodeId(3),

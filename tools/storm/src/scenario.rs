@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::{Destination, Stage};
+use lowtide_engine_core::identity::JoinRefusal;
 use lowtide_engine_core::ids::{Epoch, Life, NodeId, OpId, Term, ViewId};
 use lowtide_engine_core::message::{Envelope, Message, Waits};
 use lowtide_engine_core::op::{
@@ -21,6 +22,7 @@ use lowtide_engine_core::root::Root;
 use lowtide_engine_core::session::{SessionError, Ticket};
 
 use crate::app::REGISTERS;
+use crate::disk::Disk;
 use crate::fate::Losses;
 use crate::net::pair;
 use crate::oracle::{Oracle, Place};
@@ -442,6 +444,7 @@ impl Scenario {
                 lower_bound: port.epoch(),
                 view: ViewId(0),
                 waits: Waits::No,
+                commit: None,
             },
         };
         self.world.old_root_hears(envelope)
@@ -466,6 +469,40 @@ impl Scenario {
         self.world.nodes[node].returns = true;
         self.world.start(node);
         self.check();
+    }
+
+    /// What somebody has who copies a home's disk now.
+    #[must_use]
+    pub fn copy(&self, node: Index) -> Disk {
+        self.world.nodes[node].disk.copy()
+    }
+
+    /// A home's process dies; what starts next finds another disk: this one, or an empty one.
+    pub fn swap(&mut self, node: Index, disk: Option<Disk>) {
+        let disk = disk.unwrap_or_else(|| self.world.empty_disk(node));
+        self.world.swap(node, disk, None);
+        self.world.nodes[node].returns = false;
+        self.check();
+    }
+
+    /// A home that is down gets its own disk back.
+    pub fn restore(&mut self, node: Index) {
+        self.world.restore(node);
+    }
+
+    /// Why the root did not let a home in, each time.
+    #[must_use]
+    pub fn rejections(&self, node: Index) -> Vec<JoinRefusal> {
+        let all = self.world.rejections.iter();
+        all.filter(|(n, _)| *n == node)
+            .map(|(_, why)| *why)
+            .collect()
+    }
+
+    /// The disk that a home runs on.
+    #[must_use]
+    pub fn disk(&self, node: Index) -> &Disk {
+        &self.world.nodes[node].disk
     }
 
     /// A node that has not started yet starts at this time and not before.

@@ -195,7 +195,9 @@ impl World {
                     s.inbox.push_back(Item::Freeze);
                 }
             }
-            self.oracle.recycled(id, &recycled);
+            if !self.swapped.contains_key(&node) {
+                self.oracle.recycled(id, &recycled);
+            }
             self.probes.hit_if(Probe::Recycled, !recycled.is_empty());
             self.pass_orders(node);
             self.nodes[node].disk.apply_checkpoint();

@@ -115,7 +115,9 @@ impl World {
         };
         n.disk.synced = upto;
         let id = n.id;
-        self.oracle.synced(id, upto);
+        if !self.swapped.contains_key(&node) {
+            self.oracle.synced(id, upto);
+        }
         let n = &mut self.nodes[node];
         if let Core::Destination(c) = &mut n.core {
             c.handle_space(n.shards.space(&n.disk));
@@ -324,9 +326,17 @@ impl World {
         match effect {
             Effect::Send { to, envelope } => {
                 let home = self.is_destination(node);
-                self.watch_room(node, to, &envelope.body);
-                self.oracle
-                    .sent(envelope.from, home, envelope.epoch, envelope.minimum);
+                if self.swapped.contains_key(&node) {
+                    if !matches!(envelope.body, Message::Join { .. }) {
+                        let id = self.nodes[node].id;
+                        let text = format!("D11: {id} on a wrong disk says {:?}", envelope.body);
+                        return self.oracle.fail(text);
+                    }
+                } else {
+                    self.watch_room(node, to, &envelope.body);
+                    self.oracle
+                        .sent(envelope.from, home, envelope.epoch, envelope.minimum);
+                }
                 if let Message::Progress { streams, .. } = &envelope.body
                     && home
                 {
@@ -410,6 +420,7 @@ impl World {
                 self.at(self.now + delay, Event::Persisted { node, boot });
             }
             Effect::Evicted => self.evicted(node),
+            Effect::Rejected(reason) => self.rejected(node, reason),
         }
     }
 
@@ -492,6 +503,7 @@ impl World {
                 self.oracle.covered(life, c.bound());
                 self.oracle.held(life, |op| c.holds(op));
             }
+            Core::Destination(_) if self.swapped.contains_key(&node) => {}
             Core::Destination(front) => {
                 // In the order of steps, hence only as far as every shard has come.
                 let executed = n.shards.executed(front);

@@ -49,6 +49,10 @@ impl World {
         if self.oracle.unfinished() > 0 {
             return Some(format!("unfinished:{}", self.oracle.describe_unfinished()));
         }
+        if let Some(node) = self.swapped.keys().next() {
+            let id = self.nodes[*node].id;
+            return Some(format!("{id} is on a disk that is not its own"));
+        }
         let newest = self.oracle.newest();
         for node in 0..self.nodes.len() {
             let n = &self.nodes[node];

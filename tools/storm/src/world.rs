@@ -12,7 +12,10 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use lowtide_engine_core::aggregator::Aggregator;
 use lowtide_engine_core::client::Client;
 use lowtide_engine_core::destination::Destination;
-use lowtide_engine_core::ids::{Epoch, Incarnation, Life, NodeId, Seq, Step, Time, ViewId};
+use lowtide_engine_core::identity::JoinRefusal;
+use lowtide_engine_core::ids::{
+    Epoch, Incarnation, Life, NodeId, Seq, Step, StorageId, Time, ViewId,
+};
 use lowtide_engine_core::op::{Bytes, Stamp};
 use lowtide_engine_core::proxy::Proxy;
 use lowtide_engine_core::root::Root;
@@ -20,7 +23,7 @@ use lowtide_engine_core::session::{SessionError, Ticket};
 
 use crate::app::App;
 use crate::disk::{Disk, RootDisk};
-use crate::fate::Losses;
+use crate::fate::{Losses, Swapped};
 use crate::net::Net;
 use crate::old_root::OldRoot;
 use crate::oracle::Oracle;
@@ -218,6 +221,12 @@ pub struct World {
     /// have heard the other.
     pub(crate) old_root: Option<OldRoot>,
     pub(crate) old_root_said: BTreeSet<&'static str>,
+    /// Copies of homes' disks that somebody made.
+    pub(crate) copies: BTreeMap<Index, Disk>,
+    /// Homes that run on a disk that is not theirs, or an old one. Nothing of that is the oracle's.
+    pub(crate) swapped: BTreeMap<Index, Swapped>,
+    /// Homes that the root did not let in, and why.
+    pub(crate) rejections: Vec<(Index, JoinRefusal)>,
 }
 
 impl World {
@@ -235,7 +244,7 @@ impl World {
                 id,
                 core: Core::Down,
                 boot: 0,
-                disk: Disk::of(plan.log_bytes()),
+                disk: Disk::of(StorageId(u128::from(id.0)), plan.log_bytes()),
                 shards: Shards::default(),
                 root_disk: RootDisk::default(),
                 app: None,
@@ -284,6 +293,9 @@ impl World {
             refused: BTreeSet::new(),
             old_root: None,
             old_root_said: BTreeSet::new(),
+            copies: BTreeMap::new(),
+            swapped: BTreeMap::new(),
+            rejections: Vec::new(),
         };
         for node in 0..world.nodes.len() {
             let at = if node == 0 { 0 } else { world.rng.below(6) };

@@ -12,13 +12,14 @@ use alloc::vec::Vec;
 
 use super::shard::{Kept, Replaced, ShardSet, extents_replaced, shard_of};
 use super::{Destination, Entry, Source, objects};
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StreamSeq};
+use crate::identity::StoreMark;
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, StorageId, StreamSeq};
 use crate::record::{Objects, OpRecord, Position, Record, UndoneRecord};
 use crate::wire::{Malformed, Reader, Wire};
 use crate::wire_struct;
 
 /// What a destination knows besides its objects; part of every checkpoint.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Image {
     pub(super) sources: BTreeMap<Life, Source>,
     pub(super) gone: BTreeMap<NodeId, Incarnation>,
@@ -27,6 +28,8 @@ pub struct Image {
     pub(super) ceiling: Epoch,
     /// The newest step known.
     pub(super) step: Step,
+    /// Which storage this is of, and the newest step that counts ([`StoreMark`]).
+    pub(super) store: StoreMark,
     /// Steps up to here are covered by the checkpoint.
     covered: Step,
     /// Records kept for undo, per shard.
@@ -125,25 +128,37 @@ impl Destination {
         let rows: Vec<Life> = self.rows.keys().copied().collect();
         rows.put(&mut out);
         self.marks_logged.put(&mut out);
+        self.counting.put(&mut out);
         out
     }
 }
 
 impl Image {
-    /// An image encoded by [`Destination::image`], for a node of `shards` shards; empty input is
-    /// the state before the first start.
+    /// An image encoded by [`Destination::image`], for a node of `shards` shards that has this
+    /// storage; empty input is the state before the first start.
     ///
     /// # Errors
     /// [`Malformed`].
     ///
     /// # Panics
     /// If there are no shards, or more than [`super::shard::SHARDS_MAX`].
-    pub fn decode(bytes: &[u8], shards: u32) -> Result<Image, Malformed> {
+    pub fn decode(bytes: &[u8], storage: StorageId, shards: u32) -> Result<Image, Malformed> {
         assert!((1..=super::shard::SHARDS_MAX).contains(&shards));
         let mut image = Image {
+            sources: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            rows: BTreeMap::new(),
+            minimum: Epoch(0),
+            ceiling: Epoch(0),
+            step: Step(0),
+            store: StoreMark {
+                storage,
+                commit: Step(0),
+            },
+            covered: Step(0),
             kept: (0..shards).map(|_| BTreeMap::new()).collect(),
             replaced: (0..shards).map(|_| Replaced::new()).collect(),
-            ..Image::default()
+            missing: None,
         };
         if bytes.is_empty() {
             return Ok(image);
@@ -171,6 +186,7 @@ impl Image {
         let rows = Vec::<Life>::take(&mut input)?;
         image.rows = rows.into_iter().map(|life| (life, Step(0))).collect();
         (image.minimum, image.ceiling) = Wire::take(&mut input)?;
+        image.store.commit = Wire::take(&mut input)?;
         input.finish("image")?;
         Ok(image)
     }
@@ -198,6 +214,9 @@ impl Image {
             }
         }
         self.step = self.step.max(step);
+        if !matches!(record, Record::Marks { .. }) {
+            self.store.commit = self.store.commit.max(step);
+        }
         match record {
             Record::Op(op) => {
                 let undo = Kept::undo_of(body.len());
@@ -226,7 +245,11 @@ impl Image {
                 self.minimum = self.minimum.max(minimum);
                 self.ceiling = self.ceiling.max(ceiling);
             }
-            Record::Fence(_) | Record::Row(_) | Record::Gone(_) | Record::Base(_) => {}
+            Record::Fence(_)
+            | Record::Row(_)
+            | Record::Gone(_)
+            | Record::Base(_)
+            | Record::Entered(_) => {}
         }
         Ok(())
     }
@@ -261,6 +284,12 @@ impl Image {
             });
         }
         Ok(())
+    }
+
+    /// What the home will say of its storage.
+    #[must_use]
+    pub fn store(&self) -> StoreMark {
+        self.store
     }
 
     /// Records that are kept for undo. One may be named more than once.

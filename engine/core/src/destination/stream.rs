@@ -153,7 +153,7 @@ impl Destination {
         }
         let (life, seq, epoch) = (op.id.source, op.id.seq, op.epoch);
         let step = self.next_step();
-        self.logged = step;
+        (self.logged, self.counting) = (step, step);
         let count = shards.len() as u16;
         for (number, index) in shards.iter().zip(0..) {
             let lane = &mut self.lanes[number as usize];

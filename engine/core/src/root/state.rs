@@ -3,13 +3,14 @@
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
+use crate::identity::StoreMark;
 use crate::ids::{Epoch, Life, NodeId, Seq, StreamSeq, Term, Time, ViewId};
 use crate::message::{Held, Role, Seat, View};
 use crate::wire::{Malformed, Reader, Wire};
 use crate::wire_struct;
 
-/// Version of the encoding. 1 did not say whether a decision is a second one.
-const VERSION: u8 = 2;
+/// Version of the encoding. 1 did not say whether a decision is a second one, 2 nothing of storages.
+const VERSION: u8 = 3;
 
 /// Why a persisted state cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,12 +55,15 @@ pub(super) struct Row {
     pub(super) nonce: u64,
     pub(super) role: Role,
     pub(super) live: bool,
+    /// What is known of a home's storage.
+    pub(super) store: Option<StoreMark>,
 }
 wire_struct!(Row {
     life,
     nonce,
     role,
-    live
+    live,
+    store
 });
 
 /// Durable state of a root.
@@ -121,6 +125,13 @@ impl RootState {
     #[must_use]
     pub fn term(&self) -> Term {
         self.term
+    }
+
+    /// What was known of a home's storage.
+    #[must_use]
+    pub fn store(&self, home: NodeId) -> Option<StoreMark> {
+        let row = self.rows.iter().find(|r| r.life.node == home)?;
+        row.store
     }
 
     /// The membership view.
@@ -282,13 +293,13 @@ mod tests {
     fn another_version_is_refused_by_name() {
         let mut bytes = RootState::default().encode(&[]);
         assert!(RootState::decode(&bytes).is_ok());
-        bytes[0] = 1;
-        let error = RootState::decode(&bytes).expect_err("version 1");
-        let (found, supported) = (1, VERSION);
+        bytes[0] = 2;
+        let error = RootState::decode(&bytes).expect_err("version 2");
+        let (found, supported) = (2, VERSION);
         assert_eq!(error, StateError::Version { found, supported });
         let text = alloc::format!("{error}");
         assert!(
-            text.contains("version 1") && text.contains("version 2"),
+            text.contains("version 2") && text.contains("version 3"),
             "{text}"
         );
     }

@@ -1,4 +1,6 @@
 use super::*;
+use crate::identity::JoinRefusal;
+use crate::ids::StorageId;
 
 const ROOT: NodeId = NodeId(1);
 const ROUTER: NodeId = NodeId(2);
@@ -12,6 +14,10 @@ struct Bench {
     now: Time,
     /// Who was sent a Pong.
     answered: Vec<NodeId>,
+    /// The newest durable state.
+    state: Vec<u8>,
+    /// The last message that it sent.
+    sent: Option<Message>,
 }
 
 impl Bench {
@@ -21,12 +27,25 @@ impl Bench {
             evict_after: 1000,
             retry_after: 10,
         };
-        let root = Root::new(ROOT, config, RootState::default(), Time(0));
-        Bench {
-            root,
-            now: Time(0),
+        Bench::with(config, RootState::default(), Time(0))
+    }
+
+    fn with(config: RootConfig, state: RootState, now: Time) -> Bench {
+        let mut bench = Bench {
+            root: Root::new(ROOT, config, state, now),
+            now,
             answered: Vec::new(),
-        }
+            state: Vec::new(),
+            sent: None,
+        };
+        bench.settles();
+        bench
+    }
+
+    /// The root's process dies and another one starts.
+    fn restarts(self) -> Bench {
+        let state = RootState::decode(&self.state).expect("its own state");
+        Bench::with(self.root.config, state, self.now)
     }
 
     fn hears(&mut self, from: Life, body: Message) {
@@ -52,9 +71,15 @@ impl Bench {
     fn settles(&mut self) {
         while let Some(effect) = self.root.poll_effect() {
             match effect {
-                Effect::Persist { version, .. } => self.root.handle_persisted(self.now, version),
-                Effect::Send { to, envelope } if matches!(envelope.body, Message::Pong { .. }) => {
-                    self.answered.push(to);
+                Effect::Persist { version, state } => {
+                    self.state = state;
+                    self.root.handle_persisted(self.now, version);
+                }
+                Effect::Send { to, envelope } => {
+                    if matches!(envelope.body, Message::Pong { .. }) {
+                        self.answered.push(to);
+                    }
+                    self.sent = Some(envelope.body);
                 }
                 _ => {}
             }
@@ -66,9 +91,48 @@ impl Bench {
             node,
             incarnation: Incarnation(0),
         };
-        self.hears(unborn, Message::Join { nonce: 7, role });
+        let join = Message::Join {
+            nonce: 7,
+            role,
+            store: None,
+        };
+        self.hears(unborn, join);
         let view = self.root.view();
         view.seat(node).expect("it joined").life
+    }
+
+    /// A new process of the home joins with this storage.
+    fn home_joins(&mut self, nonce: u64, storage: u128, commit: u64) -> Result<Life, JoinRefusal> {
+        let unborn = Life {
+            node: HOME,
+            incarnation: Incarnation(0),
+        };
+        let join = Message::Join {
+            nonce,
+            role: Role::Destination,
+            store: Some(StoreMark {
+                storage: StorageId(storage),
+                commit: Step(commit),
+            }),
+        };
+        self.sent = None;
+        self.hears(unborn, join);
+        match self.sent.take() {
+            Some(Message::Joined { nonce: n, life, .. }) if n == nonce => Ok(life),
+            Some(Message::Rejected { nonce: n, reason }) if n == nonce => Err(reason),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn home_pings(&mut self, life: Life, commit: u64) {
+        let ping = Message::Ping {
+            attach: 0,
+            lower_bound: Epoch(100),
+            view: ViewId(0),
+            waits: Waits::No,
+            commit: Some(Step(commit)),
+        };
+        self.hears(life, ping);
     }
 
     fn minimum(&mut self) -> Epoch {
@@ -113,6 +177,7 @@ fn a_dead_routers_children_are_held_where_it_last_had_them() {
         view: ViewId(0),
         waits: Waits::Yes,
         attach: 2,
+        commit: None,
     };
     bench.hears(client, ping);
     assert_eq!(bench.minimum(), Epoch(70));
@@ -126,6 +191,7 @@ fn ping(lower_bound: u64, waits: Waits) -> Message {
         lower_bound: Epoch(lower_bound),
         view: ViewId(0),
         waits,
+        commit: None,
     }
 }
 
@@ -212,11 +278,13 @@ fn a_root_whose_states_are_not_kept_grows_no_further_and_then_goes_on() {
             view: ViewId(0),
             waits: Waits::Yes,
             attach: 0,
+            commit: None,
         };
         hear(&mut bench.root, client, now, ping);
         let join = Message::Join {
             nonce: 9,
             role: Role::Aggregator,
+            store: None,
         };
         hear(&mut bench.root, unborn, now, join);
         poll(&mut bench.root);
@@ -286,4 +354,93 @@ fn a_root_that_hears_a_newer_term_leaves_and_says_nothing_more() {
     bench.root.handle_timeout(bench.now);
     bench.root.handle_persisted(bench.now, 1000);
     assert_eq!(bench.root.poll_effect(), None);
+}
+
+#[test]
+fn a_home_on_another_storage_or_an_old_copy_is_not_let_in() {
+    let mut bench = Bench::new();
+    let first = bench.home_joins(1, 7, 0).expect("nothing is known of it");
+    bench.home_pings(first, 50);
+    bench.home_pings(first, 30);
+    let other = JoinRefusal::OtherStorage {
+        known: StorageId(7),
+    };
+    let older = JoinRefusal::OlderStorage { known: Step(50) };
+    let view = bench.root.view();
+    assert_eq!(bench.home_joins(2, 8, 0), Err(other));
+    assert_eq!(bench.home_joins(3, 8, 1000), Err(other));
+    assert_eq!(bench.home_joins(4, 7, 49), Err(older));
+    assert_eq!(bench.root.counters().rejected, 3);
+    assert_eq!(bench.root.view(), view, "nobody is replaced by them");
+    assert!(bench.root.is_member(first));
+    let second = bench.home_joins(5, 7, 50).expect("its own storage");
+    assert!(second > first);
+    // A Join that comes again is the same process, whatever it says now.
+    assert_eq!(bench.home_joins(5, 7, 50), Ok(second));
+    let third = bench.home_joins(6, 7, 60).expect("it has gone on");
+    assert!(third > second);
+}
+
+#[test]
+fn only_pings_of_the_life_that_counts_raise_what_is_known_of_a_storage() {
+    let mut bench = Bench::new();
+    let first = bench.home_joins(1, 7, 10).expect("new");
+    // What a start found may be lost in a power failure.
+    let second = bench.home_joins(2, 7, 9).expect("a join is no promise");
+    bench.home_pings(first, 40);
+    let stranger = Life {
+        node: CLIENT,
+        ..second
+    };
+    bench.home_pings(stranger, 40);
+    bench
+        .home_joins(3, 7, 9)
+        .expect("an older life says nothing");
+}
+
+#[test]
+fn a_roots_restart_forgets_no_storage() {
+    let mut bench = Bench::new();
+    let home = bench.home_joins(1, 7, 0).expect("new");
+    // Its epoch is news, and so m is.
+    bench.home_pings(home, 10);
+    bench.home_pings(home, 50);
+    let known = |bench: &Bench| RootState::decode(&bench.state).unwrap().store(HOME);
+    assert_eq!(
+        known(&bench).unwrap().commit,
+        Step(10),
+        "not for that alone"
+    );
+    // At rest nothing else would have the state written.
+    bench.now = Time(bench.now.0 + 1000 / 8);
+    bench.root.handle_timeout(bench.now);
+    bench.settles();
+    assert_eq!(known(&bench).unwrap().commit, Step(50));
+    let before = bench.state.clone();
+    bench.now = Time(bench.now.0 + 1000);
+    bench.root.handle_timeout(bench.now);
+    bench.settles();
+    assert_eq!(bench.state, before, "it is written once");
+
+    let mut bench = bench.restarts();
+    let older = JoinRefusal::OlderStorage { known: Step(50) };
+    assert_eq!(bench.home_joins(2, 7, 49), Err(older));
+    assert!(bench.home_joins(3, 8, 50).is_err());
+    bench.home_joins(4, 7, 50).expect("its own storage");
+}
+
+#[test]
+fn a_home_that_does_not_say_what_it_has_is_not_heard() {
+    let mut bench = Bench::new();
+    let unborn = Life {
+        node: HOME,
+        incarnation: Incarnation(0),
+    };
+    let join = Message::Join {
+        nonce: 1,
+        role: Role::Destination,
+        store: None,
+    };
+    bench.hears(unborn, join);
+    assert_eq!(bench.root.view().seat(HOME), None);
 }

@@ -117,6 +117,7 @@ fn words_of(record: &Record) -> String {
         Record::Fence(life) => format!("fence {life}"),
         Record::Row(life) => format!("row {life}"),
         Record::Gone(life) => format!("gone {life}"),
+        Record::Entered(life) => format!("entered {life}"),
         Record::Base(base) => format!("stream {base:?}"),
         Record::Marks { minimum, ceiling } => format!("minimum {minimum} ceiling {ceiling}"),
     }
