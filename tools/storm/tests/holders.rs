@@ -17,7 +17,7 @@ fn small(clients: usize) -> Plan {
         small_disk: Some(SmallDisk {
             budget: 4000,
             replaced: 8,
-            spare: 2000,
+            spare: 2600,
         }),
         ..Plan::quiet(1)
     }

@@ -16,7 +16,7 @@ struct Bench {
     answered: Vec<NodeId>,
     /// The newest durable state.
     state: Vec<u8>,
-    /// The last message that it sent.
+    /// The last message that it sent besides.
     sent: Option<Message>,
 }
 
@@ -75,12 +75,10 @@ impl Bench {
                     self.state = state;
                     self.root.handle_persisted(self.now, version);
                 }
-                Effect::Send { to, envelope } => {
-                    if matches!(envelope.body, Message::Pong { .. }) {
-                        self.answered.push(to);
-                    }
-                    self.sent = Some(envelope.body);
-                }
+                Effect::Send { to, envelope } => match envelope.body {
+                    Message::Pong { .. } => self.answered.push(to),
+                    body => self.sent = Some(body),
+                },
                 _ => {}
             }
         }
@@ -91,10 +89,14 @@ impl Bench {
             node,
             incarnation: Incarnation(0),
         };
+        let store = (role == Role::Destination).then_some(StoreMark {
+            storage: StorageId(1),
+            commit: Step(0),
+        });
         let join = Message::Join {
             nonce: 7,
             role,
-            store: None,
+            store,
         };
         self.hears(unborn, join);
         let view = self.root.view();
