@@ -232,7 +232,7 @@ fn a_server_is_let_in_on_its_own_storage_and_on_no_other() {
         std::thread::sleep(Duration::from_millis(7 * round));
         c.kill();
         if round % 2 == 1 {
-            apply_power_loss(&c.home(), round).unwrap();
+            apply_power_loss(c.home(), round).unwrap();
         }
         c.start();
         c.until_joined(round + 2);

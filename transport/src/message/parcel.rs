@@ -281,7 +281,7 @@ mod tests {
         for round in 0..20_000 {
             let mut bytes: Vec<u8> = (0..round % 64).map(|_| next()).collect();
             if round % 2 == 0 && bytes.len() > 1 {
-                (bytes[0], bytes[1]) = (VERSION, 1 + next() % 4 | next() & URGENT);
+                (bytes[0], bytes[1]) = (VERSION, (1 + next() % 4) | (next() & URGENT));
             }
             if let Ok((_, mut body)) = Header::parse(&bytes) {
                 let _ = Offer::parse(body);

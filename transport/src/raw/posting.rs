@@ -113,7 +113,8 @@ impl Posting {
 
     /// Takes the memory of the lines now.
     pub(super) fn prepare(&self) {
-        (self.sends(), self.receives());
+        self.sends();
+        self.receives();
     }
 
     /// Whether nothing waits.
