@@ -2,7 +2,7 @@
 //! server is a process of its own, which is killed, also with its power.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -127,13 +127,12 @@ impl Cluster {
     fn start_and_see_it_leave(&mut self) -> String {
         self.start();
         let mut child = self.server.take().expect("just started");
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let left = lines.map_while(Result::ok).find_map(|line| {
-            let (_, why) = line.split_once("left: ")?;
-            Some(why.to_owned())
-        });
+        let mut said = String::new();
+        let mut out = child.stdout.take().unwrap();
+        out.read_to_string(&mut said).unwrap();
         child.wait().unwrap();
-        left.expect("it was let in, or died")
+        let left = said.lines().find_map(|line| line.split_once("left: "));
+        left.map(|(_, why)| why.to_owned()).expect("it says why")
     }
 
     /// Waits until the root has let in life number `incarnation` of the server.
