@@ -78,7 +78,7 @@ pub struct NodeCounters {
     pub packets_repeated: u64,
     /// Lives evicted (root).
     pub evicted: u64,
-    /// Joins of servers that were rejected for their storage (root).
+    /// Processes of servers that were not let in for their storage (root).
     pub joins_rejected: u64,
     /// Longest time between two steps of m, in milliseconds (root).
     pub minimum_lag_max_ms: u64,

@@ -2,7 +2,7 @@
 //! server is a process of its own, which is killed, also with its power.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -127,13 +127,12 @@ impl Cluster {
     fn start_and_see_it_leave(&mut self) -> String {
         self.start();
         let mut child = self.server.take().expect("just started");
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let left = lines.map_while(Result::ok).find_map(|line| {
-            let (_, why) = line.split_once("left: ")?;
-            Some(why.to_owned())
-        });
+        let mut said = String::new();
+        let mut out = child.stdout.take().unwrap();
+        out.read_to_string(&mut said).unwrap();
         child.wait().unwrap();
-        left.expect("it was let in, or died")
+        let left = said.lines().find_map(|line| line.split_once("left: "));
+        left.map(|(_, why)| why.to_owned()).expect("it says why")
     }
 
     /// Waits until the root has let in life number `incarnation` of the server.
@@ -150,14 +149,14 @@ impl Cluster {
         }
     }
 
-    /// Waits until the root's status, which is of some moment ago, says that it turned away more than
-    /// so many. One process may ask several times before it hears that.
-    fn until_rejected_more_than(&self, before: u64) {
+    /// Waits until the root's status, which is of some moment ago, says how many it did not let in.
+    fn until_rejected(&self, times: u64) {
         let until = Instant::now() + PATIENCE;
-        while self.rejected() <= before {
-            assert!(Instant::now() < until, "{before} and no more");
+        while self.rejected() < times {
+            assert!(Instant::now() < until, "{} of {times}", self.rejected());
             std::thread::sleep(Duration::from_millis(5));
         }
+        assert_eq!(self.rejected(), times);
     }
 
     fn rejected(&self) -> u64 {
@@ -252,11 +251,10 @@ fn a_server_is_let_in_on_its_own_storage_and_on_no_other() {
     c.kill();
     fs::rename(c.home(), &own).unwrap();
     copy(&old, &c.home());
-    for _ in 0..3 {
-        let before = c.rejected();
+    for times in 1..=3 {
         let why = c.start_and_see_it_leave();
         assert!(why.starts_with("older: its storage is older"), "{why}");
-        c.until_rejected_more_than(before);
+        c.until_rejected(times);
     }
     let offline = |c: &Cluster, root: PathBuf| {
         let config = OfflineConfig {
@@ -269,11 +267,10 @@ fn a_server_is_let_in_on_its_own_storage_and_on_no_other() {
     // An empty directory, and none.
     fs::remove_dir_all(c.home()).unwrap();
     fs::create_dir(c.home()).unwrap();
-    for _ in 0..2 {
-        let before = c.rejected();
+    for times in 4..=5 {
         let why = c.start_and_see_it_leave();
         assert!(why.starts_with("other: its storage is another"), "{why}");
-        c.until_rejected_more_than(before);
+        c.until_rejected(times);
         fs::remove_dir_all(c.home()).unwrap();
     }
     let root = c.dir.path().join("root");

@@ -67,7 +67,7 @@ pub struct RootCounters {
     pub undone: u64,
     /// Most ticks between two steps of m.
     pub lag_max: u64,
-    /// Joins of homes that were refused.
+    /// Processes of homes that were not let in.
     pub rejected: u64,
 }
 
@@ -104,6 +104,8 @@ pub struct Root {
     changed: bool,
     /// What is known of storages rose, and is not part of a state yet.
     grown: bool,
+    /// By node, the nonce of the last process that was not let in.
+    rejected: BTreeMap<NodeId, u64>,
     /// Somebody waits for m: the epoch steps once, after `interval` at the earliest.
     wanted: bool,
     last_step: Time,
@@ -163,6 +165,7 @@ impl Root {
             unpublished: VecDeque::new(),
             changed: true,
             grown: false,
+            rejected: BTreeMap::new(),
             wanted: true,
             last_step: now,
             next_look: now,
@@ -440,7 +443,9 @@ impl Root {
                     && let Err(reason) = said.follows(&known)
                     && !bites(Tooth::AnyStorageAdmitted)
                 {
-                    self.counters.rejected += 1;
+                    // It asks again until it has heard.
+                    let is_new = self.rejected.insert(node, nonce) != Some(nonce);
+                    self.counters.rejected += u64::from(is_new);
                     self.port.send(node, Message::Rejected { nonce, reason });
                     return;
                 }

@@ -373,7 +373,7 @@ fn a_server_whose_storage_is_gone_or_another_is_named_and_not_let_in() {
     let socket = state.join("root/control.sock");
     let status = lowtide(&["status", "--control", text(&socket)]).output();
     let said = stdout(&status.unwrap());
-    assert!(said.contains("1 joins rejected"), "{said}");
+    assert!(said.contains("1 servers not let in"), "{said}");
     rustix::process::kill_process(Pid::from_child(&root), Signal::TERM).unwrap();
     assert_eq!(root.wait().unwrap().code(), Some(0));
 

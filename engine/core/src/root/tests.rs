@@ -372,6 +372,7 @@ fn a_home_on_another_storage_or_an_old_copy_is_not_let_in() {
     assert_eq!(bench.home_joins(2, 8, 0), Err(other));
     assert_eq!(bench.home_joins(3, 8, 1000), Err(other));
     assert_eq!(bench.home_joins(4, 7, 49), Err(older));
+    assert_eq!(bench.home_joins(4, 7, 49), Err(older), "it asks again");
     assert_eq!(bench.root.counters().rejected, 3);
     assert_eq!(bench.root.view(), view, "nobody is replaced by them");
     assert!(bench.root.is_member(first));

@@ -93,7 +93,7 @@ fn line(name: &str, report: &NodeReport, names: &BTreeMap<u32, String>) -> Strin
         (c.replayed, "replayed"),
         (c.completed, "completed"),
         (c.undone, "undone"),
-        (c.joins_rejected, "joins rejected"),
+        (c.joins_rejected, "servers not let in"),
         (c.epochs_refused, "incredible epochs refused"),
         (c.epochs_refused_elsewhere, "incredible epochs sent"),
     ] {
