@@ -10,14 +10,11 @@
 //! each aggregator's branch value, each hold, and each evicted life's frozen bound. Reports are
 //! absolute and bounds only rise, so a lost, late or repeated report only makes m smaller (claim 3).
 //!
-//! What homes say with their pings of their storages ([`crate::identity`]) is written with the next
-//! state, at rest within an eighth of `evict_after`: it is a lower bound, so an older one does no
-//! harm and is only of less use.
-//!
 //! Deliberately absent: payloads. The resolver handles operation tags only.
 
 mod evict;
 mod holders;
+mod join;
 mod state;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -28,8 +25,7 @@ use state::{Eviction, Row};
 pub use state::{RootState, StateError};
 
 use crate::effect::{Effect, Port};
-use crate::identity::StoreMark;
-use crate::ids::{Epoch, Incarnation, Life, NodeId, Step, Term, Time, ViewId};
+use crate::ids::{Epoch, Incarnation, Life, NodeId, Term, Time, ViewId};
 use crate::member::Resting;
 use crate::message::{Covered, Envelope, Message, Role, View, Waits};
 use crate::teeth::{Tooth, bites};
@@ -407,118 +403,8 @@ impl Root {
         }
     }
 
-    /// A home says how far its history is durable.
-    fn committed(&mut self, life: Life, commit: Option<Step>) {
-        let row = self.row(life.node).filter(|r| r.life == life);
-        let store = row.and_then(|r| r.store.as_mut());
-        if let (Some(store), Some(commit)) = (store, commit)
-            && store.commit < commit
-        {
-            store.commit = commit;
-            self.grown = true;
-        }
-    }
-
     fn row(&mut self, node: NodeId) -> Option<&mut Row> {
         self.state.rows.iter_mut().find(|r| r.life.node == node)
-    }
-
-    fn join(
-        &mut self,
-        now: Time,
-        node: NodeId,
-        (nonce, role): (u64, Role),
-        said: Option<StoreMark>,
-    ) {
-        if role == Role::Destination && said.is_none() {
-            // Every home says what it has.
-            return;
-        }
-        let known = self.row(node).map(|r| (r.life, r.nonce, r.live, r.role));
-        let store = self.row(node).and_then(|r| r.store);
-        let life = match known {
-            Some((life, seen, true, _)) if seen == nonce => life,
-            _ => {
-                if let (Some(said), Some(known)) = (said, store)
-                    && let Err(reason) = said.follows(&known)
-                    && !bites(Tooth::AnyStorageAdmitted)
-                {
-                    // It asks again until it has heard.
-                    let is_new = self.rejected.insert(node, nonce) != Some(nonce);
-                    self.counters.rejected += u64::from(is_new);
-                    self.port.send(node, Message::Rejected { nonce, reason });
-                    return;
-                }
-                let last = known.map_or(0, |(life, ..)| life.incarnation.0);
-                let life = Life {
-                    node,
-                    incarnation: if bites(Tooth::SameIncarnation) {
-                        Incarnation(1)
-                    } else {
-                        Incarnation(last + 1)
-                    },
-                };
-                if let Some((old, _, true, old_role)) = known {
-                    if old_role.is_volatile_source() {
-                        self.start_eviction(old);
-                    } else if old_role == Role::Aggregator {
-                        self.branch_lost(node);
-                    }
-                }
-                // Of a storage that is new here only its number is known.
-                let commit = store.map_or(Step(0), |known| known.commit);
-                let store = said.map(|said| StoreMark { commit, ..said });
-                let row = Row {
-                    life,
-                    nonce,
-                    role,
-                    live: true,
-                    store,
-                };
-                self.admit(now, row);
-                life
-            }
-        };
-        let floor = self.port.minimum();
-        let view = self.view();
-        self.port.send(
-            node,
-            Message::Joined {
-                nonce,
-                life,
-                floor,
-                view,
-            },
-        );
-    }
-
-    fn admit(&mut self, now: Time, row: Row) {
-        let (life, role) = (row.life, row.role);
-        match self
-            .state
-            .rows
-            .binary_search_by_key(&life.node, |r| r.life.node)
-        {
-            Ok(index) => self.state.rows[index] = row,
-            Err(index) => self.state.rows.insert(index, row),
-        }
-        if role.is_volatile_source() {
-            let hold = if bites(Tooth::JoinerNotHeld) {
-                Epoch(u64::MAX)
-            } else {
-                self.port.minimum()
-            };
-            let bound = Bound {
-                hold,
-                covered: None,
-                attach: (0, None),
-                last_heard: now,
-            };
-            self.bounds.insert(life, bound);
-        } else if role == Role::Destination {
-            self.holders.joined();
-        }
-        self.view_changed();
     }
 
     fn view_changed(&mut self) {

@@ -295,6 +295,15 @@ impl Scenario {
         self.outcome(ticket).expect("just seen").clone()
     }
 
+    /// Waits for an operation to be stamped, and names it.
+    ///
+    /// # Panics
+    /// When it is refused, or nothing becomes of it in good time.
+    #[track_caller]
+    pub fn stamped(&mut self, ticket: Ticket) -> OpId {
+        self.wait(ticket).expect("not refused").id
+    }
+
     /// Where an operation stands at a home.
     #[must_use]
     pub fn place(&self, id: OpId, number: usize) -> Place {

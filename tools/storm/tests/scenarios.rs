@@ -2,10 +2,9 @@
 //!
 //! D0, D1 are homes, S0, S1 proxies, C0, C1 clients; D0 is reached through S0 and D1 through S1.
 
-use lowtide_engine_core::identity::JoinRefusal;
 use lowtide_engine_core::ids::{OpId, Seq};
 use lowtide_engine_core::op::Refusal;
-use lowtide_engine_core::session::{SessionError, Ticket};
+use lowtide_engine_core::session::SessionError;
 use lowtide_storm::oracle::Place;
 use lowtide_storm::plan::{ClientPlan, Plan};
 use lowtide_storm::scenario::{Scenario, two_by_two, value};
@@ -26,11 +25,6 @@ fn originating() -> Plan {
     }
 }
 
-#[track_caller]
-fn id(scenario: &mut Scenario, ticket: Ticket) -> OpId {
-    scenario.wait(ticket).expect("not refused").id
-}
-
 /// Seed 000's example (a), an operation born at a client: D0 commits W0, D1 loses power before W1
 /// is durable. S0 still holds W0, S1 sends W1 again, nothing is discarded before m passes.
 #[test]
@@ -39,7 +33,7 @@ fn a_window_outlives_the_commit_of_its_own_home() {
     let (d1, s0, s1, c0) = (s.d(1), s.s(0), s.s(1), s.c(0));
     s.stall_syncs(d1);
     let ticket = s.put(c0, &[(0, 10, 7), (1, 10, 7)]);
-    let op = id(&mut s, ticket);
+    let op = s.stamped(ticket);
     s.until("D0 has committed W0 and D1 has executed W1", |s| {
         s.is_committed(op, 0) && matches!(s.place(op, 1), Place::Executed(_))
     });
@@ -135,7 +129,7 @@ fn nothing_acknowledged_dies_with_a_proxy() {
     let mut ops = Vec::new();
     for tag in 1..=5 {
         let ticket = s.put(c0, &[(0, 10 * tag, tag)]);
-        ops.push(id(&mut s, ticket));
+        ops.push(s.stamped(ticket));
     }
     for op in &ops {
         assert_eq!(s.place(*op, 0), Place::Absent, "acknowledged, not merged");
@@ -160,11 +154,11 @@ fn a_client_and_a_proxy_die_together() {
     let mut s = Scenario::new(lazy(1));
     let (s0, c0) = (s.s(0), s.c(0));
     let both = s.put(c0, &[(0, 10, 1), (1, 10, 1)]);
-    let both = id(&mut s, both);
+    let both = s.stamped(both);
     let only = s.put(c0, &[(0, 20, 2)]);
-    let only = id(&mut s, only);
+    let only = s.stamped(only);
     let later = s.put(c0, &[(1, 20, 3)]);
-    let later = id(&mut s, later);
+    let later = s.stamped(later);
     let victim = s.life(c0);
     s.crash(s0);
     s.crash(c0);
@@ -188,9 +182,9 @@ fn a_home_dies_again_while_it_recovers() {
     let (d0, c0, c1) = (s.d(0), s.c(0), s.c(1));
     s.stall_syncs(d0);
     let first = s.put(c0, &[(0, 10, 1), (1, 10, 1)]);
-    let first = id(&mut s, first);
+    let first = s.stamped(first);
     let second = s.put(c1, &[(0, 20, 2)]);
-    let second = id(&mut s, second);
+    let second = s.stamped(second);
     assert!(!s.is_committed(first, 0) && !s.is_committed(second, 0));
     s.crash(d0);
     assert_eq!(s.place(first, 0), Place::Absent);
@@ -219,11 +213,11 @@ fn the_root_dies_in_each_stage_of_an_eviction() {
         let mut s = Scenario::new(lazy(2));
         let (s0, c0, c1) = (s.s(0), s.c(0), s.c(1));
         let both = s.put(c0, &[(0, 10, 1), (1, 10, 1)]);
-        let both = id(&mut s, both);
+        let both = s.stamped(both);
         let lost = s.put(c0, &[(0, 20, 2)]);
-        let lost = id(&mut s, lost);
+        let lost = s.stamped(lost);
         let kept = s.put(c1, &[(1, 30, 3)]);
-        let kept = id(&mut s, kept);
+        let kept = s.stamped(kept);
         // Draining exists for proxies; the other stages are those of the client.
         let proxy = stage == "DRAINING";
         let victim = s.life(if proxy { s0 } else { c0 });
@@ -261,7 +255,7 @@ fn a_silent_client_is_evicted_and_others_finish() {
     let mut s = Scenario::new(two_by_two(2));
     let (c0, c1) = (s.c(0), s.c(1));
     let mine = s.put(c0, &[(0, 10, 1)]);
-    id(&mut s, mine);
+    s.stamped(mine);
     let victim = s.life(c0);
     s.crash(c0);
     let theirs = s.put(c1, &[(0, 10, 2)]);
@@ -336,10 +330,10 @@ fn parts_that_arrive_over_two_paths_execute_once() {
     });
     let (d0, s0, c0) = (s.d(0), s.s(0), s.c(0));
     let first = s.count(c0, 0, 10);
-    let first = id(&mut s, first);
+    let first = s.stamped(first);
     s.until("the stream is in use", |s| s.is_committed(first, 0));
     let second = s.count(c0, 0, 10);
-    let second = id(&mut s, second);
+    let second = s.stamped(second);
     assert_eq!(s.place(second, 0), Place::Absent, "it is not merged yet");
     let victim = s.life(s0);
     s.cut(s0, 0);
@@ -380,14 +374,14 @@ fn a_bypassed_proxy_that_lives_gets_its_grants_back() {
     s.until("the client has joined", |s| s.life(c0).incarnation.0 == 1);
     s.cut(0, c0);
     let first = s.put(c0, &[(0, 10, 1)]);
-    id(&mut s, first);
+    s.stamped(first);
     assert_eq!(s.proxy(s0).counters().accepted, 1);
     s.cut(s0, c0);
     s.sever(s0, c0);
     s.run(400);
     s.mend(s0, c0);
     let second = s.put(c0, &[(0, 20, 2)]);
-    id(&mut s, second);
+    s.stamped(second);
     assert_eq!(s.proxy(s0).counters().accepted, 1, "it went past the proxy");
     assert_eq!(s.root().counters().evicted, 0);
     s.finish();
@@ -457,7 +451,7 @@ fn a_completed_part_is_seen_through_the_proxy_it_did_not_pass() {
     let (s0, s1, c0, c1) = (s.s(0), s.s(1), s.c(0), s.c(1));
     // S0 learns that the range is empty but for slot 10.
     let warm = s.put(c0, &[(0, 10, 1), (1, 10, 1)]);
-    id(&mut s, warm);
+    s.stamped(warm);
     s.cut(c0, s0);
     let accepted = s.proxy(s1).counters().accepted;
     s.put(c0, &[(0, 20, 2), (1, 20, 2)]);
@@ -497,7 +491,7 @@ fn a_proxy_under_pressure_discards_what_nobody_will_ask_for() {
         let mut last = None;
         for tag in 1..=40 {
             let ticket = s.put(c1, &[(0, 10 * tag, tag), (1, 10 * tag, tag)]);
-            let op = id(&mut s, ticket);
+            let op = s.stamped(ticket);
             s.until("it is everywhere committed", |s| {
                 s.is_committed(op, 0) && s.is_committed(op, 1)
             });
@@ -539,11 +533,11 @@ fn a_dead_proxy_keeps_its_grants_when_a_client_connects_again() {
     });
     let (d0, s0, c0, c1) = (s.d(0), s.s(0), s.c(0), s.c(1));
     let first = s.put(c0, &[(0, 10, 1)]);
-    let first = id(&mut s, first);
+    let first = s.stamped(first);
     s.until("it is at home", |s| s.is_committed(first, 0));
     s.cut(s0, d0);
     let second = s.put(c0, &[(0, 10, 2)]);
-    id(&mut s, second);
+    s.stamped(second);
     // The process hears nothing from the root, and C1 nothing of its death.
     s.cut(0, s0);
     s.cut(0, c1);
@@ -560,7 +554,7 @@ fn a_dead_proxy_keeps_its_grants_when_a_client_connects_again() {
     assert_eq!(s.outcome(third), None, "C0's lock is not given away");
     s.mend(s0, d0);
     s.mend(0, c1);
-    id(&mut s, third);
+    s.stamped(third);
     s.converge();
     assert_eq!(s.stored(0, 10), Some(value(3)));
     s.finish();
@@ -597,7 +591,7 @@ fn a_range_and_its_slots_are_both_granted() {
             }
         }
         for ticket in tickets {
-            id(&mut s, ticket);
+            s.stamped(ticket);
         }
         s.finish();
     }
@@ -624,122 +618,5 @@ fn a_home_that_died_before_it_spoke_is_not_waited_for() {
     s.start(d1);
     let second = s.wait(ticket).expect("not refused").epoch;
     s.until("the second is stable too", |s| s.minimum() > second);
-    s.finish();
-}
-
-/// A home comes back on an empty disk: it is not let in, however often it tries, and says nothing to
-/// anybody. On its own disk it goes on.
-#[test]
-fn a_wiped_home_is_not_let_in() {
-    let mut s = Scenario::new(two_by_two(1));
-    let (d0, c0) = (s.d(0), s.c(0));
-    let first = s.put(c0, &[(0, 10, 1), (1, 10, 1)]);
-    let first = id(&mut s, first);
-    s.until("it is committed", |s| s.is_committed(first, 0));
-    let (before, storage) = (s.life(d0), s.disk(d0).storage);
-    s.swap(d0, None);
-    for times in 1..=3 {
-        s.start(d0);
-        s.until("it is not let in", |s| s.rejections(d0).len() == times);
-        assert!(!s.is_up(d0), "it leaves");
-    }
-    let known = JoinRefusal::OtherStorage { known: storage };
-    assert_eq!(s.rejections(d0), [known; 3]);
-    assert_eq!(s.root().counters().rejected, 3);
-    let second = s.put(c0, &[(0, 20, 2)]);
-    let second = id(&mut s, second);
-    s.run(200);
-    assert!(!s.is_committed(second, 0), "the home is waited for");
-    s.restore(d0);
-    s.start(d0);
-    s.until("it is at home", |s| s.is_committed(second, 0));
-    assert_eq!(s.life(d0).incarnation.0, before.incarnation.0 + 1);
-    assert_eq!(s.registers(0), [(10, 1), (20, 2)].into());
-    s.finish();
-}
-
-/// A home comes back on a copy of its disk from before its last operation, or from before a life
-/// that did nothing at all.
-#[test]
-fn a_home_on_an_old_copy_is_not_let_in() {
-    for idle in [false, true] {
-        let mut s = Scenario::new(two_by_two(1));
-        let (d0, c0) = (s.d(0), s.c(0));
-        let first = s.put(c0, &[(0, 10, 1)]);
-        let first = id(&mut s, first);
-        s.until("it is committed", |s| s.is_committed(first, 0));
-        s.run(100);
-        let copy = s.copy(d0);
-        if idle {
-            s.crash(d0);
-            s.start(d0);
-            s.run(200);
-        } else {
-            let second = s.put(c0, &[(0, 20, 2)]);
-            let second = id(&mut s, second);
-            s.until("it is committed", |s| s.is_committed(second, 0));
-            s.run(100);
-        }
-        // The root's death makes no difference.
-        s.crash(0);
-        s.run(30);
-        s.start(0);
-        let copied = copy.commit();
-        s.swap(d0, Some(copy));
-        for times in 1..=5 {
-            s.start(d0);
-            s.until("it is not let in", |s| s.rejections(d0).len() == times);
-            assert_eq!(s.disk(d0).commit(), copied, "trying changes nothing");
-        }
-        for why in s.rejections(d0) {
-            let JoinRefusal::OlderStorage { known } = why else {
-                panic!("{why:?}");
-            };
-            assert!(known > copied);
-        }
-        s.restore(d0);
-        s.start(d0);
-        s.until("it is let in", |s| s.life(d0).incarnation.0 > 1);
-        let kept = if idle {
-            vec![(10, 1)]
-        } else {
-            vec![(10, 1), (20, 2)]
-        };
-        assert_eq!(s.registers(0), kept.into_iter().collect());
-        s.finish();
-    }
-}
-
-/// A home on an old copy is asked what it holds of a dead life before the root has heard who it is.
-/// It does not answer: the root would take what the copy lacks for never executed.
-#[test]
-fn a_home_that_is_not_let_in_has_no_say_in_an_eviction() {
-    let mut s = Scenario::new(two_by_two(1).direct());
-    let (d0, c0) = (s.d(0), s.c(0));
-    let copy = s.copy(d0);
-    let op = s.put(c0, &[(0, 10, 1)]);
-    let op = id(&mut s, op);
-    s.until("it is committed", |s| s.is_committed(op, 0));
-    s.run(100);
-    s.swap(d0, Some(copy));
-    let victim = s.life(c0);
-    s.crash(c0);
-    s.declare_dead(c0);
-    s.run(50);
-    s.start(d0);
-    s.cut(d0, 0);
-    let written = s.disk(d0).commit();
-    s.run(300);
-    assert_eq!(s.rejections(d0), [], "the root does not hear it");
-    assert_eq!(s.stage(victim), Some("FENCING"));
-    assert_eq!(s.disk(d0).commit(), written);
-    s.mend(d0, 0);
-    s.until("it is not let in", |s| s.rejections(d0).len() == 1);
-    assert_eq!(s.stage(victim), Some("FENCING"));
-    s.restore(d0);
-    s.start(d0);
-    s.until("the client is GONE", |s| s.oracle().is_gone(victim));
-    assert!(s.is_committed(op, 0), "it survives");
-    assert_eq!(s.registers(0), [(10, 1)].into());
     s.finish();
 }

@@ -1,6 +1,6 @@
 use super::*;
-use crate::identity::JoinRefusal;
-use crate::ids::StorageId;
+use crate::identity::{JoinRefusal, StoreMark};
+use crate::ids::{Step, StorageId};
 
 const ROOT: NodeId = NodeId(1);
 const ROUTER: NodeId = NodeId(2);
@@ -274,21 +274,21 @@ fn a_root_whose_states_are_not_kept_grows_no_further_and_then_goes_on() {
         node: ROUTER,
         incarnation: Incarnation(0),
     };
-    for now in 200..10_200 {
+    for tick in 200..10_200 {
         let ping = Message::Ping {
-            lower_bound: Epoch(now),
+            lower_bound: Epoch(tick),
             view: ViewId(0),
             waits: Waits::Yes,
             attach: 0,
             commit: None,
         };
-        hear(&mut bench.root, client, now, ping);
+        hear(&mut bench.root, client, tick, ping);
         let join = Message::Join {
             nonce: 9,
             role: Role::Aggregator,
             store: None,
         };
-        hear(&mut bench.root, unborn, now, join);
+        hear(&mut bench.root, unborn, tick, join);
         poll(&mut bench.root);
     }
     assert!(bench.root.waiting.len() <= WAITING_MANY + 8);
