@@ -283,6 +283,7 @@ impl Lowtide {
             if ended.is_some() || began.elapsed() > PATIENCE {
                 return Err(Failure::Broken(format!("{name} does not stay\n{said}")));
             }
+            // It says so in a file.
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -359,6 +360,7 @@ fn memory_of(command: &mut Command, log: &Path) -> Result<Value, Failure> {
         if let Some(status) = child.try_wait().map_err(Failure::io(&name))? {
             break status;
         }
+        // How often its memory is looked at.
         std::thread::sleep(Duration::from_millis(1));
     };
     if !status.success() {

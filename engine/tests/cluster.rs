@@ -432,6 +432,7 @@ fn leaves_when_a_sync_fails(failing: NodeId, shards: u32, which: fn(&str) -> boo
         session.wait_stable().expect("stable");
         switch.store(true, Ordering::SeqCst);
         let _executed_or_not: Vec<_> = (BEFORE..BEFORE + AFTER).map(submit).collect();
+        // A node ends without a word to its handle; `watch` bounds the wait.
         while node.failure().is_none() {
             std::thread::sleep(Duration::from_millis(5));
         }

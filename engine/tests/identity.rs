@@ -55,7 +55,7 @@ fn begin(pid: u32, id: NodeId, dir: PathBuf) -> NodeHandle {
 }
 
 #[test]
-#[ignore = "run as a child process by the other test; runs until killed or not let in"]
+#[ignore = "the test below runs it in a process of its own, which it kills"]
 fn child_server() {
     let pid = std::env::var("LOWTIDE_TEST_PID").expect("run by another test");
     let dir = std::env::var_os("LOWTIDE_TEST_DIR").expect("run by another test");
@@ -65,6 +65,7 @@ fn child_server() {
             println!("left: {}", words(&why));
             return;
         }
+        // A node ends without a word to its handle.
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -135,7 +136,8 @@ impl Cluster {
         left.map(|(_, why)| why.to_owned()).expect("it says why")
     }
 
-    /// Waits until the root has let in life number `incarnation` of the server.
+    /// Waits until the root has let in life number `incarnation` of the server; status can only be
+    /// looked at.
     #[track_caller]
     fn until_joined(&self, incarnation: u64) {
         let since = Instant::now();
@@ -225,7 +227,7 @@ fn a_server_is_let_in_on_its_own_storage_and_on_no_other() {
     let tickets = c.put(100);
     c.wait_stable(tickets);
 
-    // Killed at any moment, with work that is not synced, and with the power: let in each time.
+    // Killed at any moment, which is what the sleeps are for, with work that is not synced, and with the power: let in each time.
     for round in 0..8u64 {
         let tickets = c.put(300);
         std::thread::sleep(Duration::from_millis(7 * round));

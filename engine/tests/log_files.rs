@@ -502,6 +502,7 @@ fn a_log_grows_while_nothing_is_committed() {
     while let Err(error) = log.reserve(wanted) {
         let is_growing = matches!(error, ReserveError::HighWater { .. });
         assert!(is_growing && Instant::now() < until, "{error}");
+        // As a shard does: it looks again, nobody tells it.
         std::thread::sleep(Duration::from_millis(1));
     }
     drop(shards);

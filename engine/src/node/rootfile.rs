@@ -142,6 +142,7 @@ fn keep(
                 }
             }
             wake();
+            // Nobody tells when a disk has room again.
             std::thread::sleep(RETRY);
             match queue.try_recv() {
                 Ok(newer) => newest = queue.try_iter().last().unwrap_or(newer),
@@ -274,7 +275,8 @@ mod tests {
         assert!(read_state(&dir).unwrap_err().contains(NAME));
         fs::remove_dir_all(dir).unwrap();
     }
-    /// Waits for what the file's thread does.
+
+    /// Waits for what the file's thread does, which a test can only look at.
     fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
         while !condition() {
@@ -296,6 +298,7 @@ mod tests {
         let words = file.full().unwrap();
         assert!(words.contains(NAME) && words.contains("space"), "{words}");
         file.persist(2, state());
+        // Time in which it tries again and must not get through.
         std::thread::sleep(2 * RETRY);
         assert_eq!((file.persisted(), file.failure()), (0, None));
         assert!(read_state(&dir).unwrap().is_none(), "nothing is half there");

@@ -143,7 +143,7 @@ fn addresses(count: u8) -> Vec<SocketAddr> {
         .collect()
 }
 
-/// Waits for a command that must succeed in time.
+/// Waits for a command that must succeed in time; `std` has no wait with a limit.
 fn ends_well(mut child: Child, within: Duration) {
     let deadline = Instant::now() + within;
     loop {

@@ -420,10 +420,12 @@ fn a_process_may_die_while_it_copies() {
         } else {
             a.post(1, SendOp::Write(remote), &[a.sge(0, LEN as u32)]);
         }
+        // Nothing shows when the copy has begun.
         thread::sleep(Duration::from_millis(50));
         let since = Instant::now();
         thread::scope(|scope| {
             scope.spawn(|| {
+                // In the midst of what the loop below does.
                 thread::sleep(Duration::from_millis(10));
                 peer.child.kill().unwrap();
                 peer.child.wait().unwrap();

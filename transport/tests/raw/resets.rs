@@ -126,6 +126,7 @@ fn what_was_taken_beside_a_move_completes_or_is_forgotten() {
                     a.qp.query();
                 }
             });
+            // Time for posts before the move, and after it.
             thread::sleep(Duration::from_millis(2));
             modify(&a.qp, &a.context, target);
             thread::sleep(Duration::from_millis(2));

@@ -65,6 +65,7 @@ fn a_device_that_is_taken_away_is_told_and_let_go() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
+    // Nothing tells that the kernel has begun to wait.
     std::thread::sleep(Duration::from_millis(500));
     let start = Instant::now();
     b.receive(4, &[]);
