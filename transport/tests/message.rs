@@ -3,23 +3,16 @@
 mod common;
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::File;
 use std::io::IoSlice;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, Stream, config, connect, run_until};
+use common::{PATIENCE, Stream, config, connect, packets_of, run_until, scratch, traffic};
 use lowtide_transport::message::{
     BindError, CloseReason, ConnId, Endpoint, EndpointConfig, Event, Faults, SameHost, SendError,
 };
-use lowtide_transport::pcap::Reader;
-use lowtide_transport::udp::{Socket, SocketOptions};
-use lowtide_transport_proto::cm::GSI_QKEY;
-use lowtide_transport_proto::icrc::{Flow, Icrc};
-use lowtide_transport_proto::wire::{Class, OPCODES, PayloadRule};
 
 #[test]
 fn ping_pong() {
@@ -67,7 +60,7 @@ fn stream_both_ways(a: EndpointConfig, b: EndpointConfig, bytes: u64) -> (Endpoi
     let mut b = Endpoint::bind(b).unwrap();
     let (at_a, at_b) = connect(&mut a, &mut b);
     let mut streams = [Stream::new(at_a, bytes), Stream::new(at_b, bytes)];
-    traffic(&mut a, &mut b, &mut streams, || true);
+    traffic(&mut a, &mut b, &mut streams, |_, _| true);
     (a, b)
 }
 
@@ -131,23 +124,6 @@ fn who_does_not_share_memory_is_reached_by_the_network() {
     std::fs::remove_file(scratch("captured.pcap")).unwrap();
     let bytes: usize = packets.iter().map(|(_, packet)| packet.len()).sum();
     assert!(bytes > 2 << 20, "{bytes} bytes of two streams of 1 MiB");
-}
-
-/// A file of this process's own.
-fn scratch(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("lowtide-test-{}-{name}", std::process::id()))
-}
-
-/// The packets that a capture has so far, and where they went.
-fn packets_of(path: &Path) -> Vec<(SocketAddr, Vec<u8>)> {
-    let mut reader = Reader::new(File::open(path).unwrap()).unwrap();
-    let mut packets = Vec::new();
-    // It may still be written.
-    while let Ok(Some(frame)) = reader.next_frame() {
-        let datagram = frame.datagram().unwrap();
-        packets.push((datagram.target, datagram.payload.to_vec()));
-    }
-    packets
 }
 
 #[test]
@@ -357,32 +333,20 @@ fn a_partition_delays_and_loses_nothing() {
     let mut streams = [Stream::new(at_a, bytes), Stream::new(at_b, bytes)];
     let peer = b.local_addr();
     let mut cut_at = None;
-    run_until(
-        &mut [&mut a, &mut b],
-        &mut streams,
-        |streams, side, _, event| match event {
-            Event::Message { conn, bytes } => streams[side].receive(conn, bytes),
-            Event::Writable { .. } => {}
-            other => panic!("{other:?}"),
-        },
-        |streams, endpoints| {
-            for (stream, endpoint) in streams.iter_mut().zip(endpoints.iter_mut()) {
-                stream.send(endpoint);
+    traffic(&mut a, &mut b, &mut streams, |streams, endpoints| {
+        // In the middle one side alone cuts the line, both ways, for several probes.
+        match cut_at {
+            None if streams[1].received() > bytes / 2 => {
+                endpoints[0].set_blocked(peer, true);
+                cut_at = Some(endpoints[0].counters().probes + 5);
             }
-            // In the middle one side alone cuts the line, both ways, for several probes.
-            match cut_at {
-                None if streams[1].received() > bytes / 2 => {
-                    endpoints[0].set_blocked(peer, true);
-                    cut_at = Some(endpoints[0].counters().probes + 5);
-                }
-                Some(probes) if endpoints[0].counters().probes >= probes => {
-                    endpoints[0].set_blocked(peer, false);
-                }
-                _ => {}
+            Some(probes) if endpoints[0].counters().probes >= probes => {
+                endpoints[0].set_blocked(peer, false);
             }
-            streams.iter().all(Stream::is_done)
-        },
-    );
+            _ => {}
+        }
+        true
+    });
     assert!(cut_at.is_some_and(|probes| a.counters().probes >= probes));
 }
 
@@ -466,136 +430,6 @@ fn an_idle_connection_wakes_nobody() {
         "{} sleeps in a second",
         sleeps() - before
     );
-}
-
-/// Datagrams of all sorts of wrongness: noise, truncated packets, flipped bits; and packets with a
-/// right ICRC of every opcode, for queue pair 1, for the queue pair `qpn`, for none.
-fn garbage(round: u64, from: SocketAddr, to: SocketAddr, qpn: u32) -> Vec<u8> {
-    let mut state = round.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
-    if round.is_multiple_of(4) {
-        return (0..1 + next() % 300).map(|_| next() as u8).collect();
-    }
-    let row = &OPCODES[next() as usize % OPCODES.len()];
-    let payload = match row.payload {
-        PayloadRule::None => 0,
-        PayloadRule::Full => 4096,
-        PayloadRule::Eight => 8,
-        PayloadRule::Tail | PayloadRule::Any if row.class == Class::Ud => 256,
-        PayloadRule::Tail | PayloadRule::Any => 4 + 4 * (next() as usize % 64),
-    };
-    let mut bytes: Vec<u8> = (0..row.shape.header_len() + payload)
-        .map(|_| next() as u8)
-        .collect();
-    bytes[..4].copy_from_slice(&[row.opcode.code(), 0, 0xFF, 0xFF]);
-    let target = [1, qpn, next() as u32][next() as usize % 3];
-    bytes[5..8].copy_from_slice(&target.to_be_bytes()[1..]);
-    if row.class == Class::Ud {
-        bytes[12..16].copy_from_slice(&GSI_QKEY.to_be_bytes());
-        let mad = row.shape.header_len();
-        bytes[mad..mad + 4].copy_from_slice(&[1, 7, 2, 3]);
-        bytes[mad + 16..mad + 18].copy_from_slice(&[0, 0x10 + (next() % 9) as u8]);
-    }
-    let flow = match (from.ip(), to.ip()) {
-        (IpAddr::V4(source), IpAddr::V4(target)) => Flow::v4(source, target, from.port()),
-        _ => unreachable!("the tests use IPv4"),
-    };
-    let header = row.shape.header_len();
-    let mut crc = Icrc::begin(&flow, &bytes[..header], bytes.len() + 4);
-    crc.update(&bytes[header..]);
-    let (tail, len) = crc.finish(0);
-    bytes.extend_from_slice(&tail[..len]);
-    match round % 4 {
-        1 => bytes.truncate(next() as usize % bytes.len() + 1),
-        2 => {
-            let at = next() as usize % bytes.len();
-            bytes[at] ^= 1 << (next() % 8);
-        }
-        _ => {}
-    }
-    bytes
-}
-
-/// Sends and hears both streams to their ends, and asks `also` each time whether that is all.
-fn traffic(
-    a: &mut Endpoint,
-    b: &mut Endpoint,
-    streams: &mut [Stream; 2],
-    mut also: impl FnMut() -> bool,
-) {
-    run_until(
-        &mut [a, b],
-        streams,
-        |streams, side, _, event| match event {
-            Event::Message { conn, bytes } => streams[side].receive(conn, bytes),
-            Event::Writable { .. } => {}
-            other => panic!("{other:?}"),
-        },
-        |streams, endpoints| {
-            for (stream, endpoint) in streams.iter_mut().zip(endpoints.iter_mut()) {
-                stream.send(endpoint);
-            }
-            also() && streams.iter().all(Stream::is_done)
-        },
-    );
-}
-
-#[test]
-fn garbage_in_the_middle_of_traffic_is_counted_and_harms_nobody() {
-    const COUNT: u64 = 10_000;
-    // Queue pair numbers are secret; a capture tells.
-    let spied = scratch("spied.pcap");
-    let mut a = config(1);
-    a.capture = Some(spied.clone());
-    let mut a = Endpoint::bind(a).unwrap();
-    let mut b = Endpoint::bind(config(2)).unwrap();
-    let (at_a, at_b) = connect(&mut a, &mut b);
-    let targets = [a.local_addr(), b.local_addr()];
-    let mut streams = [Stream::new(at_a, 1 << 20), Stream::new(at_b, 1 << 20)];
-    traffic(&mut a, &mut b, &mut streams, || true);
-    let packets = packets_of(&spied);
-    std::fs::remove_file(spied).unwrap();
-    let qpns = targets.map(|target| {
-        let to = packets.iter().filter(|(to, _)| *to == target);
-        let qpn = |bytes: &[u8]| u32::from_be_bytes([0, bytes[5], bytes[6], bytes[7]]);
-        let mut qpns = to.map(|(_, bytes)| qpn(bytes));
-        qpns.find(|qpn| *qpn != 1).expect("a stream of packets")
-    });
-    // A socket of our own kind, or the kernel's Identification would spoil every ICRC.
-    let options = SocketOptions {
-        offload: false,
-        ..SocketOptions::default()
-    };
-    let mut stranger = Socket::bind(common::address(), &options).unwrap();
-    let from = stranger.local_addr();
-    let bytes = 8 << 20;
-    streams.iter_mut().for_each(|stream| stream.go_on(bytes));
-    let mut sent = 0;
-    traffic(&mut a, &mut b, &mut streams, || {
-        for _ in 0..if sent < COUNT { 20 } else { 0 } {
-            // Every kind to each of them.
-            let side = sent as usize / 4 % 2;
-            let datagram = garbage(sent, from, targets[side], qpns[side]);
-            common::send_raw(&mut stranger, targets[side], &datagram);
-            sent += 1;
-        }
-        sent == COUNT
-    });
-    let dropped = |endpoint: &Endpoint| {
-        let counters = endpoint.counters();
-        counters.rx_malformed + counters.rx_bad_icrc + counters.rx_unknown_qp + counters.rx_overflow
-    };
-    assert!(dropped(&a) + dropped(&b) > COUNT / 2);
-    for endpoint in [&a, &b] {
-        // What was whole and for the right queue pair came from the wrong address.
-        assert!(endpoint.counters().rx_wrong_peer > 100);
-        assert_eq!(endpoint.connections(), 1);
-    }
 }
 
 #[test]

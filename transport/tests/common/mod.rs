@@ -1,13 +1,16 @@
 //! What the tests over real sockets share: addresses nobody else uses, and loops with an end.
 
+use std::fs::File;
 use std::io::IoSlice;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use lowtide_transport::message::{ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, SendError};
+use lowtide_transport::pcap::Reader;
 use lowtide_transport::raw;
 use lowtide_transport::udp::{Frame, Payload, Socket, TransmitBatch};
 
@@ -297,4 +300,48 @@ pub fn in_a_network_of_its_own(set_up: &str, test: &str) {
         output.status.success() && said.contains("1 passed"),
         "{said}{complaint}"
     );
+}
+
+/// Sends and hears both streams to their ends, and asks `also` each time whether that is all.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn traffic(
+    a: &mut Endpoint,
+    b: &mut Endpoint,
+    streams: &mut [Stream; 2],
+    mut also: impl FnMut(&[Stream; 2], &mut [&mut Endpoint]) -> bool,
+) {
+    run_until(
+        &mut [a, b],
+        streams,
+        |streams, side, _, event| match event {
+            Event::Message { conn, bytes } => streams[side].receive(conn, bytes),
+            Event::Writable { .. } => {}
+            other => panic!("{other:?}"),
+        },
+        |streams, endpoints| {
+            for (stream, endpoint) in streams.iter_mut().zip(endpoints.iter_mut()) {
+                stream.send(endpoint);
+            }
+            also(streams, endpoints) && streams.iter().all(Stream::is_done)
+        },
+    );
+}
+
+/// A file of this process's own.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn scratch(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("lowtide-test-{}-{name}", std::process::id()))
+}
+
+/// The packets that a capture has so far, and where they went.
+#[allow(dead_code, reason = "each test program uses what it needs")]
+pub fn packets_of(path: &Path) -> Vec<(SocketAddr, Vec<u8>)> {
+    let mut reader = Reader::new(File::open(path).unwrap()).unwrap();
+    let mut packets = Vec::new();
+    // It may still be written.
+    while let Ok(Some(frame)) = reader.next_frame() {
+        let datagram = frame.datagram().unwrap();
+        packets.push((datagram.target, datagram.payload.to_vec()));
+    }
+    packets
 }
