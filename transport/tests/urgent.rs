@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{PATIENCE, Stream, config, connect, run_until};
 use lowtide_transport::message::{
-    ConnId, Endpoint, EndpointConfig, Event, Faults, SameHost, SendError,
+    ConnId, Endpoint, EndpointConfig, EndpointCtx, Event, Faults, SameHost, SendError,
 };
 
 /// Every way that messages travel here.
@@ -171,6 +171,14 @@ impl End {
     }
 }
 
+fn hear(ends: &mut [End; 2], side: usize, _: &mut EndpointCtx, event: Event<'_>) {
+    match event {
+        Event::Message { conn, bytes } => ends[side].receive(conn, bytes),
+        Event::Writable { .. } => {}
+        other => panic!("{other:?}"),
+    }
+}
+
 /// Streams both ways while more urgent messages are sent than the lane takes: these neither hold up
 /// the others nor lose their order.
 fn converse(config: impl Fn(u64) -> EndpointConfig, bytes: u64) {
@@ -178,39 +186,20 @@ fn converse(config: impl Fn(u64) -> EndpointConfig, bytes: u64) {
     let mut b = Endpoint::bind(config(2)).unwrap();
     let (at_a, at_b) = connect(&mut a, &mut b);
     let mut ends = [End::new(at_a, bytes), End::new(at_b, bytes)];
-    run_until(
-        &mut [&mut a, &mut b],
-        &mut ends,
-        |ends, side, _, event| match event {
-            Event::Message { conn, bytes } => ends[side].receive(conn, bytes),
-            Event::Writable { .. } => {}
-            other => panic!("{other:?}"),
-        },
-        |ends, endpoints| {
-            let is_done = ends.iter().all(|end| end.stream.is_done());
-            for (end, endpoint) in ends.iter_mut().zip(endpoints.iter_mut()) {
-                if !is_done {
-                    end.send(endpoint);
-                }
+    run_until(&mut [&mut a, &mut b], &mut ends, hear, |ends, endpoints| {
+        let is_done = ends.iter().all(|end| end.stream.is_done());
+        for (end, endpoint) in ends.iter_mut().zip(endpoints.iter_mut()) {
+            if !is_done {
+                end.send(endpoint);
             }
-            is_done
-        },
-    );
+        }
+        is_done
+    });
     // What is still under way arrives, too.
-    run_until(
-        &mut [&mut a, &mut b],
-        &mut ends,
-        |ends, side, _, event| match event {
-            Event::Message { conn, bytes } => ends[side].receive(conn, bytes),
-            Event::Writable { .. } => {}
-            other => panic!("{other:?}"),
-        },
-        |ends, _| {
-            let [first, second] = ends;
-            first.urgent_received == second.urgent_sent
-                && second.urgent_received == first.urgent_sent
-        },
-    );
+    run_until(&mut [&mut a, &mut b], &mut ends, hear, |ends, _| {
+        let [first, second] = ends;
+        first.urgent_received == second.urgent_sent && second.urgent_received == first.urgent_sent
+    });
     for (end, endpoint) in ends.iter().zip([&a, &b]) {
         assert!(end.overtaking > 100, "{} overtook", end.overtaking);
         let counters = endpoint.counters();

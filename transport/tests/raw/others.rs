@@ -325,18 +325,24 @@ fn reach(a: &End, peer: &mut Peer, remote: Remote, is_shut: bool) -> u64 {
     a.context.counters().host_direct - before
 }
 
+/// Kills the peer while it holds up five requests.
+#[track_caller]
+fn its_death_is_told(a: &End, peer: &mut Peer) {
+    // It has posted no receive, so all this waits for it.
+    post_five(a);
+    assert!(a.is_silent());
+    let since = Instant::now();
+    peer.child.kill().unwrap();
+    peer.child.wait().unwrap();
+    five_end(a, since);
+}
+
 #[test]
 fn the_memory_of_another_process_is_reached_and_its_death_is_told() {
     let (a, mut peer, remote) = pair_of_processes("open");
     let direct = reach(&a, &mut peer, remote, false);
     assert_eq!(direct, if SAME_HOST == SameHost::Direct { 6 } else { 0 });
-    // The peer has posted no receive, so all this waits for it.
-    post_five(&a);
-    assert!(a.is_silent());
-    let since = Instant::now();
-    peer.child.kill().unwrap();
-    peer.child.wait().unwrap();
-    five_end(&a, since);
+    its_death_is_told(&a, &mut peer);
 }
 
 /// A process ends and leaves a child that has its sockets, so that these do not hang up.
@@ -346,12 +352,7 @@ fn the_death_of_a_process_is_told_though_its_child_has_its_sockets() {
     reach(&a, &mut peer, remote, false);
     peer.tell("3");
     let _child = Orphan(peer.hear()[0] as libc::pid_t);
-    post_five(&a);
-    assert!(a.is_silent());
-    let since = Instant::now();
-    peer.child.kill().unwrap();
-    peer.child.wait().unwrap();
-    five_end(&a, since);
+    its_death_is_told(&a, &mut peer);
 }
 
 /// Who only waits is told, too, where the end of a process can be seen. By the network it cannot, and
