@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 
 use lowtide_transport_proto::qp::{Lkey, SGE_MAX, Sge};
 
-use self::posts::{Outstanding, Posts};
+use self::posts::{Posts, Served};
 
 pub use lowtide_transport_proto::qp::{
     CompletionKind, InvalidTransition, PostError, QpState, Remote, Rkey, SendOp, Status,
@@ -237,8 +237,12 @@ impl ProtectionDomain {
             return Err(CreateError::Exhausted);
         }
         let [sends, recvs] = [(send_cq, send_depth), (recv_cq, recv_depth)].map(|(cq, depth)| {
-            let has_room = cq.0.posts.promise(depth);
-            has_room.then(|| Queue::new(cq, depth))
+            let served = cq.0.posts.serve(depth)?;
+            Some(Queue {
+                cq: cq.clone(),
+                depth,
+                served,
+            })
         });
         let (Some(sends), Some(recvs)) = (sends, recvs) else {
             // The promise that was made is taken back by the queue that is dropped here.
@@ -444,23 +448,12 @@ struct CqHandle {
 struct Queue {
     cq: CompletionQueue,
     depth: u32,
-    outstanding: Arc<Outstanding>,
-}
-
-impl Queue {
-    /// A queue whose depth has been promised.
-    fn new(cq: &CompletionQueue, depth: u32) -> Queue {
-        Queue {
-            cq: cq.clone(),
-            depth,
-            outstanding: Arc::default(),
-        }
-    }
+    served: Served,
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        self.cq.0.posts.release(self.depth, &self.outstanding);
+        self.cq.0.posts.release(self.served, self.depth);
     }
 }
 

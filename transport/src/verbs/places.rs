@@ -1,15 +1,16 @@
-//! Places for what is under way, named by numbers, from any thread to any other without waiting.
+//! Places named by numbers, handed out and given back by any thread without waiting.
 //!
-//! Owns: the line of free places, and which were never used. Who puts something in has its name; who has
-//! the name takes it out. The name goes from one thread to the next by other means (a line, a ring),
-//! so a place is never locked by two at once.
+//! Owns: the line of free places, and which were never used. Who has taken a place has its name, and
+//! with it what lies there, until the name is given back. The name goes from one thread to the next by
+//! other means (a line, a ring), so that a place is never in two hands.
 //!
 //! Places that are free form a stack: the one given back last is taken first, so that few are ever
 //! touched. Its head carries a number that changes with every step, lest a place that was taken and
-//! given back meanwhile be taken for one that has lain there.
+//! given back meanwhile be taken for one that has lain there. A free place leads to the one below by a
+//! word that is its holder's while it has one: who reads it too late finds the head changed.
 //!
-//! Invariant: no more than `depth` things are in places at once; the caller counts them, and counts one
-//! as gone only after it has taken it out. So there is a place whenever one is asked for.
+//! Invariant: no more than [`DEPTH_MAX`] places are in use at once; the caller counts them, and counts
+//! one as free only after it has given it back. So there is a place whenever one is asked for.
 //!
 //! Deliberately absent: counting.
 //!
@@ -18,15 +19,9 @@
 use std::sync::OnceLock;
 
 #[cfg(loom)]
-use loom::sync::{
-    Mutex, MutexGuard,
-    atomic::{AtomicU32, AtomicU64, Ordering},
-};
+use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 #[cfg(not(loom))]
-use std::sync::{
-    Mutex, MutexGuard,
-    atomic::{AtomicU32, AtomicU64, Ordering},
-};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Places made at once at first; each further chunk has twice as many.
 const FIRST: u32 = if cfg!(loom) { 2 } else { 64 };
@@ -35,80 +30,64 @@ const CHUNKS: usize = 17;
 /// Places that there can be.
 pub const DEPTH_MAX: u32 = FIRST * ((1 << CHUNKS) - 1);
 
-#[derive(Debug)]
-struct Place<T> {
-    /// Of a free place: one more than the free place below it, or 0.
-    below: AtomicU32,
-    item: Mutex<Option<T>>,
+/// What a place holds. It is made once and used again and again.
+pub trait Place: Default {
+    /// A word that is the holder's while the place is in use, and the stack's while it is free.
+    fn link(&self) -> &AtomicU32;
 }
 
 /// See the [module](self).
 #[derive(Debug)]
-pub struct Places<T> {
-    chunks: [OnceLock<Box<[Place<T>]>>; CHUNKS],
-    /// The stack's head: a number of steps, then one more than the top place, or 0.
+pub struct Places<P> {
+    chunks: [OnceLock<Box<[P]>>; CHUNKS],
+    /// The stack's head: a number of steps, then one more than the top place, or 0. A free place
+    /// leads to the one below in the same way.
     free: AtomicU64,
     /// Places below this were in use.
     fresh: AtomicU32,
 }
 
-impl<T> Places<T> {
-    /// With memory for the first; more comes when it is needed.
-    pub fn new() -> Places<T> {
-        let new = Places {
+impl<P: Place> Places<P> {
+    /// Memory comes when it is needed.
+    pub fn new() -> Places<P> {
+        Places {
             chunks: [const { OnceLock::new() }; CHUNKS],
             free: AtomicU64::new(0),
             fresh: AtomicU32::new(0),
-        };
-        new.place(0);
-        new
+        }
     }
 
-    fn place(&self, name: u32) -> &Place<T> {
+    /// The place of that name. Panics beyond [`DEPTH_MAX`].
+    pub fn at(&self, name: u32) -> &P {
         let chunk = (name / FIRST + 1).ilog2();
         let size = FIRST << chunk;
-        let place = |_| Place {
-            below: AtomicU32::new(0),
-            item: Mutex::new(None),
-        };
-        let places = self.chunks[chunk as usize].get_or_init(|| (0..size).map(place).collect());
+        let places = self.chunks[chunk as usize].get_or_init(|| {
+            std::iter::repeat_with(P::default)
+                .take(size as usize)
+                .collect()
+        });
         &places[(name - (size - FIRST)) as usize]
     }
 
-    /// Puts something in; its name.
-    pub fn put(&self, item: T) -> u32 {
-        let name = self.pop();
+    /// A free place's name.
+    pub fn take(&self) -> u32 {
         // Relaxed: the stack has handed the place over, and a fresh one nobody else has.
-        let name = name.unwrap_or_else(|| self.fresh.fetch_add(1, Ordering::Relaxed));
-        *hold(&self.place(name).item) = Some(item);
-        name
+        self.pop()
+            .unwrap_or_else(|| self.fresh.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Lets `act` see it.
-    pub fn with<R>(&self, name: u32, act: impl FnOnce(&mut T) -> R) -> Option<R> {
-        hold(&self.place(name).item).as_mut().map(act)
-    }
-
-    /// Takes it out.
-    pub fn take(&self, name: u32) -> Option<T> {
-        let item = hold(&self.place(name).item).take()?;
-        self.push(name);
-        Some(item)
-    }
-
-    /// Takes out all that is there. Nobody else may be at it.
-    pub fn drain(&self) -> impl Iterator<Item = T> {
-        let names = 0..self.fresh.load(Ordering::Relaxed);
-        names.filter_map(|name| self.take(name))
+    /// The names of all that were ever in use.
+    pub fn known(&self) -> std::ops::Range<u32> {
+        0..self.fresh.load(Ordering::Relaxed)
     }
 
     fn pop(&self) -> Option<u32> {
-        // Acquire pairs with `push`: what was written to the place before it was free.
+        // Acquire pairs with `give`: what was written to the place before it was free.
         let mut seen = self.free.load(Ordering::Acquire);
         loop {
             let name = (seen as u32).checked_sub(1)?;
             // Relaxed: worth something only if the head is still the same.
-            let below = self.place(name).below.load(Ordering::Relaxed);
+            let below = self.at(name).link().load(Ordering::Relaxed);
             let next = step(seen, below);
             let swapped =
                 self.free
@@ -120,8 +99,9 @@ impl<T> Places<T> {
         }
     }
 
-    fn push(&self, name: u32) {
-        let below = &self.place(name).below;
+    /// Gives a place back.
+    pub fn give(&self, name: u32) {
+        let below = self.at(name).link();
         let mut seen = self.free.load(Ordering::Relaxed);
         loop {
             below.store(seen as u32, Ordering::Relaxed);
@@ -143,8 +123,36 @@ fn step(head: u64, top: u32) -> u64 {
     ((head >> 32).wrapping_add(1) << 32) | u64::from(top)
 }
 
-fn hold<T>(item: &Mutex<T>) -> MutexGuard<'_, T> {
-    item.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+#[cfg(test)]
+#[derive(Debug, Default)]
+struct Numbered {
+    link: AtomicU32,
+    number: AtomicU32,
+}
+
+#[cfg(test)]
+impl Place for Numbered {
+    fn link(&self) -> &AtomicU32 {
+        &self.link
+    }
+}
+
+#[cfg(test)]
+impl Places<Numbered> {
+    fn put(&self, number: u32) -> u32 {
+        let name = self.take();
+        let place = self.at(name);
+        // As a holder may.
+        place.link.store(u32::MAX, Ordering::Relaxed);
+        place.number.store(number, Ordering::Relaxed);
+        name
+    }
+
+    fn get(&self, name: u32) -> u32 {
+        let number = self.at(name).number.load(Ordering::Relaxed);
+        self.give(name);
+        number
+    }
 }
 
 #[cfg(all(test, not(loom)))]
@@ -155,29 +163,27 @@ mod tests {
     fn few_places_are_used_again_and_again() {
         let places = Places::new();
         for round in 0..1000 {
-            let names: Vec<u32> = (0..round % 7).map(|item| places.put(item)).collect();
-            for (item, name) in names.iter().enumerate().rev() {
-                assert_eq!(places.with(*name, |item| *item), Some(item as u64));
-                assert_eq!(places.take(*name), Some(item as u64));
-                assert_eq!(places.take(*name), None);
+            let names: Vec<u32> = (0..round % 7).map(|number| places.put(number)).collect();
+            for (number, name) in names.iter().enumerate().rev() {
+                assert_eq!(places.get(*name), number as u32);
             }
         }
-        assert_eq!(places.fresh.load(Ordering::Relaxed), 6);
-        assert_eq!(places.drain().count(), 0);
+        assert_eq!(places.known(), 0..6);
     }
 
     #[test]
     fn many_places_are_all_different() {
         let places = Places::new();
-        for item in 0..10_000 {
-            assert_eq!(places.put(item), item);
+        for number in 0..10_000 {
+            assert_eq!(places.put(number), number);
         }
-        assert_eq!(places.take(5_000), Some(5_000));
-        let left: Vec<u32> = places.drain().collect();
-        assert_eq!(left.len(), 9_999);
-        assert!(left.is_sorted());
+        assert_eq!(places.get(5_000), 5_000);
+        assert_eq!(places.put(77), 5_000);
+        let numbers = places.known().map(|name| places.get(name));
+        let right = (0..10_000).map(|number| if number == 5_000 { 77 } else { number });
+        assert!(numbers.eq(right));
         // The last place that there can be.
-        assert_eq!(places.with(DEPTH_MAX - 1, |_| ()), None);
+        assert_eq!(places.at(DEPTH_MAX - 1).number.load(Ordering::Relaxed), 0);
     }
 }
 
@@ -188,29 +194,38 @@ mod loom_tests {
     use loom::sync::Arc;
     use loom::thread;
 
-    /// Two threads put in and take out, the second twice: each finds what it has put in, and no more
-    /// places are used than there were things at once.
+    /// With all memory that they take here: that a chunk is made once is the standard library's
+    /// matter, and loom does not see it.
+    fn made() -> Arc<Places<Numbered>> {
+        let places = Places::new();
+        places.at(FIRST);
+        places.at(0);
+        Arc::new(places)
+    }
+
+    /// Two threads take and give, the second twice: each finds what it has left, and no more places
+    /// are used than there were in use at once.
     #[test]
-    fn nobody_finds_what_another_has_put_in() {
+    fn nobody_finds_what_another_has_left() {
         let mut model = loom::model::Builder::new();
         model.preemption_bound = Some(3);
         model.check(|| {
-            let places = Arc::new(Places::new());
+            let places = made();
             let theirs = places.clone();
             let other = thread::spawn(move || {
-                for item in [10, 11] {
-                    let name = theirs.put(item);
-                    assert_eq!(theirs.take(name), Some(item));
+                for number in [10, 11] {
+                    let name = theirs.put(number);
+                    assert_eq!(theirs.get(name), number);
                 }
             });
             let first = places.put(20);
             let second = places.put(21);
-            assert_eq!(places.take(first), Some(20));
-            assert_eq!(places.take(second), Some(21));
+            assert_eq!(places.get(first), 20);
+            assert_eq!(places.get(second), 21);
             let third = places.put(22);
-            assert_eq!(places.take(third), Some(22));
+            assert_eq!(places.get(third), 22);
             other.join().unwrap();
-            assert!(places.fresh.load(Ordering::Relaxed) <= 3);
+            assert!(places.known().end <= 3);
         });
     }
 
@@ -221,18 +236,20 @@ mod loom_tests {
         let mut model = loom::model::Builder::new();
         model.preemption_bound = Some(3);
         model.check(|| {
-            let places = Arc::new(Places::new());
+            let places = made();
             let names = [places.put(1), places.put(2)];
-            names.map(|name| places.take(name));
+            for name in names {
+                places.get(name);
+            }
             let theirs = places.clone();
             let other = thread::spawn(move || {
                 let names = [theirs.put(10), theirs.put(11)];
-                names.map(|name| theirs.take(name)) == [Some(10), Some(11)]
+                names.map(|name| theirs.get(name)) == [10, 11]
             });
             let name = places.put(20);
-            assert_eq!(places.take(name), Some(20));
+            assert_eq!(places.get(name), 20);
             let again = places.put(21);
-            assert_eq!(places.take(again), Some(21));
+            assert_eq!(places.get(again), 21);
             assert!(other.join().unwrap());
         });
     }

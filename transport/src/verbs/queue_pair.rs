@@ -13,7 +13,6 @@ use lowtide_transport_proto::qp::{
 };
 use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
 
-use super::posts::{Kept, Post};
 use super::{Buffer, Device, Queue};
 use crate::device::QpId;
 use crate::memory::Access;
@@ -304,15 +303,10 @@ impl QueuePair {
         let (Ok(list), true) = (SgList::new(sge.as_slice()), is_ours) else {
             return refuse(PostError::Invalid, buffer);
         };
-        if !queue.outstanding.take(queue.depth) {
-            return refuse(PostError::QueueFull, buffer);
-        }
         let posts = &queue.cq.0.posts;
-        let name = posts.add(Post {
-            id,
-            slot: slot.map(|key| Kept { key, bytes: None }),
-            of: queue.outstanding.clone(),
-        });
+        let Some(name) = posts.add(queue.served, queue.depth, id, slot) else {
+            return refuse(PostError::QueueFull, buffer);
+        };
         let mut buffer = buffer;
         let mut bring = || match &mut buffer {
             // From here on the key belongs to the request, and dropping the rest is nothing.
