@@ -297,7 +297,12 @@ fn on_a_terminal_a_bar_grows() {
     let name = ptsname(&ours, Vec::new()).unwrap();
     let mut theirs = fs::File::options();
     let theirs = theirs.read(true).write(true).open(name.to_str().unwrap());
+    // The only client stands still three times for longer than a picture takes, however fast the
+    // machine.
     let mut run = lowtide(&["run", "--clients", "1", "--input", text(&input)])
+        .args(["--fault", "pause:client0@20%:600"])
+        .args(["--fault", "pause:client0@45%:600"])
+        .args(["--fault", "pause:client0@70%:600"])
         .env("TERM", "xterm")
         .stderr(theirs.unwrap())
         .stdout(Stdio::null())
