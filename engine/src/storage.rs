@@ -348,6 +348,7 @@ impl NodeStorage {
         let (bulk, batches) = unbounded();
         let (checkpoints, parts) = unbounded();
         let bulk_thread = BulkSync {
+            volume: volume.clone(),
             extents: extents.clone(),
             unwritten: unwritten.clone(),
             durability: durability.clone(),

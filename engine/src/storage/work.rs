@@ -10,6 +10,7 @@ use lowtide_engine_core::op::Bytes;
 use super::{Durability, encode_position};
 use crate::log;
 use crate::log::commit::{GroupPin, Publisher};
+use crate::medium::Volume;
 use crate::store::Store;
 use crate::store::extents::{ExtentError, ExtentFile, ExtentRef};
 use crate::store::overlay::{DurablePoint, Frozen, checkpoint_all};
@@ -53,6 +54,7 @@ impl Unwritten {
 
 /// Writes and syncs extents, then lets the committer have the records that point to them.
 pub(super) struct BulkSync {
+    pub(super) volume: Arc<dyn Volume>,
     pub(super) extents: Arc<ExtentFile>,
     pub(super) unwritten: Arc<Unwritten>,
     pub(super) durability: Arc<Durability>,
@@ -71,7 +73,13 @@ impl BulkSync {
                     Bulk::Write(extent) => given.push(extent),
                 }
             }
-            if let Err(error) = self.write(&given) {
+            let mut done = self.write(&given);
+            if !given.is_empty() {
+                // What is taken next is there.
+                let grown = || self.extents.grow_ahead(|| self.volume.free_bytes());
+                done = done.and_then(|()| grown());
+            }
+            if let Err(error) = done {
                 return self.durability.fail(error.to_string());
             }
             given.clear();

@@ -30,6 +30,9 @@ pub const EXTENT_MAX: u64 = 8 << 20;
 const WRITTEN_AT_ONCE: u64 = 8 << 20;
 /// The file grows by this much at once, bytes.
 const GROWTH: u64 = 64 << 20;
+/// It grows ahead of need only while the disk has so much free, bytes: what it has, logs and
+/// checkpoints cannot have.
+const PLENTY: u64 = 1 << 30;
 
 /// Where an extent is and what it must contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -119,6 +122,13 @@ impl Map {
         }
         self.used.insert(at, len);
         Some(at)
+    }
+
+    /// Free bytes in one piece up to the file's end.
+    fn room_at_end(&self) -> u64 {
+        let last = self.free.last_key_value();
+        let last = last.filter(|(at, len)| *at + *len == self.file_len);
+        last.map_or(0, |(_, len)| *len)
     }
 
     /// Gives back, merging with neighbours.
@@ -317,6 +327,26 @@ impl ExtentFile {
         self.map().take(room).ok_or(ExtentError::NoSpace { len })
     }
 
+    /// Grows the file if less than a step is left at its end, so that who takes space need not wait
+    /// for the disk: for a thread that may. Not while `disk_free`, in bytes, is little; no space for
+    /// a whole step is no error.
+    ///
+    /// # Errors
+    /// The medium's.
+    pub fn grow_ahead(
+        &self,
+        disk_free: impl FnOnce() -> Result<u64, MediumError>,
+    ) -> Result<(), ExtentError> {
+        if self.map().room_at_end() >= GROWTH || disk_free()? < PLENTY {
+            return Ok(());
+        }
+        let _one = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.grow(GROWTH) {
+            Err(ExtentError::NoSpace { .. }) => Ok(()),
+            grown => grown,
+        }
+    }
+
     fn grow(&self, room: u64) -> Result<(), ExtentError> {
         let now = self.map().file_len;
         let limit = self.bytes_max / EXTENT_ALIGN * EXTENT_ALIGN;
@@ -417,5 +447,47 @@ impl ExtentFile {
     /// Bytes of the file.
     pub fn file_bytes(&self) -> u64 {
         self.map().file_len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::medium::dir::{DirOptions, DirVolume};
+
+    #[test]
+    fn whoever_takes_space_finds_the_file_grown() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = DirVolume::open(dir.path(), DirOptions::default()).unwrap();
+        let limit = 3 * GROWTH;
+        let file = ExtentFile::open(&volume, limit, []).unwrap();
+        let length = || {
+            std::fs::metadata(dir.path().join(EXTENTS_FILE))
+                .unwrap()
+                .len()
+        };
+        let data = vec![1; 1 << 20];
+        let take = |count| {
+            for _ in 0..count {
+                file.reserve(&data, Some(0)).unwrap();
+            }
+        };
+        take(1);
+        assert_eq!(length(), GROWTH, "the first waits");
+        file.grow_ahead(|| Ok(PLENTY - 1)).unwrap();
+        assert_eq!(length(), GROWTH, "others need the disk");
+        file.grow_ahead(|| Ok(PLENTY)).unwrap();
+        assert_eq!(length(), 2 * GROWTH);
+        take(63);
+        file.grow_ahead(|| Ok(PLENTY)).unwrap();
+        assert_eq!(length(), 2 * GROWTH, "a step is left");
+        take(1);
+        file.grow_ahead(|| Ok(PLENTY)).unwrap();
+        assert_eq!(length(), limit);
+        take(3 * 64 - 65);
+        file.grow_ahead(|| Ok(PLENTY)).unwrap();
+        let full = file.reserve(&data, Some(0));
+        assert!(matches!(full, Err(ExtentError::NoSpace { .. })));
+        assert_eq!(length(), limit);
     }
 }
