@@ -533,11 +533,12 @@ impl Destination {
 
     /// What waits for m here: undo records, and with them new work if the log has no room.
     fn waits(&self) -> Waits {
+        let waits = self.undo_kept() > 0;
         let sources = self.sources_counted();
-        match self.undo_kept() > 0 {
-            true if !self.room.has_room_in_log(&self.space, sources) => Waits::ForRoom,
-            kept => kept.into(),
+        if waits && !self.room.has_room_in_log(&self.space, sources) {
+            return Waits::ForRoom;
         }
+        waits.into()
     }
 
     fn shard_of(&self, space: u64) -> u32 {

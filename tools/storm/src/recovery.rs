@@ -78,9 +78,9 @@ pub(crate) fn check_restartable(
     let second = recover(&mut again, home, shards)?;
     let differs = |what: &str, a: &dyn std::fmt::Debug, b: &dyn std::fmt::Debug| {
         Err(format!(
-            "I24: {home}, recovered again after a crash at record {at} of {records}, has {what} {b:?} \
-             and not {a:?}",
-            home = home.0,
+            "I24: {}, recovered again after a crash at record {at} of {records}, has {what} \
+             {b:?} and not {a:?}",
+            home.0,
         ))
     };
     let (a, b) = (format!("{whole:?}"), format!("{second:?}"));

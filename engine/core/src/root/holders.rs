@@ -7,10 +7,10 @@
 //! evicted; rule X decides about its operations, m goes on, and the log can be recycled.
 //!
 //! It holds m back only if nobody else is to blame. So the clock starts anew when m moves, when
-//! every home has room, when a home has not been heard for a quarter of that time, and when a home comes
-//! back: whoever waits for a server does not hold m, the server does, and without it nothing could
-//! be resolved either. A dead life's bound holds m as well; while it does, whoever lives above it
-//! does not.
+//! every home has room, when a home has not been heard for a quarter of that time, and when a home
+//! comes back: whoever waits for a server does not hold m, the server does, and without it nothing
+//! could be resolved either. A dead life's bound holds m as well; while it does, whoever lives
+//! above it does not.
 //!
 //! Deliberately absent: other reasons for which a home may be full. m does not empty a disk.
 
