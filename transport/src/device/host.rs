@@ -26,6 +26,9 @@ use crate::udp::{Arrival, HEADER_MAX, Payload, TRAILER_MAX};
 const COPY_MAX: usize = 1 << 20;
 /// Shorter requests in memory that is not mapped here go as packets: two system calls cost more.
 const COPY_MIN: usize = 512;
+/// Bodies of packets up to this length are put together with what is around them: three pieces cost more
+/// than the copy.
+const SHORT_MAX: usize = 128;
 /// How often the socket and the connections are looked at by who polls rings.
 const LOOK: Nanos = Nanos::from_micros(50);
 
@@ -206,21 +209,28 @@ impl Device {
         payload: Payload,
         is_last: bool,
     ) {
-        let mut bytes = [0; HEADER_MAX];
+        let Some(hosts) = &mut self.hosts else { return };
+        if self.faults.is_blocked(&target) {
+            self.counters.faults_blocked += 1;
+            return;
+        }
+        let mut bytes = [0; HEADER_MAX + SHORT_MAX + TRAILER_MAX];
         bytes[..header.len()].copy_from_slice(header);
         if is_last {
             bytes[ACK_REQ.0] |= ACK_REQ.1;
         }
         let body = resolve(&payload, &self.scratch, &self.memory);
-        // Pad, and the place of the ICRC.
-        let trailer = &[0; TRAILER_MAX][..pad_len(body.len()) + 4];
-        let Some(hosts) = &mut self.hosts else { return };
-        let parts = &[&bytes[..header.len()], body, trailer];
-        if self.faults.is_blocked(&target) {
-            self.counters.faults_blocked += 1;
-            return;
-        }
-        match hosts.send(outlet, parts) {
+        // Pad, and the place of the ICRC: zeroes.
+        let trailer_len = pad_len(body.len()) + 4;
+        let (head, rest) = bytes.split_at_mut(header.len());
+        let is_sent = if body.len() <= SHORT_MAX {
+            rest[..body.len()].copy_from_slice(body);
+            let len = header.len() + body.len() + trailer_len;
+            hosts.send(outlet, &[&bytes[..len]])
+        } else {
+            hosts.send(outlet, &[head, body, &rest[..trailer_len]])
+        };
+        match is_sent {
             true => self.counters.host_tx_packets += 1,
             false => self.counters.host_lost_packets += 1,
         }

@@ -425,12 +425,11 @@ impl State {
     fn receive_host(&mut self, now: Nanos) -> bool {
         let mut batch = std::mem::take(&mut self.host_batch);
         let is_drained = self.device.receive_host(&mut batch);
-        if !batch.records.is_empty() {
+        if !batch.is_empty() {
             self.take_posts();
         }
-        for (source, range) in &batch.records {
-            let packet = &batch.bytes[range.clone()];
-            if let Input::Taken { id, .. } = self.device.handle_host(now, *source, packet) {
+        for (source, packet) in batch.packets() {
+            if let Input::Taken { id, .. } = self.device.handle_host(now, source, packet) {
                 self.manager.note_communication(id);
                 collect_with_kept(&mut self.tables, &mut self.device, now, id);
             }
