@@ -467,11 +467,12 @@ impl Device {
         }
     }
 
-    /// State of a queue pair, and its sends that are not finished, or finished and not polled.
-    pub(crate) fn posted(&self, id: QpId) -> Option<(QpState, u32)> {
+    /// State of a queue pair, its sends that are not finished, or finished and not polled, and whether
+    /// there are completions or events to poll.
+    pub(crate) fn posted(&self, id: QpId) -> Option<(QpState, u32, bool)> {
         Some(match self.slots.get(id.0 as usize)?.machine.as_ref()? {
-            Machine::Connected(qp) => (qp.state(), qp.sends_posted()),
-            Machine::Datagram(qp) => (qp.state(), qp.sends_posted()),
+            Machine::Connected(qp) => (qp.state(), qp.sends_posted(), qp.has_reports()),
+            Machine::Datagram(qp) => (qp.state(), qp.sends_posted(), qp.has_reports()),
         })
     }
 

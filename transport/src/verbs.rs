@@ -477,15 +477,19 @@ impl CompletionQueue {
     /// The next completion, if there is one. Drives the device if none is there, unless another thread
     /// has it in hand. Never waits for one.
     pub fn poll(&self) -> Option<WorkCompletion> {
-        self.0.device.shared.look(self.0.raw.completions());
-        self.take()
+        let shared = &self.0.device.shared;
+        shared.find(self.0.raw.completions(), || self.take())
     }
 
     /// Appends up to `max` completions to `done`; how many.
     pub fn poll_many(&self, max: usize, done: &mut Vec<WorkCompletion>) -> usize {
-        self.0.device.shared.look(self.0.raw.completions());
         let before = done.len();
-        done.extend(std::iter::from_fn(|| self.take()).take(max));
+        if max > 0
+            && let Some(first) = self.poll()
+        {
+            done.push(first);
+            done.extend(std::iter::from_fn(|| self.take()).take(max - 1));
+        }
         done.len() - before
     }
 

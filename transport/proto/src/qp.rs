@@ -488,6 +488,13 @@ impl QueuePair {
         transmit
     }
 
+    /// Whether there is a completion or an event to poll.
+    #[must_use]
+    #[inline]
+    pub fn has_reports(&self) -> bool {
+        self.out.is_any()
+    }
+
     /// The next completion.
     pub fn poll_completion(&mut self) -> Option<Completion> {
         self.out.poll()

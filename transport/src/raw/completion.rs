@@ -94,7 +94,8 @@ impl Completions {
     fn rings(&self) -> impl Iterator<Item = &Ring> {
         // Acquire pairs with `push`: there is a ring of this size.
         let current = self.current.load(Ordering::Acquire);
-        (self.oldest..=current).map(|log| self.ring(log))
+        let rings = self.rings[self.oldest..=current].iter();
+        rings.filter_map(|ring| ring.get().map(Box::as_ref))
     }
 
     /// Whether `depth` completions or more are there, those not counted that are void. Under the
@@ -290,15 +291,20 @@ impl CompletionQueue {
         mut take: impl FnMut(WorkCompletion),
     ) -> Result<usize, Error> {
         let done = self.completions();
-        if max > 0 {
-            self.0.context.shared.look(done);
-        }
         let mut taken = 0;
-        while taken < max {
-            match done.pop() {
-                Some(work) => take(work),
-                None => break,
-            }
+        if max > 0 {
+            taken = match self.0.context.shared.find(done, || done.pop()) {
+                Some(work) => {
+                    take(work);
+                    1
+                }
+                None => 0,
+            };
+        }
+        while (1..max).contains(&taken)
+            && let Some(work) = done.pop()
+        {
+            take(work);
             taken += 1;
         }
         if taken == 0 && max > 0 && done.is_broken() {

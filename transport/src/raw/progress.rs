@@ -209,14 +209,17 @@ impl Shared {
         self.finish(state);
     }
 
-    /// Looks for completions, for a program's thread: drives the device if `queue` is empty, and the
-    /// token is free.
-    pub(crate) fn look(&self, queue: &Completions) {
-        if !queue.is_empty() {
+    /// What `take` takes from `queue`, for a program's thread: drives the device if that is nothing, and
+    /// the token is free, and tries again.
+    pub(crate) fn find<T>(&self, queue: &Completions, take: impl Fn() -> Option<T>) -> Option<T> {
+        if let Some(found) = take() {
             self.note_found();
-        } else if let Some(mut state) = self.try_lock() {
+            return Some(found);
+        }
+        if let Some(mut state) = self.try_lock() {
             self.drive_for(&mut state, queue);
         }
+        take()
     }
 
     /// Who finds something each time drives nothing, and the device's thread would go on to be ahead

@@ -53,8 +53,16 @@ impl Reports {
         self.events |= 1 << event as u8;
     }
 
+    /// Whether there is anything to poll.
+    pub fn is_any(&self) -> bool {
+        self.events != 0 || !self.completions.is_empty()
+    }
+
     pub fn poll_event(&mut self) -> Option<QpEvent> {
         let events = self.events;
+        if events == 0 {
+            return None;
+        }
         let is_raised = |event: &QpEvent| events & (1 << *event as u8) != 0;
         let event = QpEvent::ALL.iter().copied().find(is_raised)?;
         self.events &= !(1 << event as u8);
