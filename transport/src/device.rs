@@ -509,6 +509,7 @@ impl Device {
     }
 
     /// Brings the peer's budget up to date after the queue pair has changed.
+    #[inline]
     fn settle(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         let (Some(Machine::Connected(qp)), Some(peer)) = (&slot.machine, slot.peer) else {
@@ -517,8 +518,11 @@ impl Device {
         let after = qp.packets_in_flight();
         let before = std::mem::replace(&mut slot.in_flight, after);
         if before != after {
-            self.peers[peer as usize].budget.update(before, after);
-            self.wake_waiting(peer);
+            let to = &mut self.peers[peer as usize];
+            to.budget.update(before, after);
+            if !to.waiting.is_empty() {
+                self.wake_waiting(peer);
+            }
         }
     }
 

@@ -169,12 +169,14 @@ impl QueuePair {
     /// Request packets sent and not acknowledged; 0 right after a loss was noticed, because then
     /// all of them will be sent again. A READ counts as its response packets.
     #[must_use]
+    #[inline]
     pub fn packets_in_flight(&self) -> u32 {
         self.requester.in_flight()
     }
 
     /// Whether some request or answer waits to be sent, whatever [`Allow`] says.
     #[must_use]
+    #[inline]
     pub fn has_pending_transmit(&self) -> bool {
         self.responder.has_answers() || (self.is_sending() && self.requester.can_send(&self.timers))
     }
@@ -465,7 +467,18 @@ impl QueuePair {
     /// Answers come before requests, except that an ACK follows a single request that is there too:
     /// the longer packet first, both leave in one segmented send. In ERR only answers already owed
     /// come.
+    #[inline]
     pub fn poll_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
+        // Asked after each packet, and most often that was the last one. UC finishes here what it has
+        // sent, and SQD may have drained.
+        let is_plain = self.state == QpState::Rts && self.link.kind == QpKind::Rc;
+        match is_plain && !self.has_pending_transmit() {
+            true => None,
+            false => self.next_transmit(now, allow),
+        }
+    }
+
+    fn next_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
         let is_request_first = self.is_sending()
             && allow == Allow::All
             && self.responder.owes_one_ack()

@@ -243,7 +243,20 @@ impl Device {
 
     /// Carries out the request at the front of a queue pair's send queue in the memory of its peer, if
     /// it can be; or fails it, if the peer is gone.
+    #[inline]
     pub(super) fn act(&mut self, index: u32, peer: u32) -> Act {
+        let slot = &mut self.slots[index as usize];
+        if let Some(Machine::Connected(qp)) = &slot.machine
+            && !qp.untouched().is_some_and(|op| wish(op).is_some())
+            && !self.peers[peer as usize].is_gone
+        {
+            slot.copied = 0;
+            return Act::Nothing;
+        }
+        self.act_on(index, peer)
+    }
+
+    fn act_on(&mut self, index: u32, peer: u32) -> Act {
         let slot = &mut self.slots[index as usize];
         // It stays only if more is copied now: whatever goes as packets goes whole.
         let from = std::mem::take(&mut slot.copied);

@@ -110,7 +110,11 @@ impl Device {
             }
             self.settle(index);
             let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
-            match self.gather(index, &transmit) {
+            let payload = match transmit.payload.as_slice() {
+                [] => Ok(Payload::EMPTY),
+                _ => self.gather(index, &transmit),
+            };
+            match payload {
                 Ok(payload) => match outlet {
                     Some(outlet) => {
                         self.push_host((outlet, address), transmit.header(), payload, is_last);

@@ -75,6 +75,10 @@ impl Lists {
 
     /// The whole list.
     pub fn list(&self, packed: &Packed) -> SgList {
+        if packed.others() == 0 {
+            // Most lists.
+            return SgList::of_first(packed.first, packed.rest & COUNT, packed.total);
+        }
         let mut elements = [Sge::default(); super::SGE_MAX];
         let mut count = 0;
         for (slot, sge) in elements.iter_mut().zip(self.elements(packed)) {
@@ -86,6 +90,10 @@ impl Lists {
 
     /// As [`SgList::slice`].
     pub fn slice(&self, packed: &Packed, offset: u32, len: u32) -> Fragments {
+        if packed.others() == 0 {
+            let first = (packed.rest & COUNT != 0).then_some(packed.first);
+            return slice(first.into_iter(), offset, len);
+        }
         slice(self.elements(packed), offset, len)
     }
 

@@ -64,6 +64,11 @@ impl SgList {
     ///
     /// [`TooManySges`] beyond the limits above.
     pub fn new(elements: &[Sge]) -> Result<Self, TooManySges> {
+        if let [Sge { lkey, addr, len }] = *elements
+            && len <= crate::wire::MESSAGE_LEN_MAX
+        {
+            return Ok(Self::one(lkey, addr, len));
+        }
         let mut list = Self::EMPTY;
         if elements.len() > SGE_MAX {
             return Err(TooManySges);
@@ -96,8 +101,18 @@ impl SgList {
         list
     }
 
+    /// The list of `first` if `count` is 1, and of nothing if it is 0.
+    pub(super) const fn of_first(first: Sge, count: u32, total: u32) -> Self {
+        let mut list = Self::EMPTY;
+        list.elements[0] = first;
+        list.count = count as u8;
+        list.total = total;
+        list
+    }
+
     /// The pieces.
     #[must_use]
+    #[inline]
     pub fn elements(&self) -> &[Sge] {
         &self.elements[..usize::from(self.count)]
     }

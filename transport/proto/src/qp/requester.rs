@@ -169,7 +169,11 @@ impl Requester {
         self.queue.len() as u32
     }
 
+    #[inline]
     pub fn in_flight(&self) -> u32 {
+        if !self.is_tracking && !self.has_gaps {
+            return self.span();
+        }
         let requests = self.board().map_or(0, Board::absent);
         let answers = self.gaps().map_or(0, |gaps| gaps.absent(self.una));
         self.span().saturating_sub(requests + answers)
@@ -181,6 +185,7 @@ impl Requester {
         self.next.saturating_sub(self.una) as u32
     }
 
+    #[inline]
     pub fn can_send(&self, timers: &TimerTable) -> bool {
         self.probe_due
             || self.has_lost()

@@ -183,6 +183,12 @@ impl Responder {
         self.complain(link, out);
     }
 
+    /// Whether the caller keeps any.
+    #[inline]
+    pub fn has_kept(&self) -> bool {
+        self.kept != 0
+    }
+
     pub fn wants_kept(&self) -> Option<Psn> {
         (self.kept & 1 != 0 && !self.answers.is_full()).then_some(self.expected)
     }
@@ -368,48 +374,37 @@ impl Responder {
     ) -> Result<u32, Refusal> {
         let (payload, position) = (packet.payload(), packet.row().position);
         check_segment(payload.len(), position, link)?;
-        if position.starts() {
-            self.fetch_receive(memory);
-            let wr = self.recv.pop_front().ok_or(Refusal::Rnr)?;
-            self.open = Open::Send { wr, filled: 0 };
-        }
-        let Open::Send { wr, filled } = self.open else {
-            return Err(INVALID);
+        let (wr, filled) = match (position.starts(), &self.open) {
+            (true, _) => {
+                self.fetch_receive(memory);
+                (self.recv.pop_front().ok_or(Refusal::Rnr)?, 0)
+            }
+            (false, Open::Send { wr, filled }) => (*wr, *filled),
+            (false, _) => return Err(INVALID),
         };
-        let len = payload.len() as u32;
-        if len > wr.local.total() - filled {
-            return Err(Refusal::NakRecv(
-                NakCode::InvalidRequest,
-                Status::LocalLength,
-            ));
-        }
-        let mut rest = payload;
-        for fragment in wr.local.slice(filled, len).as_slice() {
-            let (piece, tail) = rest.split_at(fragment.len as usize);
-            memory.place(*fragment, piece).map_err(|AccessError| {
-                Refusal::NakRecv(NakCode::RemoteOperational, Status::LocalProtection)
-            })?;
-            rest = tail;
-        }
-        let filled = filled + len;
-        self.open = Open::Send { wr, filled };
-        if !position.ends() {
-            return Ok(1);
-        }
-        let invalidated = match packet.extension() {
-            Extension::Ieth(rkey) => Some(Rkey(rkey)),
-            _ => None,
+        let placed = place_segment(&wr, filled, payload, memory);
+        let filled = filled + payload.len() as u32;
+        let (imm, invalidated) = match packet.extension() {
+            Extension::Imm(imm) => (Some(imm), None),
+            Extension::Ieth(rkey) => (None, Some(Rkey(rkey))),
+            _ => (None, None),
         };
-        if let Some(rkey) = invalidated {
-            memory.invalidate(rkey).map_err(|AccessError| {
+        let done = placed.and_then(|()| match invalidated {
+            Some(rkey) => memory.invalidate(rkey).map_err(|AccessError| {
                 Refusal::NakRecv(NakCode::RemoteAccess, Status::LocalProtection)
-            })?;
+            }),
+            None => Ok(()),
+        });
+        if done.is_err() || !position.ends() {
+            // In use, still or to be failed.
+            self.open = Open::Send { wr, filled };
+            return done.map(|()| 1);
         }
         self.open = Open::None;
         self.count_message();
         out.complete(Completion {
             byte_len: filled,
-            imm: packet.imm(),
+            imm,
             invalidated,
             solicited: packet.solicited(),
             ..recv_completion(wr.wr_id, Status::Success, link)
@@ -569,6 +564,31 @@ impl Responder {
     pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
         self.answers.poll_transmit(allow, link)
     }
+}
+
+/// Puts a SEND's packet where it belongs in its receive, of which so many bytes are filled.
+fn place_segment(
+    wr: &RecvWr,
+    filled: u32,
+    payload: &[u8],
+    memory: &mut impl Memory,
+) -> Result<(), Refusal> {
+    let len = payload.len() as u32;
+    if len > wr.local.total() - filled {
+        return Err(Refusal::NakRecv(
+            NakCode::InvalidRequest,
+            Status::LocalLength,
+        ));
+    }
+    let mut rest = payload;
+    for fragment in wr.local.slice(filled, len).as_slice() {
+        let (piece, tail) = rest.split_at(fragment.len as usize);
+        memory.place(*fragment, piece).map_err(|AccessError| {
+            Refusal::NakRecv(NakCode::RemoteOperational, Status::LocalProtection)
+        })?;
+        rest = tail;
+    }
+    Ok(())
 }
 
 /// A SEND's packet must be full unless it ends the message, which must not exceed the MTU.

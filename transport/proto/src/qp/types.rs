@@ -203,6 +203,7 @@ impl Transmit {
 }
 
 /// Put `header` in front of `payload`, with the pad the payload needs.
+#[inline]
 pub(super) fn transmit(mut header: crate::wire::Header, payload: Fragments) -> Transmit {
     header.pad = crate::wire::pad_len(payload.total() as usize) as u8;
     let is_response = header.opcode.is_response();

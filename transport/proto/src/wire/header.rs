@@ -308,20 +308,27 @@ impl Header {
     /// If the extension does not have the opcode's shape, `pad` exceeds 3, or `out` is shorter than
     /// [`Self::len`]: bugs of the caller.
     pub fn emit(&self, out: &mut [u8]) -> usize {
-        assert_eq!(self.extension.shape(), self.opcode.row().shape);
+        let shape = self.opcode.row().shape;
+        assert_eq!(self.extension.shape(), shape);
         assert!(self.pad <= 3);
-        let len = self.len();
-        let out = &mut out[..len];
+        let len = shape.header_len();
+        let (bth, extension) = out[..len].split_at_mut(field::EXTENSION);
+        bth.copy_from_slice(&self.bth());
+        self.emit_extension(extension);
+        len
+    }
+
+    fn bth(&self) -> [u8; super::BTH_LEN] {
+        let mut out = [0; super::BTH_LEN];
         out[field::OPCODE] = self.opcode.code();
         out[field::FLAGS] =
             u8::from(self.solicited) << 7 | u8::from(self.mig_req) << 6 | self.pad << 4;
         out[field::PKEY..field::RESV8A].copy_from_slice(&self.pkey.to_be_bytes());
         out[field::RESV8A] = u8::from(self.fecn) << 7 | u8::from(self.becn) << 6;
-        put24(out, field::DEST_QPN, self.dest.value());
+        put24(&mut out, field::DEST_QPN, self.dest.value());
         out[field::ACK_REQ] = u8::from(self.ack_req) << 7;
-        put24(out, field::PSN, self.psn.value());
-        self.emit_extension(&mut out[field::EXTENSION..]);
-        len
+        put24(&mut out, field::PSN, self.psn.value());
+        out
     }
 
     fn emit_extension(&self, out: &mut [u8]) {

@@ -29,7 +29,8 @@ pub enum Malformed {
 #[derive(Clone, Copy, Debug)]
 pub struct Packet<'a> {
     bytes: &'a [u8],
-    opcode: Opcode,
+    /// The opcode's row of the table.
+    row: &'static Row,
     /// Length of BTH and extension headers.
     header_len: usize,
     /// Where the payload ends and the pad begins.
@@ -69,7 +70,7 @@ impl<'a> Packet<'a> {
         }
         Ok(Self {
             bytes,
-            opcode,
+            row,
             header_len,
             payload_end,
         })
@@ -78,13 +79,13 @@ impl<'a> Packet<'a> {
     /// Opcode.
     #[must_use]
     pub const fn opcode(&self) -> Opcode {
-        self.opcode
+        self.row.opcode
     }
 
     /// The opcode's row of the table.
     #[must_use]
     pub const fn row(&self) -> &'static Row {
-        self.opcode.row()
+        self.row
     }
 
     /// Solicited event bit.
@@ -144,7 +145,7 @@ impl<'a> Packet<'a> {
     /// The headers after the BTH.
     #[must_use]
     pub fn extension(&self) -> Extension {
-        match self.row().shape {
+        match self.row.shape {
             Shape::Bare => Extension::Bare,
             Shape::Imm => Extension::Imm(self.u32(BTH_LEN)),
             Shape::Ieth => Extension::Ieth(self.u32(BTH_LEN)),
@@ -205,7 +206,7 @@ impl<'a> Packet<'a> {
     #[must_use]
     pub fn header(&self) -> Header {
         Header {
-            opcode: self.opcode,
+            opcode: self.opcode(),
             solicited: self.solicited(),
             mig_req: self.mig_req(),
             pad: self.pad(),
@@ -263,7 +264,8 @@ impl<'a> Packet<'a> {
     }
 
     fn u24(&self, at: usize) -> u32 {
-        u32::from_be_bytes([0, self.bytes[at], self.bytes[at + 1], self.bytes[at + 2]])
+        let b = &self.bytes[at..at + 3];
+        u32::from_be_bytes([0, b[0], b[1], b[2]])
     }
 
     fn u32(&self, at: usize) -> u32 {

@@ -164,6 +164,12 @@ impl Requester {
         self.first_missing().is_some()
     }
 
+    /// Whether answers are missing.
+    #[inline]
+    pub fn has_gaps(&self) -> bool {
+        self.has_gaps
+    }
+
     pub(super) fn gaps(&self) -> Option<&Gaps> {
         self.gaps.as_deref().filter(|_| self.has_gaps)
     }

@@ -53,11 +53,14 @@ impl Requester {
 
     /// The request at the front, if all before it is finished, nothing of it has been sent, and it may
     /// start.
+    #[inline]
     pub fn untouched(&self) -> Option<&SendOp> {
+        if self.una != self.next || self.next != self.high || self.cursor != 0 {
+            return None;
+        }
         let wqe = self.queue.front()?;
-        let is_next = self.una == self.next && self.next == self.high && self.next == wqe.first;
         let is_free = !wqe.is_waiting() && !wqe.is_done && !self.is_held_back();
-        (self.cursor == 0 && is_next && is_free).then_some(&wqe.op)
+        (wqe.first == self.next && is_free).then_some(&wqe.op)
     }
 
     /// The local memory of the request at the front.
