@@ -192,7 +192,7 @@ impl ProtectionDomain {
         Ok(Slot {
             bytes,
             key,
-            device: self.device.clone(),
+            shared: self.device.shared.clone(),
         })
     }
 
@@ -302,7 +302,8 @@ pub struct Slot {
     /// None once posted; but then no program holds it.
     bytes: Option<Box<[u8]>>,
     key: Key,
-    device: Device,
+    /// The device's, alone: a slot comes and goes with each request.
+    shared: Arc<Shared>,
 }
 
 impl Deref for Slot {
@@ -330,7 +331,7 @@ impl fmt::Debug for Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         if self.bytes.is_some() {
-            self.device.shared.lock().device.memory.unreserve(self.key);
+            self.shared.lock().device.memory.unreserve(self.key);
         }
     }
 }
@@ -508,7 +509,7 @@ impl CompletionQueue {
             slot: post.slot.map(|kept| Slot {
                 bytes: kept.bytes,
                 key: kept.key,
-                device: handle.device.clone(),
+                shared: handle.device.shared.clone(),
             }),
         })
     }

@@ -297,7 +297,7 @@ impl QueuePair {
         let shared = &self.device.shared;
         // The key of another device's slot could be that of any slot here.
         let is_ours = match &buffer {
-            Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.device.shared, shared),
+            Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.shared, shared),
             _ => true,
         };
         let refuse = |error, buffer| Err(PostRefused { error, buffer });
