@@ -132,18 +132,21 @@ impl QueuePair {
 
     /// Our number.
     #[must_use]
+    #[inline]
     pub const fn qpn(&self) -> Qpn {
         self.link.qpn
     }
 
     /// The peer's number; meaningful from RTR on.
     #[must_use]
+    #[inline]
     pub const fn dest(&self) -> Qpn {
         self.link.dest
     }
 
     /// RC or UC.
     #[must_use]
+    #[inline]
     pub const fn kind(&self) -> QpKind {
         self.link.kind
     }
@@ -156,12 +159,14 @@ impl QueuePair {
 
     /// State.
     #[must_use]
+    #[inline]
     pub const fn state(&self) -> QpState {
         self.state
     }
 
     /// Anomalies seen.
     #[must_use]
+    #[inline]
     pub const fn counters(&self) -> &Counters {
         &self.out.counters
     }
@@ -207,6 +212,7 @@ impl QueuePair {
 
     /// Sends posted and not finished, or finished and not polled.
     #[must_use]
+    #[inline]
     pub fn sends_posted(&self) -> u32 {
         self.requester.posted() + self.out.sends
     }
@@ -335,6 +341,7 @@ impl QueuePair {
     /// # Errors
     ///
     /// [`PostError`]; the request was not taken.
+    #[inline]
     pub fn post_send(&mut self, wr: SendWr) -> Result<(), PostError> {
         use QpState::{Err, Rts, Sqd, Sqe};
         if !matches!(self.state, Rts | Sqd | Sqe | Err) {
@@ -354,6 +361,7 @@ impl QueuePair {
     /// # Errors
     ///
     /// [`PostError`]; the request was not taken.
+    #[inline]
     pub fn post_recv(&mut self, wr: RecvWr) -> Result<(), PostError> {
         if self.state == QpState::Reset {
             return Err(PostError::State(self.state));
@@ -445,6 +453,7 @@ impl QueuePair {
 
     /// Whether a request stands first in line that is carried out at this end.
     #[must_use]
+    #[inline]
     pub fn has_local_work(&self) -> bool {
         self.is_sending() && self.requester.has_local_work()
     }
@@ -478,6 +487,7 @@ impl QueuePair {
         }
     }
 
+    #[inline]
     fn next_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
         let is_request_first = self.is_sending()
             && allow == Allow::All
@@ -509,22 +519,26 @@ impl QueuePair {
     }
 
     /// The next completion.
+    #[inline]
     pub fn poll_completion(&mut self) -> Option<Completion> {
         self.out.poll()
     }
 
     /// The next event.
+    #[inline]
     pub fn poll_event(&mut self) -> Option<QpEvent> {
         self.out.poll_event()
     }
 
     /// When [`Self::handle_timeout`] wants to be called, unless something happens before.
     #[must_use]
+    #[inline]
     pub fn poll_timeout(&self) -> Option<Nanos> {
         self.timers.next()
     }
 
     /// Whether state, class and partition let the packet in.
+    #[inline]
     fn admit(&self, packet: &Packet<'_>) -> Result<(), DropReason> {
         let working = match self.state {
             QpState::Rts | QpState::Sqd | QpState::Sqe => true,
@@ -558,11 +572,13 @@ impl QueuePair {
         Ok(())
     }
 
+    #[inline]
     const fn is_sending(&self) -> bool {
         matches!(self.state, QpState::Rts | QpState::Sqd)
     }
 
     /// Tell that the send queue has drained, once.
+    #[inline]
     fn note_drained(&mut self) {
         if self.state == QpState::Sqd && !self.is_draining() && !self.is_drain_told {
             self.is_drain_told = true;

@@ -26,6 +26,7 @@ pub(super) struct Packed {
 }
 
 impl Packed {
+    #[inline]
     const fn others(&self) -> usize {
         (self.rest & COUNT).saturating_sub(1) as usize
     }
@@ -41,6 +42,7 @@ pub(super) struct Lists {
 
 impl Lists {
     /// The list of a request that goes to the end of the queue.
+    #[inline]
     pub fn push_back(&mut self, list: &SgList) -> Packed {
         let place = self.begin.wrapping_add(self.others.len() as u32);
         let packed = packed(list, place);
@@ -58,6 +60,7 @@ impl Lists {
     }
 
     /// The list of the request at the front, which leaves the queue.
+    #[inline]
     pub fn pop_front(&mut self, packed: &Packed) -> SgList {
         let list = self.list(packed);
         self.drop_front(packed);
@@ -65,6 +68,7 @@ impl Lists {
     }
 
     /// The same for one that nobody looks at any more.
+    #[inline]
     pub fn drop_front(&mut self, packed: &Packed) {
         let count = packed.others();
         if count > 0 {
@@ -74,6 +78,7 @@ impl Lists {
     }
 
     /// The whole list.
+    #[inline]
     pub fn list(&self, packed: &Packed) -> SgList {
         if packed.others() == 0 {
             // Most lists.
@@ -89,6 +94,7 @@ impl Lists {
     }
 
     /// As [`SgList::slice`].
+    #[inline]
     pub fn slice(&self, packed: &Packed, offset: u32, len: u32) -> Fragments {
         if packed.others() == 0 {
             let first = (packed.rest & COUNT != 0).then_some(packed.first);
@@ -97,6 +103,7 @@ impl Lists {
         slice(self.elements(packed), offset, len)
     }
 
+    #[inline]
     fn elements(&self, packed: &Packed) -> impl Iterator<Item = Sge> {
         let place = (packed.rest >> COUNT_BITS).wrapping_sub(self.begin) & PLACE;
         let is_empty = packed.rest & COUNT == 0;
@@ -135,6 +142,7 @@ impl Receives {
         self.queue.is_empty()
     }
 
+    #[inline]
     pub fn push_back(&mut self, wr: RecvWr) {
         let packed = self.lists.push_back(&wr.local);
         self.queue.push_back((wr.wr_id, packed));
@@ -145,6 +153,7 @@ impl Receives {
         self.queue.push_front((wr.wr_id, packed));
     }
 
+    #[inline]
     pub fn pop_front(&mut self) -> Option<RecvWr> {
         let (wr_id, packed) = self.queue.pop_front()?;
         let local = self.lists.pop_front(&packed);
@@ -157,6 +166,7 @@ impl Receives {
     }
 }
 
+#[inline]
 fn packed(list: &SgList, place: u32) -> Packed {
     let elements = list.elements();
     Packed {

@@ -63,6 +63,7 @@ impl SgList {
     /// # Errors
     ///
     /// [`TooManySges`] beyond the limits above.
+    #[inline]
     pub fn new(elements: &[Sge]) -> Result<Self, TooManySges> {
         if let [Sge { lkey, addr, len }] = *elements
             && len <= crate::wire::MESSAGE_LEN_MAX
@@ -92,6 +93,7 @@ impl SgList {
     ///
     /// If `len` exceeds 2^31: a bug of the caller.
     #[must_use]
+    #[inline]
     pub fn one(lkey: Lkey, addr: u64, len: u32) -> Self {
         assert!(len <= crate::wire::MESSAGE_LEN_MAX);
         let mut list = Self::EMPTY;
@@ -102,6 +104,7 @@ impl SgList {
     }
 
     /// The list of `first` if `count` is 1, and of nothing if it is 0.
+    #[inline]
     pub(super) const fn of_first(first: Sge, count: u32, total: u32) -> Self {
         let mut list = Self::EMPTY;
         list.elements[0] = first;
@@ -119,18 +122,21 @@ impl SgList {
 
     /// Bytes in all.
     #[must_use]
+    #[inline]
     pub const fn total(&self) -> u32 {
         self.total
     }
 
     /// The fragments that hold bytes `offset` to `offset + len`, as far as the list reaches.
     #[must_use]
+    #[inline]
     pub fn slice(&self, offset: u32, len: u32) -> Fragments {
         slice(self.elements().iter().copied(), offset, len)
     }
 }
 
 /// The fragments of a list that hold bytes `offset` to `offset + len`, as far as it reaches.
+#[inline]
 pub(super) fn slice(list: impl Iterator<Item = Sge>, offset: u32, len: u32) -> Fragments {
     let mut fragments = Fragments::EMPTY;
     let (mut skip, mut left) = (offset, len);
@@ -193,6 +199,7 @@ impl Fragments {
     };
 
     /// Append; a list is made from at most [`SGE_MAX`] elements, so there is room.
+    #[inline]
     pub(crate) fn push(&mut self, fragment: Fragment) {
         self.list[usize::from(self.count)] = fragment;
         self.count += 1;
@@ -200,12 +207,14 @@ impl Fragments {
 
     /// The fragments.
     #[must_use]
+    #[inline]
     pub fn as_slice(&self) -> &[Fragment] {
         &self.list[..usize::from(self.count)]
     }
 
     /// Bytes in all.
     #[must_use]
+    #[inline]
     pub fn total(&self) -> u32 {
         self.as_slice().iter().map(|f| f.len).sum()
     }

@@ -165,6 +165,7 @@ impl Requester {
         };
     }
 
+    #[inline]
     pub fn posted(&self) -> u32 {
         self.queue.len() as u32
     }
@@ -180,6 +181,7 @@ impl Requester {
     }
 
     /// Packets between the oldest that is not acknowledged and the next new one.
+    #[inline]
     fn span(&self) -> u32 {
         // Bounded by the window and one READ of 2^23 packets.
         self.next.saturating_sub(self.una) as u32
@@ -197,6 +199,7 @@ impl Requester {
     }
 
     /// Whether exactly one packet can be sent.
+    #[inline]
     pub fn has_one_packet(&self, timers: &TimerTable) -> bool {
         self.next + 1 == self.end
             && !self.probe_due
@@ -238,6 +241,7 @@ impl Requester {
         self.drain_at.is_some_and(|end| self.una >= end)
     }
 
+    #[inline]
     pub fn post(&mut self, wr: SendWr, link: &Link, out: &Reports) -> Result<(), PostError> {
         if !wr.suits(link.kind) {
             return Err(PostError::Invalid);
@@ -270,6 +274,7 @@ impl Requester {
 
     // Sending.
 
+    #[inline]
     pub fn poll_transmit(
         &mut self,
         now: Nanos,
@@ -333,6 +338,7 @@ impl Requester {
     }
 
     /// Whether the request at the cursor must wait for READs or atomics before it, or may not start.
+    #[inline]
     fn is_held_back(&self) -> bool {
         let Some(wqe) = self.queue.get(self.cursor) else {
             return false;
@@ -344,17 +350,20 @@ impl Requester {
 
     /// The packet of sequence number `seq`, and how many it stands for. A READ asks for what lies before
     /// `end`, as far as its chunk reaches.
+    #[inline]
     fn build(&self, wqe: &Wqe, seq: u64, end: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
         let chunk = wqe.read_packets((seq - wqe.first) as u32, self.attr.read_chunk_packets);
         let answers = u64::from(chunk).min(end - seq) as u32;
         wqe.packet(seq, self.psn(seq), ack_req, answers, link, &self.lists)
     }
 
+    #[inline]
     fn psn(&self, seq: u64) -> Psn {
         self.attr.sq_psn.plus((seq & u64::from(Psn::MASK)) as u32)
     }
 
     /// Start the timers that are not running, if anything is unacknowledged.
+    #[inline]
     fn arm(&mut self, now: Nanos, timers: &mut TimerTable) {
         if self.una >= self.next {
             return;
@@ -438,6 +447,7 @@ impl Requester {
     }
 
     /// An ACK, NAK or RNR NAK of packet `seq`.
+    #[inline]
     fn handle_acknowledge(
         &mut self,
         now: Nanos,
@@ -490,6 +500,7 @@ impl Requester {
     }
 
     /// Everything before `end` is acknowledged, as far as no READ or atomic stands in between.
+    #[inline]
     fn acknowledge(&mut self, end: u64, link: &Link, out: &mut Reports) {
         let una = self.una;
         while self.una < end {
@@ -509,6 +520,7 @@ impl Requester {
         self.catch_up();
     }
 
+    #[inline]
     fn finish_front(&mut self, link: &Link, out: &mut Reports) {
         let Some(wqe) = self.queue.pop_front() else {
             return;
@@ -522,6 +534,7 @@ impl Requester {
     }
 
     /// A late answer may acknowledge what we were about to send again.
+    #[inline]
     fn catch_up(&mut self) {
         if self.next <= self.una {
             self.next = self.una;
@@ -531,6 +544,7 @@ impl Requester {
     }
 
     /// Something was acknowledged: counters and timers start afresh.
+    #[inline]
     fn progress(&mut self, now: Nanos, timers: &mut TimerTable) {
         self.is_excused = false;
         self.retries_left = self.attr.retry_cnt;

@@ -138,18 +138,22 @@ impl Responder {
         self.expected
     }
 
+    #[inline]
     pub fn receives_posted(&self) -> u32 {
         self.recv.len() as u32
     }
 
+    #[inline]
     pub fn has_answers(&self) -> bool {
         !self.answers.is_empty()
     }
 
+    #[inline]
     pub fn owes_one_ack(&self) -> bool {
         self.answers.is_one_ack()
     }
 
+    #[inline]
     pub fn post(&mut self, wr: RecvWr, out: &Reports) -> Result<(), PostError> {
         if self.is_shared {
             return Err(PostError::Invalid);
@@ -504,6 +508,7 @@ impl Responder {
         self.msn = (self.msn + 1) & 0x00ff_ffff;
     }
 
+    #[inline]
     fn acknowledge_if_due(&mut self, packet: &Packet<'_>) {
         if matches!(
             packet.row().kind,
@@ -522,6 +527,7 @@ impl Responder {
     }
 
     /// An ACK of everything executed.
+    #[inline]
     fn acknowledge(&mut self) {
         self.unacknowledged = 0;
         self.answers.acknowledge(self.expected.minus(1), self.msn);
@@ -561,6 +567,7 @@ impl Responder {
     }
 
     /// The next answer, if there is one and `allow` admits it.
+    #[inline]
     pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
         self.answers.poll_transmit(allow, link)
     }

@@ -182,12 +182,14 @@ pub struct Transmit {
 impl Transmit {
     /// BTH and extension headers.
     #[must_use]
+    #[inline]
     pub fn header(&self) -> &[u8] {
         &self.header[..usize::from(self.header_len)]
     }
 
     /// Payload bytes.
     #[must_use]
+    #[inline]
     pub fn payload_len(&self) -> u32 {
         self.payload.total()
     }

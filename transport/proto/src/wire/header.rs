@@ -80,6 +80,7 @@ impl Feth {
 
     /// Visible to everybody, kept over a power loss, for the whole region and not a range.
     #[must_use]
+    #[inline]
     pub const fn new(global: bool, persistent: bool, whole_region: bool) -> Self {
         let mut bits = 0;
         if global {
@@ -132,6 +133,7 @@ impl RnrTimer {
 
     /// The low five bits of `code`.
     #[must_use]
+    #[inline]
     pub const fn new(code: u8) -> Self {
         Self(code & 0x1f)
     }
@@ -278,6 +280,7 @@ pub struct Header {
 impl Header {
     /// A header with the default P_Key, no pad and all flags clear.
     #[must_use]
+    #[inline]
     pub const fn new(opcode: Opcode, dest: Qpn, psn: Psn, extension: Extension) -> Self {
         Self {
             opcode,
@@ -307,6 +310,7 @@ impl Header {
     ///
     /// If the extension does not have the opcode's shape, `pad` exceeds 3, or `out` is shorter than
     /// [`Self::len`]: bugs of the caller.
+    #[inline]
     pub fn emit(&self, out: &mut [u8]) -> usize {
         let shape = self.opcode.row().shape;
         assert_eq!(self.extension.shape(), shape);
@@ -318,6 +322,7 @@ impl Header {
         len
     }
 
+    #[inline]
     fn bth(&self) -> [u8; super::BTH_LEN] {
         let mut out = [0; super::BTH_LEN];
         out[field::OPCODE] = self.opcode.code();
@@ -331,6 +336,7 @@ impl Header {
         out
     }
 
+    #[inline]
     fn emit_extension(&self, out: &mut [u8]) {
         match self.extension {
             Extension::Bare => {}

@@ -43,6 +43,7 @@ impl<'a> Packet<'a> {
     /// # Errors
     ///
     /// [`Malformed`], naming the first rule broken.
+    #[inline]
     pub fn new_checked(udp_payload: &'a [u8]) -> Result<Self, Malformed> {
         let bytes = udp_payload;
         if bytes.len() < BTH_LEN + ICRC_LEN {
@@ -78,18 +79,21 @@ impl<'a> Packet<'a> {
 
     /// Opcode.
     #[must_use]
+    #[inline]
     pub const fn opcode(&self) -> Opcode {
         self.row.opcode
     }
 
     /// The opcode's row of the table.
     #[must_use]
+    #[inline]
     pub const fn row(&self) -> &'static Row {
         self.row
     }
 
     /// Solicited event bit.
     #[must_use]
+    #[inline]
     pub fn solicited(&self) -> bool {
         self.bytes[field::FLAGS] & 0x80 != 0
     }
@@ -108,6 +112,7 @@ impl<'a> Packet<'a> {
 
     /// Partition key.
     #[must_use]
+    #[inline]
     pub fn pkey(&self) -> u16 {
         u16::from_be_bytes([self.bytes[field::PKEY], self.bytes[field::PKEY + 1]])
     }
@@ -126,24 +131,28 @@ impl<'a> Packet<'a> {
 
     /// Destination queue pair.
     #[must_use]
+    #[inline]
     pub fn dest(&self) -> Qpn {
         Qpn::new(self.u24(field::DEST_QPN))
     }
 
     /// AckReq bit.
     #[must_use]
+    #[inline]
     pub fn ack_req(&self) -> bool {
         self.bytes[field::ACK_REQ] & 0x80 != 0
     }
 
     /// Packet sequence number.
     #[must_use]
+    #[inline]
     pub fn psn(&self) -> Psn {
         Psn::new(self.u24(field::PSN))
     }
 
     /// The headers after the BTH.
     #[must_use]
+    #[inline]
     pub fn extension(&self) -> Extension {
         match self.row.shape {
             Shape::Bare => Extension::Bare,
@@ -184,6 +193,7 @@ impl<'a> Packet<'a> {
 
     /// The AETH, if the opcode has one.
     #[must_use]
+    #[inline]
     pub fn aeth(&self) -> Option<Aeth> {
         match self.extension() {
             Extension::Aeth(aeth) | Extension::AtomicAck(aeth, _) => Some(aeth),
@@ -193,6 +203,7 @@ impl<'a> Packet<'a> {
 
     /// The immediate data, if the opcode has it.
     #[must_use]
+    #[inline]
     pub fn imm(&self) -> Option<u32> {
         match self.extension() {
             Extension::Imm(imm) | Extension::RethImm(_, imm) | Extension::DethImm(_, imm) => {
@@ -228,12 +239,14 @@ impl<'a> Packet<'a> {
 
     /// The payload without its pad.
     #[must_use]
+    #[inline]
     pub fn payload(&self) -> &'a [u8] {
         &self.bytes[self.header_len..self.payload_end]
     }
 
     /// Where in the UDP payload the payload lies: for a caller that hands buffers on in place.
     #[must_use]
+    #[inline]
     pub const fn payload_range(&self) -> core::ops::Range<usize> {
         self.header_len..self.payload_end
     }
@@ -263,11 +276,13 @@ impl<'a> Packet<'a> {
         self.bytes.len()
     }
 
+    #[inline]
     fn u24(&self, at: usize) -> u32 {
         let b = &self.bytes[at..at + 3];
         u32::from_be_bytes([0, b[0], b[1], b[2]])
     }
 
+    #[inline]
     fn u32(&self, at: usize) -> u32 {
         let b = &self.bytes[at..at + 4];
         u32::from_be_bytes([b[0], b[1], b[2], b[3]])
@@ -285,6 +300,7 @@ impl<'a> Packet<'a> {
         }
     }
 
+    #[inline]
     fn aeth_at(&self, at: usize) -> Aeth {
         Aeth {
             syndrome: Syndrome::from_byte(self.bytes[at]),

@@ -45,6 +45,7 @@ impl Requester {
     }
 
     /// Complete what was done at this end and stands at the front.
+    #[inline]
     pub(super) fn finish_done(&mut self, link: &Link, out: &mut Reports) {
         while self.queue.front().is_some_and(|wqe| wqe.is_done) {
             self.finish_front(link, out);
@@ -90,6 +91,7 @@ impl Requester {
     }
 
     /// What is sent again passes what need not be done again.
+    #[inline]
     pub(super) fn skip_done(&mut self) {
         while self.queue.get(self.cursor).is_some_and(|wqe| wqe.is_done) {
             self.cursor += 1;
