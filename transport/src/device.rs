@@ -245,7 +245,9 @@ impl Device {
     }
 
     pub(crate) fn now(&self) -> Nanos {
-        Nanos(self.origin.elapsed().as_nanos() as u64)
+        let elapsed = self.origin.elapsed();
+        // 64 bits of nanoseconds last 584 years.
+        Nanos(elapsed.as_secs() * 1_000_000_000 + u64::from(elapsed.subsec_nanos()))
     }
 
     /// When its clock began.

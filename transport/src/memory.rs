@@ -265,6 +265,7 @@ impl Memory {
     }
 
     /// The place of a key that was given out and not taken back.
+    #[inline]
     fn index(&self, key: Key) -> Option<usize> {
         let index = self.names.find(key.name())? as usize;
         (self.entries[index].key == key).then_some(index)
@@ -377,6 +378,7 @@ impl Memory {
     }
 
     /// The live entry of a key, and its place.
+    #[inline]
     fn entry(&self, domain: u32, key: Key) -> Result<(u32, &Entry), AccessError> {
         let index = self.index(key).ok_or(AccessError::UnknownKey)?;
         let entry = &self.entries[index];

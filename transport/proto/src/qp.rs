@@ -386,7 +386,7 @@ impl QueuePair {
                 self.out.counters.cnp_handled += 1;
                 Outcome::Accepted
             }
-            Ok(()) if packet.opcode().is_response() => {
+            Ok(()) if packet.row().is_response() => {
                 let (outcome, failure) = self.requester.handle_response(
                     now,
                     packet,
@@ -542,7 +542,7 @@ impl QueuePair {
     fn admit(&self, packet: &Packet<'_>) -> Result<(), DropReason> {
         let working = match self.state {
             QpState::Rts | QpState::Sqd | QpState::Sqe => true,
-            QpState::Rtr => !packet.opcode().is_response(),
+            QpState::Rtr => !packet.row().is_response(),
             _ => false,
         };
         if !working {

@@ -67,6 +67,8 @@ const fn units_of(len: usize) -> usize {
 #[derive(Debug)]
 pub struct Sender {
     units: usize,
+    /// Bytes of the longest record.
+    len_max: usize,
     tail: u64,
     /// What was last seen of `head`.
     head: u64,
@@ -84,18 +86,15 @@ impl Sender {
     pub fn new(words: &[AtomicU64]) -> Sender {
         // Relaxed, as everything that the hand-over of the segment itself orders.
         words[0].store(VERSION, Ordering::Relaxed);
+        let units = units_in(words.len());
+        // One unit behind the longest record is for the next header.
+        let room = (units.saturating_sub(1) * UNIT).saturating_sub(1) * 8;
         Sender {
-            units: units_in(words.len()),
+            units,
+            len_max: room.min(LEN_MAX),
             tail: 0,
             head: 0,
         }
-    }
-
-    /// Bytes of the longest record.
-    pub fn len_max(&self) -> usize {
-        // One unit behind it is for the next header.
-        let room = (self.units.saturating_sub(1) * UNIT).saturating_sub(1) * 8;
-        room.min(LEN_MAX)
     }
 
     /// Sends the concatenation of `parts`; false if there is no room. Follow with [`Self::is_wanted`].
@@ -104,7 +103,7 @@ impl Sender {
     /// The receiver's index makes no sense.
     pub fn send(&mut self, words: &[AtomicU64], parts: &[&[u8]]) -> Result<bool, Broken> {
         let len = parts.iter().map(|part| part.len()).sum::<usize>();
-        if len > self.len_max() {
+        if len > self.len_max {
             return Ok(false);
         }
         let need = units_of(len) as u64;
@@ -325,8 +324,8 @@ mod tests {
         let words = words(16);
         let mut sender = Sender::new(&words);
         let mut receiver = Receiver::new(&words).unwrap();
-        assert_eq!(sender.len_max(), 15 * 64 - 8);
-        for len in (0..=sender.len_max()).chain((0..500).rev()) {
+        assert_eq!(sender.len_max, 15 * 64 - 8);
+        for len in (0..=sender.len_max).chain((0..500).rev()) {
             // Bytes that look like headers.
             let bytes: Vec<u8> = (0..len).map(|i| 1 + (i % 3) as u8).collect();
             let (a, b) = bytes.split_at(len / 3);
@@ -338,7 +337,7 @@ mod tests {
             assert_eq!(out.len(), 1 + len.div_ceil(8));
             assert_eq!(receiver.receive(&words, &mut out), Ok(None));
         }
-        let long = vec![0; sender.len_max() + 1];
+        let long = vec![0; sender.len_max + 1];
         assert_eq!(sender.send(&words, &[&long]), Ok(false));
     }
 

@@ -100,7 +100,13 @@ impl Completions {
 
     /// Whether `depth` completions or more are there, those not counted that are void. Under the
     /// token.
+    #[inline]
     pub(super) fn has_as_many_as(&self, depth: usize) -> bool {
+        // Relaxed: written under the token. Most queues have but one ring.
+        let has_one = self.current.load(Ordering::Relaxed) == self.oldest;
+        if has_one && self.ring(self.oldest).len() < depth {
+            return false;
+        }
         if self.rings().map(Ring::len).sum::<usize>() < depth {
             return false;
         }

@@ -264,15 +264,19 @@ impl Tables {
         let Some(entry) = self.qps.get_mut(id.0 as usize).and_then(Option::as_mut) else {
             return;
         };
-        if let Some((state, sends, has_reports)) = device.posted(id) {
-            entry.posting.note_state(state);
+        let Some((state, sends, has_reports)) = device.posted(id) else {
+            return;
+        };
+        entry.posting.note_state(state);
+        if entry.held[0] > sends {
             // Finished and not reported.
             entry.give(0, entry.held[0] - sends);
-            if has_reports {
-                self.collect_reports(device, id);
-            }
         }
-        if let Some(srq) = self.qp(id).srq
+        let srq = entry.srq;
+        if has_reports {
+            self.collect_reports(device, id);
+        }
+        if let Some(srq) = srq
             && device.srq(srq.0).is_some_and(|queue| queue.poll_limit())
         {
             self.events.push(AsyncEvent::SrqLimitReached(srq));
@@ -359,6 +363,7 @@ impl Tables {
 
 impl QpEntry {
     /// Gives back the room of so many sends (0) or receives (1). Shared receives have their own.
+    #[inline]
     fn give(&mut self, side: usize, count: u32) {
         if side == 1 && self.srq.is_some() {
             return;
@@ -378,6 +383,7 @@ impl QpEntry {
 
 impl Cq {
     /// Appends and tells whoever waits; false if this is what broke the queue.
+    #[inline]
     fn push(&mut self, id: CqId, work: &WorkCompletion, solicited: bool) -> bool {
         if self.done.is_broken() {
             return true;
@@ -400,6 +406,7 @@ impl Cq {
     }
 }
 
+#[inline]
 fn work_completion(completion: &Completion, entry: &QpEntry) -> WorkCompletion {
     let is_good = completion.status == Status::Success;
     let is_datagram = entry.init.kind == QpType::Ud;

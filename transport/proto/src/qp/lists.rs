@@ -45,9 +45,10 @@ impl Lists {
     #[inline]
     pub fn push_back(&mut self, list: &SgList) -> Packed {
         let place = self.begin.wrapping_add(self.others.len() as u32);
-        let packed = packed(list, place);
-        self.others.extend(list.elements().iter().skip(1));
-        packed
+        if let Some((_, others @ [_, ..])) = list.elements().split_first() {
+            self.others.extend(others);
+        }
+        packed(list, place)
     }
 
     /// The same at the front.

@@ -304,18 +304,19 @@ impl Requester {
         if self.span() >= WINDOW || timers.is_set(Timer::RnrWait) || self.is_held_back() {
             return None;
         }
-        let wqe = *self.queue.get(self.cursor)?;
+        let wqe = self.queue.get(self.cursor)?;
         if wqe.is_waiting() {
             return None;
         }
-        let ack_req = self.next + 1 == wqe.end()
+        let (end, wants_response) = (wqe.end(), wqe.wants_response());
+        let ack_req = self.next + 1 == end
             || self.since_ack_req + 1 >= self.ack_req_interval()
             || self.span() + 1 >= WINDOW
-            || wqe.wants_response();
+            || wants_response;
         let seq = self.next;
-        let (mut transmit, psns) = self.build(&wqe, seq, u64::MAX, ack_req, link);
+        let (mut transmit, psns) = self.build(wqe, seq, u64::MAX, ack_req, link);
         self.since_ack_req = if ack_req { 0 } else { self.since_ack_req + 1 };
-        self.reads_out += u32::from(wqe.wants_response());
+        self.reads_out += u32::from(wants_response);
         if self.next < self.high {
             transmit.is_retransmission = true;
             out.counters.retransmitted_pkts += 1;
@@ -327,7 +328,7 @@ impl Requester {
         }
         self.next += u64::from(psns);
         self.high = self.high.max(self.next);
-        if self.next == wqe.end() {
+        if self.next == end {
             self.cursor += 1;
             self.skip_done();
         }
@@ -352,8 +353,14 @@ impl Requester {
     /// `end`, as far as its chunk reaches.
     #[inline]
     fn build(&self, wqe: &Wqe, seq: u64, end: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
-        let chunk = wqe.read_packets((seq - wqe.first) as u32, self.attr.read_chunk_packets);
-        let answers = u64::from(chunk).min(end - seq) as u32;
+        let answers = match wqe.op {
+            SendOp::Read(_) => {
+                let index = (seq - wqe.first) as u32;
+                let chunk = wqe.read_packets(index, self.attr.read_chunk_packets);
+                u64::from(chunk).min(end - seq) as u32
+            }
+            _ => 1,
+        };
         wqe.packet(seq, self.psn(seq), ack_req, answers, link, &self.lists)
     }
 

@@ -209,11 +209,10 @@ impl Transmit {
 pub(super) fn transmit(mut header: crate::wire::Header, payload: Fragments) -> Transmit {
     header.pad = crate::wire::pad_len(payload.total() as usize) as u8;
     let is_response = header.opcode.is_response();
-    let mut bytes = [0; HEADER_LEN_MAX];
-    let header_len = header.emit(&mut bytes) as u8;
+    let (bytes, len) = header.bytes();
     Transmit {
         header: bytes,
-        header_len,
+        header_len: len as u8,
         psn: header.psn,
         payload,
         pad: header.pad,

@@ -273,8 +273,17 @@ impl Opcode {
     #[must_use]
     #[inline]
     pub const fn is_response(self) -> bool {
+        self.row().is_response()
+    }
+}
+
+impl Row {
+    /// Whether such a packet answers a request.
+    #[must_use]
+    #[inline]
+    pub const fn is_response(&self) -> bool {
         matches!(
-            self.row().kind,
+            self.kind,
             Kind::ReadResponse | Kind::Acknowledge | Kind::AtomicAcknowledge
         )
     }

@@ -330,10 +330,9 @@ impl Answers {
             self.drop_first();
         }
         header.pkey = link.pkey;
-        Some(Transmit {
-            is_retransmission,
-            ..transmit(header, payload)
-        })
+        let mut transmit = transmit(header, payload);
+        transmit.is_retransmission = is_retransmission;
+        Some(transmit)
     }
 
     #[inline]
