@@ -462,6 +462,29 @@ impl Device {
         }
     }
 
+    /// Polls all completions; `take` also gets the memory that requests brought.
+    #[inline]
+    pub(crate) fn take_completions(
+        &mut self,
+        id: QpId,
+        mut take: impl FnMut(Completion, &mut Memory),
+    ) {
+        let slot = self.slots.get_mut(id.0 as usize);
+        match slot.and_then(|slot| slot.machine.as_mut()) {
+            Some(Machine::Connected(qp)) => {
+                while let Some(completion) = qp.poll_completion() {
+                    take(completion, &mut self.memory);
+                }
+            }
+            Some(Machine::Datagram(qp)) => {
+                while let Some(completion) = qp.poll_completion() {
+                    take(completion, &mut self.memory);
+                }
+            }
+            None => {}
+        }
+    }
+
     pub(crate) fn poll_event(&mut self, id: QpId) -> Option<QpEvent> {
         match self.slots.get_mut(id.0 as usize)?.machine.as_mut()? {
             Machine::Connected(qp) => qp.poll_event(),

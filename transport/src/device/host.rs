@@ -12,7 +12,7 @@ use lowtide_transport_proto::qp::{
     self, AtomicOp, Fragment, Lkey, QpState, Remote, SendOp, SgList,
 };
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::pad_len;
+use lowtide_transport_proto::wire::{Packet, pad_len};
 
 use super::output::{ACK_REQ, resolve};
 use super::{Device, DeviceOptions, Input, Machine, Peer, QpId};
@@ -238,7 +238,17 @@ impl Device {
 
     /// Takes a packet that came through a ring.
     pub(crate) fn handle_host(&mut self, now: Nanos, source: SocketAddr, bytes: &[u8]) -> Input {
-        self.handle(now, &host_arrival(source, bytes), 0, bytes)
+        if self.faults.is_blocked(&source) {
+            self.counters.faults_blocked += 1;
+            return Input::Dropped;
+        }
+        let Ok(packet) = Packet::new_checked(bytes) else {
+            self.counters.rx_malformed += 1;
+            return Input::Dropped;
+        };
+        // It never was on a wire: nothing is sealed, and nothing but connections comes this way.
+        self.counters.host_rx_packets += 1;
+        self.handle_unicast(now, &host_arrival(source, bytes), 0, &packet)
     }
 
     /// Carries out the request at the front of a queue pair's send queue in the memory of its peer, if
@@ -247,7 +257,7 @@ impl Device {
     pub(super) fn act(&mut self, index: u32, peer: u32) -> Act {
         let slot = &mut self.slots[index as usize];
         if let Some(Machine::Connected(qp)) = &slot.machine
-            && !qp.untouched().is_some_and(|op| wish(op).is_some())
+            && qp.untouched().is_none_or(|op| wish(op).is_none())
             && !self.peers[peer as usize].is_gone
         {
             slot.copied = 0;
@@ -336,7 +346,6 @@ fn host_arrival(source: SocketAddr, bytes: &[u8]) -> Arrival<'_> {
         segment: bytes.len().max(1),
         is_truncated: false,
         is_congested: false,
-        is_local: true,
         overflow: None,
     }
 }

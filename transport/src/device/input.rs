@@ -114,11 +114,6 @@ impl Device {
             self.counters.rx_malformed += 1;
             return Input::Dropped;
         };
-        if arrival.is_local {
-            // It never was on a wire: nothing is sealed, and nothing but connections comes this way.
-            self.counters.host_rx_packets += 1;
-            return self.handle_unicast(now, arrival, 0, &packet);
-        }
         let Arrival { source, target, .. } = *arrival;
         let local = self.socket.local_addr();
         let Some(flow) = flow(source, target.unwrap_or(local.ip()), local.port()) else {
@@ -158,7 +153,7 @@ impl Device {
         self.handle_unicast(now, arrival, solved, &packet)
     }
 
-    fn handle_unicast(
+    pub(super) fn handle_unicast(
         &mut self,
         now: Nanos,
         arrival: &Arrival<'_>,

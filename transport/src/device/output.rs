@@ -108,7 +108,9 @@ impl Device {
             if losses > std::mem::replace(&mut slot.losses, losses) {
                 self.peers[peer as usize].budget.note_loss(now);
             }
-            self.settle(index);
+            if !transmit.is_response {
+                self.settle(index);
+            }
             let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
             let payload = match transmit.payload.as_slice() {
                 [] => Ok(Payload::EMPTY),

@@ -90,6 +90,17 @@ impl Completions {
         self.rings[log].get_or_init(|| Box::new(Ring::new(zeroed_words(ENTRY << log))))
     }
 
+    /// The ring, if only one is in use: most queues have no other.
+    #[inline]
+    fn only(&self) -> Option<&Ring> {
+        // Acquire as of `rings`.
+        let is_only = self.current.load(Ordering::Acquire) == self.oldest;
+        self.rings[self.oldest]
+            .get()
+            .filter(|_| is_only)
+            .map(Box::as_ref)
+    }
+
     /// Those that may hold something, oldest first.
     fn rings(&self) -> impl Iterator<Item = &Ring> {
         // Acquire pairs with `push`: there is a ring of this size.
@@ -102,9 +113,7 @@ impl Completions {
     /// token.
     #[inline]
     pub(super) fn has_as_many_as(&self, depth: usize) -> bool {
-        // Relaxed: written under the token. Most queues have but one ring.
-        let has_one = self.current.load(Ordering::Relaxed) == self.oldest;
-        if has_one && self.ring(self.oldest).len() < depth {
+        if self.only().is_some_and(|ring| ring.len() < depth) {
             return false;
         }
         if self.rings().map(Ring::len).sum::<usize>() < depth {
@@ -143,7 +152,10 @@ impl Completions {
     /// The oldest.
     pub(crate) fn pop(&self) -> Option<WorkCompletion> {
         loop {
-            let words = self.rings().find_map(Ring::pop)?;
+            let words = match self.only() {
+                Some(ring) => ring.pop()?,
+                None => self.rings().find_map(Ring::pop)?,
+            };
             if !is_void(&words) {
                 return Some(decode(&words));
             }
@@ -298,20 +310,17 @@ impl CompletionQueue {
     ) -> Result<usize, Error> {
         let done = self.completions();
         let mut taken = 0;
-        if max > 0 {
-            taken = match self.0.context.shared.find(done, || done.pop()) {
-                Some(work) => {
-                    take(work);
-                    1
-                }
-                None => 0,
-            };
-        }
-        while (1..max).contains(&taken)
-            && let Some(work) = done.pop()
-        {
+        let mut next = match max {
+            0 => None,
+            _ => self.0.context.shared.find(done, || done.pop()),
+        };
+        while let Some(work) = next {
             take(work);
             taken += 1;
+            next = match taken < max {
+                true => done.pop(),
+                false => None,
+            };
         }
         if taken == 0 && max > 0 && done.is_broken() {
             return Err(Error::Exhausted("completion: the queue has overflowed"));

@@ -288,7 +288,7 @@ impl Tables {
             return;
         };
         let mut broken = None;
-        while let Some(completion) = device.poll_completion(id) {
+        device.take_completions(id, |completion, memory| {
             let is_recv = completion.kind.is_recv();
             // Whoever sees the completion finds room.
             entry.give(usize::from(is_recv), 1);
@@ -299,16 +299,14 @@ impl Tables {
             let solicited = completion.solicited || completion.status != Status::Success;
             if let Some(keepers) = &entry.keepers {
                 let keeper = &keepers[usize::from(is_recv)];
-                keeper.completed(completion.wr_id.0, &mut device.memory);
+                keeper.completed(completion.wr_id.0, memory);
             }
             let work = work_completion(&completion, entry);
-            let Some(target) = self.cqs[cq.0 as usize].as_mut() else {
-                continue;
-            };
-            if !target.push(cq, &work, solicited) {
+            let target = self.cqs[cq.0 as usize].as_mut();
+            if target.is_some_and(|target| !target.push(cq, &work, solicited)) {
                 broken = Some(cq);
             }
-        }
+        });
         let qpn = entry.qpn;
         while let Some(event) = device.poll_event(id) {
             if event == QpEvent::SendQueueDrained && !entry.tells_drained {

@@ -185,6 +185,7 @@ pub struct Fragment {
 pub struct Fragments {
     list: [Fragment; SGE_MAX],
     count: u8,
+    total: u32,
 }
 
 impl Fragments {
@@ -196,6 +197,7 @@ impl Fragments {
             len: 0,
         }; SGE_MAX],
         count: 0,
+        total: 0,
     };
 
     /// Append; a list is made from at most [`SGE_MAX`] elements, so there is room.
@@ -203,6 +205,7 @@ impl Fragments {
     pub(crate) fn push(&mut self, fragment: Fragment) {
         self.list[usize::from(self.count)] = fragment;
         self.count += 1;
+        self.total += fragment.len;
     }
 
     /// The fragments.
@@ -215,8 +218,8 @@ impl Fragments {
     /// Bytes in all.
     #[must_use]
     #[inline]
-    pub fn total(&self) -> u32 {
-        self.as_slice().iter().map(|f| f.len).sum()
+    pub const fn total(&self) -> u32 {
+        self.total
     }
 }
 
