@@ -493,22 +493,18 @@ impl QueuePair {
             && allow == Allow::All
             && self.responder.owes_one_ack()
             && self.requester.has_one_packet(&self.timers);
-        let mut transmit = match is_request_first {
-            true => None,
-            false => self.responder.poll_transmit(allow, &self.link),
-        };
-        if transmit.is_none() && self.is_sending() {
-            transmit = self.requester.poll_transmit(
-                now,
-                allow,
-                &self.link,
-                &mut self.out,
-                &mut self.timers,
-            );
+        if !is_request_first && let Some(answer) = self.responder.poll_transmit(allow, &self.link) {
+            self.out.counters.sent_pkts += 1;
+            return Some(answer);
         }
+        if !self.is_sending() {
+            return None;
+        }
+        let (link, out, timers) = (&self.link, &mut self.out, &mut self.timers);
+        let request = self.requester.poll_transmit(now, allow, link, out, timers);
         self.note_drained();
-        self.out.counters.sent_pkts += u64::from(transmit.is_some());
-        transmit
+        self.out.counters.sent_pkts += u64::from(request.is_some());
+        request
     }
 
     /// Whether there is a completion or an event to poll.

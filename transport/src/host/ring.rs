@@ -186,8 +186,10 @@ impl Sender {
             }
             let (whole, tail) = part.as_chunks();
             places.put(whole);
-            rest[..tail.len()].copy_from_slice(tail);
             held = tail.len();
+            if held > 0 {
+                rest[..held].copy_from_slice(tail);
+            }
         }
         if held > 0 {
             places.put(&[rest]);
