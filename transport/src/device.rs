@@ -245,7 +245,9 @@ impl Device {
     }
 
     pub(crate) fn now(&self) -> Nanos {
-        Nanos(self.origin.elapsed().as_nanos() as u64)
+        let elapsed = self.origin.elapsed();
+        // 64 bits of nanoseconds last 584 years.
+        Nanos(elapsed.as_secs() * 1_000_000_000 + u64::from(elapsed.subsec_nanos()))
     }
 
     /// When its clock began.
@@ -460,6 +462,29 @@ impl Device {
         }
     }
 
+    /// Polls all completions; `take` also gets the memory that requests brought.
+    #[inline]
+    pub(crate) fn take_completions(
+        &mut self,
+        id: QpId,
+        mut take: impl FnMut(Completion, &mut Memory),
+    ) {
+        let slot = self.slots.get_mut(id.0 as usize);
+        match slot.and_then(|slot| slot.machine.as_mut()) {
+            Some(Machine::Connected(qp)) => {
+                while let Some(completion) = qp.poll_completion() {
+                    take(completion, &mut self.memory);
+                }
+            }
+            Some(Machine::Datagram(qp)) => {
+                while let Some(completion) = qp.poll_completion() {
+                    take(completion, &mut self.memory);
+                }
+            }
+            None => {}
+        }
+    }
+
     pub(crate) fn poll_event(&mut self, id: QpId) -> Option<QpEvent> {
         match self.slots.get_mut(id.0 as usize)?.machine.as_mut()? {
             Machine::Connected(qp) => qp.poll_event(),
@@ -467,11 +492,12 @@ impl Device {
         }
     }
 
-    /// State of a queue pair, and its sends that are not finished, or finished and not polled.
-    pub(crate) fn posted(&self, id: QpId) -> Option<(QpState, u32)> {
+    /// State of a queue pair, its sends that are not finished, or finished and not polled, and whether
+    /// there are completions or events to poll.
+    pub(crate) fn posted(&self, id: QpId) -> Option<(QpState, u32, bool)> {
         Some(match self.slots.get(id.0 as usize)?.machine.as_ref()? {
-            Machine::Connected(qp) => (qp.state(), qp.sends_posted()),
-            Machine::Datagram(qp) => (qp.state(), qp.sends_posted()),
+            Machine::Connected(qp) => (qp.state(), qp.sends_posted(), qp.has_reports()),
+            Machine::Datagram(qp) => (qp.state(), qp.sends_posted(), qp.has_reports()),
         })
     }
 
@@ -508,6 +534,7 @@ impl Device {
     }
 
     /// Brings the peer's budget up to date after the queue pair has changed.
+    #[inline]
     fn settle(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         let (Some(Machine::Connected(qp)), Some(peer)) = (&slot.machine, slot.peer) else {
@@ -516,8 +543,11 @@ impl Device {
         let after = qp.packets_in_flight();
         let before = std::mem::replace(&mut slot.in_flight, after);
         if before != after {
-            self.peers[peer as usize].budget.update(before, after);
-            self.wake_waiting(peer);
+            let to = &mut self.peers[peer as usize];
+            to.budget.update(before, after);
+            if !to.waiting.is_empty() {
+                self.wake_waiting(peer);
+            }
         }
     }
 

@@ -91,8 +91,23 @@ pub enum SameHost {
 /// What came in through rings.
 #[derive(Debug, Default)]
 pub(crate) struct HostBatch {
-    pub(crate) bytes: Vec<u8>,
-    pub(crate) records: Vec<(SocketAddr, Range<usize>)>,
+    /// The records, each from the beginning of a word.
+    words: Vec<[u8; 8]>,
+    /// Whose they are, and which bytes of `words`.
+    records: Vec<(SocketAddr, Range<usize>)>,
+}
+
+impl HostBatch {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// The packets and their sources.
+    pub(crate) fn packets(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
+        let bytes = self.words.as_flattened();
+        let packet = |(source, range): &(_, Range<usize>)| (*source, &bytes[range.clone()]);
+        self.records.iter().map(packet)
+    }
 }
 
 /// A peer's way to us.
@@ -272,18 +287,18 @@ impl Hosts {
 
     /// Takes what has come into `batch`; whether that was all.
     pub(crate) fn receive(&mut self, batch: &mut HostBatch) -> bool {
-        batch.bytes.clear();
+        batch.words.clear();
         batch.records.clear();
         // What one peer may bring in one turn, so that it grows only for several.
-        batch.bytes.reserve(RECORDS_MAX * RECORD_LEN);
+        batch.words.reserve(RECORDS_MAX * RECORD_LEN / 8);
         batch.records.reserve(RECORDS_MAX);
         let mut is_drained = true;
         for entry in &mut self.inlets {
             let Entry::Named(inlet) = entry else { continue };
             for _ in 0..RECORDS_MAX {
-                let start = batch.bytes.len();
+                let start = 8 * batch.words.len();
                 let words = inlet.reader.ring.words();
-                match inlet.receiver.receive(words, &mut batch.bytes) {
+                match inlet.receiver.receive(words, &mut batch.words) {
                     Ok(Some(len)) => batch.records.push((inlet.source, start..start + len)),
                     Ok(None) => break,
                     Err(ring::Broken) => {

@@ -60,6 +60,7 @@ use self::event_fd::EventFd;
 pub(crate) use self::posting::Brought;
 pub(crate) use self::posts::Room;
 pub(crate) use self::progress::{Shared, State};
+pub(crate) use self::queue_pair::Poster;
 pub use self::queue_pair::{BadWr, QueuePair, Queues};
 pub use self::region::{MemoryRegion, MemoryWindow};
 pub use self::shared_receive::SharedReceiveQueue;

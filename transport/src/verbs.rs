@@ -192,7 +192,7 @@ impl ProtectionDomain {
         Ok(Slot {
             bytes,
             key,
-            device: self.device.clone(),
+            shared: self.device.shared.clone(),
         })
     }
 
@@ -306,7 +306,8 @@ pub struct Slot {
     /// None once posted; but then no program holds it.
     bytes: Option<Box<[u8]>>,
     key: Key,
-    device: Device,
+    /// The device's, alone: a slot comes and goes with each request.
+    shared: Arc<Shared>,
 }
 
 impl Deref for Slot {
@@ -334,7 +335,7 @@ impl fmt::Debug for Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         if self.bytes.is_some() {
-            self.device.shared.lock().device.memory.unreserve(self.key);
+            self.shared.lock().device.memory.unreserve(self.key);
         }
     }
 }
@@ -470,15 +471,19 @@ impl CompletionQueue {
     /// The next completion, if there is one. Drives the device if none is there, unless another thread
     /// has it in hand. Never waits for one.
     pub fn poll(&self) -> Option<WorkCompletion> {
-        self.0.device.shared.look(self.0.raw.completions());
-        self.take()
+        let shared = &self.0.device.shared;
+        shared.find(self.0.raw.completions(), || self.take())
     }
 
     /// Appends up to `max` completions to `done`; how many.
     pub fn poll_many(&self, max: usize, done: &mut Vec<WorkCompletion>) -> usize {
-        self.0.device.shared.look(self.0.raw.completions());
         let before = done.len();
-        done.extend(std::iter::from_fn(|| self.take()).take(max));
+        if max > 0
+            && let Some(first) = self.poll()
+        {
+            done.push(first);
+            done.extend(std::iter::from_fn(|| self.take()).take(max - 1));
+        }
         done.len() - before
     }
 
@@ -497,7 +502,7 @@ impl CompletionQueue {
             slot: post.slot.map(|kept| Slot {
                 bytes: kept.bytes,
                 key: kept.key,
-                device: handle.device.clone(),
+                shared: handle.device.shared.clone(),
             }),
         })
     }

@@ -30,8 +30,12 @@ const SEED: u32 = 0x2144_df1c;
 const IPV4_LEN: usize = 20;
 const IPV6_LEN: usize = 40;
 const UDP_LEN: usize = 8;
-/// IP, UDP and base transport header.
-const HEAD_MAX: usize = IPV6_LEN + UDP_LEN + BTH_LEN;
+/// Bytes from the BTH on that are summed up in one piece with the headers before them: pieces cost more than
+/// bytes, and one of them is masked anyway.
+const SHORT_MAX: usize = 128;
+const _: () = assert!(SHORT_MAX >= BTH_LEN);
+/// That piece at most.
+const HEAD_MAX: usize = IPV6_LEN + UDP_LEN + SHORT_MAX;
 /// Offset, in the BTH, of the byte with FECN and BECN, which switches may change.
 const RESV8A: usize = 4;
 
@@ -110,9 +114,10 @@ impl Flow {
         self
     }
 
-    /// The masked IP and UDP headers and their length, for a UDP payload of `udp_payload` bytes.
-    fn pseudo_header(&self, udp_payload: usize) -> ([u8; HEAD_MAX], usize) {
-        let mut out = [0; HEAD_MAX];
+    /// Writes the masked IP and UDP headers, for a UDP payload of `udp_payload` bytes, and returns their
+    /// length.
+    #[inline]
+    fn pseudo_header(&self, udp_payload: usize, out: &mut [u8; HEAD_MAX]) -> usize {
         // Both lengths fit: no caller passes more than a datagram holds.
         let udp_len = (udp_payload + UDP_LEN) as u16;
         let ip_len = match self.ip {
@@ -149,7 +154,7 @@ impl Flow {
         out[ip_len + 2..ip_len + 4].copy_from_slice(&self.target_port.to_be_bytes());
         out[ip_len + 4..ip_len + 6].copy_from_slice(&udp_len.to_be_bytes());
         out[ip_len + 6..ip_len + 8].fill(0xff); // UDP checksum: masked
-        (out, ip_len + UDP_LEN)
+        ip_len + UDP_LEN
     }
 }
 
@@ -170,20 +175,25 @@ impl Icrc {
     pub fn begin(flow: &Flow, header: &[u8], udp_payload: usize) -> Self {
         assert!(header.len() > RESV8A);
         assert!(udp_payload <= usize::from(u16::MAX) - UDP_LEN - IPV4_LEN);
-        let (mut head, len) = flow.pseudo_header(udp_payload);
-        // In one piece with the part of the header that is masked: pieces cost more than bytes.
-        let now = header.len().min(BTH_LEN);
+        let mut head = [0; HEAD_MAX];
+        let len = flow.pseudo_header(udp_payload, &mut head);
+        let now = header.len().min(SHORT_MAX);
         head[len..len + now].copy_from_slice(&header[..now]);
         head[len + RESV8A] = 0xff;
-        let mut hasher = crc32fast::Hasher::new_with_initial(SEED);
-        hasher.update(&head[..len + now]);
-        hasher.update(&header[now..]);
-        Self { hasher }
+        let mut icrc = Self {
+            hasher: crc32fast::Hasher::new_with_initial(SEED),
+        };
+        icrc.update(&head[..len + now]);
+        icrc.update(&header[now..]);
+        icrc
     }
 
     /// Add a piece of payload.
+    #[inline]
     pub fn update(&mut self, payload: &[u8]) {
-        self.hasher.update(payload);
+        if !payload.is_empty() {
+            self.hasher.update(payload);
+        }
     }
 
     /// Add `pad` zero bytes (at most 3) and return pad and ICRC as they go on the wire, and their
@@ -196,7 +206,7 @@ impl Icrc {
     pub fn finish(mut self, pad: usize) -> ([u8; 3 + ICRC_LEN], usize) {
         let mut tail = [0; 3 + ICRC_LEN];
         assert!(pad <= 3);
-        self.hasher.update(&tail[..pad]);
+        self.update(&tail[..pad]);
         tail[pad..pad + ICRC_LEN].copy_from_slice(&self.hasher.finalize().to_le_bytes());
         (tail, pad + ICRC_LEN)
     }
@@ -205,9 +215,8 @@ impl Icrc {
 /// The ICRC that `packet` should carry if it came over `flow`.
 #[must_use]
 pub fn expected(flow: &Flow, packet: &Packet<'_>) -> u32 {
-    Icrc::begin(flow, packet.covered_bytes(), packet.len())
-        .hasher
-        .finalize()
+    let whole = Icrc::begin(flow, packet.covered_bytes(), packet.len());
+    whole.hasher.finalize()
 }
 
 /// Whether the packet's ICRC is right, the whole IP header being known.

@@ -17,6 +17,9 @@
 //! caller drains `poll_transmit`, then `poll_completion` (or `poll_event`), then asks
 //! `poll_timeout` when to come back.
 //!
+//! What each packet passes is `#[inline]`: nearly all of it has one caller, in another crate, and a call
+//! costs as much as what it does.
+//!
 //! Deliberately absent: sockets, IP headers on the way out, memory registration, completion queues
 //! shared by several queue pairs, and any knowledge of what the messages mean.
 #![no_std]

@@ -132,18 +132,21 @@ impl QueuePair {
 
     /// Our number.
     #[must_use]
+    #[inline]
     pub const fn qpn(&self) -> Qpn {
         self.link.qpn
     }
 
     /// The peer's number; meaningful from RTR on.
     #[must_use]
+    #[inline]
     pub const fn dest(&self) -> Qpn {
         self.link.dest
     }
 
     /// RC or UC.
     #[must_use]
+    #[inline]
     pub const fn kind(&self) -> QpKind {
         self.link.kind
     }
@@ -156,12 +159,14 @@ impl QueuePair {
 
     /// State.
     #[must_use]
+    #[inline]
     pub const fn state(&self) -> QpState {
         self.state
     }
 
     /// Anomalies seen.
     #[must_use]
+    #[inline]
     pub const fn counters(&self) -> &Counters {
         &self.out.counters
     }
@@ -169,12 +174,14 @@ impl QueuePair {
     /// Request packets sent and not acknowledged; 0 right after a loss was noticed, because then
     /// all of them will be sent again. A READ counts as its response packets.
     #[must_use]
+    #[inline]
     pub fn packets_in_flight(&self) -> u32 {
         self.requester.in_flight()
     }
 
     /// Whether some request or answer waits to be sent, whatever [`Allow`] says.
     #[must_use]
+    #[inline]
     pub fn has_pending_transmit(&self) -> bool {
         self.responder.has_answers() || (self.is_sending() && self.requester.can_send(&self.timers))
     }
@@ -205,6 +212,7 @@ impl QueuePair {
 
     /// Sends posted and not finished, or finished and not polled.
     #[must_use]
+    #[inline]
     pub fn sends_posted(&self) -> u32 {
         self.requester.posted() + self.out.sends
     }
@@ -333,6 +341,7 @@ impl QueuePair {
     /// # Errors
     ///
     /// [`PostError`]; the request was not taken.
+    #[inline]
     pub fn post_send(&mut self, wr: SendWr) -> Result<(), PostError> {
         use QpState::{Err, Rts, Sqd, Sqe};
         if !matches!(self.state, Rts | Sqd | Sqe | Err) {
@@ -352,6 +361,7 @@ impl QueuePair {
     /// # Errors
     ///
     /// [`PostError`]; the request was not taken.
+    #[inline]
     pub fn post_recv(&mut self, wr: RecvWr) -> Result<(), PostError> {
         if self.state == QpState::Reset {
             return Err(PostError::State(self.state));
@@ -376,7 +386,7 @@ impl QueuePair {
                 self.out.counters.cnp_handled += 1;
                 Outcome::Accepted
             }
-            Ok(()) if packet.opcode().is_response() => {
+            Ok(()) if packet.row().is_response() => {
                 let (outcome, failure) = self.requester.handle_response(
                     now,
                     packet,
@@ -443,6 +453,7 @@ impl QueuePair {
 
     /// Whether a request stands first in line that is carried out at this end.
     #[must_use]
+    #[inline]
     pub fn has_local_work(&self) -> bool {
         self.is_sending() && self.requester.has_local_work()
     }
@@ -465,50 +476,69 @@ impl QueuePair {
     /// Answers come before requests, except that an ACK follows a single request that is there too:
     /// the longer packet first, both leave in one segmented send. In ERR only answers already owed
     /// come.
+    #[inline]
     pub fn poll_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
+        // Asked after each packet, and most often that was the last one. UC finishes here what it has
+        // sent, and SQD may have drained.
+        let is_plain = self.state == QpState::Rts && self.link.kind == QpKind::Rc;
+        match is_plain && !self.has_pending_transmit() {
+            true => None,
+            false => self.next_transmit(now, allow),
+        }
+    }
+
+    #[inline]
+    fn next_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
         let is_request_first = self.is_sending()
             && allow == Allow::All
             && self.responder.owes_one_ack()
             && self.requester.has_one_packet(&self.timers);
-        let mut transmit = match is_request_first {
-            true => None,
-            false => self.responder.poll_transmit(allow, &self.link),
-        };
-        if transmit.is_none() && self.is_sending() {
-            transmit = self.requester.poll_transmit(
-                now,
-                allow,
-                &self.link,
-                &mut self.out,
-                &mut self.timers,
-            );
+        if !is_request_first && let Some(answer) = self.responder.poll_transmit(allow, &self.link) {
+            self.out.counters.sent_pkts += 1;
+            return Some(answer);
         }
+        if !self.is_sending() {
+            return None;
+        }
+        let (link, out, timers) = (&self.link, &mut self.out, &mut self.timers);
+        let request = self.requester.poll_transmit(now, allow, link, out, timers);
         self.note_drained();
-        self.out.counters.sent_pkts += u64::from(transmit.is_some());
-        transmit
+        self.out.counters.sent_pkts += u64::from(request.is_some());
+        request
+    }
+
+    /// Whether there is a completion or an event to poll.
+    #[must_use]
+    #[inline]
+    pub fn has_reports(&self) -> bool {
+        self.out.is_any()
     }
 
     /// The next completion.
+    #[inline]
     pub fn poll_completion(&mut self) -> Option<Completion> {
         self.out.poll()
     }
 
     /// The next event.
+    #[inline]
     pub fn poll_event(&mut self) -> Option<QpEvent> {
         self.out.poll_event()
     }
 
     /// When [`Self::handle_timeout`] wants to be called, unless something happens before.
     #[must_use]
+    #[inline]
     pub fn poll_timeout(&self) -> Option<Nanos> {
         self.timers.next()
     }
 
     /// Whether state, class and partition let the packet in.
+    #[inline]
     fn admit(&self, packet: &Packet<'_>) -> Result<(), DropReason> {
         let working = match self.state {
             QpState::Rts | QpState::Sqd | QpState::Sqe => true,
-            QpState::Rtr => !packet.opcode().is_response(),
+            QpState::Rtr => !packet.row().is_response(),
             _ => false,
         };
         if !working {
@@ -538,11 +568,13 @@ impl QueuePair {
         Ok(())
     }
 
+    #[inline]
     const fn is_sending(&self) -> bool {
         matches!(self.state, QpState::Rts | QpState::Sqd)
     }
 
     /// Tell that the send queue has drained, once.
+    #[inline]
     fn note_drained(&mut self) {
         if self.state == QpState::Sqd && !self.is_draining() && !self.is_drain_told {
             self.is_drain_told = true;

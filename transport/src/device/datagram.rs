@@ -264,7 +264,6 @@ mod tests {
             segment: 1,
             is_truncated: false,
             is_congested: true,
-            is_local: false,
             overflow: None,
         }
     }

@@ -12,7 +12,7 @@ use lowtide_transport_proto::qp::{
     self, AtomicOp, Fragment, Lkey, QpState, Remote, SendOp, SgList,
 };
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::pad_len;
+use lowtide_transport_proto::wire::{Packet, pad_len};
 
 use super::output::{ACK_REQ, resolve};
 use super::{Device, DeviceOptions, Input, Machine, Peer, QpId};
@@ -26,6 +26,9 @@ use crate::udp::{Arrival, HEADER_MAX, Payload, TRAILER_MAX};
 const COPY_MAX: usize = 1 << 20;
 /// Shorter requests in memory that is not mapped here go as packets: two system calls cost more.
 const COPY_MIN: usize = 512;
+/// Bodies of packets up to this length are put together with what is around them: three pieces cost more
+/// than the copy.
+const SHORT_MAX: usize = 128;
 /// How often the socket and the connections are looked at by who polls rings.
 const LOOK: Nanos = Nanos::from_micros(50);
 
@@ -206,21 +209,28 @@ impl Device {
         payload: Payload,
         is_last: bool,
     ) {
-        let mut bytes = [0; HEADER_MAX];
+        let Some(hosts) = &mut self.hosts else { return };
+        if self.faults.is_blocked(&target) {
+            self.counters.faults_blocked += 1;
+            return;
+        }
+        let mut bytes = [0; HEADER_MAX + SHORT_MAX + TRAILER_MAX];
         bytes[..header.len()].copy_from_slice(header);
         if is_last {
             bytes[ACK_REQ.0] |= ACK_REQ.1;
         }
         let body = resolve(&payload, &self.scratch, &self.memory);
-        // Pad, and the place of the ICRC.
-        let trailer = &[0; TRAILER_MAX][..pad_len(body.len()) + 4];
-        let Some(hosts) = &mut self.hosts else { return };
-        let parts = &[&bytes[..header.len()], body, trailer];
-        if self.faults.is_blocked(&target) {
-            self.counters.faults_blocked += 1;
-            return;
-        }
-        match hosts.send(outlet, parts) {
+        // Pad, and the place of the ICRC: zeroes.
+        let trailer_len = pad_len(body.len()) + 4;
+        let (head, rest) = bytes.split_at_mut(header.len());
+        let is_sent = if body.len() <= SHORT_MAX {
+            rest[..body.len()].copy_from_slice(body);
+            let len = header.len() + body.len() + trailer_len;
+            hosts.send(outlet, &[&bytes[..len]])
+        } else {
+            hosts.send(outlet, &[head, body, &rest[..trailer_len]])
+        };
+        match is_sent {
             true => self.counters.host_tx_packets += 1,
             false => self.counters.host_lost_packets += 1,
         }
@@ -228,12 +238,35 @@ impl Device {
 
     /// Takes a packet that came through a ring.
     pub(crate) fn handle_host(&mut self, now: Nanos, source: SocketAddr, bytes: &[u8]) -> Input {
-        self.handle(now, &host_arrival(source, bytes), 0, bytes)
+        if self.faults.is_blocked(&source) {
+            self.counters.faults_blocked += 1;
+            return Input::Dropped;
+        }
+        let Ok(packet) = Packet::new_checked(bytes) else {
+            self.counters.rx_malformed += 1;
+            return Input::Dropped;
+        };
+        // It never was on a wire: nothing is sealed, and nothing but connections comes this way.
+        self.counters.host_rx_packets += 1;
+        self.handle_unicast(now, &host_arrival(source, bytes), 0, &packet)
     }
 
     /// Carries out the request at the front of a queue pair's send queue in the memory of its peer, if
     /// it can be; or fails it, if the peer is gone.
+    #[inline(always)] // asked before each packet, and of a SEND there is nothing to do
     pub(super) fn act(&mut self, index: u32, peer: u32) -> Act {
+        let slot = &mut self.slots[index as usize];
+        if let Some(Machine::Connected(qp)) = &slot.machine
+            && qp.untouched().is_none_or(|op| wish(op).is_none())
+            && !self.peers[peer as usize].is_gone
+        {
+            slot.copied = 0;
+            return Act::Nothing;
+        }
+        self.act_on(index, peer)
+    }
+
+    fn act_on(&mut self, index: u32, peer: u32) -> Act {
         let slot = &mut self.slots[index as usize];
         // It stays only if more is copied now: whatever goes as packets goes whole.
         let from = std::mem::take(&mut slot.copied);
@@ -313,7 +346,6 @@ fn host_arrival(source: SocketAddr, bytes: &[u8]) -> Arrival<'_> {
         segment: bytes.len().max(1),
         is_truncated: false,
         is_congested: false,
-        is_local: true,
         overflow: None,
     }
 }

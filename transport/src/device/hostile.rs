@@ -124,7 +124,6 @@ pub(crate) fn arrival(source: SocketAddr) -> Arrival<'static> {
         segment: 1,
         is_truncated: false,
         is_congested: false,
-        is_local: false,
         overflow: None,
     }
 }

@@ -106,8 +106,7 @@ impl Device {
         place: u16,
         datagram: &[u8],
     ) -> Input {
-        let Arrival { source, target, .. } = *arrival;
-        if self.faults.is_blocked(&source) {
+        if self.faults.is_blocked(&arrival.source) {
             self.counters.faults_blocked += 1;
             return Input::Dropped;
         }
@@ -115,11 +114,7 @@ impl Device {
             self.counters.rx_malformed += 1;
             return Input::Dropped;
         };
-        if arrival.is_local {
-            // It never was on a wire: nothing is sealed, and nothing but connections comes this way.
-            self.counters.host_rx_packets += 1;
-            return self.handle_unicast(now, arrival, 0, &packet);
-        }
+        let Arrival { source, target, .. } = *arrival;
         let local = self.socket.local_addr();
         let Some(flow) = flow(source, target.unwrap_or(local.ip()), local.port()) else {
             self.counters.rx_malformed += 1;
@@ -158,18 +153,14 @@ impl Device {
         self.handle_unicast(now, arrival, solved, &packet)
     }
 
-    fn handle_unicast(
+    pub(super) fn handle_unicast(
         &mut self,
         now: Nanos,
         arrival: &Arrival<'_>,
         identification: u16,
         packet: &Packet<'_>,
     ) -> Input {
-        let Arrival {
-            source,
-            is_congested,
-            ..
-        } = *arrival;
+        let is_congested = arrival.is_congested;
         let index = self.qpns.find(packet.dest().value()).unwrap_or(u32::MAX);
         let slot = self.slots.get_mut(index as usize);
         if let Some(Slot {
@@ -193,7 +184,7 @@ impl Device {
                 _ => Input::Dropped,
             };
         };
-        if self.peers[peer as usize].address.ip() != source.ip() {
+        if self.peers[peer as usize].address.ip() != arrival.source.ip() {
             self.counters.rx_wrong_peer += 1;
             return Input::Dropped;
         }
@@ -207,12 +198,26 @@ impl Device {
 
     /// Takes the packet of a queue pair that was kept and whose turn has come, and the datagram; until
     /// there is none after each `Taken`. The datagram is to be given back with [`Self::give_back`].
+    #[inline]
     pub(crate) fn handle_kept(&mut self, now: Nanos, id: QpId) -> Option<(Input, Vec<u8>)> {
         let slot = self.slots.get_mut(id.0 as usize)?;
         let (Some(Machine::Connected(qp)), Some(peer)) = (&mut slot.machine, slot.peer) else {
             return None;
         };
         let wanted = qp.wants_kept()?;
+        self.take_kept(now, id, peer, wanted)
+    }
+
+    fn take_kept(
+        &mut self,
+        now: Nanos,
+        id: QpId,
+        peer: u32,
+        wanted: qp::EarlyPacket,
+    ) -> Option<(Input, Vec<u8>)> {
+        let Some(Machine::Connected(qp)) = &mut self.slots[id.0 as usize].machine else {
+            return None;
+        };
         let Some(datagram) = self.kept.take(id.0, wanted) else {
             qp.forget_kept(wanted);
             self.mark_ready(id.0);
@@ -228,6 +233,7 @@ impl Device {
         self.kept.give_back(datagram);
     }
 
+    #[inline]
     fn handle_connected(
         &mut self,
         now: Nanos,

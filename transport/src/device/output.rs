@@ -108,9 +108,15 @@ impl Device {
             if losses > std::mem::replace(&mut slot.losses, losses) {
                 self.peers[peer as usize].budget.note_loss(now);
             }
-            self.settle(index);
+            if !transmit.is_response {
+                self.settle(index);
+            }
             let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
-            match self.gather(index, &transmit) {
+            let payload = match transmit.payload.as_slice() {
+                [] => Ok(Payload::EMPTY),
+                _ => self.gather(index, &transmit),
+            };
+            match payload {
                 Ok(payload) => match outlet {
                     Some(outlet) => {
                         self.push_host((outlet, address), transmit.header(), payload, is_last);

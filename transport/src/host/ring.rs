@@ -67,6 +67,8 @@ const fn units_of(len: usize) -> usize {
 #[derive(Debug)]
 pub struct Sender {
     units: usize,
+    /// Bytes of the longest record.
+    len_max: usize,
     tail: u64,
     /// What was last seen of `head`.
     head: u64,
@@ -84,18 +86,15 @@ impl Sender {
     pub fn new(words: &[AtomicU64]) -> Sender {
         // Relaxed, as everything that the hand-over of the segment itself orders.
         words[0].store(VERSION, Ordering::Relaxed);
+        let units = units_in(words.len());
+        // One unit behind the longest record is for the next header.
+        let room = (units.saturating_sub(1) * UNIT).saturating_sub(1) * 8;
         Sender {
-            units: units_in(words.len()),
+            units,
+            len_max: room.min(LEN_MAX),
             tail: 0,
             head: 0,
         }
-    }
-
-    /// Bytes of the longest record.
-    pub fn len_max(&self) -> usize {
-        // One unit behind it is for the next header.
-        let room = (self.units.saturating_sub(1) * UNIT).saturating_sub(1) * 8;
-        room.min(LEN_MAX)
     }
 
     /// Sends the concatenation of `parts`; false if there is no room. Follow with [`Self::is_wanted`].
@@ -104,7 +103,7 @@ impl Sender {
     /// The receiver's index makes no sense.
     pub fn send(&mut self, words: &[AtomicU64], parts: &[&[u8]]) -> Result<bool, Broken> {
         let len = parts.iter().map(|part| part.len()).sum::<usize>();
-        if len > self.len_max() {
+        if len > self.len_max {
             return Ok(false);
         }
         let need = units_of(len) as u64;
@@ -166,11 +165,10 @@ impl Sender {
     }
 
     fn copy_in(&self, words: &[AtomicU64], parts: &[&[u8]]) {
-        let mask = self.units * UNIT - 1;
-        let mut at = (self.tail as usize & (self.units - 1)) * UNIT + 1;
-        let mut put = |word: [u8; 8]| {
-            words[WORD_RECORDS + (at & mask)].store(u64::from_ne_bytes(word), Ordering::Relaxed);
-            at += 1;
+        let (wrapped, straight) = halves(words, self.units, self.tail);
+        let mut places = Places {
+            next: straight,
+            then: wrapped,
         };
         // Bytes of parts that end within a word wait for the next part.
         let (mut rest, mut held) = ([0; 8], 0);
@@ -184,17 +182,51 @@ impl Sender {
                 if held < 8 {
                     continue;
                 }
-                put(rest);
+                places.put(&[rest]);
             }
-            let (whole, tail) = part.as_chunks::<8>();
-            whole.iter().for_each(|word| put(*word));
-            rest[..tail.len()].copy_from_slice(tail);
+            let (whole, tail) = part.as_chunks();
+            places.put(whole);
             held = tail.len();
+            if held > 0 {
+                rest[..held].copy_from_slice(tail);
+            }
         }
         if held > 0 {
-            put(rest);
+            places.put(&[rest]);
         }
     }
+}
+
+/// Words to be written, in order.
+struct Places<'w> {
+    next: &'w [AtomicU64],
+    /// After those.
+    then: &'w [AtomicU64],
+}
+
+impl Places<'_> {
+    fn put(&mut self, mut words: &[[u8; 8]]) {
+        while !words.is_empty() && !self.next.is_empty() {
+            let count = words.len().min(self.next.len());
+            let (now, later) = words.split_at(count);
+            let (places, free) = self.next.split_at(count);
+            for (word, place) in now.iter().zip(places) {
+                place.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+            }
+            words = later;
+            self.next = match free.is_empty() {
+                true => std::mem::take(&mut self.then),
+                false => free,
+            };
+        }
+    }
+}
+
+/// The words of the ring that a record at unit `unit` has for its bytes: those that follow its header,
+/// after those at the front.
+fn halves(words: &[AtomicU64], units: usize, unit: u64) -> (&[AtomicU64], &[AtomicU64]) {
+    let first = (unit as usize & (units - 1)) * UNIT + 1;
+    words[WORD_RECORDS..][..units * UNIT].split_at(first)
 }
 
 impl Receiver {
@@ -219,14 +251,15 @@ impl Receiver {
         self.header(words).load(Ordering::Relaxed) != 0
     }
 
-    /// Appends the next record to `into` and returns its length; none if there is none.
+    /// Appends the next record to `into`, with what fills its last word, and returns its length; none if
+    /// there is none.
     ///
     /// # Errors
     /// A length that the ring cannot hold, or that no packet has.
     pub fn receive(
         &mut self,
         words: &[AtomicU64],
-        into: &mut Vec<u8>,
+        into: &mut Vec<[u8; 8]>,
     ) -> Result<Option<usize>, Broken> {
         // Acquire pairs with the Release in `Sender::send`.
         let len = match self.header(words).load(Ordering::Acquire) {
@@ -236,16 +269,12 @@ impl Receiver {
         if len > LEN_MAX || units_of(len) >= self.units {
             return Err(Broken);
         }
-        let mask = self.units * UNIT - 1;
-        let first = (self.head as usize & (self.units - 1)) * UNIT + 1;
+        let (wrapped, straight) = halves(words, self.units, self.head);
         let count = len.div_ceil(8);
-        let start = into.len();
-        into.reserve(8 * count);
-        for at in first..first + count {
-            let word = words[WORD_RECORDS + (at & mask)].load(Ordering::Relaxed);
-            into.extend_from_slice(&word.to_ne_bytes());
-        }
-        into.truncate(start + len);
+        let here = count.min(straight.len());
+        let taken = |word: &AtomicU64| word.load(Ordering::Relaxed).to_ne_bytes();
+        into.extend(straight[..here].iter().map(taken));
+        into.extend(wrapped[..count - here].iter().map(taken));
         self.head += units_of(len) as u64;
         // Release pairs with the Acquire in `Sender::send`: what was here has been read.
         words[WORD_HEAD].store(self.head, Ordering::Release);
@@ -297,19 +326,20 @@ mod tests {
         let words = words(16);
         let mut sender = Sender::new(&words);
         let mut receiver = Receiver::new(&words).unwrap();
-        assert_eq!(sender.len_max(), 15 * 64 - 8);
-        for len in (0..=sender.len_max()).chain((0..500).rev()) {
+        assert_eq!(sender.len_max, 15 * 64 - 8);
+        for len in (0..=sender.len_max).chain((0..500).rev()) {
             // Bytes that look like headers.
             let bytes: Vec<u8> = (0..len).map(|i| 1 + (i % 3) as u8).collect();
             let (a, b) = bytes.split_at(len / 3);
             let (b, c) = b.split_at(b.len() / 5);
             assert_eq!(sender.send(&words, &[a, b, &[], c]), Ok(true));
-            let mut out = vec![9];
+            let mut out = vec![[9; 8]];
             assert_eq!(receiver.receive(&words, &mut out), Ok(Some(len)));
-            assert_eq!(out[1..], bytes);
+            assert_eq!(out.as_flattened()[8..8 + len], bytes);
+            assert_eq!(out.len(), 1 + len.div_ceil(8));
             assert_eq!(receiver.receive(&words, &mut out), Ok(None));
         }
-        let long = vec![0; sender.len_max() + 1];
+        let long = vec![0; sender.len_max + 1];
         assert_eq!(sender.send(&words, &[&long]), Ok(false));
     }
 
@@ -328,7 +358,8 @@ mod tests {
                 assert_eq!(receiver.receive(&words, &mut out), Ok(Some(1)));
             }
             assert_eq!(receiver.receive(&words, &mut out), Ok(None));
-            assert_eq!(out, [round; 7]);
+            let first: Vec<u8> = out.iter().map(|word| word[0]).collect();
+            assert_eq!(first, [round; 7]);
         }
     }
 
@@ -373,7 +404,7 @@ mod tests {
                 is_sound,
                 "{len}"
             );
-            assert_eq!(out.len(), if is_sound { len } else { 0 });
+            assert_eq!(out.len(), if is_sound { len / 8 } else { 0 });
         }
         for units in [0, 1] {
             assert!(Receiver::new(&self::words(units)).is_err());
@@ -432,13 +463,13 @@ mod loom_tests {
                 }
             });
             let mut out = Vec::new();
-            while out.len() < 48 {
+            while out.len() < 6 {
                 if receiver.receive(&words, &mut out).unwrap().is_none() {
                     thread::yield_now();
                 }
             }
             sending.join().unwrap();
-            let expected: Vec<u8> = (1..=3).flat_map(|record| [record; 16]).collect();
+            let expected: Vec<[u8; 8]> = (1..=3).flat_map(|record| [[record; 8]; 2]).collect();
             assert_eq!(out, expected);
         });
     }

@@ -44,9 +44,8 @@ impl Side {
         self.hosts.attend(&mut self.exports);
         self.hosts.receive(&mut self.batch);
         self.hosts.sweep(&mut self.exports);
-        let HostBatch { bytes, records } = &self.batch;
-        let of = |range: &Range<usize>| bytes[range.clone()].to_vec();
-        records.iter().map(|(_, range)| of(range)).collect()
+        let packets = self.batch.packets();
+        packets.map(|(_, packet)| packet.to_vec()).collect()
     }
 
     fn is_woken(&mut self, patience: Duration) -> bool {

@@ -90,16 +90,32 @@ impl Completions {
         self.rings[log].get_or_init(|| Box::new(Ring::new(zeroed_words(ENTRY << log))))
     }
 
+    /// The ring, if only one is in use: most queues have no other.
+    #[inline]
+    fn only(&self) -> Option<&Ring> {
+        // Acquire as of `rings`.
+        let is_only = self.current.load(Ordering::Acquire) == self.oldest;
+        self.rings[self.oldest]
+            .get()
+            .filter(|_| is_only)
+            .map(Box::as_ref)
+    }
+
     /// Those that may hold something, oldest first.
     fn rings(&self) -> impl Iterator<Item = &Ring> {
         // Acquire pairs with `push`: there is a ring of this size.
         let current = self.current.load(Ordering::Acquire);
-        (self.oldest..=current).map(|log| self.ring(log))
+        let rings = self.rings[self.oldest..=current].iter();
+        rings.filter_map(|ring| ring.get().map(Box::as_ref))
     }
 
     /// Whether `depth` completions or more are there, those not counted that are void. Under the
     /// token.
+    #[inline]
     pub(super) fn has_as_many_as(&self, depth: usize) -> bool {
+        if self.only().is_some_and(|ring| ring.len() < depth) {
+            return false;
+        }
         if self.rings().map(Ring::len).sum::<usize>() < depth {
             return false;
         }
@@ -136,7 +152,10 @@ impl Completions {
     /// The oldest.
     pub(crate) fn pop(&self) -> Option<WorkCompletion> {
         loop {
-            let words = self.rings().find_map(Ring::pop)?;
+            let words = match self.only() {
+                Some(ring) => ring.pop()?,
+                None => self.rings().find_map(Ring::pop)?,
+            };
             if !is_void(&words) {
                 return Some(decode(&words));
             }
@@ -290,16 +309,18 @@ impl CompletionQueue {
         mut take: impl FnMut(WorkCompletion),
     ) -> Result<usize, Error> {
         let done = self.completions();
-        if max > 0 {
-            self.0.context.shared.look(done);
-        }
         let mut taken = 0;
-        while taken < max {
-            match done.pop() {
-                Some(work) => take(work),
-                None => break,
-            }
+        let mut next = match max {
+            0 => None,
+            _ => self.0.context.shared.find(done, || done.pop()),
+        };
+        while let Some(work) = next {
+            take(work);
             taken += 1;
+            next = match taken < max {
+                true => done.pop(),
+                false => None,
+            };
         }
         if taken == 0 && max > 0 && done.is_broken() {
             return Err(Error::Exhausted("completion: the queue has overflowed"));

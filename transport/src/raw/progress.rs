@@ -209,14 +209,17 @@ impl Shared {
         self.finish(state);
     }
 
-    /// Looks for completions, for a program's thread: drives the device if `queue` is empty, and the
-    /// token is free.
-    pub(crate) fn look(&self, queue: &Completions) {
-        if !queue.is_empty() {
+    /// What `take` takes from `queue`, for a program's thread: drives the device if that is nothing, and
+    /// the token is free, and tries again.
+    pub(crate) fn find<T>(&self, queue: &Completions, take: impl Fn() -> Option<T>) -> Option<T> {
+        if let Some(found) = take() {
             self.note_found();
-        } else if let Some(mut state) = self.try_lock() {
+            return Some(found);
+        }
+        if let Some(mut state) = self.try_lock() {
             self.drive_for(&mut state, queue);
         }
+        take()
     }
 
     /// Who finds something each time drives nothing, and the device's thread would go on to be ahead
@@ -425,12 +428,11 @@ impl State {
     fn receive_host(&mut self, now: Nanos) -> bool {
         let mut batch = std::mem::take(&mut self.host_batch);
         let is_drained = self.device.receive_host(&mut batch);
-        if !batch.records.is_empty() {
+        if !batch.is_empty() {
             self.take_posts();
         }
-        for (source, range) in &batch.records {
-            let packet = &batch.bytes[range.clone()];
-            if let Input::Taken { id, .. } = self.device.handle_host(now, *source, packet) {
+        for (source, packet) in batch.packets() {
+            if let Input::Taken { id, .. } = self.device.handle_host(now, source, packet) {
                 self.manager.note_communication(id);
                 collect_with_kept(&mut self.tables, &mut self.device, now, id);
             }

@@ -248,33 +248,37 @@ impl QueuePair {
     }
 
     /// Lets `feed` post to the send queue, and sends what may be sent.
-    pub(crate) fn post_to_sends(&self, feed: impl FnOnce(&mut Poster<'_>)) {
+    pub(crate) fn post_to_sends<R>(&self, feed: impl FnOnce(&mut Poster<'_>) -> R) -> R {
         let shared = &self.context().shared;
         // In another state it may have been moved by the connection manager.
         let waits = !self.posting.admits_sends();
         let clear = |state: &mut State| state.take_posts_of(self.id);
         if let Some(mut state) = shared.lock_to_post(waits, clear) {
-            feed(&mut Poster(Some(&mut state)));
+            let result = feed(&mut Poster(Some(&mut state)));
             state.collect(self.id);
             shared.send_posted(&mut state);
+            result
         } else {
-            feed(&mut Poster(None));
+            let result = feed(&mut Poster(None));
             shared.leave(queue_of(self.id));
+            result
         }
     }
 
     /// The same for the receive queue.
-    pub(crate) fn post_to_receives(&self, feed: impl FnOnce(&mut Poster<'_>)) {
+    pub(crate) fn post_to_receives<R>(&self, feed: impl FnOnce(&mut Poster<'_>) -> R) -> R {
         let shared = &self.context().shared;
         let waits = !self.posting.admits_receives();
         let clear = |state: &mut State| state.take_posts_of(self.id);
         if let Some(mut state) = shared.lock_to_post(waits, clear) {
-            feed(&mut Poster(Some(&mut state)));
+            let result = feed(&mut Poster(Some(&mut state)));
             state.collect(self.id);
             shared.sleepers.notify();
+            result
         } else {
-            feed(&mut Poster(None));
+            let result = feed(&mut Poster(None));
             shared.leave(queue_of(self.id));
+            result
         }
     }
 
@@ -436,14 +440,12 @@ impl QueuePair {
     /// Until a receive has completed the memory that it names is the device's: it changes it, so no
     /// reference of Rust's may stand in the way of that.
     pub unsafe fn post_recv(&self, list: &[RecvWr<'_>]) -> Result<(), BadWr> {
-        let mut result = Ok(());
         self.post_to_receives(|poster| {
-            result = each(list, |wr| {
+            each(list, |wr| {
                 let wr = recv_wr(wr, self.init.cap.max_recv_sge)?;
                 self.post_receive(poster, wr, &mut || None)
-            });
-        });
-        result
+            })
+        })
     }
 
     /// Posts a receive; of one that is taken `bring` is asked for the bytes of its slot.

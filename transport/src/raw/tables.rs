@@ -264,33 +264,50 @@ impl Tables {
         let Some(entry) = self.qps.get_mut(id.0 as usize).and_then(Option::as_mut) else {
             return;
         };
-        let qpn = entry.qpn;
-        let mut broken = None;
-        if let Some((state, sends)) = device.posted(id) {
-            entry.posting.note_state(state);
+        let Some((state, sends, has_reports)) = device.posted(id) else {
+            return;
+        };
+        entry.posting.note_state(state);
+        if entry.held[0] > sends {
             // Finished and not reported.
             entry.give(0, entry.held[0] - sends);
         }
-        while let Some(completion) = device.poll_completion(id) {
+        let srq = entry.srq;
+        if has_reports {
+            self.collect_reports(device, id);
+        }
+        if let Some(srq) = srq
+            && device.srq(srq.0).is_some_and(|queue| queue.poll_limit())
+        {
+            self.events.push(AsyncEvent::SrqLimitReached(srq));
+        }
+    }
+
+    fn collect_reports(&mut self, device: &mut Device, id: QpId) {
+        let Some(entry) = self.qps.get_mut(id.0 as usize).and_then(Option::as_mut) else {
+            return;
+        };
+        let mut broken = None;
+        device.take_completions(id, |completion, memory| {
+            let is_recv = completion.kind.is_recv();
             // Whoever sees the completion finds room.
-            entry.give(usize::from(completion.kind.is_recv()), 1);
-            let cq = match completion.kind.is_recv() {
+            entry.give(usize::from(is_recv), 1);
+            let cq = match is_recv {
                 true => entry.recv_cq,
                 false => entry.send_cq,
             };
             let solicited = completion.solicited || completion.status != Status::Success;
             if let Some(keepers) = &entry.keepers {
-                let keeper = &keepers[usize::from(completion.kind.is_recv())];
-                keeper.completed(completion.wr_id.0, &mut device.memory);
+                let keeper = &keepers[usize::from(is_recv)];
+                keeper.completed(completion.wr_id.0, memory);
             }
             let work = work_completion(&completion, entry);
-            let Some(target) = self.cqs[cq.0 as usize].as_mut() else {
-                continue;
-            };
-            if !target.push(cq, work, solicited) {
+            let target = self.cqs[cq.0 as usize].as_mut();
+            if target.is_some_and(|target| !target.push(cq, &work, solicited)) {
                 broken = Some(cq);
             }
-        }
+        });
+        let qpn = entry.qpn;
         while let Some(event) = device.poll_event(id) {
             if event == QpEvent::SendQueueDrained && !entry.tells_drained {
                 continue;
@@ -302,11 +319,6 @@ impl Tables {
                 QpEvent::AccessError => AsyncEvent::QpAccessError(qpn),
                 QpEvent::LastWqeReached => AsyncEvent::LastWqeReached(qpn),
             });
-        }
-        if let Some(srq) = entry.srq
-            && device.srq(srq.0).is_some_and(|queue| queue.poll_limit())
-        {
-            self.events.push(AsyncEvent::SrqLimitReached(srq));
         }
         if let Some(cq) = broken {
             self.break_cq(device, cq);
@@ -349,6 +361,7 @@ impl Tables {
 
 impl QpEntry {
     /// Gives back the room of so many sends (0) or receives (1). Shared receives have their own.
+    #[inline]
     fn give(&mut self, side: usize, count: u32) {
         if side == 1 && self.srq.is_some() {
             return;
@@ -368,11 +381,12 @@ impl QpEntry {
 
 impl Cq {
     /// Appends and tells whoever waits; false if this is what broke the queue.
-    fn push(&mut self, id: CqId, work: WorkCompletion, solicited: bool) -> bool {
+    #[inline]
+    fn push(&mut self, id: CqId, work: &WorkCompletion, solicited: bool) -> bool {
         if self.done.is_broken() {
             return true;
         }
-        if self.done.has_as_many_as(self.depth as usize) || !self.done.push(&work) {
+        if self.done.has_as_many_as(self.depth as usize) || !self.done.push(work) {
             self.done.set_broken();
             return false;
         }
@@ -390,6 +404,7 @@ impl Cq {
     }
 }
 
+#[inline]
 fn work_completion(completion: &Completion, entry: &QpEntry) -> WorkCompletion {
     let is_good = completion.status == Status::Success;
     let is_datagram = entry.init.kind == QpType::Ud;

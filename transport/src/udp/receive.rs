@@ -39,8 +39,6 @@ pub struct Arrival<'a> {
     pub is_truncated: bool,
     /// Whether a switch has marked it: congestion experienced (ECN, 0b11).
     pub is_congested: bool,
-    /// It came through shared memory, without an ICRC.
-    pub is_local: bool,
     /// Datagrams this socket has dropped for want of buffer, ever (SO_RXQ_OVFL).
     pub overflow: Option<u32>,
 }
@@ -140,7 +138,6 @@ impl ReceiveBatch {
             segment: len.max(1),
             is_truncated: message.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
             is_congested: false,
-            is_local: false,
             overflow: None,
         };
         read_controls(&message.msg_hdr, &mut arrival);

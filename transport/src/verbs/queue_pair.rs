@@ -17,7 +17,7 @@ use super::{Buffer, Device, Queue};
 use crate::device::QpId;
 use crate::memory::Access;
 use crate::raw::types::{Error, SendFlags, SendWr};
-use crate::raw::{self, Brought};
+use crate::raw::{self, Brought, Poster};
 use crate::udp::path_mtu;
 
 /// READs and atomics a queue pair serves, and has under way, at once.
@@ -208,7 +208,8 @@ impl QueuePair {
     /// # Errors
     /// [`PostRefused`] gives the memory back.
     pub fn post_send(&self, id: u64, op: SendOp, buffer: Buffer) -> Result<(), PostRefused> {
-        self.post_sends(&mut [(id, op, buffer)].into_iter())
+        self.raw
+            .post_to_sends(|poster| self.post_one_send(poster, id, op, buffer))
     }
 
     /// Posts several, in order, and then sends: short messages leave together.
@@ -220,25 +221,28 @@ impl QueuePair {
         &self,
         list: &mut impl Iterator<Item = (u64, SendOp, Buffer)>,
     ) -> Result<(), PostRefused> {
-        let mut result = Ok(());
         self.raw.post_to_sends(|poster| {
-            for (id, op, buffer) in list {
-                result = self.post(id, buffer, &self.sends, |wr_id, list, bring| {
-                    let wr = SendWr {
-                        wr_id,
-                        op,
-                        sg_list: &[],
-                        flags: SendFlags::NONE,
-                        to: None,
-                    };
-                    self.raw.post_list(poster, &wr, list, bring)
-                });
-                if result.is_err() {
-                    break;
-                }
-            }
-        });
-        result
+            list.try_for_each(|(id, op, buffer)| self.post_one_send(poster, id, op, buffer))
+        })
+    }
+
+    fn post_one_send(
+        &self,
+        poster: &mut Poster<'_>,
+        id: u64,
+        op: SendOp,
+        buffer: Buffer,
+    ) -> Result<(), PostRefused> {
+        self.post(id, buffer, &self.sends, |wr_id, list, bring| {
+            let wr = SendWr {
+                wr_id,
+                op,
+                sg_list: &[],
+                flags: SendFlags::NONE,
+                to: None,
+            };
+            self.raw.post_list(poster, &wr, list, bring)
+        })
     }
 
     /// Posts to the receive queue.
@@ -246,7 +250,8 @@ impl QueuePair {
     /// # Errors
     /// [`PostRefused`] gives the memory back.
     pub fn post_recv(&self, id: u64, buffer: Buffer) -> Result<(), PostRefused> {
-        self.post_recvs(&mut [(id, buffer)].into_iter())
+        self.raw
+            .post_to_receives(|poster| self.post_one_receive(poster, id, buffer))
     }
 
     /// Posts several, in order.
@@ -257,20 +262,22 @@ impl QueuePair {
         &self,
         list: &mut impl Iterator<Item = (u64, Buffer)>,
     ) -> Result<(), PostRefused> {
-        let mut result = Ok(());
         self.raw.post_to_receives(|poster| {
-            for (id, buffer) in list {
-                result = self.post(id, buffer, &self.recvs, |wr_id, local, bring| {
-                    let wr_id = WrId(wr_id);
-                    self.raw
-                        .post_receive(poster, RecvWr { wr_id, local }, bring)
-                });
-                if result.is_err() {
-                    break;
-                }
-            }
-        });
-        result
+            list.try_for_each(|(id, buffer)| self.post_one_receive(poster, id, buffer))
+        })
+    }
+
+    fn post_one_receive(
+        &self,
+        poster: &mut Poster<'_>,
+        id: u64,
+        buffer: Buffer,
+    ) -> Result<(), PostRefused> {
+        self.post(id, buffer, &self.recvs, |wr_id, local, bring| {
+            let wr_id = WrId(wr_id);
+            self.raw
+                .post_receive(poster, RecvWr { wr_id, local }, bring)
+        })
     }
 
     /// Posts one by `post`, which asks for the bytes of its slot when it has taken the rest.
@@ -296,7 +303,7 @@ impl QueuePair {
         let shared = &self.device.shared;
         // The key of another device's slot could be that of any slot here.
         let is_ours = match &buffer {
-            Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.device.shared, shared),
+            Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.shared, shared),
             _ => true,
         };
         let refuse = |error, buffer| Err(PostRefused { error, buffer });

@@ -42,7 +42,11 @@ impl QueuePair {
 
     /// A kept packet that is to be handed to [`Self::handle_packet`] now.
     #[must_use]
+    #[inline]
     pub fn wants_kept(&self) -> Option<EarlyPacket> {
+        if !self.responder.has_kept() && !self.requester.has_gaps() {
+            return None;
+        }
         let named = |is_response| move |psn| EarlyPacket { is_response, psn };
         let request = self.responder.wants_kept().map(named(false));
         let wanted = request.or_else(|| self.requester.wants_kept().map(named(true)));

@@ -7,6 +7,7 @@ impl QueuePair {
     /// caller that can do without packets what it asks for does so and calls
     /// [`Self::finish_untouched`].
     #[must_use]
+    #[inline]
     pub fn untouched(&self) -> Option<&SendOp> {
         let is_sending = self.is_sending() && self.link.kind == QpKind::Rc;
         self.requester.untouched().filter(|_| is_sending)

@@ -26,6 +26,7 @@ pub(super) struct Packed {
 }
 
 impl Packed {
+    #[inline]
     const fn others(&self) -> usize {
         (self.rest & COUNT).saturating_sub(1) as usize
     }
@@ -41,11 +42,13 @@ pub(super) struct Lists {
 
 impl Lists {
     /// The list of a request that goes to the end of the queue.
+    #[inline]
     pub fn push_back(&mut self, list: &SgList) -> Packed {
         let place = self.begin.wrapping_add(self.others.len() as u32);
-        let packed = packed(list, place);
-        self.others.extend(list.elements().iter().skip(1));
-        packed
+        if let Some((_, others @ [_, ..])) = list.elements().split_first() {
+            self.others.extend(others);
+        }
+        packed(list, place)
     }
 
     /// The same at the front.
@@ -58,6 +61,7 @@ impl Lists {
     }
 
     /// The list of the request at the front, which leaves the queue.
+    #[inline]
     pub fn pop_front(&mut self, packed: &Packed) -> SgList {
         let list = self.list(packed);
         self.drop_front(packed);
@@ -65,6 +69,7 @@ impl Lists {
     }
 
     /// The same for one that nobody looks at any more.
+    #[inline]
     pub fn drop_front(&mut self, packed: &Packed) {
         let count = packed.others();
         if count > 0 {
@@ -74,7 +79,12 @@ impl Lists {
     }
 
     /// The whole list.
+    #[inline]
     pub fn list(&self, packed: &Packed) -> SgList {
+        if packed.others() == 0 {
+            // Most lists.
+            return SgList::of_first(packed.first, packed.rest & COUNT, packed.total);
+        }
         let mut elements = [Sge::default(); super::SGE_MAX];
         let mut count = 0;
         for (slot, sge) in elements.iter_mut().zip(self.elements(packed)) {
@@ -85,10 +95,16 @@ impl Lists {
     }
 
     /// As [`SgList::slice`].
+    #[inline]
     pub fn slice(&self, packed: &Packed, offset: u32, len: u32) -> Fragments {
+        if packed.others() == 0 {
+            let first = (packed.rest & COUNT != 0).then_some(packed.first);
+            return slice(first.into_iter(), offset, len);
+        }
         slice(self.elements(packed), offset, len)
     }
 
+    #[inline]
     fn elements(&self, packed: &Packed) -> impl Iterator<Item = Sge> {
         let place = (packed.rest >> COUNT_BITS).wrapping_sub(self.begin) & PLACE;
         let is_empty = packed.rest & COUNT == 0;
@@ -127,6 +143,7 @@ impl Receives {
         self.queue.is_empty()
     }
 
+    #[inline]
     pub fn push_back(&mut self, wr: RecvWr) {
         let packed = self.lists.push_back(&wr.local);
         self.queue.push_back((wr.wr_id, packed));
@@ -137,6 +154,7 @@ impl Receives {
         self.queue.push_front((wr.wr_id, packed));
     }
 
+    #[inline]
     pub fn pop_front(&mut self) -> Option<RecvWr> {
         let (wr_id, packed) = self.queue.pop_front()?;
         let local = self.lists.pop_front(&packed);
@@ -149,6 +167,7 @@ impl Receives {
     }
 }
 
+#[inline]
 fn packed(list: &SgList, place: u32) -> Packed {
     let elements = list.elements();
     Packed {

@@ -63,7 +63,13 @@ impl SgList {
     /// # Errors
     ///
     /// [`TooManySges`] beyond the limits above.
+    #[inline]
     pub fn new(elements: &[Sge]) -> Result<Self, TooManySges> {
+        if let [Sge { lkey, addr, len }] = *elements
+            && len <= crate::wire::MESSAGE_LEN_MAX
+        {
+            return Ok(Self::one(lkey, addr, len));
+        }
         let mut list = Self::EMPTY;
         if elements.len() > SGE_MAX {
             return Err(TooManySges);
@@ -87,6 +93,7 @@ impl SgList {
     ///
     /// If `len` exceeds 2^31: a bug of the caller.
     #[must_use]
+    #[inline]
     pub fn one(lkey: Lkey, addr: u64, len: u32) -> Self {
         assert!(len <= crate::wire::MESSAGE_LEN_MAX);
         let mut list = Self::EMPTY;
@@ -96,26 +103,40 @@ impl SgList {
         list
     }
 
+    /// The list of `first` if `count` is 1, and of nothing if it is 0.
+    #[inline]
+    pub(super) const fn of_first(first: Sge, count: u32, total: u32) -> Self {
+        let mut list = Self::EMPTY;
+        list.elements[0] = first;
+        list.count = count as u8;
+        list.total = total;
+        list
+    }
+
     /// The pieces.
     #[must_use]
+    #[inline]
     pub fn elements(&self) -> &[Sge] {
         &self.elements[..usize::from(self.count)]
     }
 
     /// Bytes in all.
     #[must_use]
+    #[inline]
     pub const fn total(&self) -> u32 {
         self.total
     }
 
     /// The fragments that hold bytes `offset` to `offset + len`, as far as the list reaches.
     #[must_use]
+    #[inline]
     pub fn slice(&self, offset: u32, len: u32) -> Fragments {
         slice(self.elements().iter().copied(), offset, len)
     }
 }
 
 /// The fragments of a list that hold bytes `offset` to `offset + len`, as far as it reaches.
+#[inline]
 pub(super) fn slice(list: impl Iterator<Item = Sge>, offset: u32, len: u32) -> Fragments {
     let mut fragments = Fragments::EMPTY;
     let (mut skip, mut left) = (offset, len);
@@ -164,6 +185,7 @@ pub struct Fragment {
 pub struct Fragments {
     list: [Fragment; SGE_MAX],
     count: u8,
+    total: u32,
 }
 
 impl Fragments {
@@ -175,24 +197,29 @@ impl Fragments {
             len: 0,
         }; SGE_MAX],
         count: 0,
+        total: 0,
     };
 
     /// Append; a list is made from at most [`SGE_MAX`] elements, so there is room.
+    #[inline]
     pub(crate) fn push(&mut self, fragment: Fragment) {
         self.list[usize::from(self.count)] = fragment;
         self.count += 1;
+        self.total += fragment.len;
     }
 
     /// The fragments.
     #[must_use]
+    #[inline]
     pub fn as_slice(&self) -> &[Fragment] {
         &self.list[..usize::from(self.count)]
     }
 
     /// Bytes in all.
     #[must_use]
-    pub fn total(&self) -> u32 {
-        self.as_slice().iter().map(|f| f.len).sum()
+    #[inline]
+    pub const fn total(&self) -> u32 {
+        self.total
     }
 }
 

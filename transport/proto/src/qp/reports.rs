@@ -53,8 +53,18 @@ impl Reports {
         self.events |= 1 << event as u8;
     }
 
+    /// Whether there is anything to poll.
+    #[inline]
+    pub fn is_any(&self) -> bool {
+        self.events != 0 || !self.completions.is_empty()
+    }
+
+    #[inline]
     pub fn poll_event(&mut self) -> Option<QpEvent> {
         let events = self.events;
+        if events == 0 {
+            return None;
+        }
         let is_raised = |event: &QpEvent| events & (1 << *event as u8) != 0;
         let event = QpEvent::ALL.iter().copied().find(is_raised)?;
         self.events &= !(1 << event as u8);
@@ -67,6 +77,7 @@ impl Reports {
         (self.sends, self.recvs, self.events) = (0, 0, 0);
     }
 
+    #[inline]
     pub fn complete(&mut self, completion: Completion) {
         let is_received = completion.kind.is_recv() && completion.status == Status::Success;
         self.counters.rdma_recvs += u64::from(is_received);
@@ -89,6 +100,7 @@ impl Reports {
         });
     }
 
+    #[inline]
     pub fn poll(&mut self) -> Option<Completion> {
         let waiting = self.completions.pop_front()?;
         *(if waiting.kind.is_recv() {

@@ -165,22 +165,29 @@ impl Requester {
         };
     }
 
+    #[inline]
     pub fn posted(&self) -> u32 {
         self.queue.len() as u32
     }
 
+    #[inline]
     pub fn in_flight(&self) -> u32 {
+        if !self.is_tracking && !self.has_gaps {
+            return self.span();
+        }
         let requests = self.board().map_or(0, Board::absent);
         let answers = self.gaps().map_or(0, |gaps| gaps.absent(self.una));
         self.span().saturating_sub(requests + answers)
     }
 
     /// Packets between the oldest that is not acknowledged and the next new one.
+    #[inline]
     fn span(&self) -> u32 {
         // Bounded by the window and one READ of 2^23 packets.
         self.next.saturating_sub(self.una) as u32
     }
 
+    #[inline]
     pub fn can_send(&self, timers: &TimerTable) -> bool {
         self.probe_due
             || self.has_lost()
@@ -192,6 +199,7 @@ impl Requester {
     }
 
     /// Whether exactly one packet can be sent.
+    #[inline]
     pub fn has_one_packet(&self, timers: &TimerTable) -> bool {
         self.next + 1 == self.end
             && !self.probe_due
@@ -233,6 +241,7 @@ impl Requester {
         self.drain_at.is_some_and(|end| self.una >= end)
     }
 
+    #[inline]
     pub fn post(&mut self, wr: SendWr, link: &Link, out: &Reports) -> Result<(), PostError> {
         if !wr.suits(link.kind) {
             return Err(PostError::Invalid);
@@ -265,6 +274,7 @@ impl Requester {
 
     // Sending.
 
+    #[inline]
     pub fn poll_transmit(
         &mut self,
         now: Nanos,
@@ -294,18 +304,19 @@ impl Requester {
         if self.span() >= WINDOW || timers.is_set(Timer::RnrWait) || self.is_held_back() {
             return None;
         }
-        let wqe = *self.queue.get(self.cursor)?;
+        let wqe = self.queue.get(self.cursor)?;
         if wqe.is_waiting() {
             return None;
         }
-        let ack_req = self.next + 1 == wqe.end()
+        let (end, wants_response) = (wqe.end(), wqe.wants_response());
+        let ack_req = self.next + 1 == end
             || self.since_ack_req + 1 >= self.ack_req_interval()
             || self.span() + 1 >= WINDOW
-            || wqe.wants_response();
+            || wants_response;
         let seq = self.next;
-        let (mut transmit, psns) = self.build(&wqe, seq, u64::MAX, ack_req, link);
+        let (mut transmit, psns) = self.build(wqe, seq, u64::MAX, ack_req, link);
         self.since_ack_req = if ack_req { 0 } else { self.since_ack_req + 1 };
-        self.reads_out += u32::from(wqe.wants_response());
+        self.reads_out += u32::from(wants_response);
         if self.next < self.high {
             transmit.is_retransmission = true;
             out.counters.retransmitted_pkts += 1;
@@ -317,7 +328,7 @@ impl Requester {
         }
         self.next += u64::from(psns);
         self.high = self.high.max(self.next);
-        if self.next == wqe.end() {
+        if self.next == end {
             self.cursor += 1;
             self.skip_done();
         }
@@ -328,6 +339,7 @@ impl Requester {
     }
 
     /// Whether the request at the cursor must wait for READs or atomics before it, or may not start.
+    #[inline]
     fn is_held_back(&self) -> bool {
         let Some(wqe) = self.queue.get(self.cursor) else {
             return false;
@@ -339,17 +351,26 @@ impl Requester {
 
     /// The packet of sequence number `seq`, and how many it stands for. A READ asks for what lies before
     /// `end`, as far as its chunk reaches.
+    #[inline]
     fn build(&self, wqe: &Wqe, seq: u64, end: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
-        let chunk = wqe.read_packets((seq - wqe.first) as u32, self.attr.read_chunk_packets);
-        let answers = u64::from(chunk).min(end - seq) as u32;
+        let answers = match wqe.op {
+            SendOp::Read(_) => {
+                let index = (seq - wqe.first) as u32;
+                let chunk = wqe.read_packets(index, self.attr.read_chunk_packets);
+                u64::from(chunk).min(end - seq) as u32
+            }
+            _ => 1,
+        };
         wqe.packet(seq, self.psn(seq), ack_req, answers, link, &self.lists)
     }
 
+    #[inline]
     fn psn(&self, seq: u64) -> Psn {
         self.attr.sq_psn.plus((seq & u64::from(Psn::MASK)) as u32)
     }
 
     /// Start the timers that are not running, if anything is unacknowledged.
+    #[inline]
     fn arm(&mut self, now: Nanos, timers: &mut TimerTable) {
         if self.una >= self.next {
             return;
@@ -433,6 +454,7 @@ impl Requester {
     }
 
     /// An ACK, NAK or RNR NAK of packet `seq`.
+    #[inline]
     fn handle_acknowledge(
         &mut self,
         now: Nanos,
@@ -485,6 +507,7 @@ impl Requester {
     }
 
     /// Everything before `end` is acknowledged, as far as no READ or atomic stands in between.
+    #[inline]
     fn acknowledge(&mut self, end: u64, link: &Link, out: &mut Reports) {
         let una = self.una;
         while self.una < end {
@@ -504,6 +527,7 @@ impl Requester {
         self.catch_up();
     }
 
+    #[inline]
     fn finish_front(&mut self, link: &Link, out: &mut Reports) {
         let Some(wqe) = self.queue.pop_front() else {
             return;
@@ -517,6 +541,7 @@ impl Requester {
     }
 
     /// A late answer may acknowledge what we were about to send again.
+    #[inline]
     fn catch_up(&mut self) {
         if self.next <= self.una {
             self.next = self.una;
@@ -526,6 +551,7 @@ impl Requester {
     }
 
     /// Something was acknowledged: counters and timers start afresh.
+    #[inline]
     fn progress(&mut self, now: Nanos, timers: &mut TimerTable) {
         self.is_excused = false;
         self.retries_left = self.attr.retry_cnt;

@@ -138,18 +138,22 @@ impl Responder {
         self.expected
     }
 
+    #[inline]
     pub fn receives_posted(&self) -> u32 {
         self.recv.len() as u32
     }
 
+    #[inline]
     pub fn has_answers(&self) -> bool {
         !self.answers.is_empty()
     }
 
+    #[inline]
     pub fn owes_one_ack(&self) -> bool {
         self.answers.is_one_ack()
     }
 
+    #[inline]
     pub fn post(&mut self, wr: RecvWr, out: &Reports) -> Result<(), PostError> {
         if self.is_shared {
             return Err(PostError::Invalid);
@@ -181,6 +185,12 @@ impl Responder {
         let ahead = psn.offset_from(self.expected);
         self.kept |= 1u128.checked_shl(ahead).unwrap_or(0);
         self.complain(link, out);
+    }
+
+    /// Whether the caller keeps any.
+    #[inline]
+    pub fn has_kept(&self) -> bool {
+        self.kept != 0
     }
 
     pub fn wants_kept(&self) -> Option<Psn> {
@@ -368,48 +378,37 @@ impl Responder {
     ) -> Result<u32, Refusal> {
         let (payload, position) = (packet.payload(), packet.row().position);
         check_segment(payload.len(), position, link)?;
-        if position.starts() {
-            self.fetch_receive(memory);
-            let wr = self.recv.pop_front().ok_or(Refusal::Rnr)?;
-            self.open = Open::Send { wr, filled: 0 };
-        }
-        let Open::Send { wr, filled } = self.open else {
-            return Err(INVALID);
+        let (wr, filled) = match (position.starts(), &self.open) {
+            (true, _) => {
+                self.fetch_receive(memory);
+                (self.recv.pop_front().ok_or(Refusal::Rnr)?, 0)
+            }
+            (false, Open::Send { wr, filled }) => (*wr, *filled),
+            (false, _) => return Err(INVALID),
         };
-        let len = payload.len() as u32;
-        if len > wr.local.total() - filled {
-            return Err(Refusal::NakRecv(
-                NakCode::InvalidRequest,
-                Status::LocalLength,
-            ));
-        }
-        let mut rest = payload;
-        for fragment in wr.local.slice(filled, len).as_slice() {
-            let (piece, tail) = rest.split_at(fragment.len as usize);
-            memory.place(*fragment, piece).map_err(|AccessError| {
-                Refusal::NakRecv(NakCode::RemoteOperational, Status::LocalProtection)
-            })?;
-            rest = tail;
-        }
-        let filled = filled + len;
-        self.open = Open::Send { wr, filled };
-        if !position.ends() {
-            return Ok(1);
-        }
-        let invalidated = match packet.extension() {
-            Extension::Ieth(rkey) => Some(Rkey(rkey)),
-            _ => None,
+        let placed = place_segment(&wr, filled, payload, memory);
+        let filled = filled + payload.len() as u32;
+        let (imm, invalidated) = match packet.extension() {
+            Extension::Imm(imm) => (Some(imm), None),
+            Extension::Ieth(rkey) => (None, Some(Rkey(rkey))),
+            _ => (None, None),
         };
-        if let Some(rkey) = invalidated {
-            memory.invalidate(rkey).map_err(|AccessError| {
+        let done = placed.and_then(|()| match invalidated {
+            Some(rkey) => memory.invalidate(rkey).map_err(|AccessError| {
                 Refusal::NakRecv(NakCode::RemoteAccess, Status::LocalProtection)
-            })?;
+            }),
+            None => Ok(()),
+        });
+        if done.is_err() || !position.ends() {
+            // In use, still or to be failed.
+            self.open = Open::Send { wr, filled };
+            return done.map(|()| 1);
         }
         self.open = Open::None;
         self.count_message();
         out.complete(Completion {
             byte_len: filled,
-            imm: packet.imm(),
+            imm,
             invalidated,
             solicited: packet.solicited(),
             ..recv_completion(wr.wr_id, Status::Success, link)
@@ -509,6 +508,7 @@ impl Responder {
         self.msn = (self.msn + 1) & 0x00ff_ffff;
     }
 
+    #[inline]
     fn acknowledge_if_due(&mut self, packet: &Packet<'_>) {
         if matches!(
             packet.row().kind,
@@ -527,6 +527,7 @@ impl Responder {
     }
 
     /// An ACK of everything executed.
+    #[inline]
     fn acknowledge(&mut self) {
         self.unacknowledged = 0;
         self.answers.acknowledge(self.expected.minus(1), self.msn);
@@ -566,9 +567,35 @@ impl Responder {
     }
 
     /// The next answer, if there is one and `allow` admits it.
+    #[inline]
     pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
         self.answers.poll_transmit(allow, link)
     }
+}
+
+/// Puts a SEND's packet where it belongs in its receive, of which so many bytes are filled.
+fn place_segment(
+    wr: &RecvWr,
+    filled: u32,
+    payload: &[u8],
+    memory: &mut impl Memory,
+) -> Result<(), Refusal> {
+    let len = payload.len() as u32;
+    if len > wr.local.total() - filled {
+        return Err(Refusal::NakRecv(
+            NakCode::InvalidRequest,
+            Status::LocalLength,
+        ));
+    }
+    let mut rest = payload;
+    for fragment in wr.local.slice(filled, len).as_slice() {
+        let (piece, tail) = rest.split_at(fragment.len as usize);
+        memory.place(*fragment, piece).map_err(|AccessError| {
+            Refusal::NakRecv(NakCode::RemoteOperational, Status::LocalProtection)
+        })?;
+        rest = tail;
+    }
+    Ok(())
 }
 
 /// A SEND's packet must be full unless it ends the message, which must not exceed the MTU.

@@ -36,10 +36,12 @@ pub(super) struct TimerTable {
 }
 
 impl TimerTable {
+    #[inline]
     pub fn set(&mut self, timer: Timer, due: Nanos) {
         self.due[timer as usize] = Some(due);
     }
 
+    #[inline]
     pub fn stop(&mut self, timer: Timer) {
         self.due[timer as usize] = None;
     }
@@ -48,11 +50,13 @@ impl TimerTable {
         self.due = [None; Timer::ALL.len()];
     }
 
+    #[inline]
     pub fn is_set(&self, timer: Timer) -> bool {
         self.due[timer as usize].is_some()
     }
 
     /// The earliest due time.
+    #[inline]
     pub fn next(&self) -> Option<Nanos> {
         self.due.iter().flatten().min().copied()
     }
@@ -85,6 +89,7 @@ impl RoundTrip {
         }
     }
 
+    #[inline]
     pub fn sample(&mut self, rtt: Nanos) {
         if self.measured {
             let error = rtt.0.abs_diff(self.smoothed.0);
@@ -105,6 +110,7 @@ impl RoundTrip {
     }
 
     /// How long after the last progress the next probe goes out.
+    #[inline]
     pub fn probe_after(&self, is_lossy: bool) -> Nanos {
         let min = if is_lossy { PROBE_MIN_LOSSY } else { PROBE_MIN };
         let base = (self.smoothed.0 + 4 * self.variation.0).max(min.0);

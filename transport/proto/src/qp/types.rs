@@ -182,12 +182,14 @@ pub struct Transmit {
 impl Transmit {
     /// BTH and extension headers.
     #[must_use]
+    #[inline]
     pub fn header(&self) -> &[u8] {
         &self.header[..usize::from(self.header_len)]
     }
 
     /// Payload bytes.
     #[must_use]
+    #[inline]
     pub fn payload_len(&self) -> u32 {
         self.payload.total()
     }
@@ -203,14 +205,14 @@ impl Transmit {
 }
 
 /// Put `header` in front of `payload`, with the pad the payload needs.
+#[inline]
 pub(super) fn transmit(mut header: crate::wire::Header, payload: Fragments) -> Transmit {
     header.pad = crate::wire::pad_len(payload.total() as usize) as u8;
     let is_response = header.opcode.is_response();
-    let mut bytes = [0; HEADER_LEN_MAX];
-    let header_len = header.emit(&mut bytes) as u8;
+    let (bytes, len) = header.bytes();
     Transmit {
         header: bytes,
-        header_len,
+        header_len: len as u8,
         psn: header.psn,
         payload,
         pad: header.pad,

@@ -341,6 +341,12 @@ impl UdQueuePair {
         self.out.poll_event()
     }
 
+    /// Whether there is a completion or an event to poll.
+    #[must_use]
+    pub fn has_reports(&self) -> bool {
+        self.out.is_any()
+    }
+
     /// The next completion.
     pub fn poll_completion(&mut self) -> Option<Completion> {
         self.out.poll()

@@ -80,6 +80,7 @@ impl Feth {
 
     /// Visible to everybody, kept over a power loss, for the whole region and not a range.
     #[must_use]
+    #[inline]
     pub const fn new(global: bool, persistent: bool, whole_region: bool) -> Self {
         let mut bits = 0;
         if global {
@@ -132,6 +133,7 @@ impl RnrTimer {
 
     /// The low five bits of `code`.
     #[must_use]
+    #[inline]
     pub const fn new(code: u8) -> Self {
         Self(code & 0x1f)
     }
@@ -278,6 +280,7 @@ pub struct Header {
 impl Header {
     /// A header with the default P_Key, no pad and all flags clear.
     #[must_use]
+    #[inline]
     pub const fn new(opcode: Opcode, dest: Qpn, psn: Psn, extension: Extension) -> Self {
         Self {
             opcode,
@@ -308,81 +311,103 @@ impl Header {
     /// If the extension does not have the opcode's shape, `pad` exceeds 3, or `out` is shorter than
     /// [`Self::len`]: bugs of the caller.
     pub fn emit(&self, out: &mut [u8]) -> usize {
-        assert_eq!(self.extension.shape(), self.opcode.row().shape);
+        let (bytes, len) = self.bytes();
+        out[..len].copy_from_slice(&bytes[..len]);
+        len
+    }
+
+    /// The header as it goes on the wire, and its length.
+    ///
+    /// # Panics
+    ///
+    /// If the extension does not have the opcode's shape or `pad` exceeds 3.
+    #[must_use]
+    #[inline]
+    pub fn bytes(&self) -> ([u8; HEADER_LEN_MAX], usize) {
+        let shape = self.opcode.row().shape;
+        assert_eq!(self.extension.shape(), shape);
         assert!(self.pad <= 3);
-        let len = self.len();
-        let out = &mut out[..len];
+        let mut out = [0; HEADER_LEN_MAX];
         out[field::OPCODE] = self.opcode.code();
         out[field::FLAGS] =
             u8::from(self.solicited) << 7 | u8::from(self.mig_req) << 6 | self.pad << 4;
         out[field::PKEY..field::RESV8A].copy_from_slice(&self.pkey.to_be_bytes());
         out[field::RESV8A] = u8::from(self.fecn) << 7 | u8::from(self.becn) << 6;
-        put24(out, field::DEST_QPN, self.dest.value());
+        put24(&mut out, field::DEST_QPN, self.dest.value());
         out[field::ACK_REQ] = u8::from(self.ack_req) << 7;
-        put24(out, field::PSN, self.psn.value());
-        self.emit_extension(&mut out[field::EXTENSION..]);
-        len
+        put24(&mut out, field::PSN, self.psn.value());
+        self.put_extension(&mut out);
+        (out, shape.header_len())
     }
 
-    fn emit_extension(&self, out: &mut [u8]) {
+    #[inline]
+    fn put_extension(&self, out: &mut Bytes) {
+        const AT: usize = field::EXTENSION;
         match self.extension {
-            Extension::Bare => {}
-            Extension::Imm(word) | Extension::Ieth(word) => put32(out, 0, word),
-            Extension::Reth(reth) => put_reth(out, reth),
+            Extension::Bare | Extension::Cnp => {} // the sixteen bytes of a CNP are zero
+            Extension::Imm(word) | Extension::Ieth(word) => put32(out, AT, word),
+            Extension::Reth(reth) => put_reth(out, AT, reth),
             Extension::RethImm(reth, imm) => {
-                put_reth(out, reth);
-                put32(out, 16, imm);
+                put_reth(out, AT, reth);
+                put32(out, AT + 16, imm);
             }
             Extension::Aeth(aeth) => put_aeth(out, aeth),
             Extension::AtomicAck(aeth, original) => {
                 put_aeth(out, aeth);
-                put64(out, 4, original);
+                put64(out, AT + 4, original);
             }
             Extension::Atomic(atomic) => {
-                put64(out, 0, atomic.va);
-                put32(out, 8, atomic.rkey);
-                put64(out, 12, atomic.swap_add);
-                put64(out, 20, atomic.compare);
+                put64(out, AT, atomic.va);
+                put32(out, AT + 8, atomic.rkey);
+                put64(out, AT + 12, atomic.swap_add);
+                put64(out, AT + 20, atomic.compare);
             }
             Extension::Deth(deth) => put_deth(out, deth),
             Extension::DethImm(deth, imm) => {
                 put_deth(out, deth);
-                put32(out, 8, imm);
+                put32(out, AT + 8, imm);
             }
             Extension::FethReth(feth, reth) => {
-                put32(out, 0, feth.bits);
-                put_reth(&mut out[4..], reth);
+                put32(out, AT, feth.bits);
+                put_reth(out, AT + 4, reth);
             }
-            Extension::Cnp => out.fill(0),
         }
     }
 }
 
-fn put24(out: &mut [u8], at: usize, value: u32) {
+/// Room for any header: what is written to it at fixed places needs no check.
+type Bytes = [u8; HEADER_LEN_MAX];
+
+#[inline]
+fn put24(out: &mut Bytes, at: usize, value: u32) {
     out[at..at + 3].copy_from_slice(&value.to_be_bytes()[1..]);
 }
 
-fn put32(out: &mut [u8], at: usize, value: u32) {
+#[inline]
+fn put32(out: &mut Bytes, at: usize, value: u32) {
     out[at..at + 4].copy_from_slice(&value.to_be_bytes());
 }
 
-fn put64(out: &mut [u8], at: usize, value: u64) {
+#[inline]
+fn put64(out: &mut Bytes, at: usize, value: u64) {
     out[at..at + 8].copy_from_slice(&value.to_be_bytes());
 }
 
-fn put_reth(out: &mut [u8], reth: Reth) {
-    put64(out, 0, reth.va);
-    put32(out, 8, reth.rkey);
-    put32(out, 12, reth.len);
+#[inline]
+fn put_reth(out: &mut Bytes, at: usize, reth: Reth) {
+    put64(out, at, reth.va);
+    put32(out, at + 8, reth.rkey);
+    put32(out, at + 12, reth.len);
 }
 
-fn put_aeth(out: &mut [u8], aeth: Aeth) {
-    out[0] = aeth.syndrome.byte();
-    put24(out, 1, aeth.msn & 0x00ff_ffff);
+#[inline]
+fn put_aeth(out: &mut Bytes, aeth: Aeth) {
+    out[field::EXTENSION] = aeth.syndrome.byte();
+    put24(out, field::EXTENSION + 1, aeth.msn & 0x00ff_ffff);
 }
 
-fn put_deth(out: &mut [u8], deth: Deth) {
-    put32(out, 0, deth.qkey);
-    out[4] = 0;
-    put24(out, 5, deth.source.value());
+#[inline]
+fn put_deth(out: &mut Bytes, deth: Deth) {
+    put32(out, field::EXTENSION, deth.qkey);
+    put24(out, field::EXTENSION + 5, deth.source.value());
 }

@@ -104,6 +104,7 @@ pub enum Shape {
 impl Shape {
     /// Length of BTH and chain, bytes.
     #[must_use]
+    #[inline]
     pub const fn header_len(self) -> usize {
         BTH_LEN
             + match self {
@@ -136,6 +137,7 @@ pub enum PayloadRule {
 impl PayloadRule {
     /// Whether `len` bytes with `pad` pad bytes can be right for some path MTU.
     #[must_use]
+    #[inline]
     pub const fn admits(self, len: usize, pad: usize) -> bool {
         match self {
             Self::None => len == 0 && pad == 0,
@@ -245,6 +247,7 @@ const INDEX: [u8; 256] = {
 impl Opcode {
     /// The opcode with this code, if there is one.
     #[must_use]
+    #[inline]
     pub const fn from_code(code: u8) -> Option<Self> {
         match INDEX[code as usize] {
             0 => None,
@@ -260,6 +263,7 @@ impl Opcode {
 
     /// Everything the table says about it.
     #[must_use]
+    #[inline]
     pub const fn row(self) -> &'static Row {
         // Every variant has a row: both come from one list.
         &OPCODES[INDEX[self as usize] as usize - 1]
@@ -267,9 +271,19 @@ impl Opcode {
 
     /// Whether the packet answers a request (and so goes to the requester half).
     #[must_use]
+    #[inline]
     pub const fn is_response(self) -> bool {
+        self.row().is_response()
+    }
+}
+
+impl Row {
+    /// Whether such a packet answers a request.
+    #[must_use]
+    #[inline]
+    pub const fn is_response(&self) -> bool {
         matches!(
-            self.row().kind,
+            self.kind,
             Kind::ReadResponse | Kind::Acknowledge | Kind::AtomicAcknowledge
         )
     }

@@ -29,7 +29,8 @@ pub enum Malformed {
 #[derive(Clone, Copy, Debug)]
 pub struct Packet<'a> {
     bytes: &'a [u8],
-    opcode: Opcode,
+    /// The opcode's row of the table.
+    row: &'static Row,
     /// Length of BTH and extension headers.
     header_len: usize,
     /// Where the payload ends and the pad begins.
@@ -42,6 +43,7 @@ impl<'a> Packet<'a> {
     /// # Errors
     ///
     /// [`Malformed`], naming the first rule broken.
+    #[inline]
     pub fn new_checked(udp_payload: &'a [u8]) -> Result<Self, Malformed> {
         let bytes = udp_payload;
         if bytes.len() < BTH_LEN + ICRC_LEN {
@@ -69,7 +71,7 @@ impl<'a> Packet<'a> {
         }
         Ok(Self {
             bytes,
-            opcode,
+            row,
             header_len,
             payload_end,
         })
@@ -77,18 +79,21 @@ impl<'a> Packet<'a> {
 
     /// Opcode.
     #[must_use]
+    #[inline]
     pub const fn opcode(&self) -> Opcode {
-        self.opcode
+        self.row.opcode
     }
 
     /// The opcode's row of the table.
     #[must_use]
+    #[inline]
     pub const fn row(&self) -> &'static Row {
-        self.opcode.row()
+        self.row
     }
 
     /// Solicited event bit.
     #[must_use]
+    #[inline]
     pub fn solicited(&self) -> bool {
         self.bytes[field::FLAGS] & 0x80 != 0
     }
@@ -107,6 +112,7 @@ impl<'a> Packet<'a> {
 
     /// Partition key.
     #[must_use]
+    #[inline]
     pub fn pkey(&self) -> u16 {
         u16::from_be_bytes([self.bytes[field::PKEY], self.bytes[field::PKEY + 1]])
     }
@@ -125,26 +131,30 @@ impl<'a> Packet<'a> {
 
     /// Destination queue pair.
     #[must_use]
+    #[inline]
     pub fn dest(&self) -> Qpn {
         Qpn::new(self.u24(field::DEST_QPN))
     }
 
     /// AckReq bit.
     #[must_use]
+    #[inline]
     pub fn ack_req(&self) -> bool {
         self.bytes[field::ACK_REQ] & 0x80 != 0
     }
 
     /// Packet sequence number.
     #[must_use]
+    #[inline]
     pub fn psn(&self) -> Psn {
         Psn::new(self.u24(field::PSN))
     }
 
     /// The headers after the BTH.
     #[must_use]
+    #[inline]
     pub fn extension(&self) -> Extension {
-        match self.row().shape {
+        match self.row.shape {
             Shape::Bare => Extension::Bare,
             Shape::Imm => Extension::Imm(self.u32(BTH_LEN)),
             Shape::Ieth => Extension::Ieth(self.u32(BTH_LEN)),
@@ -183,6 +193,7 @@ impl<'a> Packet<'a> {
 
     /// The AETH, if the opcode has one.
     #[must_use]
+    #[inline]
     pub fn aeth(&self) -> Option<Aeth> {
         match self.extension() {
             Extension::Aeth(aeth) | Extension::AtomicAck(aeth, _) => Some(aeth),
@@ -192,6 +203,7 @@ impl<'a> Packet<'a> {
 
     /// The immediate data, if the opcode has it.
     #[must_use]
+    #[inline]
     pub fn imm(&self) -> Option<u32> {
         match self.extension() {
             Extension::Imm(imm) | Extension::RethImm(_, imm) | Extension::DethImm(_, imm) => {
@@ -205,7 +217,7 @@ impl<'a> Packet<'a> {
     #[must_use]
     pub fn header(&self) -> Header {
         Header {
-            opcode: self.opcode,
+            opcode: self.opcode(),
             solicited: self.solicited(),
             mig_req: self.mig_req(),
             pad: self.pad(),
@@ -227,12 +239,14 @@ impl<'a> Packet<'a> {
 
     /// The payload without its pad.
     #[must_use]
+    #[inline]
     pub fn payload(&self) -> &'a [u8] {
         &self.bytes[self.header_len..self.payload_end]
     }
 
     /// Where in the UDP payload the payload lies: for a caller that hands buffers on in place.
     #[must_use]
+    #[inline]
     pub const fn payload_range(&self) -> core::ops::Range<usize> {
         self.header_len..self.payload_end
     }
@@ -262,10 +276,13 @@ impl<'a> Packet<'a> {
         self.bytes.len()
     }
 
+    #[inline]
     fn u24(&self, at: usize) -> u32 {
-        u32::from_be_bytes([0, self.bytes[at], self.bytes[at + 1], self.bytes[at + 2]])
+        let b = &self.bytes[at..at + 3];
+        u32::from_be_bytes([0, b[0], b[1], b[2]])
     }
 
+    #[inline]
     fn u32(&self, at: usize) -> u32 {
         let b = &self.bytes[at..at + 4];
         u32::from_be_bytes([b[0], b[1], b[2], b[3]])
@@ -283,6 +300,7 @@ impl<'a> Packet<'a> {
         }
     }
 
+    #[inline]
     fn aeth_at(&self, at: usize) -> Aeth {
         Aeth {
             syndrome: Syndrome::from_byte(self.bytes[at]),

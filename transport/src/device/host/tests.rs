@@ -81,9 +81,8 @@ impl Side {
         let now = self.device.now();
         self.device.attend();
         self.device.receive_host(&mut self.batch);
-        for (source, range) in &self.batch.records {
-            let bytes = &self.batch.bytes[range.clone()];
-            let input = self.device.handle_host(now, *source, bytes);
+        for (source, bytes) in self.batch.packets() {
+            let input = self.device.handle_host(now, source, bytes);
             if let Some(id) = input.queue_pair() {
                 while let Some((_, datagram)) = self.device.handle_kept(now, id) {
                     self.device.give_back(datagram);

@@ -36,15 +36,14 @@ impl EndpointCtx {
             return true;
         };
         let is_drained = device.receive_host(batch);
-        for (source, range) in &batch.records {
+        for (source, packet) in batch.packets() {
             let Some(device) = self.device.soft() else {
                 break;
             };
-            let packet = &batch.bytes[range.clone()];
-            let input = device.handle_host(now, *source, packet);
+            let input = device.handle_host(now, source, packet);
             let id = input.queue_pair();
-            self.take(now, *source, packet, input, handler);
-            self.take_kept(now, *source, id, handler);
+            self.take(now, source, packet, input, handler);
+            self.take_kept(now, source, id, handler);
         }
         if is_drained && let Some(device) = self.device.soft() {
             device.bury();

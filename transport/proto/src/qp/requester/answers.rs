@@ -160,8 +160,15 @@ impl Requester {
             .first_lost(usize::from(self.attr.max_rd_atomic.max(1)))
     }
 
+    #[inline]
     pub(super) fn has_missing(&self) -> bool {
-        self.first_missing().is_some()
+        self.has_gaps && self.first_missing().is_some()
+    }
+
+    /// Whether answers are missing.
+    #[inline]
+    pub fn has_gaps(&self) -> bool {
+        self.has_gaps
     }
 
     pub(super) fn gaps(&self) -> Option<&Gaps> {

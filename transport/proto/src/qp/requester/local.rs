@@ -45,6 +45,7 @@ impl Requester {
     }
 
     /// Complete what was done at this end and stands at the front.
+    #[inline]
     pub(super) fn finish_done(&mut self, link: &Link, out: &mut Reports) {
         while self.queue.front().is_some_and(|wqe| wqe.is_done) {
             self.finish_front(link, out);
@@ -53,11 +54,14 @@ impl Requester {
 
     /// The request at the front, if all before it is finished, nothing of it has been sent, and it may
     /// start.
+    #[inline]
     pub fn untouched(&self) -> Option<&SendOp> {
+        if self.una != self.next || self.next != self.high || self.cursor != 0 {
+            return None;
+        }
         let wqe = self.queue.front()?;
-        let is_next = self.una == self.next && self.next == self.high && self.next == wqe.first;
         let is_free = !wqe.is_waiting() && !wqe.is_done && !self.is_held_back();
-        (self.cursor == 0 && is_next && is_free).then_some(&wqe.op)
+        (wqe.first == self.next && is_free).then_some(&wqe.op)
     }
 
     /// The local memory of the request at the front.
@@ -87,6 +91,7 @@ impl Requester {
     }
 
     /// What is sent again passes what need not be done again.
+    #[inline]
     pub(super) fn skip_done(&mut self) {
         while self.queue.get(self.cursor).is_some_and(|wqe| wqe.is_done) {
             self.cursor += 1;

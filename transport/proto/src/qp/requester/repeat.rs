@@ -91,9 +91,9 @@ impl Requester {
         Some(transmit)
     }
 
+    #[inline]
     pub(super) fn has_lost(&self) -> bool {
-        self.board()
-            .is_some_and(|board| board.first_lost().is_some())
+        self.is_tracking && self.board().and_then(Board::first_lost).is_some()
     }
 
     /// Packets after which an ACK is asked for.

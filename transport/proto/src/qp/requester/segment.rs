@@ -66,6 +66,7 @@ impl Wqe {
         }
     }
 
+    #[inline]
     pub const fn kind(&self) -> CompletionKind {
         match self.op {
             SendOp::Send | SendOp::SendImm(_) | SendOp::SendInvalidate(_) => CompletionKind::Send,
@@ -80,6 +81,7 @@ impl Wqe {
         }
     }
 
+    #[inline]
     pub fn completion(&self, status: Status, link: &Link) -> Completion {
         let byte_len = match self.kind() {
             CompletionKind::Read | CompletionKind::CompareSwap | CompletionKind::FetchAdd => {
@@ -101,6 +103,7 @@ impl Wqe {
 
     /// The packet that stands for sequence number `seq`, with this PSN, and how many PSNs it
     /// takes. A READ asks for so many packets (`answers`).
+    #[inline]
     pub fn packet(
         &self,
         seq: u64,
@@ -161,6 +164,7 @@ impl Wqe {
 
     /// Response packets that a READ request starting at packet `index` asks for: to the end of its
     /// chunk. Chunks start at multiples, so a repeated request lies within the original one.
+    #[inline]
     pub fn read_packets(&self, index: u32, chunk: u16) -> u32 {
         let chunk = match u32::from(chunk) {
             0 => self.packets,
@@ -194,6 +198,7 @@ fn flush_header(flush: Flush) -> Extension {
 }
 
 /// Opcode and extension of a SEND or WRITE packet.
+#[inline]
 fn message_header(op: SendOp, position: Position, total: u32, kind: QpKind) -> (Opcode, Extension) {
     use Position::{First, Last, Middle, Only};
     let reth = |remote: Remote| reth(remote, total);

@@ -107,11 +107,13 @@ impl Answers {
         self.replay.clear();
     }
 
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.line.is_empty()
     }
 
     /// Whether all that waits is one ACK.
+    #[inline]
     pub fn is_one_ack(&self) -> bool {
         self.line.len() == 1
             && matches!(
@@ -123,6 +125,7 @@ impl Answers {
             )
     }
 
+    #[inline]
     pub fn is_full(&self) -> bool {
         self.line.len() >= self.line_max()
     }
@@ -138,6 +141,7 @@ impl Answers {
     }
 
     /// An ACK of everything to `psn`.
+    #[inline]
     pub fn acknowledge(&mut self, psn: Psn, msn: u32) {
         self.drop_older();
         self.nak(psn, msn, Syndrome::ACK);
@@ -152,6 +156,7 @@ impl Answers {
 
     /// What is said of everything to a PSN makes what was said last of less needless. Whether that
     /// was a report.
+    #[inline]
     fn drop_older(&mut self) -> bool {
         let is_report = matches!(self.line.back(), Some(Answer::Report { .. }));
         let is_ack = matches!(
@@ -168,6 +173,7 @@ impl Answers {
     }
 
     /// A NAK or RNR NAK of `psn`.
+    #[inline]
     pub fn nak(&mut self, psn: Psn, msn: u32, syndrome: Syndrome) {
         self.line
             .push_back(Answer::Acknowledge { psn, msn, syndrome });
@@ -279,6 +285,7 @@ impl Answers {
     }
 
     /// The next packet of the answer at the head of the line, if `allow` admits it.
+    #[inline]
     pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
         let head = self.line.front_mut()?;
         let mut payload = Fragments::EMPTY;
@@ -323,12 +330,12 @@ impl Answers {
             self.drop_first();
         }
         header.pkey = link.pkey;
-        Some(Transmit {
-            is_retransmission,
-            ..transmit(header, payload)
-        })
+        let mut transmit = transmit(header, payload);
+        transmit.is_retransmission = is_retransmission;
+        Some(transmit)
     }
 
+    #[inline]
     fn drop_first(&mut self) {
         self.line.pop_front();
         if self.line.is_empty() {
