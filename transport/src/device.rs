@@ -36,12 +36,11 @@ mod view;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use lowtide_transport_proto::icrc::{self, Flow, Ip};
 use lowtide_transport_proto::qp::{
     self, Completion, Lkey, QpCaps, QpEvent, QpKind, QpState, QueuePair, UdQueuePair,
 };
@@ -587,23 +586,4 @@ impl AsRawFd for Device {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
-}
-
-/// The flow of a packet from `source` to `target`; none if their families differ.
-fn flow(source: SocketAddr, target: IpAddr, target_port: u16) -> Option<Flow> {
-    let ip = match (source.ip(), target) {
-        (IpAddr::V4(source), IpAddr::V4(target)) => Ip::V4 {
-            source,
-            target,
-            identification: 0,
-            flags: icrc::DONT_FRAGMENT,
-        },
-        (IpAddr::V6(source), IpAddr::V6(target)) => Ip::V6 { source, target },
-        _ => return None,
-    };
-    Some(Flow {
-        ip,
-        source_port: source.port(),
-        target_port,
-    })
 }

@@ -33,6 +33,7 @@
 //! caller's, behind [`Memory`].
 //! Source: IBTA volume 1, chapters 9 and 10; Linux `rxe_req.c`, `rxe_comp.c`, `rxe_resp.c`.
 
+mod admission;
 mod ahead;
 mod bypass;
 mod lists;
@@ -533,32 +534,6 @@ impl QueuePair {
         self.timers.next()
     }
 
-    /// Whether state, class and partition let the packet in.
-    #[inline]
-    fn admit(&self, packet: &Packet<'_>) -> Result<(), DropReason> {
-        let working = match self.state {
-            QpState::Rts | QpState::Sqd | QpState::Sqe => true,
-            QpState::Rtr => !packet.row().is_response(),
-            _ => false,
-        };
-        if !working {
-            return Err(DropReason::State(self.state));
-        }
-        let fits = match packet.row().class {
-            Class::Rc => self.link.kind == QpKind::Rc,
-            Class::Uc => self.link.kind == QpKind::Uc,
-            Class::Cnp => true,
-            Class::Ud => false,
-        };
-        if !fits {
-            return Err(DropReason::Class);
-        }
-        if !pkeys_match(packet.pkey(), self.link.pkey) {
-            return Err(DropReason::Pkey);
-        }
-        Ok(())
-    }
-
     fn transition(&mut self, to: QpState) -> Result<(), InvalidTransition> {
         let from = self.state;
         if !from.legal(to) {
@@ -604,9 +579,4 @@ impl QueuePair {
         self.requester.flush(failure, &self.link, &mut self.out);
         self.responder.flush(None, &self.link, &mut self.out);
     }
-}
-
-/// Two partition keys match if their low 15 bits do and one of them is a full member.
-fn pkeys_match(a: u16, b: u16) -> bool {
-    a & 0x7fff == b & 0x7fff && (a | b) & 0x8000 != 0
 }

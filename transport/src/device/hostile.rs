@@ -5,7 +5,7 @@
 
 use std::net::Ipv4Addr;
 
-use lowtide_transport_proto::icrc::Icrc;
+use lowtide_transport_proto::icrc::{Flow, Icrc};
 use lowtide_transport_proto::qp::{
     Access as Rights, CompletionKind, InitAttr, Lkey, RecvWr, RtrAttr, RtsAttr, SgList, Status,
     WrId,
@@ -15,6 +15,7 @@ use lowtide_transport_proto::wire::{
     PayloadRule, Psn, Reth, RnrTimer, Shape, Syndrome, pad_len,
 };
 
+use super::output::flow;
 use super::*;
 use crate::memory::{Access, Key, SharedMemory};
 use crate::names::Random;

@@ -18,8 +18,9 @@ use lowtide_transport_proto::qp;
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::{Class, Extension, Header, Opcode, Packet, Psn, Qpn};
 
+use super::output::flow;
 use super::view::View;
-use super::{Device, Machine, QpId, Slot, flow};
+use super::{Device, Machine, QpId, Slot};
 use crate::udp::{Arrival, HEADER_MAX, Payload, ReceiveBatch};
 
 /// The least time between two congestion notifications of one queue pair; adapters' default.

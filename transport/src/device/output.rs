@@ -3,17 +3,17 @@
 //! Owns: the round of ready queue pairs, and the way of a packet from its state machine through the
 //! fault injector to the socket.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::ControlFlow;
 
-use lowtide_transport_proto::icrc::Icrc;
+use lowtide_transport_proto::icrc::{self, Flow, Icrc, Ip};
 use lowtide_transport_proto::qp::{self, Allow, Lkey, QpKind, Rkey, Transmit};
 use lowtide_transport_proto::time::Nanos;
 use lowtide_transport_proto::wire::pad_len;
 
 use super::host::Act;
 use super::view::{View, wanted};
-use super::{Device, Machine, Slot, flow};
+use super::{Device, Machine, Slot};
 use crate::faults::Fate;
 use crate::memory::{self, Access, Key, Memory, Span};
 use crate::udp::{Frame, HEADER_MAX, Payload, TRAILER_MAX};
@@ -358,4 +358,23 @@ fn seal(local: SocketAddr, frame: &mut Frame, payload: &[u8], identification: u1
     }
     frame.trailer[..len].copy_from_slice(&trailer[..len]);
     frame.trailer_len = len as u8;
+}
+
+/// The flow of a packet from `source` to `target`; none if their families differ.
+pub(super) fn flow(source: SocketAddr, target: IpAddr, target_port: u16) -> Option<Flow> {
+    let ip = match (source.ip(), target) {
+        (IpAddr::V4(source), IpAddr::V4(target)) => Ip::V4 {
+            source,
+            target,
+            identification: 0,
+            flags: icrc::DONT_FRAGMENT,
+        },
+        (IpAddr::V6(source), IpAddr::V6(target)) => Ip::V6 { source, target },
+        _ => return None,
+    };
+    Some(Flow {
+        ip,
+        source_port: source.port(),
+        target_port,
+    })
 }

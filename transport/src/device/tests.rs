@@ -2,11 +2,13 @@
 
 use std::net::Ipv4Addr;
 
+use lowtide_transport_proto::icrc;
 use lowtide_transport_proto::qp::{Lkey, QpState, RecvWr, SendOp, SendWr, SgList, WrId};
 use lowtide_transport_proto::wire::{Deth, Extension, Header, Opcode, Packet, Psn, Reth};
 
 use super::hostile::*;
 use super::output::RESPONSES_MAX;
+use super::output::flow;
 use super::*;
 use crate::memory::{Access, Key, SharedMemory};
 use crate::names::Random;

@@ -16,8 +16,10 @@
 
 mod answers;
 mod one_sided;
+mod segment;
 
 use answers::Answers;
+use segment::{check_segment, place_segment};
 
 use super::lists::Receives;
 use super::memory::{Access, AccessError, AtomicOp, Fragment, Key, Memory, Rkey};
@@ -25,7 +27,7 @@ use super::types::{Allow, DropReason, Outcome, QpEvent, QpKind, RtrAttr, Transmi
 use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
 use super::{Link, Reports};
 use crate::wire::{
-    Extension, Kind, MESSAGE_LEN_MAX, NakCode, Packet, Position, Psn, Reth, RnrTimer, Syndrome,
+    Extension, Kind, MESSAGE_LEN_MAX, NakCode, Packet, Psn, Reth, RnrTimer, Syndrome,
 };
 
 /// Packets after which an ACK goes out that nobody asked for.
@@ -571,41 +573,6 @@ impl Responder {
     pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
         self.answers.poll_transmit(allow, link)
     }
-}
-
-/// Puts a SEND's packet where it belongs in its receive, of which so many bytes are filled.
-fn place_segment(
-    wr: &RecvWr,
-    filled: u32,
-    payload: &[u8],
-    memory: &mut impl Memory,
-) -> Result<(), Refusal> {
-    let len = payload.len() as u32;
-    if len > wr.local.total() - filled {
-        return Err(Refusal::NakRecv(
-            NakCode::InvalidRequest,
-            Status::LocalLength,
-        ));
-    }
-    let mut rest = payload;
-    for fragment in wr.local.slice(filled, len).as_slice() {
-        let (piece, tail) = rest.split_at(fragment.len as usize);
-        memory.place(*fragment, piece).map_err(|AccessError| {
-            Refusal::NakRecv(NakCode::RemoteOperational, Status::LocalProtection)
-        })?;
-        rest = tail;
-    }
-    Ok(())
-}
-
-/// A SEND's packet must be full unless it ends the message, which must not exceed the MTU.
-fn check_segment(len: usize, position: Position, link: &Link) -> Result<(), Refusal> {
-    let mtu = link.mtu.bytes() as usize;
-    let fits = match position {
-        Position::First | Position::Middle => len == mtu,
-        Position::Last | Position::Only => len <= mtu,
-    };
-    if fits { Ok(()) } else { Err(INVALID) }
 }
 
 fn recv_completion(wr_id: WrId, status: Status, link: &Link) -> Completion {

@@ -5,12 +5,13 @@
 
 use alloc::collections::VecDeque;
 
+use super::admission::pkeys_match;
 use super::memory::{AccessError, Memory, SgList};
 use super::types::{
     Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpEvent, QpState, Transmit,
 };
 use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
-use super::{Reports, pkeys_match, transmit};
+use super::{Reports, transmit};
 use crate::wire::{Class, Deth, Extension, Header, Mtu, Opcode, PKEY_DEFAULT, Packet, Psn, Qpn};
 
 /// Bytes at the start of every UD receive that hold the IP header: an IPv6 header, or 20 zero bytes
