@@ -190,6 +190,12 @@ impl Memory {
     /// Regions a device may have.
     pub const REGIONS_MAX: usize = 1 << 20;
 
+    /// Keys that are in use, but for those to something lent.
+    #[cfg(test)]
+    pub(crate) fn keys(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
     /// No region yet; keys are drawn from `random`.
     pub(crate) fn new(random: Random) -> Memory {
         Memory {

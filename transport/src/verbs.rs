@@ -533,3 +533,30 @@ pub(crate) fn deadline_in(timeout: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(timeout).unwrap_or(now + FOREVER)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Its key too, for there are no more than so many.
+    #[test]
+    fn a_slot_that_nobody_polls_is_freed_with_its_completion_queue() {
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let device = Device::open(address, &DeviceOptions::default()).unwrap();
+        let domain = device.protection_domain();
+        let keys = || device.shared.lock().device.memory.keys();
+        let before = keys();
+        let queue = device.completion_queue(8);
+        let qp = domain.queue_pair(&queue, &queue, 4, 4).unwrap();
+        qp.to_init(Access::LOCAL).unwrap();
+        for id in 0..4 {
+            let slot = domain.slot(64).unwrap();
+            qp.post_recv(id, Buffer::Slot(slot, 64)).unwrap();
+        }
+        drop(qp);
+        drop(queue.poll().expect("what is posted comes back"));
+        assert_eq!(keys(), before + 3);
+        drop(queue);
+        assert_eq!(keys(), before);
+    }
+}

@@ -138,12 +138,42 @@ fn a_connection_carries_private_data_and_messages_and_ends() {
     ours.disconnect();
     assert!(matches!(client.event(), Event::Disconnected { id } if id == ours.id()));
     assert!(matches!(server.event(), Event::Disconnected { id } if id == theirs.id()));
+    // Nothing has been asked of the queue pair meanwhile.
+    let flushed = server.queue.poll().expect("it is there before the event");
+    assert_eq!((flushed.id, flushed.status), (3, Status::Flushed));
     assert_eq!(ours.queue_pair().state(), QpState::Err);
     assert_eq!(theirs.queue_pair().state(), QpState::Err);
-    let flushed = server.queue.wait(PATIENCE).unwrap();
-    assert_eq!((flushed.id, flushed.status), (3, Status::Flushed));
     ours.disconnect();
     assert!(client.channel.poll().is_none() && server.channel.poll().is_none());
+}
+
+/// Each end says how often the other may try in vain to find a receive.
+#[test]
+fn a_peer_without_receives_is_tried_as_often_as_it_says() {
+    let [client, server] = pair();
+    let _listener = server.channel.listen(SERVICE).unwrap();
+    let impatient = ConnectOptions {
+        rnr_retry: 0,
+        ..ConnectOptions::default()
+    };
+    let ours = client
+        .channel
+        .connect(server.address(), SERVICE, client.qp(), &saying(b""))
+        .unwrap();
+    let theirs = server.request().accept(server.qp(), &impatient).unwrap();
+    for side in [&client, &server] {
+        assert!(matches!(side.event(), Event::Established { .. }));
+    }
+    let send = |connection: &Connection| {
+        let qp = connection.queue_pair();
+        qp.post_send(1, SendOp::Send, Buffer::Empty).unwrap();
+    };
+    // The client has said that it may be asked for ever.
+    send(&theirs);
+    assert!(server.queue.wait(Duration::from_millis(100)).is_none());
+    send(&ours);
+    let work = client.queue.wait(PATIENCE).expect("a completion");
+    assert_eq!((work.id, work.status), (1, Status::RnrRetryExceeded));
 }
 
 #[test]

@@ -116,6 +116,51 @@ fn an_urgent_message_overtakes_a_backlog_of_64_mib_without_an_ordinary_credit() 
     }
 }
 
+/// It is ahead of what waits when it is sent, and goes when the peer has given no credit back.
+#[test]
+fn an_urgent_message_goes_first_and_without_an_ordinary_credit() {
+    const CREDITS: usize = 4;
+    for same_host in WAYS {
+        let config = |node| {
+            let mut config = config(node);
+            config.same_host = same_host;
+            config.limits.credits = CREDITS as u16;
+            config
+        };
+        let mut a = Endpoint::bind(config(1)).unwrap();
+        let mut b = Endpoint::bind(config(2)).unwrap();
+        let (at_a, _) = connect(&mut a, &mut b);
+        // Each of them takes a parcel, and so a credit; two more than there are.
+        let message = [7; 3000];
+        for _ in 0..CREDITS + 2 {
+            a.send(at_a, &[IoSlice::new(&message)]).unwrap();
+        }
+        for number in 0..2 {
+            a.send_urgent(at_a, &[IoSlice::new(&urgent(number, 0))])
+                .unwrap();
+            for _ in 0..20 {
+                a.poll(Some(Duration::from_millis(1)), &mut |_, event| {
+                    panic!("{event:?}")
+                })
+                .unwrap();
+            }
+        }
+        // From here on only the receiver is at work, so nothing is sent for what it gives back.
+        let mut heard = Vec::new();
+        run_until(
+            &mut [&mut b],
+            &mut heard,
+            |heard, _, _, event| match event {
+                Event::Message { bytes, .. } => heard.push(parse(bytes).map(|(number, _)| number)),
+                other => panic!("{other:?}"),
+            },
+            |heard, _| heard.contains(&Some(1)),
+        );
+        let ordinary = [None; CREDITS];
+        assert_eq!(heard, [&[Some(0)], &ordinary[..], &[Some(1)]].concat());
+    }
+}
+
 /// One end of a conversation of both kinds.
 struct End {
     stream: Stream,

@@ -543,16 +543,67 @@ mod tests {
         assert_eq!(budget_of(0x0001_0aff_fe09_0001), None);
     }
 
+    /// A device on a loopback address.
+    fn device(local: SocketAddr) -> Device {
+        let options = crate::device::DeviceOptions::default();
+        let (peers, random) = (crate::device::Peers::Any, crate::names::Random::default);
+        Device::bind(SocketAddr::new(local.ip(), 0), &options, peers, random).unwrap()
+    }
+
+    /// A request that finds no room in its channel is refused at once.
+    #[test]
+    fn a_request_that_nobody_will_look_at_is_refused() {
+        let local: SocketAddr = ([127, 0, 0, 1], 4000).into();
+        let (mut device, now) = (device(local), Nanos(1));
+        let mut server = Manager::new(local, 984, 1);
+        let (channel, _readable) = server.add_channel().unwrap();
+        let service = ServiceId::tcp(1);
+        assert!(server.listen(channel, service, false));
+        let mut client = Manager::new(local, 984, 2).cm;
+        let mut ask = |server: &mut Manager, qpn| {
+            let params = ConnectParams {
+                to: local,
+                service,
+                source_port: 0,
+                qp: QpOffer {
+                    qpn: Qpn::new(qpn),
+                    psn: Psn::new(0),
+                    responder_resources: 1,
+                    initiator_depth: 1,
+                    rnr_retry: 7,
+                },
+                mtu: Mtu::B1024,
+                retry_count: 7,
+                ack_timeout: 14,
+                private_data: &[],
+            };
+            let asked = client.connect(now, &params).unwrap();
+            server.handle(now, local, &client.poll_transmit().unwrap().mad);
+            while let Some(event) = server.cm.poll_event() {
+                server.take(now, &mut device, event);
+            }
+            let answer = server.cm.poll_transmit()?.mad;
+            client.handle_mad(now, local, &answer);
+            match client.poll_event() {
+                Some(CmEvent::Rejected { id, reason, .. }) if id == asked => Some(reason),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(ask(&mut server, 2), None, "the program is to answer");
+        let full = server.channels.get_mut(&channel).unwrap();
+        while full.events.len() < EVENTS_MAX {
+            full.push(Happening::Disconnected(CommId(9)));
+        }
+        assert_eq!(ask(&mut server, 3), Some(reason::NO_RESOURCES));
+        assert_eq!(server.entries.len(), 1);
+    }
+
     /// An inquiry that finds no room in its channel, and one whose channel goes away, are answered at
     /// once.
     #[test]
     fn an_inquiry_that_nobody_will_look_at_is_answered() {
         let local: SocketAddr = ([127, 0, 0, 1], 4000).into();
-        let options = crate::device::DeviceOptions::default();
-        let peers = crate::device::Peers::Any;
-        let random = crate::names::Random::default;
-        let any = SocketAddr::new(local.ip(), 0);
-        let mut device = Device::bind(any, &options, peers, random).unwrap();
+        let mut device = device(local);
         for is_full in [true, false] {
             let now = Nanos(1);
             let mut server = Manager::new(local, 984, 1);

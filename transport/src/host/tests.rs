@@ -218,6 +218,31 @@ fn what_was_sent_before_leaving_arrives_even_if_nobody_had_let_the_sender_in() {
     assert!(matches!(b.hosts.inlets[..], [Entry::Free]));
 }
 
+/// Who has nothing to spare for a ring hangs up without a word, and so does who ends; but then nobody
+/// has its name.
+#[test]
+fn who_turns_us_away_is_still_there_and_who_leaves_is_not() {
+    for is_there in [false, true] {
+        let (mut a, at) = (Side::new(), address());
+        let listener = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+        listener.bind(&name(at).unwrap()).unwrap();
+        listener.listen(8).unwrap();
+        let outlet = a.hosts.connect(at).unwrap();
+        assert_eq!(a.hosts.poll_gone(), None);
+        // Who waits at a listener that is closed hears of it.
+        let listener = is_there.then_some(listener);
+        if let Some(listener) = &listener {
+            drop(listener.accept().unwrap());
+        }
+        a.take();
+        let gone = Gone {
+            outlet,
+            is_turned_away: is_there,
+        };
+        assert_eq!(a.hosts.poll_gone(), Some(gone));
+    }
+}
+
 #[test]
 fn a_name_is_had_once_and_nobody_answers_where_nobody_listens() {
     let mut a = Side::new();

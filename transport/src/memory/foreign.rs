@@ -246,6 +246,8 @@ impl Drop for Bounce {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
     /// Pages of our own that a test may take away.
@@ -253,10 +255,14 @@ mod tests {
 
     const LEN: usize = 4 * 4096;
 
+    /// Where the next ones lie.
+    static NEXT: AtomicUsize = AtomicUsize::new(0x2000_0000_0000);
+
     impl Pages {
         /// Where the kernel puts nothing by itself, so that what is unmapped stays unmapped.
         fn new() -> Pages {
-            let wish = std::ptr::without_provenance_mut(0x2000_0000_0000);
+            let next = NEXT.fetch_add(1 << 30, Ordering::Relaxed);
+            let wish = std::ptr::without_provenance_mut(next);
             let rights = libc::PROT_READ | libc::PROT_WRITE;
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
             // SAFETY: a new private mapping, or none.
@@ -312,6 +318,23 @@ mod tests {
         assert_eq!(bounce.atomic(&memory, 9008, add), Err(AccessError::Gone));
         let gone = probe(1, false).unwrap_err();
         assert_eq!(gone.raw_os_error(), Some(libc::EFAULT));
+    }
+
+    /// The kernel copies up to the end and says how far it has come.
+    #[test]
+    fn half_of_an_access_is_none() {
+        let pages = Pages::new();
+        // SAFETY: there is no reference to the pages.
+        let memory = unsafe { Foreign::probe(pages.0 as u64, LEN as u64, true) }.unwrap();
+        let mut bounce = Bounce::new().unwrap();
+        // SAFETY: the second half of the test's own pages.
+        let gone = unsafe { libc::munmap(pages.0.wrapping_byte_add(LEN / 2), LEN / 2) };
+        assert_eq!(gone, 0);
+        let (offset, mut bytes) = (LEN as u64 / 2 - 100, [1; 200]);
+        assert_eq!(bounce.write(&memory, offset, &bytes[..100]), Ok(()));
+        let gone = Err(AccessError::Gone);
+        assert_eq!(bounce.write(&memory, offset, &bytes), gone);
+        assert_eq!(bounce.read(&memory, offset, &mut bytes), gone);
     }
 
     #[test]

@@ -298,7 +298,10 @@ mod tests {
                 ..place(region, addr, 50)
             };
             assert_eq!(memory.bind(1, 7, window, window, &place, READ), Ok(()));
+            assert_eq!(memory.windows(region), 1, "it moves");
             let va = if is_zero_based { 0 } else { addr };
+            let ours = memory.check(1, window, va, 1, Access::default());
+            assert_eq!(ours, Err(AccessError::UnknownKey), "for peers alone");
             let span = memory.check_peer(1, 9, window, va, 50, READ).unwrap();
             assert_eq!(span.offset, addr, "any queue pair of the domain");
             assert!(memory.check_peer(2, 9, window, va, 50, READ).is_err());
@@ -313,6 +316,28 @@ mod tests {
         assert_eq!(memory.bind(1, 7, window, window, &nowhere, READ), Ok(()));
         memory.destroy_window(window);
         assert!(memory.bind(1, 7, window, window, &nowhere, READ).is_err());
+    }
+
+    /// A flush of all of it names no range that would be checked.
+    #[test]
+    fn a_window_is_flushed_for_the_queue_pair_that_bound_it_if_it_says_so() {
+        let mut memory = Memory::default();
+        let region = memory
+            .register_shared(1, SharedMemory::new(8), Access::ALL)
+            .unwrap();
+        let flush = Access {
+            flush_global: true,
+            ..Access::default()
+        };
+        for (access, is_granted) in [(flush, true), (READ, false)] {
+            let window = memory.create_window(1, WindowKind::Two).unwrap();
+            let all = place(region, 0, 8);
+            assert!(!memory.grants_flush(1, 7, window), "it has no place");
+            memory.bind(1, 7, window, window, &all, access).unwrap();
+            let grants = [7, 8].map(|qp| memory.grants_flush(1, qp, window));
+            assert_eq!(grants, [is_granted, false]);
+        }
+        assert!(memory.grants_flush(1, 8, region) && !memory.grants_flush(2, 7, region));
     }
 
     #[test]

@@ -643,4 +643,22 @@ mod tests {
         assert!(world.outbox.is_roomy(Lane::Urgent) && !world.outbox.is_roomy(Lane::Ordinary));
         assert_eq!(world.pool.out, 4, "only the backlog has slots");
     }
+
+    #[test]
+    fn a_connection_that_ends_gives_the_memory_of_all_lanes_back() {
+        let mut world = World::new(4);
+        for _ in 0..2 {
+            for (lane, next) in [(Lane::Ordinary, ORDINARY), (Lane::Urgent, URGENT)] {
+                world.push_in(lane, b"posted").unwrap();
+                world.post(next).unwrap();
+                world.push_in(lane, b"waiting").unwrap();
+            }
+            world.post(CREDIT).unwrap();
+            assert!(world.pool.out >= 2);
+            world.outbox.clear(&mut world.pool);
+            assert!(world.outbox.is_idle());
+            let credits = world.outbox.credits_posted();
+            assert_eq!((world.pool.out, credits), (0, 0));
+        }
+    }
 }

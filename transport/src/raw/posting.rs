@@ -261,6 +261,27 @@ impl State {
 mod tests {
     use super::*;
 
+    #[test]
+    fn what_is_forgotten_leaves_all_room_again() {
+        let posting = Posting::new([3, 5], 0);
+        for _ in 0..3 {
+            while posting.room[0].take() {
+                posting.sends().push(|_| ());
+            }
+            while posting.room[1].take() {
+                posting.receives().push(|_| ());
+            }
+            assert!(!posting.is_empty());
+            posting.clear();
+            assert!(posting.is_empty());
+            for (room, depth) in posting.room.iter().zip(posting.depths) {
+                let taken = (0..=depth).filter(|_| room.take()).count() as u32;
+                assert_eq!(taken, depth);
+                room.give(taken);
+            }
+        }
+    }
+
     /// What `QueuePair::expect_contention` says that it takes.
     #[test]
     fn a_line_takes_some_200_bytes_for_each_request() {

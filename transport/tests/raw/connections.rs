@@ -140,15 +140,64 @@ fn what_makes_no_sense_or_is_not_granted_is_refused() {
 
 #[test]
 fn a_flush_that_makes_no_sense_or_is_not_granted_is_refused() {
-    let cases: [(Request, Status); 2] = [
+    let cases: [(Request, Status); 3] = [
         (
             |b| flush(b.remote(0), true, false),
             Status::RemoteInvalidRequest,
         ),
         (|b| flush(b.remote(LEN), false, true), Status::RemoteAccess),
+        // Of a whole region there is no range to check.
+        (
+            |b| flush_whole(Rkey(b.mr.rkey().0 ^ 1)),
+            Status::RemoteAccess,
+        ),
     ];
     for (op, status) in cases {
         refused_by_the_peer(op, 0, status);
+    }
+}
+
+fn flush_whole(rkey: Rkey) -> SendOp {
+    SendOp::Flush(Flush {
+        remote: Remote { va: 0, rkey },
+        len: 0,
+        global: true,
+        persistent: false,
+        whole_region: true,
+    })
+}
+
+/// The queue pair would let the peer do it.
+#[test]
+fn what_a_region_does_not_grant_is_refused() {
+    const READ_AND_ADD: AccessFlags = AccessFlags::LOCAL_WRITE
+        .with(AccessFlags::REMOTE_READ)
+        .with(AccessFlags::REMOTE_ATOMIC);
+    let ops: [fn(Remote) -> SendOp; 3] = [SendOp::Write, SendOp::AtomicWrite, |remote| {
+        flush_whole(remote.rkey)
+    }];
+    for op in ops {
+        let (a, b) = pair(QpType::Rc);
+        let pages = Pages::new(4096);
+        let region = pages.register(&b.pd, READ_AND_ADD);
+        let remote = Remote {
+            va: pages.address(),
+            rkey: region.rkey(),
+        };
+        let add = SendOp::FetchAdd { remote, add: 1 };
+        for granted in [SendOp::Read(remote), add] {
+            a.post(1, granted, &[a.sge(0, 8)]);
+            a.succeed();
+        }
+        a.pages.write(0, &[7; 8]);
+        let list = [a.sge(0, 8)];
+        let list = match op(remote) {
+            SendOp::Flush(_) => &[],
+            _ => &list[..],
+        };
+        a.post(2, op(remote), list);
+        assert_eq!(a.next().status, Status::RemoteAccess, "{:?}", op(remote));
+        assert_eq!(pages.word(0), 1);
     }
 }
 
@@ -233,10 +282,16 @@ fn each_inline_request_keeps_its_own_bytes_until_it_is_delivered() {
     };
     // Nothing is posted at the peer, so all of them are sent again later.
     for round in 0..3u64 {
+        let rnr_naks = a.context.counters().rcvd_rnr_err;
         for seed in 0..depth {
             post(100 * round + seed).unwrap();
         }
         assert_eq!(post(99), Err(Error::QueueFull));
+        let deadline = Instant::now() + PATIENCE;
+        while a.context.counters().rcvd_rnr_err == rnr_naks {
+            assert!(Instant::now() < deadline, "it was not sent in vain");
+            std::thread::yield_now();
+        }
         for seed in 0..depth {
             b.receive(seed, &[b.sge(seed as usize * 8, 8)]);
         }
@@ -280,12 +335,13 @@ fn unsignalled_requests_complete_in_silence_and_failures_never_do() {
 fn a_fence_waits_for_reads() {
     let (a, b) = pair(QpType::Rc);
     b.pages.write(0, &bytes(200_000, 3));
-    // The SEND's payload is what the READ brings.
-    for round in 0..5 {
-        a.pages.write(0, &vec![0; 200_000]);
-        b.receive(1, &[b.sge(300_000, 200_000)]);
-        a.post(2, SendOp::Read(b.remote(0)), &[a.sge(0, 200_000)]);
-        let list = [a.sge(0, 200_000)];
+    // The SEND's payload is what the READ brings. A short one leaves at once if it may, a long one may
+    // have to wait for the READ's answers anyway.
+    for len in [4000, 200_000].repeat(5) {
+        a.pages.write(0, &vec![0; len]);
+        let list = [a.sge(0, len as u32)];
+        b.receive(1, &[b.sge(300_000, len as u32)]);
+        a.post(2, SendOp::Read(b.remote(0)), &list);
         let wr = SendWr {
             flags: SendFlags::FENCE | SendFlags::SIGNALED,
             ..signalled(3, SendOp::Send, &list)
@@ -293,8 +349,7 @@ fn a_fence_waits_for_reads() {
         a.try_post(wr).unwrap();
         assert_eq!((a.succeed().wr_id, a.succeed().wr_id), (2, 3));
         b.succeed();
-        let got = b.pages.read(300_000, 200_000);
-        assert!(got == bytes(200_000, 3), "round {round}");
+        assert!(b.pages.read(300_000, len) == bytes(200_000, 3)[..len]);
     }
 }
 

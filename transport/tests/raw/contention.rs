@@ -73,6 +73,36 @@ fn posts_and_polls_do_not_wait_for_who_drives_the_device() {
     assert_eq!((a.succeed().wr_id, b.succeed().wr_id), (0, 1));
 }
 
+/// Places in the line are used again, and what was inline there is no part of what comes after.
+#[test]
+fn what_waits_brings_its_own_bytes_in_every_round() {
+    const EACH: u64 = 16;
+    let (a, b) = pair(QpType::Rc);
+    let text = bytes(1000, 5);
+    a.pages.write(0, &text);
+    for round in 0..3 {
+        let from = |id: u64| (round * 100 + id * 4) as usize;
+        for id in 0..EACH {
+            b.receive(id, &[b.sge(id as usize * 64, 64)]);
+        }
+        beside_one_that_drives(&a.context, || {
+            for id in 0..EACH {
+                let flags = match (id + round) % 2 {
+                    0 => SendFlags::SIGNALED,
+                    _ => SendFlags::SIGNALED | SendFlags::INLINE,
+                };
+                let list = [a.sge(from(id), 4)];
+                let wr = signalled(id, SendOp::Send, &list);
+                a.try_post(SendWr { flags, ..wr }).unwrap();
+            }
+        });
+        for id in 0..EACH {
+            assert_eq!((a.succeed().wr_id, b.succeed().wr_id), (id, id));
+            assert_eq!(b.pages.read(id as usize * 64, 4), text[from(id)..][..4]);
+        }
+    }
+}
+
 #[test]
 fn a_shared_queue_is_posted_to_beside_who_drives_the_device() {
     let context = Context::open(common::address(), &options()).unwrap();

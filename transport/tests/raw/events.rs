@@ -76,6 +76,37 @@ fn a_failure_is_told_to_whoever_waits_for_solicited_ones() {
     assert!(is_readable(&channel, PATIENCE));
 }
 
+/// Who waits for any completion and then asks for solicited ones goes on waiting for any.
+#[test]
+fn asking_for_solicited_ones_takes_nothing_back() {
+    let (a, (b, cq, channel)) = (end(QpType::Rc), with_channel(QpType::Rc));
+    a.connect(&b.context, b.qp.qpn());
+    b.connect(&a.context, a.qp.qpn());
+    b.receive(1, &[]);
+    cq.request_notification(false);
+    cq.request_notification(true);
+    a.post(1, SendOp::Send, &[]);
+    assert!(is_readable(&channel, PATIENCE));
+}
+
+#[test]
+fn immediate_data_of_a_write_is_told_to_whoever_waits_for_solicited_ones() {
+    let (a, (b, cq, channel)) = (end(QpType::Rc), with_channel(QpType::Rc));
+    a.connect(&b.context, b.qp.qpn());
+    b.connect(&a.context, a.qp.qpn());
+    b.receive(1, &[]);
+    cq.request_notification(true);
+    let list = [a.sge(0, 8)];
+    let op = SendOp::WriteImm(b.remote(0), 1);
+    let flags = SendFlags::SOLICITED;
+    a.try_post(SendWr {
+        flags,
+        ..signalled(1, op, &list)
+    })
+    .unwrap();
+    assert!(is_readable(&channel, PATIENCE));
+}
+
 #[test]
 fn a_target_is_told_that_it_has_refused() {
     for (access, place, event) in [
@@ -188,6 +219,36 @@ fn the_first_packet_before_rts_is_told_once() {
     assert!(!is_readable(&b.context, Duration::ZERO));
     b.to_rts();
     assert_eq!(b.succeed().wr_id, 1);
+}
+
+/// What nobody has taken goes with what it is about.
+#[test]
+fn nothing_is_told_of_what_is_gone() {
+    let (a, b) = pair(QpType::Rc);
+    a.post(1, SendOp::Write(b.remote(LEN)), &[a.sge(0, 8)]);
+    assert_ne!(a.next().status, Status::Success);
+    assert!(is_readable(&b.context, PATIENCE));
+    drop(b.qp);
+    assert_eq!(b.context.async_event(), None);
+
+    let channel = b.context.completion_channel().unwrap();
+    let cq = b.context.completion_queue(4, Some(&channel)).unwrap();
+    let queues = Queues {
+        send: &b.cq,
+        recv: &cq,
+        shared: None,
+    };
+    let qp = b.pd.queue_pair(queues, &init_attr(QpType::Rc)).unwrap();
+    let b = End { qp, ..b };
+    b.to_init();
+    b.receive(1, &[]);
+    cq.request_notification(false);
+    let broken = to(QpAttr::default(), QpState::Err);
+    b.qp.modify(&broken, QpAttrMask::STATE).unwrap();
+    assert!(is_readable(&channel, PATIENCE));
+    drop((b.qp, cq));
+    assert!(!is_readable(&channel, Duration::ZERO));
+    assert_eq!(channel.event(), None);
 }
 
 #[test]

@@ -63,6 +63,23 @@ fn one_that_is_greedy_leaves_those_with_little_their_turn() {
     assert!(*most < 2 * least && greedy > *most, "{bytes:?}");
 }
 
+/// One has no more under way than its window, of which the budget holds eight: here it is spent, and
+/// who wants some of it stands in line.
+#[test]
+fn those_with_little_have_their_turn_when_the_budget_is_spent() {
+    const GREEDY: usize = 16;
+    const SMALL: usize = 4;
+    let pairs = pairs(GREEDY + SMALL);
+    let what = [vec![(1 << 20, 4); GREEDY], vec![(4096, 1); SMALL]].concat();
+    let bytes = written(&pairs, &what);
+    let (greedy, small) = bytes.split_at(GREEDY);
+    let (least, most) = (greedy.iter().min().unwrap(), greedy.iter().max().unwrap());
+    assert!(*most < 2 * least + (4 << 20), "{bytes:?}");
+    // Measured: of each greedy one 110 KiB pass before each page.
+    let turns = small.iter().min().unwrap() / 4096;
+    assert!(turns > 0 && most / turns < 512 << 10, "{bytes:?}");
+}
+
 /// Two that send all they can get half each, or nearly so.
 #[test]
 fn two_that_are_greedy_share() {

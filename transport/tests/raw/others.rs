@@ -398,6 +398,8 @@ fn a_receive_after_the_death_of_the_peer_ends_at_once() {
     // Nothing is posted, so nothing happens.
     assert!(a.is_silent());
     assert_eq!(a.qp.query().state, QpState::Rts);
+    // Nor does anything wait to be looked at that would be looked at now.
+    assert!(a.is_silent());
     a.receive(1, &[a.sge(0, 8)]);
     if SAME_HOST == SameHost::Udp {
         assert!(a.is_silent());

@@ -228,3 +228,22 @@ fn a_region_goes_under_traffic() {
         });
     }
 }
+
+#[test]
+fn addresses_of_a_slab_may_count_from_zero() {
+    let (a, b) = pair(QpType::Rc);
+    let slab = b.pd.slab(8192, ALL | AccessFlags::ZERO_BASED).unwrap();
+    let at = |va| Remote {
+        va,
+        rkey: slab.rkey(),
+    };
+    let text = bytes(5000, 3);
+    a.pages.write(0, &text);
+    a.post(1, SendOp::Write(at(1000)), &[a.sge(0, 5000)]);
+    a.succeed();
+    a.post(2, SendOp::Read(at(1000)), &[a.sge(10_000, 5000)]);
+    a.succeed();
+    assert_eq!(a.pages.read(10_000, 5000), text);
+    a.post(3, SendOp::Read(at(slab.address())), &[a.sge(0, 8)]);
+    assert_eq!(a.next().status, Status::RemoteAccess);
+}

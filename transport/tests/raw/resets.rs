@@ -66,6 +66,38 @@ fn a_reset_changes_nobody_elses_order() {
     }
 }
 
+/// A queue is not made shallower than what it holds, and one that has broken says so to nobody after
+/// its end.
+#[test]
+fn a_completion_queue_holds_what_is_there_until_it_ends() {
+    let end = end(QpType::Rc);
+    let cq = end.context.completion_queue(4, None).unwrap();
+    let queues = Queues {
+        send: &end.cq,
+        recv: &cq,
+        shared: None,
+    };
+    let qp = end.pd.queue_pair(queues, &init_attr(QpType::Rc)).unwrap();
+    let other = End { qp, ..end };
+    let fill = |count| {
+        modify(&other.qp, &other.context, QpState::Reset);
+        modify(&other.qp, &other.context, QpState::Init);
+        (0..count).for_each(|id| other.receive(id, &[]));
+        modify(&other.qp, &other.context, QpState::Err);
+    };
+    fill(3);
+    let refused = Err(Error::Limit("completion queue entries"));
+    assert_eq!(cq.resize(2), refused);
+    assert_eq!(cq.resize(3), Ok(()));
+    let mut done = Vec::new();
+    assert_eq!(cq.poll(9, &mut done), Ok(3));
+    assert!(done.iter().map(|work| work.wr_id).eq(0..3));
+    fill(4);
+    assert!(is_readable(&other.context, PATIENCE));
+    drop((other.qp, cq));
+    assert_eq!(other.context.async_event(), None);
+}
+
 /// Posts from two threads until it is told to stop; how many were taken.
 fn post_until(end: &End, is_over: &AtomicBool) -> [u64; 2] {
     let counts = [0, 1].map(|poster: u64| {

@@ -152,6 +152,10 @@ fn datagrams_and_unreliable_connections_share_too() {
             })
             .unwrap();
         assert_eq!(server.succeed().wr_id, 7);
+        let broken = self::to(QpAttr::default(), QpState::Err);
+        server.qp.modify(&broken, QpAttrMask::STATE).unwrap();
+        let last = AsyncEvent::LastWqeReached(server.qp.qpn());
+        assert_eq!(server.event(), last, "{kind:?}");
     }
 }
 

@@ -313,6 +313,39 @@ fn patience_does_not_change_while_working() {
 }
 
 #[test]
+fn how_long_a_peer_waits_for_a_receive_changes_while_working() {
+    let (a, b) = pair(QpType::Rc);
+    // Half a second.
+    let attr = QpAttr {
+        min_rnr_timer: RnrTimer::new(31),
+        ..QpAttr::default()
+    };
+    b.qp.modify(&attr, QpAttrMask::MIN_RNR_TIMER).unwrap();
+    assert_eq!(b.qp.query().min_rnr_timer, attr.min_rnr_timer);
+    let start = Instant::now();
+    a.post(1, SendOp::Send, &[]);
+    assert!(a.is_silent());
+    b.receive(2, &[]);
+    assert_eq!((b.succeed().wr_id, a.succeed().wr_id), (2, 1));
+    assert!(start.elapsed() > Duration::from_millis(400));
+}
+
+#[test]
+fn how_many_reads_are_served_changes_while_drained() {
+    let (a, b) = pair(QpType::Rc);
+    a.post(1, SendOp::Read(b.remote(0)), &[a.sge(0, 8)]);
+    a.succeed();
+    let sqd = to(QpAttr::default(), QpState::Sqd);
+    b.qp.modify(&sqd, QpAttrMask::STATE).unwrap();
+    wait_drained(&b);
+    let mask = QpAttrMask::MAX_DEST_RD_ATOMIC | QpAttrMask::STATE;
+    b.qp.modify(&sqd, mask).unwrap();
+    assert_eq!(b.qp.query().max_dest_rd_atomic, 0);
+    a.post(2, SendOp::Read(b.remote(0)), &[a.sge(0, 8)]);
+    assert_eq!(a.next().status, Status::RemoteInvalidRequest);
+}
+
+#[test]
 fn rights_change_while_working() {
     let (a, b) = pair(QpType::Rc);
     a.post(1, SendOp::Write(b.remote(0)), &[a.sge(0, 8)]);

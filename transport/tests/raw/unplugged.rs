@@ -23,6 +23,14 @@ fn inside() {
     let mtu = || a.context.query_port(1).unwrap().active_mtu;
     lo_mtu(1400);
     assert_eq!(mtu(), Mtu::B1024);
+    let other = end_on(a.context.clone(), QpType::Rc, None);
+    other.to_init();
+    let attr = QpAttr {
+        path_mtu: Mtu::B2048,
+        ..attr_to(&b.context, b.qp.qpn())
+    };
+    let refused = Err(Error::Limit("path MTU beyond the port's"));
+    assert_eq!(other.qp.modify(&to(attr, QpState::Rtr), RTR_RC), refused);
     lo_mtu(65_536);
     assert_eq!(mtu(), Mtu::B4096);
     b.receive(1, &[]);

@@ -488,6 +488,22 @@ fn an_unknown_connection_is_disconnected_already() {
     assert_eq!(Message::decode(&drep[0]), Ok((6, expected)));
 }
 
+/// The client's host has begun anew, and ends what it has of its former life.
+#[test]
+fn an_end_that_names_another_connection_of_its_own_ends_none_here() {
+    let mut pair = Pair::new();
+    let [client, server] = pair.connected();
+    let dreq = Message::Dreq {
+        local: CommId(client.0 + 1),
+        remote: server,
+        qpn: Qpn::new(0x100),
+    };
+    assert_eq!(pair.give(SERVER, &dreq.encode(6)), CmOutcome::Stale);
+    assert_eq!(pair.cm[SERVER].state(server), Some(CmState::Established));
+    assert_eq!(pair.cm[SERVER].poll_event(), None);
+    assert_eq!(pair.take(SERVER).len(), 1, "it need not ask again");
+}
+
 #[test]
 fn a_third_host_cannot_speak_for_the_peer() {
     let mut pair = Pair::new();

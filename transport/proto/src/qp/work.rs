@@ -70,6 +70,15 @@ impl SendOp {
                 | Self::Flush(_)
         )
     }
+
+    /// Whether it takes a receive of the peer's, and so is reported there.
+    #[must_use]
+    pub const fn takes_receive(&self) -> bool {
+        matches!(
+            self,
+            Self::Send | Self::SendImm(_) | Self::SendInvalidate(_) | Self::WriteImm(..)
+        )
+    }
 }
 
 /// What a FLUSH asks for.

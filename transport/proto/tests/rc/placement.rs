@@ -120,15 +120,35 @@ fn unsignalled_requests_complete_silently_and_in_order() {
     );
 }
 
+/// The mark is of messages that take a receive: elsewhere it would say nothing.
 #[test]
-fn solicited_events_are_marked_on_the_last_packet() {
-    let mut net = net(Setup::default());
-    recv(&mut net, 10, 4096);
-    let mut wr = SendWr::new(WrId(1), SendOp::Send, piece(REGION, 0, 3000));
-    wr.solicited = true;
-    net.ends[0].qp.post_send(wr).unwrap();
-    net.run(1_000);
-    assert!(net.completions(1)[0].solicited);
+fn solicited_events_are_marked_on_the_last_packet_of_what_takes_a_receive() {
+    use Opcode::*;
+    for (op, marked) in [
+        (SendOp::Send, Some(RcSendLast)),
+        (SendOp::SendImm(1), Some(RcSendLastImm)),
+        (SendOp::WriteImm(remote(REGION, 0), 1), Some(RcWriteLastImm)),
+        (write_to(0), None),
+        (read_from(0), None),
+    ] {
+        let mut net = net(Setup::default());
+        let marks = Rc::new(RefCell::new(Vec::new()));
+        let writer = Rc::clone(&marks);
+        tap(&mut net, move |_, packet| {
+            if packet.solicited() {
+                writer.borrow_mut().push(packet.opcode());
+            }
+            false
+        });
+        recv(&mut net, 10, 4096);
+        let mut wr = SendWr::new(WrId(1), op, piece(REGION, 0, 3000));
+        wr.solicited = true;
+        net.ends[0].qp.post_send(wr).unwrap();
+        net.run(1_000);
+        assert_eq!(*marks.borrow(), Vec::from_iter(marked), "{op:?}");
+        let done = net.completions(1);
+        assert_eq!(done.first().map(|c| c.solicited), marked.map(|_| true));
+    }
 }
 
 #[test]

@@ -87,16 +87,16 @@ fn a_queue_pair_without_the_right_answers_invalid_request() {
     ] {
         refused(net(setup), op, 8, 0x61, Status::RemoteInvalidRequest);
     }
-    let mut net = net(Setup {
-        access: Access::READ,
-        ..Setup::default()
-    });
-    send(&mut net, 1, write_to(0), 8);
-    net.run(1_000);
-    assert_eq!(
-        statuses(&net.completions(0)),
-        [(1, Status::RemoteInvalidRequest)]
-    );
+    for op in [write_to(0), SendOp::AtomicWrite(word)] {
+        let mut net = net(Setup {
+            access: Access::READ,
+            ..Setup::default()
+        });
+        send(&mut net, 1, op, 8);
+        net.run(1_000);
+        let refused = [(1, Status::RemoteInvalidRequest)];
+        assert_eq!(statuses(&net.completions(0)), refused, "{op:?}");
+    }
 }
 
 #[test]

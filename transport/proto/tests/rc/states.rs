@@ -385,3 +385,61 @@ fn a_peer_that_vanishes_in_mid_traffic_leaves_everything_flushed_once() {
         assert!(got.is_sorted_by_key(|c| c.wr_id.0));
     }
 }
+
+/// What the first peer was owed, what was kept of it, and that it reports gaps, is nothing to the next.
+#[test]
+fn a_reset_forgets_the_peer() {
+    let mut net = net(Setup::default());
+    for round in 0..3 {
+        let psn = FIRST_PSN + 10 * round;
+        let qp = &mut net.ends[1].qp;
+        qp.to_reset();
+        assert!(!qp.has_pending_transmit() && qp.poll_event().is_none());
+        if round == 0 {
+            qp.set_reports_gaps(true);
+        }
+        qp.to_init(InitAttr {
+            access: Access::ALL,
+            pkey: PKEY_DEFAULT,
+        })
+        .unwrap();
+        qp.to_rtr(RtrAttr {
+            dest: QPNS[0],
+            path_mtu: Mtu::B1024,
+            rq_psn: Psn::new(psn),
+            max_dest_rd_atomic: 4,
+            min_rnr_timer: RnrTimer::new(1),
+        })
+        .unwrap();
+        let place = Extension::Reth(reth(64, 8));
+        let early = request(Opcode::RcWriteOnly, psn + 2, place, &[1; 8]);
+        let (outcome, answers) = ask(&mut net, &early);
+        assert_eq!(outcome, Outcome::Ahead);
+        let event = net.ends[1].qp.poll_event();
+        assert_eq!(event, Some(QpEvent::CommunicationEstablished));
+        let expected = match round {
+            0 => Opcode::RcAtomicAcknowledge,
+            _ => Opcode::RcAcknowledge,
+        };
+        let opcodes: Vec<_> = answers.iter().map(|answer| answer.opcode).collect();
+        assert_eq!(opcodes, [expected], "a report, or a NAK");
+        let word = Extension::Atomic(fetch_add(0, 1));
+        let add = |psn| request(Opcode::RcFetchAdd, psn, word, &[]);
+        if round > 0 {
+            let stale = Outcome::Dropped(DropReason::Stale);
+            let (outcome, answers) = ask(&mut net, &add(psn - 10));
+            assert_eq!((outcome, answers.len()), (stale, 0), "it was another's");
+        }
+        assert_eq!(ask(&mut net, &add(psn)).0, Outcome::Accepted);
+        let End { qp, memory, .. } = &mut net.ends[1];
+        assert_eq!(qp.wants_kept(), None);
+        // There is no receive; what says so is not sent any more.
+        let send = request(Opcode::RcSendOnly, psn + 1, Extension::Bare, &[]);
+        let send = Packet::new_checked(&send).unwrap();
+        qp.note_kept(&Packet::new_checked(&early).unwrap());
+        let outcome = qp.handle_packet(Nanos(5_000), &send, memory);
+        assert_eq!(outcome, Outcome::Dropped(DropReason::NoReceive));
+        assert!(qp.has_pending_transmit());
+    }
+    assert_eq!(net.ends[1].memory.atomics, 3);
+}

@@ -29,6 +29,35 @@ fn a_server_that_takes_its_time_is_waited_for() {
     assert!(matches!(pair.event(CLIENT), CmEvent::Accepted { id, .. } if id == client));
 }
 
+/// Longer than it would have waited for a word, and no longer than 69 s and what one more try takes,
+/// whatever is asked for.
+#[test]
+fn who_is_asked_for_much_time_gives_up_after_that() {
+    for timeout in [24, 31] {
+        let mut pair = Pair::new();
+        let id = pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
+        pair.take(CLIENT);
+        let mra = Message::Mra {
+            local: CommId(9),
+            remote: id,
+            message: 0,
+            timeout,
+        };
+        assert_eq!(pair.give(CLIENT, &mra.encode(1)), CmOutcome::Accepted);
+        let due = pair.now + Nanos::from_ib_exponent(24);
+        assert_eq!(pair.cm[CLIENT].poll_timeout(), Some(due));
+        let mut asked = 0;
+        while let Some(next) = pair.cm[CLIENT].poll_timeout() {
+            pair.now = next;
+            pair.cm[CLIENT].handle_timeout(next);
+            asked += pair.take(CLIENT).len();
+        }
+        assert_eq!(pair.event(CLIENT), CmEvent::TimedOut { id });
+        assert!(asked > 0, "it asks again");
+        assert!(pair.now <= due + Nanos(2 * RESEND_MAX.0));
+    }
+}
+
 #[test]
 fn a_client_that_takes_its_time_is_waited_for() {
     let (mut pair, [client, id]) = Pair::accepted();

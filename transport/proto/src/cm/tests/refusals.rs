@@ -11,6 +11,15 @@ fn ask(pair: &mut Pair, qpn: u32) {
     pair.cm[CLIENT].connect(pair.now, &other).unwrap();
 }
 
+/// The only message that an end has to send: a REJ, of this message of the peer's.
+fn rejection(pair: &mut Pair, from: usize) -> (u8, [u8; MAD_LEN]) {
+    let [mad] = pair.take(from)[..] else { panic!() };
+    match Message::decode(&mad) {
+        Ok((_, Message::Rej(rej))) => (rej.message, mad),
+        other => panic!("{other:?}"),
+    }
+}
+
 /// The server has room for exactly so many connections of its own.
 fn fill(pair: &mut Pair, room: usize) {
     let own = ConnectParams {
@@ -37,7 +46,7 @@ fn refusals_say_why_and_are_repeated() {
         .reject(pair.now, server, reason::CONSUMER, b"too old")
         .unwrap();
     // The rejection is lost, the request comes again, so does the rejection.
-    assert_eq!(pair.take(SERVER).len(), 1);
+    assert_eq!(rejection(&mut pair, SERVER).0, 0, "it is the request's");
     assert_eq!(pair.give(SERVER, &request[0]), CmOutcome::Accepted);
     pair.settle();
     let CmEvent::Rejected {
@@ -52,6 +61,23 @@ fn refusals_say_why_and_are_repeated() {
     assert_eq!(private_data[..7], *b"too old");
     assert_eq!(pair.cm[CLIENT].state(id), None);
     assert_eq!(pair.cm[SERVER].poll_event(), None);
+}
+
+#[test]
+fn a_client_refuses_a_reply() {
+    let (mut pair, [client, server]) = Pair::accepted();
+    let why = reason::CONSUMER;
+    pair.cm[CLIENT]
+        .reject(pair.now, client, why, b"not that one")
+        .unwrap();
+    let (message, mad) = rejection(&mut pair, CLIENT);
+    assert_eq!(message, 1, "it is the reply's");
+    assert_eq!(pair.give(SERVER, &mad), CmOutcome::Accepted);
+    let event = pair.event(SERVER);
+    let CmEvent::Rejected { id, reason, .. } = event else {
+        panic!("{event:?}")
+    };
+    assert_eq!((id, reason), (server, why));
 }
 
 #[test]

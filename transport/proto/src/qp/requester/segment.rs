@@ -158,7 +158,7 @@ impl Wqe {
         let mut header = Header::new(opcode, link.dest, psn, extension);
         header.pkey = link.pkey;
         header.ack_req = ack_req && link.kind == QpKind::Rc;
-        header.solicited = self.solicited && position.ends() && !self.wants_response();
+        header.solicited = self.solicited && position.ends() && self.op.takes_receive();
         (transmit(header, payload), psns)
     }
 
