@@ -167,38 +167,43 @@ fn flush_whole(rkey: Rkey) -> SendOp {
     })
 }
 
-/// The queue pair would let the peer do it.
 #[test]
 fn what_a_region_does_not_grant_is_refused() {
+    refused_by_the_region(SendOp::Write);
+    refused_by_the_region(SendOp::AtomicWrite);
+}
+
+#[test]
+fn a_flush_that_a_region_does_not_grant_is_refused() {
+    refused_by_the_region(|remote| flush_whole(remote.rkey));
+}
+
+/// The queue pair would let the peer do it.
+fn refused_by_the_region(op: impl Fn(Remote) -> SendOp) {
     const READ_AND_ADD: AccessFlags = AccessFlags::LOCAL_WRITE
         .with(AccessFlags::REMOTE_READ)
         .with(AccessFlags::REMOTE_ATOMIC);
-    let ops: [fn(Remote) -> SendOp; 3] = [SendOp::Write, SendOp::AtomicWrite, |remote| {
-        flush_whole(remote.rkey)
-    }];
-    for op in ops {
-        let (a, b) = pair(QpType::Rc);
-        let pages = Pages::new(4096);
-        let region = pages.register(&b.pd, READ_AND_ADD);
-        let remote = Remote {
-            va: pages.address(),
-            rkey: region.rkey(),
-        };
-        let add = SendOp::FetchAdd { remote, add: 1 };
-        for granted in [SendOp::Read(remote), add] {
-            a.post(1, granted, &[a.sge(0, 8)]);
-            a.succeed();
-        }
-        a.pages.write(0, &[7; 8]);
-        let list = [a.sge(0, 8)];
-        let list = match op(remote) {
-            SendOp::Flush(_) => &[],
-            _ => &list[..],
-        };
-        a.post(2, op(remote), list);
-        assert_eq!(a.next().status, Status::RemoteAccess, "{:?}", op(remote));
-        assert_eq!(pages.word(0), 1);
+    let (a, b) = pair(QpType::Rc);
+    let pages = Pages::new(4096);
+    let region = pages.register(&b.pd, READ_AND_ADD);
+    let remote = Remote {
+        va: pages.address(),
+        rkey: region.rkey(),
+    };
+    let add = SendOp::FetchAdd { remote, add: 1 };
+    for granted in [SendOp::Read(remote), add] {
+        a.post(1, granted, &[a.sge(0, 8)]);
+        a.succeed();
     }
+    a.pages.write(0, &[7; 8]);
+    let list = [a.sge(0, 8)];
+    let list = match op(remote) {
+        SendOp::Flush(_) => &[],
+        _ => &list[..],
+    };
+    a.post(2, op(remote), list);
+    assert_eq!(a.next().status, Status::RemoteAccess, "{:?}", op(remote));
+    assert_eq!(pages.word(0), 1);
 }
 
 #[test]

@@ -223,14 +223,19 @@ fn the_first_packet_before_rts_is_told_once() {
 
 /// What nobody has taken goes with what it is about.
 #[test]
-fn nothing_is_told_of_what_is_gone() {
+fn nothing_is_told_of_a_queue_pair_that_is_gone() {
     let (a, b) = pair(QpType::Rc);
     a.post(1, SendOp::Write(b.remote(LEN)), &[a.sge(0, 8)]);
     assert_ne!(a.next().status, Status::Success);
     assert!(is_readable(&b.context, PATIENCE));
     drop(b.qp);
     assert_eq!(b.context.async_event(), None);
+}
 
+/// The same.
+#[test]
+fn nothing_is_told_of_a_completion_queue_that_is_gone() {
+    let (_a, b) = pair(QpType::Rc);
     let channel = b.context.completion_channel().unwrap();
     let cq = b.context.completion_queue(4, Some(&channel)).unwrap();
     let queues = Queues {
