@@ -1,4 +1,5 @@
 //! What the tests over real sockets share: addresses nobody else uses, and loops with an end.
+#![allow(dead_code, reason = "each test program uses what it needs")]
 
 use std::fs::File;
 use std::io::IoSlice;
@@ -28,13 +29,11 @@ pub fn address() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::new(127, 128 | high, 1 + low, next as u8), 4791))
 }
 
-#[allow(dead_code, reason = "each test program uses what it needs")]
 /// A configuration with a node number of its own.
 pub fn config(node: u64) -> EndpointConfig {
     EndpointConfig::new(address(), node, 1)
 }
 
-#[allow(dead_code, reason = "each test program uses what it needs")]
 /// Polls all `endpoints` in turn, for at most [`PATIENCE`], until `done`.
 pub fn run_until<S>(
     endpoints: &mut [&mut Endpoint],
@@ -59,7 +58,6 @@ pub fn run_until<S>(
 }
 
 /// Connects `a` (node 1 or so) to `b` and returns the connection as both see it.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn connect(a: &mut Endpoint, b: &mut Endpoint) -> (ConnId, ConnId) {
     let ours = a.connect(b.local_addr(), b"hello from a");
     let mut seen: [Option<ConnId>; 2] = [None, None];
@@ -95,7 +93,6 @@ pub struct Stream {
     buffer: Vec<u8>,
 }
 
-#[allow(dead_code, reason = "each test program uses what it needs")]
 impl Stream {
     pub fn new(conn: ConnId, total: u64) -> Stream {
         Stream {
@@ -186,7 +183,6 @@ fn message(number: u64, into: &mut Vec<u8>) -> u64 {
     len as u64
 }
 
-#[allow(dead_code, reason = "each test program uses what it needs")]
 /// Runs `act` while another thread is in the middle of the device, where a real one would send or
 /// copy; fails if `act` waits for it. `other` is a queue pair of the device that nobody uses.
 pub fn beside_one_that_drives(other: &raw::QueuePair, act: impl FnOnce() + Send) {
@@ -216,7 +212,6 @@ pub fn beside_one_that_drives(other: &raw::QueuePair, act: impl FnOnce() + Send)
 
 /// Gives up root's right to lock what it likes and to reach whom it likes; rights are those of this
 /// thread and of the threads that it starts.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn be_as_anybody() {
     let header = [0x2008_0522u32, 0];
     let none = [0u32; 6];
@@ -226,7 +221,6 @@ pub fn be_as_anybody() {
 }
 
 /// Sets a limit of this process, or as much of it as it may be given at all.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn limit(what: libc::__rlimit_resource_t, most: libc::rlim_t) {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
@@ -241,13 +235,11 @@ pub fn limit(what: libc::__rlimit_resource_t, most: libc::rlim_t) {
 }
 
 /// The most that this process may lock from now on, bytes.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn may_lock(bytes: libc::rlim_t) {
     limit(libc::RLIMIT_MEMLOCK, bytes);
 }
 
 /// A test cannot be made on this machine. Said, and a failure for who asks for all of them.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn not_checked(what: &str) {
     eprintln!("NOT CHECKED: {what}");
     let is_wanted = std::env::var_os("LOWTIDE_CHECK_ALL").is_some();
@@ -255,7 +247,6 @@ pub fn not_checked(what: &str) {
 }
 
 /// Sends a datagram as it is.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn send_raw(socket: &mut Socket, target: SocketAddr, bytes: &[u8]) {
     let header_len = bytes.len().min(12);
     let mut frame = Frame {
@@ -280,7 +271,6 @@ pub fn send_raw(socket: &mut Socket, target: SocketAddr, bytes: &[u8]) {
 
 /// Runs an ignored test of this program in a network namespace of its own, after `set_up`, a line for
 /// the shell.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn in_a_network_of_its_own(set_up: &str, test: &str) {
     let inside = |line: &str| {
         std::process::Command::new("unshare")
@@ -303,7 +293,6 @@ pub fn in_a_network_of_its_own(set_up: &str, test: &str) {
 }
 
 /// Sends and hears both streams to their ends, and asks `also` each time whether that is all.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn traffic(
     a: &mut Endpoint,
     b: &mut Endpoint,
@@ -328,13 +317,11 @@ pub fn traffic(
 }
 
 /// A file of this process's own.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn scratch(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("lowtide-test-{}-{name}", std::process::id()))
 }
 
 /// The packets that a capture has so far, and where they went.
-#[allow(dead_code, reason = "each test program uses what it needs")]
 pub fn packets_of(path: &Path) -> Vec<(SocketAddr, Vec<u8>)> {
     let mut reader = Reader::new(File::open(path).unwrap()).unwrap();
     let mut packets = Vec::new();

@@ -360,8 +360,8 @@ fn a_queue_pair_that_connects_anew_ends_its_old_connection() {
     assert_eq!(pair.cm[SERVER].poll_event(), None);
 }
 
-#[test]
-fn more_time_is_granted_when_asked_for() {
+/// A client whose request the server has answered with an MRA; the client's identifier, and the MRA.
+fn asked_for_patience(timeout: u8) -> (Pair, CommId, Message<'static>) {
     let mut pair = Pair::new();
     let id = pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
     pair.take(CLIENT);
@@ -369,9 +369,15 @@ fn more_time_is_granted_when_asked_for() {
         local: CommId(9),
         remote: id,
         message: 0,
-        timeout: 21,
+        timeout,
     };
     assert_eq!(pair.give(CLIENT, &mra.encode(1)), CmOutcome::Accepted);
+    (pair, id, mra)
+}
+
+#[test]
+fn more_time_is_granted_when_asked_for() {
+    let (pair, _, mra) = asked_for_patience(21);
     assert_eq!(
         pair.cm[CLIENT].poll_timeout(),
         Some(pair.now + Nanos::from_ib_exponent(21))

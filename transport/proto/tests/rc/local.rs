@@ -346,19 +346,7 @@ fn the_first_request_in_rtr_is_an_event_once() {
         shared_receives: false,
     };
     let mut qp = QueuePair::new(QpKind::Rc, QPNS[1], caps);
-    qp.to_init(InitAttr {
-        access: Access::ALL,
-        pkey: PKEY_DEFAULT,
-    })
-    .unwrap();
-    qp.to_rtr(RtrAttr {
-        dest: QPNS[0],
-        path_mtu: Mtu::B1024,
-        rq_psn: Psn::new(FIRST_PSN),
-        max_dest_rd_atomic: 1,
-        min_rnr_timer: RnrTimer::new(1),
-    })
-    .unwrap();
+    to_rtr(&mut qp, FIRST_PSN, 1);
     let mut memory = TestMemory::default();
     memory.register(REGION, vec![0; 1000]);
     for psn in [FIRST_PSN, FIRST_PSN + 1] {

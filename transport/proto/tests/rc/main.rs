@@ -169,3 +169,20 @@ fn drop_nth(from: usize, opcode: Opcode, n: usize) -> impl FnMut(usize, &Packet<
         hit && seen == n
     }
 }
+
+/// Takes the server's queue pair from RESET to RTR; the client's first packet has this PSN.
+fn to_rtr(qp: &mut QueuePair, psn: u32, rd_atomic: u8) {
+    qp.to_init(InitAttr {
+        access: Access::ALL,
+        pkey: PKEY_DEFAULT,
+    })
+    .unwrap();
+    qp.to_rtr(RtrAttr {
+        dest: QPNS[0],
+        path_mtu: Mtu::B1024,
+        rq_psn: Psn::new(psn),
+        max_dest_rd_atomic: rd_atomic,
+        min_rnr_timer: RnrTimer::new(1),
+    })
+    .unwrap();
+}

@@ -214,19 +214,7 @@ fn in_rtr_requests_are_served_but_answers_are_not_expected() {
             shared_receives: false,
         },
     );
-    qp.to_init(InitAttr {
-        access: Access::ALL,
-        pkey: PKEY_DEFAULT,
-    })
-    .unwrap();
-    qp.to_rtr(RtrAttr {
-        dest: QPNS[0],
-        path_mtu: Mtu::B1024,
-        rq_psn: Psn::new(FIRST_PSN),
-        max_dest_rd_atomic: 1,
-        min_rnr_timer: RnrTimer::new(1),
-    })
-    .unwrap();
+    to_rtr(&mut qp, FIRST_PSN, 1);
     let mut memory = TestMemory::default();
     memory.register(REGION, vec![0; 64]);
     let write = request(
@@ -398,19 +386,7 @@ fn a_reset_forgets_the_peer() {
         if round == 0 {
             qp.set_reports_gaps(true);
         }
-        qp.to_init(InitAttr {
-            access: Access::ALL,
-            pkey: PKEY_DEFAULT,
-        })
-        .unwrap();
-        qp.to_rtr(RtrAttr {
-            dest: QPNS[0],
-            path_mtu: Mtu::B1024,
-            rq_psn: Psn::new(psn),
-            max_dest_rd_atomic: 4,
-            min_rnr_timer: RnrTimer::new(1),
-        })
-        .unwrap();
+        to_rtr(qp, psn, 4);
         let place = Extension::Reth(reth(64, 8));
         let early = request(Opcode::RcWriteOnly, psn + 2, place, &[1; 8]);
         let (outcome, answers) = ask(&mut net, &early);

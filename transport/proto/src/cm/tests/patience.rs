@@ -34,16 +34,7 @@ fn a_server_that_takes_its_time_is_waited_for() {
 #[test]
 fn who_is_asked_for_much_time_gives_up_after_that() {
     for timeout in [24, 31] {
-        let mut pair = Pair::new();
-        let id = pair.cm[CLIENT].connect(pair.now, &params(b"")).unwrap();
-        pair.take(CLIENT);
-        let mra = Message::Mra {
-            local: CommId(9),
-            remote: id,
-            message: 0,
-            timeout,
-        };
-        assert_eq!(pair.give(CLIENT, &mra.encode(1)), CmOutcome::Accepted);
+        let (mut pair, id, _) = asked_for_patience(timeout);
         let due = pair.now + Nanos::from_ib_exponent(24);
         assert_eq!(pair.cm[CLIENT].poll_timeout(), Some(due));
         let mut asked = 0;
