@@ -10,9 +10,9 @@
 //! turn has come. After a gap (or an RNR NAK) one NAK is sent and then silence kept until the expected
 //! packet comes; peers that report gaps are told of every change instead. What is owed stands in line in `answers`, which also remembers READs and atomics.
 //!
-//! Source: Linux `rxe_resp.c`. It differs from rxe in three places: no sequence NAK follows an RNR
-//! NAK, a message longer than its receive is an invalid request, and an ACK comes unasked after
-//! 64 packets and when a gap has been closed.
+//! Source: Linux `rxe_resp.c`. It differs from rxe in four places: no sequence NAK follows an RNR
+//! NAK, a message longer than its receive is an invalid request, an ACK comes unasked after
+//! 64 packets and when a gap has been closed, and none has the PSN of a READ or an atomic.
 
 mod answers;
 mod one_sided;
@@ -88,6 +88,8 @@ pub(super) struct Responder {
     answers: Answers,
     /// Packets executed since the last ACK was put in line.
     unacknowledged: u32,
+    /// The latest packet executed that an ACK is the answer to, and the MSN with it.
+    plain: (Psn, u32),
 }
 
 impl Responder {
@@ -106,11 +108,13 @@ impl Responder {
             rnr_timer: RnrTimer::new(0),
             answers: Answers::new(),
             unacknowledged: 0,
+            plain: (Psn::new(0), 0),
         }
     }
 
     pub fn start(&mut self, attr: &RtrAttr) {
         self.expected = attr.rq_psn;
+        self.plain = (attr.rq_psn.minus(1), 0);
         self.rnr_timer = attr.min_rnr_timer;
         self.answers.start(attr.max_dest_rd_atomic);
     }
@@ -250,14 +254,17 @@ impl Responder {
                 self.is_rnr = false;
                 self.expected = psn.plus(psns);
                 self.kept = self.kept.checked_shr(psns).unwrap_or(0);
+                if !has_own_answer(packet) {
+                    self.plain = (psn, self.msn);
+                }
                 match self.kept {
-                    0 if had_gap => self.acknowledge(),
-                    0 => self.acknowledge_if_due(packet),
+                    0 if had_gap => self.acknowledge(link),
+                    0 => self.acknowledge_if_due(packet, link),
                     // It is the caller's turn.
                     kept if kept & 1 != 0 => self.nak_sent = had_gap,
                     _ if link.reports_gaps => self.complain(link, out),
                     // What is sent again from the last gap on will fill the next one, too.
-                    _ => self.acknowledge_if_due(packet),
+                    _ => self.acknowledge_if_due(packet, link),
                 }
                 (Outcome::Accepted, false)
             }
@@ -488,7 +495,7 @@ impl Responder {
             (Kind::Send | Kind::Write, _) => {
                 match self.nak_sent && link.reports_gaps {
                     true => self.complain(link, out),
-                    false => self.acknowledge(),
+                    false => self.acknowledge(link),
                 }
                 true
             }
@@ -511,28 +518,29 @@ impl Responder {
     }
 
     #[inline]
-    fn acknowledge_if_due(&mut self, packet: &Packet<'_>) {
-        if matches!(
-            packet.row().kind,
-            Kind::ReadRequest
-                | Kind::CompareSwap
-                | Kind::FetchAdd
-                | Kind::AtomicWrite
-                | Kind::Flush
-        ) {
-            return; // answered by its response
+    fn acknowledge_if_due(&mut self, packet: &Packet<'_>, link: &Link) {
+        if has_own_answer(packet) {
+            return;
         }
         self.unacknowledged += 1;
         if packet.ack_req() || self.unacknowledged >= ACK_INTERVAL {
-            self.acknowledge();
+            self.acknowledge(link);
         }
     }
 
-    /// An ACK of everything executed.
+    /// An ACK of everything executed; but to peers that are not of our kind never with the PSN of what has
+    /// an answer of its own. rxe takes such an ACK for that answer, if it comes before it or alone,
+    /// and completes a READ whose bytes never came (`check_psn` and `check_ack` in its
+    /// `rxe_comp.c`). Our kind learns from it what it has missed.
     #[inline]
-    fn acknowledge(&mut self) {
+    fn acknowledge(&mut self, link: &Link) {
         self.unacknowledged = 0;
-        self.answers.acknowledge(self.expected.minus(1), self.msn);
+        let (psn, msn) = match self.plain {
+            // The PSNs have not gone half around since.
+            plain if !link.reports_gaps && plain.0.ahead_of(self.expected) < 0 => plain,
+            _ => (self.expected.minus(1), self.msn),
+        };
+        self.answers.acknowledge(psn, msn);
     }
 
     /// There is a gap at the expected packet: tell, unless it has been told.
@@ -573,6 +581,15 @@ impl Responder {
     pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
         self.answers.poll_transmit(allow, link)
     }
+}
+
+/// Whether the packet's request is answered by more than an ACK.
+#[inline]
+fn has_own_answer(packet: &Packet<'_>) -> bool {
+    matches!(
+        packet.row().kind,
+        Kind::ReadRequest | Kind::CompareSwap | Kind::FetchAdd | Kind::AtomicWrite | Kind::Flush
+    )
 }
 
 fn recv_completion(wr_id: WrId, status: Status, link: &Link) -> Completion {

@@ -39,6 +39,98 @@ fn duplicates_are_acknowledged_again_and_not_executed() {
     assert_eq!(net.ends[1].qp.counters().duplicate_request, 2);
 }
 
+/// What is answered by more than an ACK, at that PSN.
+fn with_own_answers(psn: u32) -> [Vec<u8>; 5] {
+    let reth = Extension::Reth(reth(0, 8));
+    let feth = Feth::new(true, false, false);
+    [
+        request(Opcode::RcReadRequest, psn, reth, &[]),
+        request(
+            Opcode::RcFetchAdd,
+            psn,
+            Extension::Atomic(fetch_add(0, 5)),
+            &[],
+        ),
+        request(
+            Opcode::RcCompareSwap,
+            psn,
+            Extension::Atomic(fetch_add(0, 5)),
+            &[],
+        ),
+        request(Opcode::RcAtomicWrite, psn, reth, &[7; 8]),
+        request(
+            Opcode::RcFlush,
+            psn,
+            Extension::FethReth(feth, self::reth(0, 8)),
+            &[],
+        ),
+    ]
+}
+
+#[test]
+fn no_ack_has_the_number_of_a_read_or_an_atomic() {
+    // rxe takes it for the answer that was lost, or is still to come.
+    for nth in 0..5 {
+        let mut net = net(Setup::default());
+        net.ends[1].qp.set_access(Access {
+            flush_global: true,
+            ..Access::ALL
+        });
+        let region = net.ends[1].memory.regions.get_mut(&REGION).unwrap();
+        region.access.flush_global = true;
+        recv(&mut net, 20, 100);
+        let send = request(Opcode::RcSendOnly, FIRST_PSN, Extension::Bare, b"once");
+        ask(&mut net, &send);
+        let (outcome, answers) = ask(&mut net, &with_own_answers(FIRST_PSN + 1)[nth]);
+        assert_eq!((outcome, answers.len()), (Outcome::Accepted, 1));
+        let (outcome, answers) = ask(&mut net, &send);
+        assert_eq!((outcome, answers.len()), (Outcome::Accepted, 1));
+        assert_eq!(answers[0].psn.value(), FIRST_PSN);
+        assert_eq!(
+            answers[0].extension,
+            Extension::Aeth(Aeth {
+                syndrome: Syndrome::ACK,
+                msn: 1
+            })
+        );
+        // A gap that such a request closes.
+        let early = request(Opcode::RcSendOnly, FIRST_PSN + 3, Extension::Bare, b"soon");
+        let (_, nak) = ask(&mut net, &early);
+        assert_eq!(nak[0].psn.value(), FIRST_PSN + 2);
+        let (_, answers) = ask(&mut net, &with_own_answers(FIRST_PSN + 2)[nth]);
+        let is_ack = |header: &&Header| header.opcode == Opcode::RcAcknowledge;
+        let acks: Vec<_> = answers.iter().filter(is_ack).collect();
+        assert_eq!(acks.len(), 1);
+        assert_eq!(acks[0].psn.value(), FIRST_PSN);
+        // What follows is acknowledged as ever.
+        recv(&mut net, 21, 100);
+        let (_, answers) = ask(&mut net, &early);
+        assert_eq!(answers[0].psn.value(), FIRST_PSN + 3);
+    }
+}
+
+#[test]
+fn an_ack_half_the_numbers_behind_is_none() {
+    let mut net = net(Setup::default());
+    let send = |psn| request(Opcode::RcSendOnly, psn, Extension::Bare, b"once");
+    recv(&mut net, 20, 100);
+    ask(&mut net, &send(FIRST_PSN));
+    // READs of 64 packets each.
+    let mut psn = FIRST_PSN + 1;
+    while psn < FIRST_PSN + (1 << 23) {
+        let read = Extension::Reth(reth(0, 64 * 1024));
+        let read = request(Opcode::RcReadRequest, psn, read, &[]);
+        let packet = Packet::new_checked(&read).unwrap();
+        let end = &mut net.ends[1];
+        let outcome = end.qp.handle_packet(Nanos(5_000), &packet, &mut end.memory);
+        assert_eq!(outcome, Outcome::Accepted);
+        while end.qp.poll_transmit(Nanos(5_000), Allow::All).is_some() {}
+        psn += 64;
+    }
+    let (_, answers) = ask(&mut net, &send(psn - 1));
+    assert_eq!(answers[0].psn.value(), psn - 1);
+}
+
 #[test]
 fn duplicate_atomics_return_the_saved_value() {
     let mut net = net(Setup {
