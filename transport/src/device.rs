@@ -550,6 +550,7 @@ impl Device {
         }
     }
 
+    #[cold]
     fn wake_waiting(&mut self, peer: u32) {
         while self.peers[peer as usize].budget.room() > 0 {
             let Some(index) = self.peers[peer as usize].waiting.pop_front() else {

@@ -96,6 +96,7 @@ impl FaultInjector {
     }
 
     /// Whether datagrams to and from `peer` are dropped.
+    #[inline]
     pub(crate) fn is_blocked(&self, peer: &SocketAddr) -> bool {
         !self.blocked.is_empty() && self.blocked.contains(peer)
     }

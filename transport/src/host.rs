@@ -246,10 +246,24 @@ impl Hosts {
 
     /// Sends a packet; false if it was lost.
     pub(crate) fn send(&mut self, outlet: u32, parts: &[&[u8]]) -> bool {
+        self.send_by(outlet, |sender, ring| sender.send(ring, parts))
+    }
+
+    /// The same of one that lies in whole words, of whose bytes the first `len` count.
+    pub(crate) fn send_words(&mut self, outlet: u32, words: &[[u8; 8]], len: usize) -> bool {
+        self.send_by(outlet, |sender, ring| sender.send_words(ring, words, len))
+    }
+
+    #[inline]
+    fn send_by(
+        &mut self,
+        outlet: u32,
+        send: impl FnOnce(&mut ring::Sender, &[ring::Word]) -> Result<bool, ring::Broken>,
+    ) -> bool {
         let Some(Some(outlet)) = self.outlets.get_mut(outlet as usize) else {
             return false;
         };
-        match outlet.sender.send(outlet.ring.words(), parts) {
+        match send(&mut outlet.sender, outlet.ring.words()) {
             Ok(is_sent) => {
                 outlet.is_dirty |= is_sent;
                 is_sent

@@ -90,13 +90,18 @@ impl Access {
 
     /// Whether all of `wanted` is among these rights.
     pub fn allows(self, wanted: Access) -> bool {
-        // Without a branch for each.
-        (self.local_write | !wanted.local_write)
-            & (self.remote_write | !wanted.remote_write)
-            & (self.remote_read | !wanted.remote_read)
-            & (self.remote_atomic | !wanted.remote_atomic)
-            & (self.flush_global | !wanted.flush_global)
-            & (self.window_bind | !wanted.window_bind)
+        wanted.bits() & !self.bits() == 0
+    }
+
+    /// One bit per right: several are compared at once.
+    #[inline]
+    const fn bits(self) -> u8 {
+        self.local_write as u8
+            | (self.remote_write as u8) << 1
+            | (self.remote_read as u8) << 2
+            | (self.remote_atomic as u8) << 3
+            | (self.flush_global as u8) << 4
+            | (self.window_bind as u8) << 5
     }
 
     fn is_remote(self) -> bool {
@@ -165,6 +170,8 @@ struct Entry {
     key: Key,
     domain: u32,
     access: Access,
+    /// The same.
+    rights: u8,
     /// The address of the first byte, as work requests and peers name it.
     base: u64,
     /// Windows bound here.
@@ -246,6 +253,7 @@ impl Memory {
                     key: Key(0),
                     domain,
                     access,
+                    rights: 0,
                     base: 0,
                     windows: 0,
                 });
@@ -264,6 +272,7 @@ impl Memory {
             key,
             domain,
             access,
+            rights: access.bits(),
             base: 0,
             windows: 0,
         };
@@ -424,6 +433,7 @@ impl Memory {
     ///
     /// # Errors
     /// The first check that failed, in the order of [`AccessError`].
+    #[inline]
     pub fn check(
         &self,
         domain: u32,
@@ -432,13 +442,14 @@ impl Memory {
         len: u32,
         wanted: Access,
     ) -> Result<Span, AccessError> {
-        self.check_for(domain, None, key, va, len, wanted)
+        self.check_for(domain, None, key, (va, len), wanted.bits())
     }
 
     /// The same for the peer of a queue pair: it may also use windows.
     ///
     /// # Errors
     /// As `check`.
+    #[inline]
     pub fn check_peer(
         &self,
         domain: u32,
@@ -448,7 +459,7 @@ impl Memory {
         len: u32,
         wanted: Access,
     ) -> Result<Span, AccessError> {
-        self.check_for(domain, Some(qp), key, va, len, wanted)
+        self.check_for(domain, Some(qp), key, (va, len), wanted.bits())
     }
 
     fn check_for(
@@ -456,9 +467,8 @@ impl Memory {
         domain: u32,
         peer_of: Option<u32>,
         key: Key,
-        va: u64,
-        len: u32,
-        wanted: Access,
+        (va, len): (u64, u32),
+        wanted: u8,
     ) -> Result<Span, AccessError> {
         let (index, entry) = match self.entry(domain, key) {
             Err(AccessError::UnknownKey) if key.0 >= LENT_KEY_MIN => {
@@ -468,15 +478,10 @@ impl Memory {
         };
         let (region, start, size) = match entry.region.as_ref() {
             None => return Err(AccessError::UnknownKey),
-            Some(Region::Window(window)) => {
-                let place = window.place(peer_of).ok_or(AccessError::UnknownKey)?;
-                // Its region may have been deregistered, and another may have its index.
-                let (region, _) = self.entry(domain, place.region)?;
-                (region, place.offset, place.len)
-            }
+            Some(Region::Window(window)) => self.window(domain, peer_of, window)?,
             Some(region) => (index, 0, region.len() as u64),
         };
-        if !entry.access.allows(wanted) {
+        if wanted & !entry.rights != 0 {
             return Err(AccessError::NoRight);
         }
         // An address below the base wraps to one that is far too high.
@@ -491,8 +496,23 @@ impl Memory {
         }
     }
 
+    /// The region that a window is part of, and which part.
+    #[inline(never)] // as `LentTable::check`
+    fn window(
+        &self,
+        domain: u32,
+        peer_of: Option<u32>,
+        window: &Window,
+    ) -> Result<(u32, u64, u64), AccessError> {
+        let place = window.place(peer_of).ok_or(AccessError::UnknownKey)?;
+        // Its region may have been deregistered, and another may have its index.
+        let (region, _) = self.entry(domain, place.region)?;
+        Ok((region, place.offset, place.len))
+    }
+
     /// The bytes of a checked span, to send from; none where somebody may change them meanwhile,
     /// where they lie in several pieces, and of a departed region.
+    #[inline]
     pub fn stable(&self, span: Span) -> Option<&[u8]> {
         if span.region >= LENT_KEY_MIN {
             return self.lent.piece(span);
@@ -503,6 +523,15 @@ impl Memory {
             Region::Shared(_) | Region::Foreign(_) | Region::Window(_) => return None,
         };
         bytes.get(span.offset as usize..)?.get(..span.len as usize)
+    }
+
+    /// Whether there are, for a span that has just been checked.
+    #[inline]
+    pub fn is_stable(&self, span: Span) -> bool {
+        match self.entries.get(span.region as usize) {
+            Some(entry) => matches!(entry.region, Some(Region::Private(_) | Region::Slab(_))),
+            None => self.stable(span).is_some(),
+        }
     }
 
     /// The bytes of a private region, to fill; none for any other.

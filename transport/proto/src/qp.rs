@@ -69,7 +69,6 @@ use reports::Reports;
 use requester::{Failure, Requester};
 use responder::Responder;
 use timers::TimerTable;
-use types::transmit;
 
 /// A connected queue pair: see the [module](self).
 #[derive(Debug)]
@@ -185,6 +184,16 @@ impl QueuePair {
     #[inline]
     pub fn has_pending_transmit(&self) -> bool {
         self.responder.has_answers() || (self.is_sending() && self.requester.can_send(&self.timers))
+    }
+
+    /// Whether [`Self::poll_transmit`] and [`Self::execute_local`] have nothing to do: for who wants to
+    /// spare a call of them. False may mean that, too.
+    #[must_use]
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        // UC finishes in `poll_transmit` what it has sent, and SQD may drain there.
+        let is_plain = self.state == QpState::Rts && self.link.kind == QpKind::Rc;
+        is_plain && !self.responder.has_answers() && self.requester.is_idle()
     }
 
     /// The PSN that the peer's next request must have (`rq_psn` of ibverbs).
@@ -477,35 +486,34 @@ impl QueuePair {
     /// Answers come before requests, except that an ACK follows a single request that is there too:
     /// the longer packet first, both leave in one segmented send. In ERR only answers already owed
     /// come.
-    #[inline]
     pub fn poll_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
-        // Asked after each packet, and most often that was the last one. UC finishes here what it has
-        // sent, and SQD may have drained.
-        let is_plain = self.state == QpState::Rts && self.link.kind == QpKind::Rc;
-        match is_plain && !self.has_pending_transmit() {
-            true => None,
-            false => self.next_transmit(now, allow),
-        }
+        let mut transmit = Transmit::EMPTY;
+        self.poll_transmit_into(now, allow, &mut transmit)
+            .then_some(transmit)
     }
 
+    /// The same, written over another packet: one is too long to be handed from hand to hand. If
+    /// there is none, `into` means nothing.
     #[inline]
-    fn next_transmit(&mut self, now: Nanos, allow: Allow) -> Option<Transmit> {
+    pub fn poll_transmit_into(&mut self, now: Nanos, allow: Allow, into: &mut Transmit) -> bool {
         let is_request_first = self.is_sending()
             && allow == Allow::All
             && self.responder.owes_one_ack()
             && self.requester.has_one_packet(&self.timers);
-        if !is_request_first && let Some(answer) = self.responder.poll_transmit(allow, &self.link) {
+        if !is_request_first && self.responder.poll_transmit(allow, &self.link, into) {
             self.out.counters.sent_pkts += 1;
-            return Some(answer);
+            return true;
         }
         if !self.is_sending() {
-            return None;
+            return false;
         }
         let (link, out, timers) = (&self.link, &mut self.out, &mut self.timers);
-        let request = self.requester.poll_transmit(now, allow, link, out, timers);
+        let is_request = self
+            .requester
+            .poll_transmit(now, allow, link, out, timers, into);
         self.note_drained();
-        self.out.counters.sent_pkts += u64::from(request.is_some());
-        request
+        self.out.counters.sent_pkts += u64::from(is_request);
+        is_request
     }
 
     /// Whether there is a completion or an event to poll.

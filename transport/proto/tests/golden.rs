@@ -52,6 +52,25 @@ fn every_packet_decodes_and_is_emitted_again_byte_for_byte() {
     assert!(pads.iter().all(|&n| n > 0) && families.iter().all(|&n| n > 0) && solicited > 0);
 }
 
+#[test]
+fn a_header_written_over_another_is_what_it_is_alone() {
+    for row in OPCODES {
+        let header_len = row.shape.header_len();
+        let payload = (0..=256).find(|&len| len % 4 == 0 && row.payload.admits(len, 0));
+        // Every bit of an extension that means something is set here or there.
+        for filling in [0x5a, 0xa5] {
+            let mut bytes = vec![filling; header_len + payload.unwrap() + ICRC_LEN];
+            (bytes[0], bytes[1]) = (row.opcode.code(), 0);
+            let header = Packet::new_checked(&bytes).unwrap().header();
+            let (mut alone, mut over) = ([0; HEADER_LEN_MAX], [0xff; HEADER_LEN_MAX]);
+            assert_eq!(header.emit(&mut alone), header_len);
+            assert_eq!(header.write(&mut over), header_len);
+            assert_eq!(over[..header_len], alone[..header_len], "{}", row.name);
+            assert!(over[header_len..].iter().all(|&byte| byte == 0xff));
+        }
+    }
+}
+
 /// Whether the ICRC leaves bit `bit` of the IP packet out, because the network may change it.
 fn is_masked(ipv4: bool, bit: usize) -> bool {
     let byte = bit / 8;

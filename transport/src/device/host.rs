@@ -9,10 +9,10 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 
 use lowtide_transport_proto::qp::{
-    self, AtomicOp, Fragment, Lkey, QpState, Remote, SendOp, SgList,
+    self, AtomicOp, Fragment, Lkey, QpState, Remote, SendOp, SgList, Transmit,
 };
 use lowtide_transport_proto::time::Nanos;
-use lowtide_transport_proto::wire::{Packet, pad_len};
+use lowtide_transport_proto::wire::{HEADER_LEN_MAX, ICRC_LEN, Packet, Qpn, pad_len};
 
 use super::output::{ACK_REQ, resolve};
 use super::{Device, DeviceOptions, Input, Machine, Peer, QpId};
@@ -20,7 +20,7 @@ use crate::host::{
     self, Exports, Gone, HostBatch, Hosts, Ours, QpEntry, RING_PACKETS, SameHost, Theirs, Way, Wish,
 };
 use crate::memory::{Access, Key, Memory};
-use crate::udp::{Arrival, HEADER_MAX, Payload, TRAILER_MAX};
+use crate::udp::{Arrival, Payload, TRAILER_MAX};
 
 /// Bytes that are copied before others have their turn.
 const COPY_MAX: usize = 1 << 20;
@@ -29,6 +29,9 @@ const COPY_MIN: usize = 512;
 /// Bodies of packets up to this length are put together with what is around them: three pieces cost more
 /// than the copy.
 const SHORT_MAX: usize = 128;
+/// Pad, ICRC and what fills a word, at most.
+const TRAILER_ROOM: usize = 16;
+const SHORT_WORDS: usize = (HEADER_LEN_MAX + SHORT_MAX + TRAILER_ROOM) / 8;
 /// How often the socket and the connections are looked at by who polls rings.
 const LOOK: Nanos = Nanos::from_micros(50);
 
@@ -197,7 +200,7 @@ impl Device {
         };
         if slot.shown != entry {
             slot.shown = entry;
-            exports.show_qp(slot.qpn.value(), entry);
+            show_anew(exports, slot.qpn, entry);
         }
     }
 
@@ -205,7 +208,7 @@ impl Device {
     pub(super) fn push_host(
         &mut self,
         (outlet, target): (u32, SocketAddr),
-        header: &[u8],
+        transmit: &Transmit,
         payload: Payload,
         is_last: bool,
     ) {
@@ -214,21 +217,28 @@ impl Device {
             self.counters.faults_blocked += 1;
             return;
         }
-        let mut bytes = [0; HEADER_MAX + SHORT_MAX + TRAILER_MAX];
-        bytes[..header.len()].copy_from_slice(header);
+        let mut words = [[0; 8]; SHORT_WORDS];
+        let bytes = words.as_flattened_mut();
+        // With what lies behind it: a copy of fixed length.
+        let (header, header_len) = transmit.header_room();
+        bytes[..HEADER_LEN_MAX].copy_from_slice(header);
         if is_last {
             bytes[ACK_REQ.0] |= ACK_REQ.1;
         }
         let body = resolve(&payload, &self.scratch, &self.memory);
-        // Pad, and the place of the ICRC: zeroes.
-        let trailer_len = pad_len(body.len()) + 4;
-        let (head, rest) = bytes.split_at_mut(header.len());
+        let trailer_len = pad_len(body.len()) + ICRC_LEN;
         let is_sent = if body.len() <= SHORT_MAX {
-            rest[..body.len()].copy_from_slice(body);
-            let len = header.len() + body.len() + trailer_len;
-            hosts.send(outlet, &[&bytes[..len]])
+            let end = header_len + body.len();
+            bytes[header_len..end].copy_from_slice(body);
+            // Pad, the place of the ICRC, and the rest of the last word.
+            bytes[end..end + TRAILER_ROOM].fill(0);
+            let len = end + trailer_len;
+            hosts.send_words(outlet, &words[..len.div_ceil(8)], len)
         } else {
-            hosts.send(outlet, &[head, body, &rest[..trailer_len]])
+            hosts.send(
+                outlet,
+                &[&bytes[..header_len], body, &[0; TRAILER_MAX][..trailer_len]],
+            )
         };
         match is_sent {
             true => self.counters.host_tx_packets += 1,
@@ -348,6 +358,11 @@ fn host_arrival(source: SocketAddr, bytes: &[u8]) -> Arrival<'_> {
         is_congested: false,
         overflow: None,
     }
+}
+
+#[cold]
+fn show_anew(exports: &mut Exports, qpn: Qpn, entry: Option<QpEntry>) {
+    exports.show_qp(qpn.value(), entry);
 }
 
 fn takes_requests(state: QpState) -> bool {

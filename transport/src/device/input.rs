@@ -154,6 +154,7 @@ impl Device {
         self.handle_unicast(now, arrival, solved, &packet)
     }
 
+    #[inline(always)] // an arrival that was made of a ring's record exists nowhere else
     pub(super) fn handle_unicast(
         &mut self,
         now: Nanos,

@@ -13,7 +13,7 @@ use lowtide_transport_proto::wire::pad_len;
 
 use super::host::Act;
 use super::view::{View, wanted};
-use super::{Device, Machine, Slot};
+use super::{Device, Machine, Peer, Slot};
 use crate::faults::Fate;
 use crate::memory::{self, Access, Key, Memory, Span};
 use crate::udp::{Frame, HEADER_MAX, Payload, TRAILER_MAX};
@@ -39,9 +39,11 @@ impl Device {
     /// Sends what queue pairs have to send and budgets allow.
     pub(crate) fn transmit(&mut self, now: Nanos) {
         let mut later = std::mem::take(&mut self.later);
+        // Each packet is written over the one before.
+        let mut transmit = Transmit::EMPTY;
         while let Some(index) = self.ready.pop_front() {
             self.slots[index as usize].is_ready = false;
-            if self.transmit_from(index, now).is_break() {
+            if self.transmit_from(index, now, &mut transmit).is_break() {
                 later.push(index);
             }
         }
@@ -53,16 +55,23 @@ impl Device {
     }
 
     /// One turn of one queue pair; `Break` if it has answered enough for now.
-    fn transmit_from(&mut self, index: u32, now: Nanos) -> ControlFlow<()> {
-        if let Some(Machine::Datagram(_)) = self.slots[index as usize].machine {
+    fn transmit_from(
+        &mut self,
+        index: u32,
+        now: Nanos,
+        transmit: &mut Transmit,
+    ) -> ControlFlow<()> {
+        let slot = &self.slots[index as usize];
+        if let Some(Machine::Datagram(_)) = slot.machine {
             self.transmit_datagrams(index);
             return ControlFlow::Continue(());
         }
-        let Some(peer) = self.slots[index as usize].peer else {
+        let Some(peer) = slot.peer else {
             return ControlFlow::Continue(());
         };
-        let address = self.peers[peer as usize].address;
-        let outlet = self.peers[peer as usize].outlet;
+        let Peer {
+            address, outlet, ..
+        } = self.peers[peer as usize];
         let mut bytes = 0;
         for sent in 0.. {
             if outlet.is_some() {
@@ -76,37 +85,39 @@ impl Device {
                 self.mark_ready(index);
                 break;
             }
-            if self.slots[index as usize].responses >= RESPONSES_MAX {
-                self.slots[index as usize].responses = 0;
+            let slot = &mut self.slots[index as usize];
+            let to = &mut self.peers[peer as usize];
+            if slot.responses >= RESPONSES_MAX {
+                slot.responses = 0;
                 return ControlFlow::Break(());
             }
-            let room = self.peers[peer as usize].budget.room();
+            let room = to.budget.room();
             // Answers need no room. The peer keeps room for the READ responses it asks for; and an
             // ACK that waits behind one must not wait for the ACKs that we wait for.
             let allow = if room > 0 { Allow::All } else { Allow::Answers };
-            let slot = &mut self.slots[index as usize];
             let Some(Machine::Connected(qp)) = slot.machine.as_mut() else {
                 return ControlFlow::Continue(());
             };
-            let Some(transmit) = qp.poll_transmit(now, allow) else {
+            if !qp.poll_transmit_into(now, allow, transmit) {
                 if qp.has_local_work() {
                     self.execute_local(index);
                     continue;
                 }
                 if room == 0 && qp.has_pending_transmit() && !slot.is_waiting {
                     slot.is_waiting = true;
-                    self.peers[peer as usize].waiting.push_back(index);
+                    to.waiting.push_back(index);
                 }
                 slot.responses = 0;
                 break;
-            };
+            }
             bytes += transmit.header().len() + transmit.payload_len() as usize;
             slot.responses += u32::from(transmit.is_response);
             let is_unreliable = qp.kind() == QpKind::Uc;
+            let was_last = qp.is_idle();
             let counters = qp.counters();
             let losses = counters.retransmitted_pkts - counters.probes;
             if losses > std::mem::replace(&mut slot.losses, losses) {
-                self.peers[peer as usize].budget.note_loss(now);
+                to.budget.note_loss(now);
             }
             if !transmit.is_response {
                 self.settle(index);
@@ -114,19 +125,20 @@ impl Device {
             let is_last = !transmit.is_response && self.peers[peer as usize].budget.room() == 0;
             let payload = match transmit.payload.as_slice() {
                 [] => Ok(Payload::EMPTY),
-                _ => self.gather(index, &transmit),
+                _ => self.gather(index, transmit),
             };
+            let is_found = payload.is_ok();
             match payload {
                 Ok(payload) => match outlet {
                     Some(outlet) => {
-                        self.push_host((outlet, address), transmit.header(), payload, is_last);
+                        self.push_host((outlet, address), transmit, payload, is_last);
                     }
                     None => self.push(address, transmit.header(), payload, is_last),
                 },
                 Err(_) => {
                     // Memory that went away under a posted request, or a peer's READ.
                     if let Some(Machine::Connected(qp)) = &mut self.slots[index as usize].machine {
-                        qp.handle_transmit_failure(&transmit);
+                        qp.handle_transmit_failure(transmit);
                     }
                     self.settle(index);
                     self.note_finished(index);
@@ -135,6 +147,10 @@ impl Device {
             if is_unreliable {
                 // What is sent is finished.
                 self.note_finished(index);
+            }
+            if was_last && is_found {
+                self.slots[index as usize].responses = 0;
+                break;
             }
         }
         let slot = &self.slots[index as usize];
@@ -214,7 +230,7 @@ impl Device {
                         .check_peer(peer_domain, qp, Key(key), va, len, right)
                 }
             }?;
-            if fragments.len() == 1 && self.memory.stable(span).is_some() {
+            if fragments.len() == 1 && self.memory.is_stable(span) {
                 return Ok(Payload {
                     region: span.region,
                     offset: span.offset,

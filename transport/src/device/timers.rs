@@ -25,8 +25,17 @@ pub(crate) struct Timers {
 
 impl Timers {
     /// `index` wants a call at `due` or not at all. Calls may also come earlier.
+    #[inline(always)] // there is nothing to do, most often
     pub(crate) fn set(&mut self, index: u32, due: Option<Nanos>) {
         let Some(due) = due else { return };
+        match self.live.get(index as usize) {
+            Some(Some(at)) if *at <= due => {}
+            _ => self.bring_forward(index, due),
+        }
+    }
+
+    #[inline(never)]
+    fn bring_forward(&mut self, index: u32, due: Nanos) {
         if self.live.len() <= index as usize {
             self.live.resize(index as usize + 1, None);
             let room = ENTRIES * self.live.len();

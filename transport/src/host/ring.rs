@@ -45,6 +45,9 @@ const UNIT: usize = 8;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Broken;
 
+/// What a ring consists of.
+pub type Word = AtomicU64;
+
 /// Words that a ring of `units` units takes.
 pub const fn words_of(units: usize) -> usize {
     WORD_RECORDS + units * UNIT
@@ -102,7 +105,31 @@ impl Sender {
     /// # Errors
     /// The receiver's index makes no sense.
     pub fn send(&mut self, words: &[AtomicU64], parts: &[&[u8]]) -> Result<bool, Broken> {
-        let len = parts.iter().map(|part| part.len()).sum::<usize>();
+        let len = parts.iter().map(|part| part.len()).sum();
+        self.publish(words, len, |places| places.put_parts(parts))
+    }
+
+    /// The same of bytes that lie in whole words, of which the first `len` count.
+    ///
+    /// # Errors
+    /// As `send`.
+    pub fn send_words(
+        &mut self,
+        words: &[AtomicU64],
+        record: &[[u8; 8]],
+        len: usize,
+    ) -> Result<bool, Broken> {
+        assert_eq!(record.len(), len.div_ceil(8));
+        self.publish(words, len, |places| places.put(record))
+    }
+
+    #[inline]
+    fn publish(
+        &mut self,
+        words: &[AtomicU64],
+        len: usize,
+        write: impl FnOnce(&mut Places<'_>),
+    ) -> Result<bool, Broken> {
         if len > self.len_max {
             return Ok(false);
         }
@@ -121,7 +148,11 @@ impl Sender {
         // Relaxed here and in the copy: the header's Release is what publishes them.
         let behind = self.header(self.tail + need);
         words[behind].store(0, Ordering::Relaxed);
-        self.copy_in(words, parts);
+        let (wrapped, straight) = halves(words, self.units, self.tail);
+        write(&mut Places {
+            next: straight,
+            then: wrapped,
+        });
         // Release pairs with the Acquire in `Receiver::receive`.
         let header = self.header(self.tail);
         words[header].store(len as u64 + 1, Ordering::Release);
@@ -163,13 +194,17 @@ impl Sender {
     fn header(&self, unit: u64) -> usize {
         WORD_RECORDS + (unit as usize & (self.units - 1)) * UNIT
     }
+}
 
-    fn copy_in(&self, words: &[AtomicU64], parts: &[&[u8]]) {
-        let (wrapped, straight) = halves(words, self.units, self.tail);
-        let mut places = Places {
-            next: straight,
-            then: wrapped,
-        };
+/// Words to be written, in order.
+struct Places<'w> {
+    next: &'w [AtomicU64],
+    /// After those.
+    then: &'w [AtomicU64],
+}
+
+impl Places<'_> {
+    fn put_parts(&mut self, parts: &[&[u8]]) {
         // Bytes of parts that end within a word wait for the next part.
         let (mut rest, mut held) = ([0; 8], 0);
         for part in parts {
@@ -182,29 +217,20 @@ impl Sender {
                 if held < 8 {
                     continue;
                 }
-                places.put(&[rest]);
+                self.put(&[rest]);
             }
             let (whole, tail) = part.as_chunks();
-            places.put(whole);
+            self.put(whole);
             held = tail.len();
             if held > 0 {
                 rest[..held].copy_from_slice(tail);
             }
         }
         if held > 0 {
-            places.put(&[rest]);
+            self.put(&[rest]);
         }
     }
-}
 
-/// Words to be written, in order.
-struct Places<'w> {
-    next: &'w [AtomicU64],
-    /// After those.
-    then: &'w [AtomicU64],
-}
-
-impl Places<'_> {
     fn put(&mut self, mut words: &[[u8; 8]]) {
         while !words.is_empty() && !self.next.is_empty() {
             let count = words.len().min(self.next.len());
@@ -274,7 +300,9 @@ impl Receiver {
         let here = count.min(straight.len());
         let taken = |word: &AtomicU64| word.load(Ordering::Relaxed).to_ne_bytes();
         into.extend(straight[..here].iter().map(taken));
-        into.extend(wrapped[..count - here].iter().map(taken));
+        if here < count {
+            into.extend(wrapped[..count - here].iter().map(taken));
+        }
         self.head += units_of(len) as u64;
         // Release pairs with the Acquire in `Sender::send`: what was here has been read.
         words[WORD_HEAD].store(self.head, Ordering::Release);
@@ -338,6 +366,13 @@ mod tests {
             assert_eq!(out.as_flattened()[8..8 + len], bytes);
             assert_eq!(out.len(), 1 + len.div_ceil(8));
             assert_eq!(receiver.receive(&words, &mut out), Ok(None));
+            // In whole words.
+            let mut record = vec![[7; 8]; len.div_ceil(8)];
+            record.as_flattened_mut()[..len].copy_from_slice(&bytes);
+            assert_eq!(sender.send_words(&words, &record, len), Ok(true));
+            let mut out = Vec::new();
+            assert_eq!(receiver.receive(&words, &mut out), Ok(Some(len)));
+            assert_eq!(out, record);
         }
         let long = vec![0; sender.len_max + 1];
         assert_eq!(sender.send(&words, &[&long]), Ok(false));

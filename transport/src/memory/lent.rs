@@ -148,13 +148,15 @@ impl LentTable {
         self.loans.remove(&key.0).map(|loan| loan.lent)
     }
 
+    /// As [`Memory::check`](super::Memory::check), with [bits](Access::bits) for rights.
+    #[inline(never)] // or all checks would save registers for it
     pub(super) fn check(
         &self,
         domain: u32,
         key: Key,
         offset: u64,
         len: u32,
-        wanted: Access,
+        wanted: u8,
     ) -> Result<Span, AccessError> {
         let loan = self.loans.get(&key.0).ok_or(AccessError::UnknownKey)?;
         if loan.domain != domain {
@@ -164,7 +166,7 @@ impl LentTable {
             remote_read: true,
             ..Access::default()
         };
-        if !read_only.allows(wanted) {
+        if wanted & !read_only.bits() != 0 {
             return Err(AccessError::NoRight);
         }
         match offset.checked_add(u64::from(len)) {

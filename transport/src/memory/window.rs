@@ -102,7 +102,7 @@ impl Memory {
         self.take_place(index);
         let entry = &mut self.entries[index];
         entry.key = new;
-        entry.access = access;
+        (entry.access, entry.rights) = (access, access.bits());
         entry.base = if place.is_zero_based { 0 } else { place.addr };
         entry.region = Some(Region::Window(Window { kind, place: bound }));
         if let Some(bound) = bound {

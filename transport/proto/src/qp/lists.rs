@@ -7,7 +7,7 @@
 
 use alloc::collections::VecDeque;
 
-use super::memory::{Fragments, SgList, Sge, slice};
+use super::memory::{Fragment, Fragments, SgList, Sge, pieces};
 use super::work::{RecvWr, WrId};
 
 /// Bits of [`Packed::rest`] that count elements.
@@ -51,24 +51,7 @@ impl Lists {
         packed(list, place)
     }
 
-    /// The same at the front.
-    pub fn push_front(&mut self, list: &SgList) -> Packed {
-        for sge in list.elements().iter().skip(1).rev() {
-            self.others.push_front(*sge);
-            self.begin = self.begin.wrapping_sub(1);
-        }
-        packed(list, self.begin)
-    }
-
-    /// The list of the request at the front, which leaves the queue.
-    #[inline]
-    pub fn pop_front(&mut self, packed: &Packed) -> SgList {
-        let list = self.list(packed);
-        self.drop_front(packed);
-        list
-    }
-
-    /// The same for one that nobody looks at any more.
+    /// The request at the front leaves the queue, and its list is not looked at any more.
     #[inline]
     pub fn drop_front(&mut self, packed: &Packed) {
         let count = packed.others();
@@ -95,13 +78,22 @@ impl Lists {
     }
 
     /// As [`SgList::slice`].
-    #[inline]
     pub fn slice(&self, packed: &Packed, offset: u32, len: u32) -> Fragments {
+        let mut fragments = Fragments::EMPTY;
+        self.slice_into(packed, (offset, len), &mut fragments);
+        fragments
+    }
+
+    /// The same, written over others.
+    #[inline]
+    pub fn slice_into(&self, packed: &Packed, (offset, len): (u32, u32), into: &mut Fragments) {
+        into.clear();
         if packed.others() == 0 {
-            let first = (packed.rest & COUNT != 0).then_some(packed.first);
-            return slice(first.into_iter(), offset, len);
+            // Most lists. Of none the first has no byte.
+            pieces(core::iter::once(packed.first), offset, len).for_each(|piece| into.push(piece));
+        } else {
+            pieces(self.elements(packed), offset, len).for_each(|piece| into.push(piece));
         }
-        slice(self.elements(packed), offset, len)
     }
 
     #[inline]
@@ -149,16 +141,36 @@ impl Receives {
         self.queue.push_back((wr.wr_id, packed));
     }
 
-    pub fn push_front(&mut self, wr: RecvWr) {
-        let packed = self.lists.push_front(&wr.local);
-        self.queue.push_front((wr.wr_id, packed));
+    /// Bytes that the one at the front has room for.
+    #[inline]
+    pub fn front_total(&self) -> u32 {
+        self.queue.front().map_or(0, |(_, packed)| packed.total)
+    }
+
+    /// Calls `each` with the fragments of its bytes `offset` to `offset + len`, as far as it reaches.
+    #[inline]
+    pub fn each_of_front<E>(
+        &self,
+        (offset, len): (u32, u32),
+        each: impl FnMut(Fragment) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match self.queue.front() {
+            // Most of them. Of none the first has no byte.
+            Some((_, packed)) if packed.others() == 0 => {
+                pieces(core::iter::once(packed.first), offset, len).try_for_each(each)
+            }
+            Some((_, packed)) => {
+                pieces(self.lists.elements(packed), offset, len).try_for_each(each)
+            }
+            None => Ok(()),
+        }
     }
 
     #[inline]
-    pub fn pop_front(&mut self) -> Option<RecvWr> {
+    pub fn pop_front(&mut self) -> Option<WrId> {
         let (wr_id, packed) = self.queue.pop_front()?;
-        let local = self.lists.pop_front(&packed);
-        Some(RecvWr { wr_id, local })
+        self.lists.drop_front(&packed);
+        Some(wr_id)
     }
 
     pub fn clear(&mut self) {
@@ -204,20 +216,20 @@ mod tests {
             ..Lists::default()
         };
         let mut queue = VecDeque::new();
+        let mut slice = Fragments::EMPTY;
         for round in 0..1000u32 {
             let new = list(round as usize * 7 % (SGE_MAX + 1), round);
             queue.push_back((lists.push_back(&new), new));
             for (packed, list) in &queue {
                 assert_eq!(lists.list(packed), *list);
                 assert_eq!(packed.total, list.total());
-                assert_eq!(lists.slice(packed, 2, 5), list.slice(2, 5));
+                lists.slice_into(packed, (2, 5), &mut slice);
+                assert_eq!(slice, list.slice(2, 5));
             }
             if round % 3 == 0 {
                 let (packed, list) = queue.pop_front().unwrap();
-                assert_eq!(lists.pop_front(&packed), list);
-                if round % 2 == 0 {
-                    queue.push_front((lists.push_front(&list), list));
-                }
+                assert_eq!(lists.list(&packed), list);
+                lists.drop_front(&packed);
             }
             if queue.len() > 8 {
                 let (packed, _) = queue.pop_front().unwrap();

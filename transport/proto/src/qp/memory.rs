@@ -131,33 +131,32 @@ impl SgList {
     #[must_use]
     #[inline]
     pub fn slice(&self, offset: u32, len: u32) -> Fragments {
-        slice(self.elements().iter().copied(), offset, len)
+        let mut fragments = Fragments::EMPTY;
+        pieces(self.elements().iter().copied(), offset, len)
+            .for_each(|fragment| fragments.push(fragment));
+        fragments
     }
 }
 
 /// The fragments of a list that hold bytes `offset` to `offset + len`, as far as it reaches.
 #[inline]
-pub(super) fn slice(list: impl Iterator<Item = Sge>, offset: u32, len: u32) -> Fragments {
-    let mut fragments = Fragments::EMPTY;
+pub(super) fn pieces(
+    list: impl Iterator<Item = Sge>,
+    offset: u32,
+    len: u32,
+) -> impl Iterator<Item = Fragment> {
     let (mut skip, mut left) = (offset, len);
-    for sge in list {
-        if skip >= sge.len {
-            skip -= sge.len;
-            continue;
-        }
-        let take = left.min(sge.len - skip);
-        if take == 0 {
-            break;
-        }
-        fragments.push(Fragment {
-            key: Key::Local(sge.lkey),
-            addr: sge.addr.wrapping_add(u64::from(skip)),
-            len: take,
-        });
+    list.filter_map(move |sge| {
+        let skipped = skip.min(sge.len);
+        skip -= skipped;
+        let take = left.min(sge.len - skipped);
         left -= take;
-        skip = 0;
-    }
-    fragments
+        (take > 0).then_some(Fragment {
+            key: Key::Local(sge.lkey),
+            addr: sge.addr.wrapping_add(u64::from(skipped)),
+            len: take,
+        })
+    })
 }
 
 /// By which key a fragment's memory is named.
@@ -181,8 +180,9 @@ pub struct Fragment {
 }
 
 /// The payload of one packet: up to [`SGE_MAX`] fragments in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Fragments {
+    /// Behind the first `count` of them lies what was there before.
     list: [Fragment; SGE_MAX],
     count: u8,
     total: u32,
@@ -199,6 +199,12 @@ impl Fragments {
         count: 0,
         total: 0,
     };
+
+    /// No payload from now on.
+    #[inline]
+    pub(crate) fn clear(&mut self) {
+        (self.count, self.total) = (0, 0);
+    }
 
     /// Append; a list is made from at most [`SGE_MAX`] elements, so there is room.
     #[inline]
@@ -222,6 +228,14 @@ impl Fragments {
         self.total
     }
 }
+
+impl PartialEq for Fragments {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_slice() == other.as_slice()
+    }
+}
+
+impl Eq for Fragments {}
 
 /// A place in the peer's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -212,6 +212,13 @@ impl Requester {
                 .is_some_and(|wqe| !wqe.is_waiting())
     }
 
+    /// Whether nothing is to be sent, or done at this end, until something is posted, comes or falls
+    /// due.
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        self.cursor == self.queue.len() && !self.probe_due && !self.is_tracking && !self.has_gaps
+    }
+
     /// The PSN of the next new packet.
     pub fn next_psn(&self) -> Psn {
         self.psn(self.high)
@@ -282,31 +289,36 @@ impl Requester {
         link: &Link,
         out: &mut Reports,
         timers: &mut TimerTable,
-    ) -> Option<Transmit> {
+        into: &mut Transmit,
+    ) -> bool {
         if link.kind == QpKind::Uc {
             // What was polled before has been sent, and nobody will acknowledge it.
             self.acknowledge(self.next, link, out);
         }
         if core::mem::take(&mut self.probe_due) && self.una < self.next {
-            return self.probe(link, out);
+            return put(self.probe(link, out), into);
         }
         if allow != Allow::All {
-            return None;
+            return false;
         }
         if self.has_missing()
             && let Some(transmit) = self.ask_again(link, out)
         {
-            return Some(transmit);
+            *into = transmit;
+            return true;
         }
         if self.has_lost() {
-            return self.repeat_lost(link, out);
+            return put(self.repeat_lost(link, out), into);
         }
-        if self.span() >= WINDOW || timers.is_set(Timer::RnrWait) || self.is_held_back() {
-            return None;
-        }
-        let wqe = self.queue.get(self.cursor)?;
-        if wqe.is_waiting() {
-            return None;
+        let Some(wqe) = self.queue.get(self.cursor) else {
+            return false;
+        };
+        if self.span() >= WINDOW
+            || timers.is_set(Timer::RnrWait)
+            || wqe.is_waiting()
+            || self.holds_back(wqe)
+        {
+            return false;
         }
         let (end, wants_response) = (wqe.end(), wqe.wants_response());
         let ack_req = self.next + 1 == end
@@ -314,16 +326,18 @@ impl Requester {
             || self.span() + 1 >= WINDOW
             || wants_response;
         let seq = self.next;
-        let (mut transmit, psns) = self.build(wqe, seq, u64::MAX, ack_req, link);
+        let psns = self.build_into(wqe, (seq, u64::MAX), ack_req, link, into);
         self.since_ack_req = if ack_req { 0 } else { self.since_ack_req + 1 };
         self.reads_out += u32::from(wants_response);
         if self.next < self.high {
-            transmit.is_retransmission = true;
+            into.is_retransmission = true;
             out.counters.retransmitted_pkts += 1;
         } else if ack_req && self.timed.is_none() {
             self.timed = Some((self.next, now));
         }
-        if let Some(board) = self.board_mut() {
+        if self.is_tracking
+            && let Some(board) = self.board_mut()
+        {
             board.note_sent(seq);
         }
         self.next += u64::from(psns);
@@ -335,15 +349,19 @@ impl Requester {
         if link.kind == QpKind::Rc {
             self.arm(now, timers);
         }
-        Some(transmit)
+        true
     }
 
     /// Whether the request at the cursor must wait for READs or atomics before it, or may not start.
     #[inline]
     fn is_held_back(&self) -> bool {
-        let Some(wqe) = self.queue.get(self.cursor) else {
-            return false;
-        };
+        let at_cursor = self.queue.get(self.cursor);
+        at_cursor.is_some_and(|wqe| self.holds_back(wqe))
+    }
+
+    /// The same of that request.
+    #[inline]
+    fn holds_back(&self, wqe: &Wqe) -> bool {
         self.drain_at.is_some_and(|end| wqe.first >= end)
             || (wqe.wants_response() && self.reads_out >= u32::from(self.attr.max_rd_atomic.max(1)))
             || (wqe.fence && self.next == wqe.first && self.reads_out > 0)
@@ -351,8 +369,22 @@ impl Requester {
 
     /// The packet of sequence number `seq`, and how many it stands for. A READ asks for what lies before
     /// `end`, as far as its chunk reaches.
-    #[inline]
     fn build(&self, wqe: &Wqe, seq: u64, end: u64, ack_req: bool, link: &Link) -> (Transmit, u32) {
+        let mut transmit = Transmit::EMPTY;
+        let psns = self.build_into(wqe, (seq, end), ack_req, link, &mut transmit);
+        (transmit, psns)
+    }
+
+    /// The same, written over another.
+    #[inline]
+    fn build_into(
+        &self,
+        wqe: &Wqe,
+        (seq, end): (u64, u64),
+        ack_req: bool,
+        link: &Link,
+        into: &mut Transmit,
+    ) -> u32 {
         let answers = match wqe.op {
             SendOp::Read(_) => {
                 let index = (seq - wqe.first) as u32;
@@ -361,7 +393,9 @@ impl Requester {
             }
             _ => 1,
         };
-        wqe.packet(seq, self.psn(seq), ack_req, answers, link, &self.lists)
+        let psn = self.psn(seq);
+        wqe.packet(seq, psn, ack_req, answers, (link, &self.lists), into);
+        answers
     }
 
     #[inline]
@@ -405,30 +439,33 @@ impl Requester {
         }
         let una = self.una;
         let mut is_repaired = false;
-        let result = match packet.extension() {
-            Extension::AtomicAck(aeth, original)
-                if matches!(aeth.syndrome, Syndrome::Ack { .. }) =>
-            {
-                self.handle_answer(seq, &original.to_ne_bytes(), true, memory, link, out)
+        let result = match packet.aeth() {
+            // Most answers.
+            Some(aeth) if packet.row().kind == Kind::Acknowledge => {
+                self.handle_acknowledge(now, seq, aeth.syndrome, link, out, timers)
             }
-            Extension::AtomicAck(aeth, map) if is_report(aeth.syndrome, link) => {
-                self.acknowledge(seq, link, out);
-                out.counters.rcvd_seq_err += 1;
-                is_repaired =
-                    self.handle_report(now, seq, map) && (self.una >= seq || self.miss(seq, link));
-                Ok(Outcome::Accepted)
-            }
-            Extension::AtomicAck(..) => Ok(Outcome::Dropped(DropReason::Unsupported)),
-            Extension::Aeth(aeth) => match (packet.row().kind, aeth.syndrome) {
-                (Kind::ReadResponse, Syndrome::Ack { .. }) => {
-                    self.handle_answer(seq, packet.payload(), false, memory, link, out)
+            _ => match packet.extension() {
+                Extension::AtomicAck(aeth, original)
+                    if matches!(aeth.syndrome, Syndrome::Ack { .. }) =>
+                {
+                    self.handle_answer(seq, &original.to_ne_bytes(), true, memory, link, out)
                 }
-                (Kind::Acknowledge, syndrome) => {
-                    self.handle_acknowledge(now, seq, syndrome, link, out, timers)
+                Extension::AtomicAck(aeth, map) if is_report(aeth.syndrome, link) => {
+                    self.acknowledge(seq, link, out);
+                    out.counters.rcvd_seq_err += 1;
+                    is_repaired = self.handle_report(now, seq, map)
+                        && (self.una >= seq || self.miss(seq, link));
+                    Ok(Outcome::Accepted)
                 }
-                _ => Ok(Outcome::Dropped(DropReason::Unsupported)),
+                Extension::AtomicAck(..) => Ok(Outcome::Dropped(DropReason::Unsupported)),
+                Extension::Aeth(aeth) => match (packet.row().kind, aeth.syndrome) {
+                    (Kind::ReadResponse, Syndrome::Ack { .. }) => {
+                        self.handle_answer(seq, packet.payload(), false, memory, link, out)
+                    }
+                    _ => Ok(Outcome::Dropped(DropReason::Unsupported)),
+                },
+                _ => self.handle_answer(seq, packet.payload(), false, memory, link, out),
             },
-            _ => self.handle_answer(seq, packet.payload(), false, memory, link, out),
         };
         if matches!(result, Ok(Outcome::Accepted))
             && self.una <= seq
@@ -442,8 +479,10 @@ impl Requester {
                 self.go_back_once(out, timers);
             }
         }
-        self.time_early(now, seq);
-        self.pass_gaps(link, out);
+        if self.has_gaps {
+            self.time_early(now, seq);
+            self.pass_gaps(link, out);
+        }
         if self.una > una {
             self.progress(now, timers);
         }
@@ -467,7 +506,9 @@ impl Requester {
         let status = match syndrome {
             Syndrome::Ack { .. } => {
                 self.acknowledge(seq + 1, link, out);
-                self.note_executed(seq + 1);
+                if self.is_tracking {
+                    self.note_executed(seq + 1);
+                }
                 if self.probed.is_some_and(|probed| self.una == probed + 1)
                     && self.board().is_none()
                 {
@@ -568,6 +609,11 @@ impl Requester {
         timers.stop(Timer::Probe);
         self.arm(now, timers);
     }
+}
+
+/// Writes a packet, if there is one, over another.
+fn put(transmit: Option<Transmit>, into: &mut Transmit) -> bool {
+    transmit.map(|transmit| *into = transmit).is_some()
 }
 
 /// Whether an atomic acknowledgement of this kind reports a gap.

@@ -37,9 +37,8 @@ const ACK_INTERVAL: u32 = 64;
 #[derive(Clone, Copy, Debug)]
 enum Open {
     None,
-    /// A SEND into this receive, of which so many bytes are filled.
+    /// A SEND into the receive at the front, of which so many bytes are filled.
     Send {
-        wr: RecvWr,
         filled: u32,
     },
     /// A WRITE of which so many bytes are placed.
@@ -79,7 +78,8 @@ pub(super) struct Responder {
     /// Bit `n`: the caller keeps packet `expected + n`. As many as the window has.
     kept: u128,
     open: Open,
-    /// With a shared receive queue: at most one, taken from there and not used yet.
+    /// One that is being filled stays at the front. With a shared receive queue: at most one, taken
+    /// from there.
     recv: Receives,
     recv_depth: u32,
     /// Receives come from a shared receive queue.
@@ -146,7 +146,8 @@ impl Responder {
 
     #[inline]
     pub fn receives_posted(&self) -> u32 {
-        self.recv.len() as u32
+        let in_use = usize::from(matches!(self.open, Open::Send { .. }));
+        (self.recv.len() - in_use) as u32
     }
 
     #[inline]
@@ -164,8 +165,7 @@ impl Responder {
         if self.is_shared {
             return Err(PostError::Invalid);
         }
-        let in_use = u32::from(matches!(self.open, Open::Send { .. }));
-        if self.receives_posted() + in_use + out.recvs >= self.recv_depth {
+        if self.recv.len() as u32 + out.recvs >= self.recv_depth {
             return Err(PostError::QueueFull);
         }
         self.recv.push_back(wr);
@@ -174,15 +174,13 @@ impl Responder {
 
     /// Complete every receive as flushed; the one in use with `status`, if given.
     pub fn flush(&mut self, status: Option<Status>, link: &Link, out: &mut Reports) {
-        if let Open::Send { wr, .. } = core::mem::replace(&mut self.open, Open::None) {
-            out.complete(recv_completion(
-                wr.wr_id,
-                status.unwrap_or(Status::Flushed),
-                link,
-            ));
-        }
-        while let Some(wr) = self.recv.pop_front() {
-            out.complete(recv_completion(wr.wr_id, Status::Flushed, link));
+        let mut of_first = match core::mem::replace(&mut self.open, Open::None) {
+            Open::Send { .. } => status,
+            _ => None,
+        };
+        while let Some(wr_id) = self.recv.pop_front() {
+            let status = of_first.take().unwrap_or(Status::Flushed);
+            out.complete(recv_completion(wr_id, status, link));
         }
     }
 
@@ -300,25 +298,19 @@ impl Responder {
         out: &mut Reports,
     ) -> Outcome {
         if packet.psn() != self.expected || packet.row().position.starts() {
-            self.abandon();
+            self.open = Open::None;
         }
         self.expected = packet.psn().plus(1);
         match self.execute(packet, memory, link, out) {
             Ok(_) => Outcome::Accepted,
             Err(refusal) => {
-                self.abandon();
+                self.open = Open::None;
                 Outcome::Dropped(match refusal {
                     Refusal::Rnr => DropReason::NoReceive,
                     Refusal::Nak(_) => DropReason::OutOfSequence,
                     Refusal::NakRecv(..) => DropReason::Length,
                 })
             }
-        }
-    }
-
-    fn abandon(&mut self) {
-        if let Open::Send { wr, .. } = core::mem::replace(&mut self.open, Open::None) {
-            self.recv.push_front(wr);
         }
     }
 
@@ -342,9 +334,22 @@ impl Responder {
         if !in_sequence {
             return Err(INVALID);
         }
-        match (row.kind, packet.extension()) {
-            (Kind::Send, _) => self.execute_send(packet, memory, link, out),
-            (Kind::Write, _) => self.execute_write(packet, memory, link, out),
+        match row.kind {
+            Kind::Send => self.execute_send(packet, memory, link, out),
+            Kind::Write => self.execute_write(packet, memory, link, out),
+            kind => self.execute_answered(kind, packet, memory, link),
+        }
+    }
+
+    /// The same of what its own response answers.
+    fn execute_answered(
+        &mut self,
+        kind: Kind,
+        packet: &Packet<'_>,
+        memory: &mut impl Memory,
+        link: &Link,
+    ) -> Result<u32, Refusal> {
+        match (kind, packet.extension()) {
             (Kind::ReadRequest, Extension::Reth(reth)) => self.execute_read(reth, memory, link),
             (Kind::CompareSwap, Extension::Atomic(eth)) => {
                 let op = AtomicOp::CompareSwap {
@@ -368,6 +373,7 @@ impl Responder {
     }
 
     /// Have a receive at the front of `recv`, if there is any.
+    #[inline]
     fn fetch_receive(&mut self, memory: &mut impl Memory) -> bool {
         if self.recv.is_empty()
             && self.is_shared
@@ -387,21 +393,15 @@ impl Responder {
     ) -> Result<u32, Refusal> {
         let (payload, position) = (packet.payload(), packet.row().position);
         check_segment(payload.len(), position, link)?;
-        let (wr, filled) = match (position.starts(), &self.open) {
-            (true, _) => {
-                self.fetch_receive(memory);
-                (self.recv.pop_front().ok_or(Refusal::Rnr)?, 0)
-            }
-            (false, Open::Send { wr, filled }) => (*wr, *filled),
+        let filled = match (position.starts(), self.open) {
+            (true, _) if self.fetch_receive(memory) => 0,
+            (true, _) => return Err(Refusal::Rnr),
+            (false, Open::Send { filled }) => filled,
             (false, _) => return Err(INVALID),
         };
-        let placed = place_segment(&wr, filled, payload, memory);
+        let placed = place_segment(&self.recv, filled, payload, memory);
         let filled = filled + payload.len() as u32;
-        let (imm, invalidated) = match packet.extension() {
-            Extension::Imm(imm) => (Some(imm), None),
-            Extension::Ieth(rkey) => (None, Some(Rkey(rkey))),
-            _ => (None, None),
-        };
+        let (imm, invalidated) = (packet.imm(), packet.ieth().map(Rkey));
         let done = placed.and_then(|()| match invalidated {
             Some(rkey) => memory.invalidate(rkey).map_err(|AccessError| {
                 Refusal::NakRecv(NakCode::RemoteAccess, Status::LocalProtection)
@@ -410,18 +410,20 @@ impl Responder {
         });
         if done.is_err() || !position.ends() {
             // In use, still or to be failed.
-            self.open = Open::Send { wr, filled };
+            self.open = Open::Send { filled };
             return done.map(|()| 1);
         }
         self.open = Open::None;
         self.count_message();
-        out.complete(Completion {
-            byte_len: filled,
-            imm,
-            invalidated,
-            solicited: packet.solicited(),
-            ..recv_completion(wr.wr_id, Status::Success, link)
-        });
+        if let Some(wr_id) = self.recv.pop_front() {
+            out.complete(Completion {
+                byte_len: filled,
+                imm,
+                invalidated,
+                solicited: packet.solicited(),
+                ..recv_completion(wr_id, Status::Success, link)
+            });
+        }
         Ok(1)
     }
 
@@ -468,13 +470,13 @@ impl Responder {
         if position.ends() {
             self.open = Open::None;
             self.count_message();
-            if let Some(wr) = packet.imm().and_then(|_| self.recv.pop_front()) {
+            if let Some(wr_id) = packet.imm().and_then(|_| self.recv.pop_front()) {
                 out.complete(Completion {
                     kind: CompletionKind::RecvWriteImm,
                     byte_len: reth.len,
                     imm: packet.imm(),
                     solicited: packet.solicited(),
-                    ..recv_completion(wr.wr_id, Status::Success, link)
+                    ..recv_completion(wr_id, Status::Success, link)
                 });
             }
         }
@@ -576,10 +578,10 @@ impl Responder {
         self.answers.forget_repeated(psn);
     }
 
-    /// The next answer, if there is one and `allow` admits it.
+    /// Writes the next answer, if there is one and `allow` admits it.
     #[inline]
-    pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
-        self.answers.poll_transmit(allow, link)
+    pub fn poll_transmit(&mut self, allow: Allow, link: &Link, into: &mut Transmit) -> bool {
+        self.answers.poll_transmit(allow, link, into)
     }
 }
 

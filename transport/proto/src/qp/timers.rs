@@ -29,43 +29,59 @@ impl Timer {
     const ALL: [Self; 3] = [Self::AckTimeout, Self::Probe, Self::RnrWait];
 }
 
+/// When a timer falls due that is not set.
+const NEVER: Nanos = Nanos(u64::MAX);
+
 /// When each timer falls due.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct TimerTable {
-    due: [Option<Nanos>; Timer::ALL.len()],
+    due: [Nanos; Timer::ALL.len()],
+}
+
+impl Default for TimerTable {
+    fn default() -> Self {
+        Self {
+            due: [NEVER; Timer::ALL.len()],
+        }
+    }
 }
 
 impl TimerTable {
     #[inline]
     pub fn set(&mut self, timer: Timer, due: Nanos) {
-        self.due[timer as usize] = Some(due);
+        self.due[timer as usize] = due;
     }
 
     #[inline]
     pub fn stop(&mut self, timer: Timer) {
-        self.due[timer as usize] = None;
+        self.due[timer as usize] = NEVER;
     }
 
     pub fn stop_all(&mut self) {
-        self.due = [None; Timer::ALL.len()];
+        self.due = [NEVER; Timer::ALL.len()];
     }
 
     #[inline]
     pub fn is_set(&self, timer: Timer) -> bool {
-        self.due[timer as usize].is_some()
+        self.due[timer as usize] != NEVER
     }
 
     /// The earliest due time.
     #[inline]
     pub fn next(&self) -> Option<Nanos> {
-        self.due.iter().flatten().min().copied()
+        let [a, b, c] = self.due;
+        Some(a.min(b).min(c)).filter(|due| *due != NEVER)
     }
 
     /// Stop and return one timer that is due, and when it fell due.
     pub fn expire(&mut self, now: Nanos) -> Option<(Timer, Nanos)> {
         Timer::ALL.into_iter().find_map(|timer| {
-            let due = self.due[timer as usize].take_if(|due| *due <= now)?;
-            Some((timer, due))
+            let due = self.due[timer as usize];
+            let is_due = self.is_set(timer) && due <= now;
+            is_due.then(|| {
+                self.stop(timer);
+                (timer, due)
+            })
         })
     }
 }

@@ -164,8 +164,9 @@ pub enum Allow {
 }
 
 /// A packet to send: header bytes, then the fragments, then pad and ICRC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Transmit {
+    /// Behind the first `header_len` bytes lies what was there before.
     pub(crate) header: [u8; HEADER_LEN_MAX],
     pub(crate) header_len: u8,
     pub(crate) psn: Psn,
@@ -180,11 +181,29 @@ pub struct Transmit {
 }
 
 impl Transmit {
+    /// To be written over by [`poll_transmit_into`](super::QueuePair::poll_transmit_into).
+    pub const EMPTY: Self = Self {
+        header: [0; HEADER_LEN_MAX],
+        header_len: 0,
+        psn: Psn::new(0),
+        payload: Fragments::EMPTY,
+        pad: 0,
+        is_response: false,
+        is_retransmission: false,
+    };
+
     /// BTH and extension headers.
     #[must_use]
     #[inline]
     pub fn header(&self) -> &[u8] {
         &self.header[..usize::from(self.header_len)]
+    }
+
+    /// The same, and the room behind it.
+    #[must_use]
+    #[inline]
+    pub const fn header_room(&self) -> (&[u8; HEADER_LEN_MAX], usize) {
+        (&self.header, self.header_len as usize)
     }
 
     /// Payload bytes.
@@ -202,24 +221,29 @@ impl Transmit {
             + usize::from(self.pad)
             + crate::wire::ICRC_LEN
     }
-}
 
-/// Put `header` in front of `payload`, with the pad the payload needs.
-#[inline]
-pub(super) fn transmit(mut header: crate::wire::Header, payload: Fragments) -> Transmit {
-    header.pad = crate::wire::pad_len(payload.total() as usize) as u8;
-    let is_response = header.opcode.is_response();
-    let (bytes, len) = header.bytes();
-    Transmit {
-        header: bytes,
-        header_len: len as u8,
-        psn: header.psn,
-        payload,
-        pad: header.pad,
-        is_response,
-        is_retransmission: false,
+    /// Put `header` in front of the payload, which is there, with the pad that it needs.
+    #[inline(always)] // as `Header::write`
+    pub(super) fn begin(&mut self, mut header: crate::wire::Header) {
+        header.pad = crate::wire::pad_len(self.payload.total() as usize) as u8;
+        self.header_len = header.write(&mut self.header) as u8;
+        self.psn = header.psn;
+        self.pad = header.pad;
+        self.is_response = header.opcode.is_response();
+        self.is_retransmission = false;
     }
 }
+
+impl PartialEq for Transmit {
+    fn eq(&self, other: &Self) -> bool {
+        let marks = |it: &Self| (it.psn, it.pad, it.is_response, it.is_retransmission);
+        self.header() == other.header()
+            && self.payload == other.payload
+            && marks(self) == marks(other)
+    }
+}
+
+impl Eq for Transmit {}
 
 macro_rules! events {
     ($($(#[$doc:meta])* $name:ident)*) => {

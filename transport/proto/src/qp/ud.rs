@@ -5,13 +5,13 @@
 
 use alloc::collections::VecDeque;
 
+use super::Reports;
 use super::admission::pkeys_match;
 use super::memory::{AccessError, Memory, SgList};
 use super::types::{
     Counters, DropReason, InitAttr, InvalidTransition, Outcome, QpCaps, QpEvent, QpState, Transmit,
 };
 use super::work::{Completion, CompletionKind, PostError, RecvWr, Status, WrId};
-use super::{Reports, transmit};
 use crate::wire::{Class, Deth, Extension, Header, Mtu, Opcode, PKEY_DEFAULT, Packet, Psn, Qpn};
 
 /// Bytes at the start of every UD receive that hold the IP header: an IPv6 header, or 20 zero bytes
@@ -304,10 +304,10 @@ impl UdQueuePair {
         if wr.signalled {
             self.out.complete(send_completion(&wr, Status::Success));
         }
-        Some((
-            transmit(header, wr.local.slice(0, wr.local.total())),
-            wr.address,
-        ))
+        let mut transmit = Transmit::EMPTY;
+        transmit.payload = wr.local.slice(0, wr.local.total());
+        transmit.begin(header);
+        Some((transmit, wr.address))
     }
 
     /// The caller could not find the memory of the datagram that it just polled: its request fails,

@@ -7,6 +7,8 @@ use super::{Opcode, Psn, Qpn, Shape};
 
 /// The longest BTH and extension chain (an atomic request), bytes.
 pub const HEADER_LEN_MAX: usize = 40;
+/// What follows the BTH of a CNP: reserved bytes.
+const CNP_LEN: usize = 16;
 
 /// Field offsets from the start of the BTH.
 pub(super) mod field {
@@ -311,40 +313,44 @@ impl Header {
     /// If the extension does not have the opcode's shape, `pad` exceeds 3, or `out` is shorter than
     /// [`Self::len`]: bugs of the caller.
     pub fn emit(&self, out: &mut [u8]) -> usize {
-        let (bytes, len) = self.bytes();
+        let mut bytes = [0; HEADER_LEN_MAX];
+        let len = self.write(&mut bytes);
         out[..len].copy_from_slice(&bytes[..len]);
         len
     }
 
-    /// The header as it goes on the wire, and its length.
+    /// The same where any header has room: what is written at fixed places needs no check. Behind the
+    /// header `out` stays as it was.
     ///
     /// # Panics
     ///
     /// If the extension does not have the opcode's shape or `pad` exceeds 3.
-    #[must_use]
-    #[inline]
-    pub fn bytes(&self) -> ([u8; HEADER_LEN_MAX], usize) {
+    #[inline(always)] // most fields are constants where it is called
+    pub fn write(&self, out: &mut [u8; HEADER_LEN_MAX]) -> usize {
         let shape = self.opcode.row().shape;
-        assert_eq!(self.extension.shape(), shape);
+        assert!(self.extension.shape() as u8 == shape as u8);
         assert!(self.pad <= 3);
-        let mut out = [0; HEADER_LEN_MAX];
-        out[field::OPCODE] = self.opcode.code();
-        out[field::FLAGS] =
-            u8::from(self.solicited) << 7 | u8::from(self.mig_req) << 6 | self.pad << 4;
-        out[field::PKEY..field::RESV8A].copy_from_slice(&self.pkey.to_be_bytes());
-        out[field::RESV8A] = u8::from(self.fecn) << 7 | u8::from(self.becn) << 6;
-        put24(&mut out, field::DEST_QPN, self.dest.value());
-        out[field::ACK_REQ] = u8::from(self.ack_req) << 7;
-        put24(&mut out, field::PSN, self.psn.value());
-        self.put_extension(&mut out);
-        (out, shape.header_len())
+        let flags = u8::from(self.solicited) << 7 | u8::from(self.mig_req) << 6 | self.pad << 4;
+        let congestion = u8::from(self.fecn) << 7 | u8::from(self.becn) << 6;
+        let [opcode, flags, congestion] = [self.opcode.code(), flags, congestion].map(u32::from);
+        let words = [
+            opcode << 24 | flags << 16 | u32::from(self.pkey),
+            congestion << 24 | self.dest.value(),
+            u32::from(self.ack_req) << 31 | self.psn.value(),
+        ];
+        put32(out, field::OPCODE, words[0]);
+        put32(out, field::RESV8A, words[1]);
+        put32(out, field::ACK_REQ, words[2]);
+        self.put_extension(out);
+        shape.header_len()
     }
 
-    #[inline]
+    #[inline(always)] // as `write`
     fn put_extension(&self, out: &mut Bytes) {
         const AT: usize = field::EXTENSION;
         match self.extension {
-            Extension::Bare | Extension::Cnp => {} // the sixteen bytes of a CNP are zero
+            Extension::Bare => {}
+            Extension::Cnp => out[AT..AT + CNP_LEN].fill(0),
             Extension::Imm(word) | Extension::Ieth(word) => put32(out, AT, word),
             Extension::Reth(reth) => put_reth(out, AT, reth),
             Extension::RethImm(reth, imm) => {
@@ -375,13 +381,7 @@ impl Header {
     }
 }
 
-/// Room for any header: what is written to it at fixed places needs no check.
 type Bytes = [u8; HEADER_LEN_MAX];
-
-#[inline]
-fn put24(out: &mut Bytes, at: usize, value: u32) {
-    out[at..at + 3].copy_from_slice(&value.to_be_bytes()[1..]);
-}
 
 #[inline]
 fn put32(out: &mut Bytes, at: usize, value: u32) {
@@ -402,12 +402,16 @@ fn put_reth(out: &mut Bytes, at: usize, reth: Reth) {
 
 #[inline]
 fn put_aeth(out: &mut Bytes, aeth: Aeth) {
-    out[field::EXTENSION] = aeth.syndrome.byte();
-    put24(out, field::EXTENSION + 1, aeth.msn & 0x00ff_ffff);
+    let syndrome = u32::from(aeth.syndrome.byte());
+    put32(
+        out,
+        field::EXTENSION,
+        syndrome << 24 | aeth.msn & 0x00ff_ffff,
+    );
 }
 
 #[inline]
 fn put_deth(out: &mut Bytes, deth: Deth) {
     put32(out, field::EXTENSION, deth.qkey);
-    put24(out, field::EXTENSION + 5, deth.source.value());
+    put32(out, field::EXTENSION + 4, deth.source.value());
 }

@@ -182,11 +182,11 @@ impl<'a> Packet<'a> {
 
     /// The RETH, if the opcode has one.
     #[must_use]
+    #[inline]
     pub fn reth(&self) -> Option<Reth> {
-        match self.extension() {
-            Extension::Reth(reth) | Extension::RethImm(reth, _) | Extension::FethReth(_, reth) => {
-                Some(reth)
-            }
+        match self.row.shape {
+            Shape::Reth | Shape::RethImm => Some(self.reth_at(BTH_LEN)),
+            Shape::FethReth => Some(self.reth_at(BTH_LEN + 4)),
             _ => None,
         }
     }
@@ -195,8 +195,8 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[inline]
     pub fn aeth(&self) -> Option<Aeth> {
-        match self.extension() {
-            Extension::Aeth(aeth) | Extension::AtomicAck(aeth, _) => Some(aeth),
+        match self.row.shape {
+            Shape::Aeth | Shape::AtomicAck => Some(self.aeth_at(BTH_LEN)),
             _ => None,
         }
     }
@@ -205,10 +205,20 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[inline]
     pub fn imm(&self) -> Option<u32> {
-        match self.extension() {
-            Extension::Imm(imm) | Extension::RethImm(_, imm) | Extension::DethImm(_, imm) => {
-                Some(imm)
-            }
+        match self.row.shape {
+            Shape::Imm => Some(self.u32(BTH_LEN)),
+            Shape::RethImm => Some(self.u32(BTH_LEN + 16)),
+            Shape::DethImm => Some(self.u32(BTH_LEN + 8)),
+            _ => None,
+        }
+    }
+
+    /// The key to be invalidated, if the opcode has one.
+    #[must_use]
+    #[inline]
+    pub fn ieth(&self) -> Option<u32> {
+        match self.row.shape {
+            Shape::Ieth => Some(self.u32(BTH_LEN)),
             _ => None,
         }
     }

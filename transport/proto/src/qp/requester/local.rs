@@ -8,6 +8,7 @@ use crate::wire::Psn;
 
 impl Requester {
     /// Whether a request that is done at this end has its turn.
+    #[inline]
     pub fn has_local_work(&self) -> bool {
         let next = self.queue.get(self.cursor);
         next.is_some_and(|wqe| wqe.is_waiting() && !self.is_held_back())

@@ -2,11 +2,11 @@
 //!
 //! Any packet is built from its sequence number alone: sending again needs no memory of sending.
 
+use super::super::Link;
 use super::super::lists::{Lists, Packed};
-use super::super::memory::{Fragments, Remote, Rkey};
+use super::super::memory::{Remote, Rkey};
 use super::super::types::{QpKind, Transmit};
 use super::super::work::{Completion, CompletionKind, Flush, SendOp, Status, WrId};
-use super::super::{Link, transmit};
 use crate::wire::{AtomicEth, Extension, Feth, Header, Opcode, Position, Psn, Reth};
 
 /// A posted send work request.
@@ -101,8 +101,8 @@ impl Wqe {
         }
     }
 
-    /// The packet that stands for sequence number `seq`, with this PSN, and how many PSNs it
-    /// takes. A READ asks for so many packets (`answers`).
+    /// Writes the packet that stands for sequence number `seq`, with this PSN. It takes one PSN, or
+    /// as many as the packets that a READ asks for (`answers`).
     #[inline]
     pub fn packet(
         &self,
@@ -110,9 +110,9 @@ impl Wqe {
         psn: Psn,
         ack_req: bool,
         answers: u32,
-        link: &Link,
-        lists: &Lists,
-    ) -> (Transmit, u32) {
+        (link, lists): (&Link, &Lists),
+        into: &mut Transmit,
+    ) {
         let mtu = link.mtu.bytes();
         let index = (seq - self.first) as u32;
         let offset = index * mtu;
@@ -123,16 +123,14 @@ impl Wqe {
             (false, false) => Position::Middle,
             (false, true) => Position::Last,
         };
-        let mut payload = lists.slice(&self.local, offset, left.min(mtu));
-        let mut psns = 1;
+        lists.slice_into(&self.local, (offset, left.min(mtu)), &mut into.payload);
         let (opcode, extension) = match self.op {
             SendOp::Read(remote) => {
-                payload = Fragments::EMPTY;
-                psns = answers;
+                into.payload.clear();
                 let reth = Reth {
                     va: remote.va.wrapping_add(u64::from(offset)),
                     rkey: remote.rkey.0,
-                    len: left.min(psns.saturating_mul(mtu)),
+                    len: left.min(answers.saturating_mul(mtu)),
                 };
                 (Opcode::RcReadRequest, Extension::Reth(reth))
             }
@@ -141,11 +139,11 @@ impl Wqe {
                 compare,
                 swap,
             } => {
-                payload = Fragments::EMPTY;
+                into.payload.clear();
                 (Opcode::RcCompareSwap, atomic(remote, swap, compare))
             }
             SendOp::FetchAdd { remote, add } => {
-                payload = Fragments::EMPTY;
+                into.payload.clear();
                 (Opcode::RcFetchAdd, atomic(remote, add, 0))
             }
             SendOp::AtomicWrite(remote) => {
@@ -159,7 +157,7 @@ impl Wqe {
         header.pkey = link.pkey;
         header.ack_req = ack_req && link.kind == QpKind::Rc;
         header.solicited = self.solicited && position.ends() && self.op.takes_receive();
-        (transmit(header, payload), psns)
+        into.begin(header);
     }
 
     /// Response packets that a READ request starting at packet `index` asks for: to the end of its

@@ -6,9 +6,9 @@
 
 use alloc::collections::VecDeque;
 
+use super::super::Link;
 use super::super::memory::{Access, Fragment, Fragments, Key, Memory, Rkey};
 use super::super::types::{Allow, Transmit};
-use super::super::{Link, transmit};
 use crate::wire::{Aeth, Extension, Header, NakCode, Opcode, Position, Psn, Reth, Syndrome};
 
 /// Deepest replay ring.
@@ -284,20 +284,27 @@ impl Answers {
         self.replay.push_back(replay);
     }
 
-    /// The next packet of the answer at the head of the line, if `allow` admits it.
+    /// Writes the next packet of the answer at the head of the line, if `allow` admits it.
     #[inline]
-    pub fn poll_transmit(&mut self, allow: Allow, link: &Link) -> Option<Transmit> {
-        let head = self.line.front_mut()?;
-        let mut payload = Fragments::EMPTY;
+    pub fn poll_transmit(&mut self, allow: Allow, link: &Link, into: &mut Transmit) -> bool {
+        let Some(head) = self.line.front_mut() else {
+            return false;
+        };
+        into.payload.clear();
         let mut is_over = true;
         let mut is_retransmission = false;
         let mut header = match head {
             Answer::Acknowledge { psn, msn, syndrome } => {
+                // By itself, for most answers are, and all about its header is known here.
                 let aeth = Extension::Aeth(Aeth {
                     syndrome: *syndrome,
                     msn: *msn,
                 });
-                Header::new(Opcode::RcAcknowledge, link.dest, *psn, aeth)
+                let mut header = Header::new(Opcode::RcAcknowledge, link.dest, *psn, aeth);
+                header.pkey = link.pkey;
+                into.begin(header);
+                self.drop_first();
+                return true;
             }
             Answer::Report { psn, msn, kept } => {
                 let aeth = Aeth {
@@ -317,10 +324,9 @@ impl Answers {
             }
             Answer::Read(read) => {
                 if allow == Allow::ControlOnly && read.left > 0 {
-                    return None;
+                    return false;
                 }
-                let header;
-                (header, payload) = read.next_packet(link);
+                let header = read.next_packet(link, &mut into.payload);
                 is_over = read.left == 0;
                 is_retransmission = read.again;
                 header
@@ -330,9 +336,9 @@ impl Answers {
             self.drop_first();
         }
         header.pkey = link.pkey;
-        let mut transmit = transmit(header, payload);
-        transmit.is_retransmission = is_retransmission;
-        Some(transmit)
+        into.begin(header);
+        into.is_retransmission = is_retransmission;
+        true
     }
 
     #[inline]
@@ -370,7 +376,7 @@ impl ReadAnswer {
     }
 
     /// The next response packet; moves on by it.
-    fn next_packet(&mut self, link: &Link) -> (Header, Fragments) {
+    fn next_packet(&mut self, link: &Link, payload: &mut Fragments) -> Header {
         let len = self.left.min(link.mtu.bytes());
         let position = match (self.fresh, len == self.left) {
             (true, true) => Position::Only,
@@ -388,7 +394,6 @@ impl ReadAnswer {
             Position::Middle => (Opcode::RcReadResponseMiddle, Extension::Bare),
             Position::Last => (Opcode::RcReadResponseLast, aeth),
         };
-        let mut payload = Fragments::EMPTY;
         if len > 0 {
             payload.push(Fragment {
                 key: Key::Remote(self.rkey),
@@ -401,6 +406,6 @@ impl ReadAnswer {
         self.psn = self.psn.plus(1);
         self.va = self.va.wrapping_add(u64::from(len));
         self.left -= len;
-        (header, payload)
+        header
     }
 }

@@ -1,34 +1,36 @@
 //! One packet of a SEND: whether its length is right, and the way of its bytes into the receive.
 
 use super::super::Link;
+use super::super::lists::Receives;
 use super::super::memory::{AccessError, Memory};
-use super::super::work::{RecvWr, Status};
+use super::super::work::Status;
 use super::{INVALID, Refusal};
 use crate::wire::{NakCode, Position};
 
-/// Puts a SEND's packet where it belongs in its receive, of which so many bytes are filled.
+/// Puts a SEND's packet where it belongs in the receive at the front, of which so many bytes are
+/// filled.
+#[inline]
 pub(super) fn place_segment(
-    wr: &RecvWr,
+    recv: &Receives,
     filled: u32,
     payload: &[u8],
     memory: &mut impl Memory,
 ) -> Result<(), Refusal> {
     let len = payload.len() as u32;
-    if len > wr.local.total() - filled {
+    if len > recv.front_total() - filled {
         return Err(Refusal::NakRecv(
             NakCode::InvalidRequest,
             Status::LocalLength,
         ));
     }
     let mut rest = payload;
-    for fragment in wr.local.slice(filled, len).as_slice() {
+    recv.each_of_front((filled, len), |fragment| {
         let (piece, tail) = rest.split_at(fragment.len as usize);
-        memory.place(*fragment, piece).map_err(|AccessError| {
-            Refusal::NakRecv(NakCode::RemoteOperational, Status::LocalProtection)
-        })?;
         rest = tail;
-    }
-    Ok(())
+        memory.place(fragment, piece).map_err(|AccessError| {
+            Refusal::NakRecv(NakCode::RemoteOperational, Status::LocalProtection)
+        })
+    })
 }
 
 /// A SEND's packet must be full unless it ends the message, which must not exceed the MTU.
