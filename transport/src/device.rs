@@ -103,7 +103,7 @@ pub(crate) enum Kind {
 
 /// A queue pair's state machine.
 #[allow(clippy::large_enum_variant, reason = "almost all are the large one")]
-enum Machine {
+pub(crate) enum Machine {
     Connected(QueuePair),
     Datagram(UdQueuePair),
 }
@@ -455,49 +455,24 @@ impl Device {
     }
 
     pub(crate) fn poll_completion(&mut self, id: QpId) -> Option<Completion> {
-        match self.slots.get_mut(id.0 as usize)?.machine.as_mut()? {
-            Machine::Connected(qp) => qp.poll_completion(),
-            Machine::Datagram(qp) => qp.poll_completion(),
-        }
+        self.reporting(id)?.0.poll_completion()
     }
 
-    /// Polls all completions; `take` also gets the memory that requests brought.
+    /// Whether a queue pair has completions or events to poll.
     #[inline]
-    pub(crate) fn take_completions(
-        &mut self,
-        id: QpId,
-        mut take: impl FnMut(Completion, &mut Memory),
-    ) {
-        let slot = self.slots.get_mut(id.0 as usize);
-        match slot.and_then(|slot| slot.machine.as_mut()) {
-            Some(Machine::Connected(qp)) => {
-                while let Some(completion) = qp.poll_completion() {
-                    take(completion, &mut self.memory);
-                }
-            }
-            Some(Machine::Datagram(qp)) => {
-                while let Some(completion) = qp.poll_completion() {
-                    take(completion, &mut self.memory);
-                }
-            }
-            None => {}
-        }
+    pub(crate) fn has_reports(&self, id: QpId) -> bool {
+        let machine = self
+            .slots
+            .get(id.0 as usize)
+            .and_then(|slot| slot.machine.as_ref());
+        machine.is_some_and(Machine::has_reports)
     }
 
-    pub(crate) fn poll_event(&mut self, id: QpId) -> Option<QpEvent> {
-        match self.slots.get_mut(id.0 as usize)?.machine.as_mut()? {
-            Machine::Connected(qp) => qp.poll_event(),
-            Machine::Datagram(qp) => qp.poll_event(),
-        }
-    }
-
-    /// State of a queue pair, its sends that are not finished, or finished and not polled, and whether
-    /// there are completions or events to poll.
-    pub(crate) fn posted(&self, id: QpId) -> Option<(QpState, u32, bool)> {
-        Some(match self.slots.get(id.0 as usize)?.machine.as_ref()? {
-            Machine::Connected(qp) => (qp.state(), qp.sends_posted(), qp.has_reports()),
-            Machine::Datagram(qp) => (qp.state(), qp.sends_posted(), qp.has_reports()),
-        })
+    /// A queue pair for what it has to report, and the memory that requests brought.
+    #[inline]
+    pub(crate) fn reporting(&mut self, id: QpId) -> Option<(&mut Machine, &mut Memory)> {
+        let machine = self.slots.get_mut(id.0 as usize)?.machine.as_mut()?;
+        Some((machine, &mut self.memory))
     }
 
     fn mark_ready(&mut self, index: u32) {
@@ -575,6 +550,49 @@ impl Device {
 }
 
 impl Machine {
+    /// State.
+    #[inline]
+    pub(crate) fn state(&self) -> QpState {
+        match self {
+            Machine::Connected(qp) => qp.state(),
+            Machine::Datagram(qp) => qp.state(),
+        }
+    }
+
+    /// Its sends that are not finished, or finished and not polled.
+    #[inline]
+    pub(crate) fn sends_posted(&self) -> u32 {
+        match self {
+            Machine::Connected(qp) => qp.sends_posted(),
+            Machine::Datagram(qp) => qp.sends_posted(),
+        }
+    }
+
+    /// Whether there are completions or events to poll.
+    #[inline]
+    pub(crate) fn has_reports(&self) -> bool {
+        match self {
+            Machine::Connected(qp) => qp.has_reports(),
+            Machine::Datagram(qp) => qp.has_reports(),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn poll_completion(&mut self) -> Option<Completion> {
+        match self {
+            Machine::Connected(qp) => qp.poll_completion(),
+            Machine::Datagram(qp) => qp.poll_completion(),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn poll_event(&mut self) -> Option<QpEvent> {
+        match self {
+            Machine::Connected(qp) => qp.poll_event(),
+            Machine::Datagram(qp) => qp.poll_event(),
+        }
+    }
+
     fn counters(&self) -> &qp::Counters {
         match self {
             Machine::Connected(qp) => qp.counters(),

@@ -245,7 +245,10 @@ pub fn queue_pair(data: &[u8]) {
             completed += 1;
             assert!(completion.byte_len as usize <= REGION);
         }
-        while device.poll_event(id).is_some() {}
+        while device
+            .reporting(id)
+            .is_some_and(|(machine, _)| machine.poll_event().is_some())
+        {}
     }
     device.qp(id).expect("made").to_error();
     completed += std::iter::from_fn(|| device.poll_completion(id)).count() as u64;

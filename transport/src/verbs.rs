@@ -333,6 +333,7 @@ impl fmt::Debug for Slot {
 }
 
 impl Drop for Slot {
+    #[inline]
     fn drop(&mut self) {
         if self.bytes.is_some() {
             self.shared.lock().device.memory.unreserve(self.key);
@@ -487,6 +488,7 @@ impl CompletionQueue {
         done.len() - before
     }
 
+    #[inline(always)] // a completion is large: it is made where it goes
     fn take(&self) -> Option<WorkCompletion> {
         let handle = &*self.0;
         let done = handle.raw.completions().pop()?;

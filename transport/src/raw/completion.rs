@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
-use lowtide_transport_proto::qp::{CompletionKind, Status};
+use lowtide_transport_proto::qp::{Completion, CompletionKind, Status};
 
 use super::ring::{ENTRY, Ring};
 use super::tables::{ChannelLine, Line};
@@ -62,12 +62,15 @@ struct Handle {
 /// Completions that have not been polled. The holder of the token appends, anybody takes.
 #[derive(Debug)]
 pub(crate) struct Completions {
-    /// By the logarithm of how many one holds.
-    rings: [OnceLock<Box<Ring>>; RINGS],
-    /// The first that was in use, and the one that is appended to. Those before it are emptied by
-    /// whoever polls: what is moved could be overtaken.
-    oldest: usize,
-    current: AtomicUsize,
+    /// Most queues have no other.
+    first: Ring,
+    /// The logarithm of how many it holds.
+    log: usize,
+    /// Each holds twice as many as the one before.
+    later: [OnceLock<Box<Ring>>; RINGS],
+    /// How many of `later` are in use. The last is appended to; those before it are emptied by whoever
+    /// polls: what is moved could be overtaken.
+    grown: AtomicUsize,
     /// Something has been lost for want of room.
     is_broken: AtomicBool,
 }
@@ -75,47 +78,28 @@ pub(crate) struct Completions {
 impl Completions {
     pub(super) fn new(depth: u32) -> Completions {
         let log = depth.next_power_of_two().ilog2() as usize;
-        let oldest = log.min(LOG_FIRST);
-        let new = Completions {
-            rings: [const { OnceLock::new() }; RINGS],
-            oldest,
-            current: AtomicUsize::new(oldest),
+        let log = log.min(LOG_FIRST);
+        Completions {
+            first: Ring::new(zeroed_words(ENTRY << log)),
+            log,
+            later: [const { OnceLock::new() }; RINGS],
+            grown: AtomicUsize::new(0),
             is_broken: AtomicBool::new(false),
-        };
-        new.ring(oldest);
-        new
-    }
-
-    fn ring(&self, log: usize) -> &Ring {
-        self.rings[log].get_or_init(|| Box::new(Ring::new(zeroed_words(ENTRY << log))))
-    }
-
-    /// The ring, if only one is in use: most queues have no other.
-    #[inline]
-    fn only(&self) -> Option<&Ring> {
-        // Acquire as of `rings`.
-        let is_only = self.current.load(Ordering::Acquire) == self.oldest;
-        self.rings[self.oldest]
-            .get()
-            .filter(|_| is_only)
-            .map(Box::as_ref)
+        }
     }
 
     /// Those that may hold something, oldest first.
     fn rings(&self) -> impl Iterator<Item = &Ring> {
-        // Acquire pairs with `push`: there is a ring of this size.
-        let current = self.current.load(Ordering::Acquire);
-        let rings = self.rings[self.oldest..=current].iter();
-        rings.filter_map(|ring| ring.get().map(Box::as_ref))
+        // Acquire pairs with `grow`: there are so many.
+        let grown = self.grown.load(Ordering::Acquire);
+        let later = self.later[..grown].iter();
+        let later = later.filter_map(|ring| ring.get().map(Box::as_ref));
+        std::iter::once(&self.first).chain(later)
     }
 
     /// Whether `depth` completions or more are there, those not counted that are void. Under the
     /// token.
-    #[inline]
     pub(super) fn has_as_many_as(&self, depth: usize) -> bool {
-        if self.only().is_some_and(|ring| ring.len() < depth) {
-            return false;
-        }
         if self.rings().map(Ring::len).sum::<usize>() < depth {
             return false;
         }
@@ -124,7 +108,20 @@ impl Completions {
     }
 
     /// Whether nothing is there.
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
+        // Acquire as of `rings`.
+        if self.grown.load(Ordering::Acquire) > 0 {
+            return self.has_none_but_void();
+        }
+        match self.first.first(1).next() {
+            Some(words) => is_void(&words) && self.has_none_but_void(),
+            None => true,
+        }
+    }
+
+    #[cold]
+    fn has_none_but_void(&self) -> bool {
         self.rings().all(|ring| {
             while ring.pop_if(is_void).is_some() {}
             ring.len() == 0
@@ -136,7 +133,7 @@ impl Completions {
     pub(super) fn purge(&self, qpn: Qpn) {
         for ring in self.rings() {
             ring.mark(VOID_AT, VOID, |words| {
-                !is_void(words) && decode(words).qpn == qpn
+                !is_void(words) && qpn_of(words) == qpn
             });
             // A queue that serves one queue pair alone is empty then.
             while ring.pop_if(is_void).is_some() {}
@@ -150,32 +147,58 @@ impl Completions {
     }
 
     /// The oldest.
+    #[inline]
     pub(crate) fn pop(&self) -> Option<WorkCompletion> {
+        self.pop_entry().map(|words| decode(&words))
+    }
+
+    fn pop_entry(&self) -> Option<[u64; ENTRY]> {
         loop {
-            let words = match self.only() {
-                Some(ring) => ring.pop()?,
-                None => self.rings().find_map(Ring::pop)?,
+            // Acquire as of `rings`.
+            let words = match self.grown.load(Ordering::Acquire) {
+                0 => self.first.pop()?,
+                _ => self.pop_of_several()?,
             };
             if !is_void(&words) {
-                return Some(decode(&words));
+                return Some(words);
             }
         }
     }
 
-    /// Appends; the caller has seen that the queue is deep enough. False if it has no room all the
-    /// same, because of what is void in the middle. Under the token.
-    pub(super) fn push(&self, work: &WorkCompletion) -> bool {
-        let words = encode(work);
-        let log = self.current.load(Ordering::Relaxed);
-        if self.ring(log).push(words) {
+    #[cold]
+    fn pop_of_several(&self) -> Option<[u64; ENTRY]> {
+        self.rings().find_map(Ring::pop)
+    }
+
+    /// Appends what a queue pair reports if fewer than `depth` are there. Under the token.
+    #[inline]
+    pub(super) fn push(&self, depth: usize, entry: [u64; ENTRY]) -> bool {
+        let has_grown = self.grown.load(Ordering::Relaxed) > 0;
+        !has_grown && self.first.push_to(depth, entry) || self.grow(depth, entry)
+    }
+
+    /// The same for a queue that has grown, or has to: a ring may be full of what is void.
+    #[cold]
+    fn grow(&self, depth: usize, entry: [u64; ENTRY]) -> bool {
+        if self.has_as_many_as(depth) {
+            return false;
+        }
+        let grown = self.grown.load(Ordering::Relaxed);
+        let current = match grown {
+            0 => Some(&self.first),
+            _ => self.later[grown - 1].get().map(Box::as_ref),
+        };
+        if current.is_some_and(|ring| ring.push(entry)) {
             return true;
         }
-        let log = log + 1;
+        let log = self.log + grown + 1;
         if log >= RINGS {
             return false;
         }
-        self.ring(log).push(words);
-        self.current.store(log, Ordering::Release);
+        let ring =
+            self.later[grown].get_or_init(|| Box::new(Ring::new(zeroed_words(ENTRY << log))));
+        ring.push(entry);
+        self.grown.store(grown + 1, Ordering::Release);
         true
     }
 
@@ -188,18 +211,31 @@ impl Completions {
     }
 }
 
+/// In an entry: the message has immediate data, or it invalidated a key. None has both.
+const IMM: u32 = 1;
+const KEY: u32 = 2;
+/// In an entry: a datagram was received, behind 40 bytes of header.
+const GRH: u32 = 4;
+
 /// A completion as an entry of the ring.
-fn encode(work: &WorkCompletion) -> [u64; ENTRY] {
+#[inline]
+pub(super) fn encode(done: &Completion, qpn: Qpn, is_datagram: bool) -> [u64; ENTRY] {
     let pair = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
-    let what = u32::from(work.status.code()) | (work.kind as u32) << 8 | work.flags.bits() << 16;
-    // A message has immediate data or invalidates a key.
-    let word = work.imm.or(work.invalidated.map(|key| key.0)).unwrap_or(0);
-    let has = u32::from(work.imm.is_some()) | u32::from(work.invalidated.is_some()) << 1;
+    let (value, mut has) = match (done.imm, done.invalidated) {
+        (Some(imm), _) => (imm, IMM),
+        (None, Some(Rkey(key))) => (key, KEY),
+        (None, None) => (0, 0),
+    };
+    let is_received = done.kind == CompletionKind::Recv && done.status == Status::Success;
+    if is_datagram && is_received {
+        has |= GRH;
+    }
+    let what = u32::from(done.status.code()) | (done.kind as u32) << 8 | has << 16;
     [
-        work.wr_id,
-        pair(work.byte_len, what),
-        pair(word, work.qpn.value() | has << 24),
-        pair(work.vendor_err, work.source.value()),
+        done.wr_id.0,
+        pair(done.byte_len, what),
+        pair(value, qpn.value()),
+        u64::from(done.source.value()),
     ]
 }
 
@@ -215,22 +251,30 @@ fn kind(words: &[u64; ENTRY]) -> Option<CompletionKind> {
     CompletionKind::from_code((words[1] >> 8) as u8)
 }
 
+fn qpn_of(words: &[u64; ENTRY]) -> Qpn {
+    Qpn::new(words[2] as u32)
+}
+
+#[inline]
 fn decode(words: &[u64; ENTRY]) -> WorkCompletion {
     let high = |word: u64| (word >> 32) as u32;
-    let has = |bit: u32| words[2] >> (24 + bit) & 1 != 0;
-    let [what, number] = [words[1] as u32, words[2] as u32 & 0xFF_FFFF];
+    let what = words[1] as u32;
+    let has = |bit: u32| what >> 16 & bit != 0;
+    let flag = |bit, flag| if has(bit) { flag } else { WcFlags::NONE };
     let whole = "only whole entries are taken";
     WorkCompletion {
         wr_id: words[0],
         status: Status::from_code(what as u8).expect(whole),
         kind: kind(words).expect(whole),
-        vendor_err: high(words[3]),
+        vendor_err: 0,
         byte_len: high(words[1]),
-        imm: has(0).then_some(high(words[2])),
-        invalidated: has(1).then_some(Rkey(high(words[2]))),
-        qpn: Qpn::new(number),
+        imm: has(IMM).then_some(high(words[2])),
+        invalidated: has(KEY).then_some(Rkey(high(words[2]))),
+        qpn: qpn_of(words),
         source: Qpn::new(words[3] as u32),
-        flags: WcFlags::from_bits(what >> 16),
+        flags: flag(IMM, WcFlags::WITH_IMM)
+            | flag(KEY, WcFlags::WITH_INV)
+            | flag(GRH, WcFlags::GRH),
     }
 }
 
@@ -358,43 +402,86 @@ impl CompletionQueue {
 
 #[cfg(test)]
 mod tests {
+    use lowtide_transport_proto::qp::WrId;
+
     use super::*;
+
+    const OURS: Qpn = Qpn::new(0xFF_FFFF);
+
+    fn reported(wr_id: u64) -> Completion {
+        Completion {
+            wr_id: WrId(wr_id),
+            status: Status::Success,
+            kind: CompletionKind::RecvWriteImm,
+            byte_len: 1 << 31,
+            imm: Some(u32::MAX),
+            invalidated: None,
+            solicited: true,
+            source: Qpn::new(0xABCDEF),
+        }
+    }
 
     fn work(wr_id: u64) -> WorkCompletion {
         WorkCompletion {
             wr_id,
             status: Status::Success,
             kind: CompletionKind::RecvWriteImm,
-            vendor_err: 7,
+            vendor_err: 0,
             byte_len: 1 << 31,
             imm: Some(u32::MAX),
             invalidated: None,
-            qpn: Qpn::new(0xFF_FFFF),
+            qpn: OURS,
             source: Qpn::new(0xABCDEF),
-            flags: WcFlags::GRH | WcFlags::WITH_IMM,
+            flags: WcFlags::WITH_IMM,
         }
+    }
+
+    fn entry(wr_id: u64) -> [u64; ENTRY] {
+        encode(&reported(wr_id), OURS, false)
     }
 
     #[test]
     fn an_entry_says_all_that_a_completion_does() {
-        let failed = WorkCompletion {
+        let failed = Completion {
             status: Status::Flushed,
             kind: CompletionKind::Send,
             byte_len: 0,
             imm: None,
-            flags: WcFlags::NONE,
-            ..work(u64::MAX)
+            ..reported(u64::MAX)
         };
-        let invalidated = WorkCompletion {
+        let invalidated = Completion {
             imm: None,
             invalidated: Some(Rkey(0x1234_5678)),
             kind: CompletionKind::Recv,
-            flags: WcFlags::WITH_INV,
-            ..work(0)
+            ..reported(0)
         };
-        for work in [work(1), failed, invalidated] {
-            assert_eq!(decode(&encode(&work)), work);
-            assert_eq!(is_recv(&encode(&work)), work.kind.is_recv());
+        let failed_receive = Completion {
+            kind: CompletionKind::Recv,
+            ..failed
+        };
+        let cases = [
+            (reported(1), false, WcFlags::WITH_IMM),
+            (failed, true, WcFlags::NONE),
+            (invalidated, false, WcFlags::WITH_INV),
+            (invalidated, true, WcFlags::WITH_INV | WcFlags::GRH),
+            (failed_receive, true, WcFlags::NONE),
+        ];
+        for (done, is_datagram, flags) in cases {
+            let expected = WorkCompletion {
+                wr_id: done.wr_id.0,
+                status: done.status,
+                kind: done.kind,
+                byte_len: done.byte_len,
+                imm: done.imm,
+                invalidated: done.invalidated,
+                flags,
+                ..work(0)
+            };
+            let entry = encode(&done, OURS, is_datagram);
+            assert_eq!(decode(&entry), expected);
+            assert_eq!(is_recv(&entry), done.kind.is_recv());
+            assert_eq!(qpn_of(&entry), OURS);
+            assert!(!is_void(&entry));
         }
     }
 
@@ -402,7 +489,8 @@ mod tests {
     fn a_deep_queue_grows_and_keeps_the_order() {
         let done = Completions::new(1 << (LOG_FIRST + 2));
         let count = 3 << LOG_FIRST;
-        (0..count).for_each(|id| assert!(done.push(&work(id))));
+        (0..count).for_each(|id| assert!(done.push(count as usize, entry(id))));
+        assert!(!done.push(count as usize, entry(count)));
         let has = |count: u64| done.has_as_many_as(count as usize);
         assert!(has(count) && !has(count + 1));
         (0..count).for_each(|id| assert_eq!(done.pop(), Some(work(id))));
@@ -416,8 +504,9 @@ mod tests {
             qpn: Qpn::new(qpn),
             ..work(id)
         };
+        let push = |id, qpn| done.push(16, encode(&reported(id), Qpn::new(qpn), false));
         for id in 0..12 {
-            assert!(done.push(&of(id, 1 + id as u32 % 3)));
+            assert!(push(id, 1 + id as u32 % 3));
         }
         done.purge(Qpn::new(1));
         assert!(done.has_as_many_as(8) && !done.has_as_many_as(9));
@@ -428,10 +517,25 @@ mod tests {
         assert!(done.is_empty() && done.pop().is_none());
         // A queue that serves one alone has all its room again, however often.
         for _ in 0..1000 {
-            (0..16).for_each(|id| assert!(done.push(&of(id, 1))));
+            (0..16).for_each(|id| assert!(push(id, 1)));
+            assert!(!push(16, 1));
             done.purge(Qpn::new(1));
         }
-        assert_eq!(done.current.load(Ordering::Relaxed), done.oldest);
+        assert_eq!(done.grown.load(Ordering::Relaxed), 0);
+        assert!(done.is_empty());
+    }
+
+    /// Voids count for nothing, so a ring may be full of them while the queue has room.
+    #[test]
+    fn what_is_void_in_the_middle_takes_no_room_of_the_queues() {
+        let done = Completions::new(16);
+        let push = |id, qpn| done.push(16, encode(&reported(id), Qpn::new(qpn), false));
+        assert!(push(0, 1));
+        (1..16).for_each(|id| assert!(push(id, 2)));
+        done.purge(Qpn::new(2));
+        (1..16).for_each(|id| assert!(push(id, 1)));
+        assert!(!push(16, 1));
+        (0..16).for_each(|id| assert_eq!(done.pop().map(|work| work.wr_id), Some(id)));
         assert!(done.is_empty());
     }
 }

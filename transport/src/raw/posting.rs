@@ -52,7 +52,7 @@ pub(super) struct WaitingReceive {
 pub(super) struct Posting {
     /// The state, as it was when completions were last collected.
     state: AtomicU8,
-    /// Of the send queue and the receive queue.
+    /// Of the send queue and the receive queue. Not used where a keeper counts.
     pub(super) room: [Room; 2],
     depths: [u32; 2],
     /// Bytes of inline data of one request at most.
@@ -118,7 +118,8 @@ impl Posting {
     }
 
     /// Whether nothing waits.
-    fn is_empty(&self) -> bool {
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
         self.sends.get().is_none_or(Line::is_empty)
             && self.receives.get().is_none_or(Line::is_empty)
     }
@@ -197,7 +198,7 @@ impl State {
             while line.pop(|waiting| {
                 self.attach(waiting.brought.take());
                 if let Some(wr) = waiting.wr.take() {
-                    self.post_waiting_receive(id, wr, &posting);
+                    self.post_waiting_receive(id, &wr, &posting);
                 }
             }) {}
         }
@@ -234,7 +235,7 @@ impl State {
         }
     }
 
-    fn post_waiting_receive(&mut self, id: QpId, wr: qp::RecvWr, posting: &Posting) {
+    fn post_waiting_receive(&mut self, id: QpId, wr: &qp::RecvWr, posting: &Posting) {
         if self.post_receive(id, wr).is_err() {
             debug_assert!(self.tables.qp(id).keepers.is_none());
             posting.room[1].give(1);

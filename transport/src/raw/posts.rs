@@ -11,7 +11,8 @@
 //!
 //! Invariants:
 //! * work that [`Room`] has admitted finds room in its line: a line is as long as its queue is deep,
-//!   and room is given back only after work has left the line;
+//!   and room is given back only after work has left the line. A queue pair's keeper (`tables`) admits by
+//!   a count of its own, which it gives back later still;
 //! * work leaves in the order in which posters took their places; who has not finished writing
 //!   holds up those behind, but notes its queue again afterwards.
 
@@ -101,9 +102,9 @@ impl<T> Line<T> {
         &self.slots[(place % self.slots.len() as u64) as usize]
     }
 
-    /// Appends what `fill` makes of a used item. The caller has taken [`Room`].
+    /// Appends what `fill` makes of a used item. It has been admitted.
     pub fn push(&self, fill: impl FnOnce(&mut T)) {
-        // Relaxed: the slot's own word hands it over; that it is free is known from `Room`.
+        // Relaxed: the slot's own word hands it over; that it is free is known from what admitted it.
         let place = self.tail.fetch_add(1, Ordering::Relaxed);
         let slot = self.slot(place);
         fill(&mut hold(&slot.item));

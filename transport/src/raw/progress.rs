@@ -209,14 +209,17 @@ impl Shared {
         self.finish(state);
     }
 
-    /// What `take` takes from `queue`, for a program's thread: drives the device if that is nothing, and
-    /// the token is free, and tries again.
-    pub(crate) fn find<T>(&self, queue: &Completions, take: impl Fn() -> Option<T>) -> Option<T> {
-        if let Some(found) = take() {
+    /// What `take` takes from `queue`, for a program's thread: drives the device first if nothing is
+    /// there, and the token is free.
+    #[inline]
+    pub(crate) fn find<T>(
+        &self,
+        queue: &Completions,
+        take: impl FnOnce() -> Option<T>,
+    ) -> Option<T> {
+        if !queue.is_empty() {
             self.note_found();
-            return Some(found);
-        }
-        if let Some(mut state) = self.try_lock() {
+        } else if let Some(mut state) = self.try_lock() {
             self.drive_for(&mut state, queue);
         }
         take()
@@ -505,11 +508,10 @@ impl State {
     }
 
     fn next_timeout(&self) -> Option<Nanos> {
-        let managed = self.manager.next_timeout();
-        [self.device.next_timeout(), managed]
-            .into_iter()
-            .flatten()
-            .min()
+        match (self.device.next_timeout(), self.manager.next_timeout()) {
+            (Some(ours), Some(managed)) => Some(ours.min(managed)),
+            (ours, managed) => ours.or(managed),
+        }
     }
 
     fn take(&mut self, now: Nanos, slot: usize) {
@@ -567,6 +569,7 @@ impl State {
     }
 
     /// Moves a queue pair's completions to their queues, and its events to theirs.
+    #[inline]
     pub(crate) fn collect(&mut self, id: QpId) {
         self.tables.collect(&mut self.device, id);
     }

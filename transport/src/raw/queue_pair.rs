@@ -248,38 +248,51 @@ impl QueuePair {
     }
 
     /// Lets `feed` post to the send queue, and sends what may be sent.
+    #[inline]
     pub(crate) fn post_to_sends<R>(&self, feed: impl FnOnce(&mut Poster<'_>) -> R) -> R {
         let shared = &self.context().shared;
         // In another state it may have been moved by the connection manager.
         let waits = !self.posting.admits_sends();
-        let clear = |state: &mut State| state.take_posts_of(self.id);
-        if let Some(mut state) = shared.lock_to_post(waits, clear) {
-            let result = feed(&mut Poster(Some(&mut state)));
-            state.collect(self.id);
-            shared.send_posted(&mut state);
-            result
-        } else {
-            let result = feed(&mut Poster(None));
-            shared.leave(queue_of(self.id));
-            result
+        let mut token = shared.lock_to_post(waits, |state| self.clear(state));
+        let result = feed(&mut Poster(token.as_deref_mut()));
+        match token.as_deref_mut() {
+            Some(state) => {
+                self.collect(state, waits);
+                shared.send_posted(state);
+            }
+            None => shared.leave(queue_of(self.id)),
         }
+        result
     }
 
     /// The same for the receive queue.
+    #[inline]
     pub(crate) fn post_to_receives<R>(&self, feed: impl FnOnce(&mut Poster<'_>) -> R) -> R {
         let shared = &self.context().shared;
         let waits = !self.posting.admits_receives();
-        let clear = |state: &mut State| state.take_posts_of(self.id);
-        if let Some(mut state) = shared.lock_to_post(waits, clear) {
-            let result = feed(&mut Poster(Some(&mut state)));
-            state.collect(self.id);
-            shared.sleepers.notify();
-            result
-        } else {
-            let result = feed(&mut Poster(None));
-            shared.leave(queue_of(self.id));
-            result
+        let mut token = shared.lock_to_post(waits, |state| self.clear(state));
+        let result = feed(&mut Poster(token.as_deref_mut()));
+        match token.as_deref_mut() {
+            Some(state) => {
+                self.collect(state, waits);
+                shared.sleepers.notify();
+            }
+            None => shared.leave(queue_of(self.id)),
         }
+        result
+    }
+
+    /// What is posted in ERR has ended already. Who `waits` has seen another state than the one it knew.
+    #[inline]
+    fn collect(&self, state: &mut State, waits: bool) {
+        if waits || state.device.has_reports(self.id) {
+            state.collect(self.id);
+        }
+    }
+
+    /// Posts what waits in the lines; false if somebody is still writing there.
+    fn clear(&self, state: &mut State) -> bool {
+        self.posting.is_empty() || state.take_posts_of(self.id)
     }
 
     /// # Safety
@@ -287,7 +300,16 @@ impl QueuePair {
     unsafe fn post_one(&self, poster: &mut Poster<'_>, wr: &SendWr<'_>) -> Result<(), Error> {
         if !wr.flags.contains(SendFlags::INLINE) {
             let local = list(wr.sg_list, self.init.cap.max_send_sge)?;
-            return self.post_list(poster, wr, local, &mut || None);
+            let request = self.request(wr, local)?;
+            self.take_room(poster, 0)?;
+            match poster.state() {
+                Some(state) => return self.post_with_room(state, request),
+                None => self.posting.sends().push(|waiting| {
+                    waiting.request = Some(request);
+                    waiting.inline.clear();
+                }),
+            }
+            return Ok(());
         }
         let local = self.inline_list(wr)?;
         let request = self.request(wr, local)?;
@@ -308,25 +330,46 @@ impl QueuePair {
         self.post_with_room(state, request)
     }
 
-    /// Posts a request whose memory is `local`, whatever its list says. Of a request that is taken
-    /// `bring` is asked for the bytes of its slot.
-    pub(crate) fn post_list(
+    /// Posts a send of a connection's keeper, which has counted it; of one that is taken `bring` is asked
+    /// for the bytes of its slot.
+    #[inline]
+    pub(crate) fn post_kept_send(
         &self,
         poster: &mut Poster<'_>,
-        wr: &SendWr<'_>,
-        local: SgList,
-        bring: &mut dyn FnMut() -> Brought,
-    ) -> Result<(), Error> {
-        let request = self.request(wr, local)?;
-        self.take_room(poster, 0)?;
+        wr: &qp::SendWr,
+        bring: impl FnOnce() -> Brought,
+    ) -> Result<(), PostError> {
+        if !wr.suits(QpKind::Rc) {
+            return Err(PostError::Invalid);
+        }
         match poster.state() {
             Some(state) => {
-                self.post_with_room(state, request)?;
+                state.connection(self.id).post_send(*wr)?;
                 state.attach(bring());
             }
             None => self.posting.sends().push(|waiting| {
-                waiting.request = Some(request);
-                waiting.inline.clear();
+                waiting.request = Some(Request::Connected(*wr));
+                waiting.brought = bring();
+            }),
+        }
+        Ok(())
+    }
+
+    /// The same for a receive.
+    #[inline]
+    pub(crate) fn post_kept_receive(
+        &self,
+        poster: &mut Poster<'_>,
+        wr: &qp::RecvWr,
+        bring: impl FnOnce() -> Brought,
+    ) -> Result<(), PostError> {
+        match poster.state() {
+            Some(state) => {
+                state.receive_into(self.id, wr)?;
+                state.attach(bring());
+            }
+            None => self.posting.receives().push(|waiting| {
+                waiting.wr = Some(*wr);
                 waiting.brought = bring();
             }),
         }
@@ -443,34 +486,28 @@ impl QueuePair {
         self.post_to_receives(|poster| {
             each(list, |wr| {
                 let wr = recv_wr(wr, self.init.cap.max_recv_sge)?;
-                self.post_receive(poster, wr, &mut || None)
+                self.post_receive(poster, wr)
             })
         })
     }
 
-    /// Posts a receive; of one that is taken `bring` is asked for the bytes of its slot.
-    pub(crate) fn post_receive(
-        &self,
-        poster: &mut Poster<'_>,
-        wr: qp::RecvWr,
-        bring: &mut dyn FnMut() -> Brought,
-    ) -> Result<(), Error> {
+    fn post_receive(&self, poster: &mut Poster<'_>, wr: qp::RecvWr) -> Result<(), Error> {
         if self._shared.is_some() {
             return Err(posting_error(PostError::Invalid));
         }
         self.take_room(poster, 1)?;
         match poster.state() {
             Some(state) => {
-                let posted = state.post_receive(self.id, wr);
-                posted.inspect_err(|_| self.posting.room[1].give(1))?;
-                state.attach(bring());
+                let posted = state.post_receive(self.id, &wr);
+                posted.inspect_err(|_| self.posting.room[1].give(1))
             }
-            None => self.posting.receives().push(|waiting| {
-                waiting.wr = Some(wr);
-                waiting.brought = bring();
-            }),
+            None => {
+                self.posting
+                    .receives()
+                    .push(|waiting| waiting.wr = Some(wr));
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     /// Attaches a datagram queue pair to a multicast group (IGMP or MLD joins it on the device's
@@ -529,30 +566,44 @@ impl Drop for QueuePair {
 }
 
 impl State {
+    /// A connection's state machine, to post to.
+    #[inline]
+    fn connection(&mut self, id: QpId) -> &mut qp::QueuePair {
+        self.device.qp(id).expect("it lives as long as its handle")
+    }
+
     /// Hands a request for which room is taken to its state machine.
     pub(super) fn post_request(&mut self, id: QpId, request: Request) -> Result<(), Error> {
         let posted = match request {
-            Request::Connected(wr) => self.device.qp(id).map(|qp| qp.post_send(wr)),
-            Request::Datagram(wr) => self.device.datagram(id).map(|qp| qp.post_send(wr)),
+            Request::Connected(wr) => self.connection(id).post_send(wr),
+            Request::Datagram(wr) => self
+                .device
+                .datagram(id)
+                .expect("it lives as long as its handle")
+                .post_send(wr),
         };
-        let posted = posted.expect("it lives as long as its handle");
         posted.map_err(posting_error)?;
         let entry = self.tables.qp(id);
         entry.sends_posted += 1;
-        entry.held[0] += 1;
+        entry.hold(0);
         Ok(())
     }
 
     /// The same for a receive.
-    pub(super) fn post_receive(&mut self, id: QpId, wr: qp::RecvWr) -> Result<(), Error> {
+    pub(super) fn post_receive(&mut self, id: QpId, wr: &qp::RecvWr) -> Result<(), Error> {
+        self.receive_into(id, wr).map_err(posting_error)?;
+        self.tables.qp(id).hold(1);
+        Ok(())
+    }
+
+    #[inline]
+    fn receive_into(&mut self, id: QpId, wr: &qp::RecvWr) -> Result<(), PostError> {
         // Nothing to be sent comes of a receive, but its end may.
         let posted = match self.device.connected(id) {
-            Some(qp) => Some(qp.post_recv(wr)),
-            None => self.device.datagram(id).map(|qp| qp.post_recv(wr)),
+            Some(qp) => Some(qp.post_recv(*wr)),
+            None => self.device.datagram(id).map(|qp| qp.post_recv(*wr)),
         };
-        let posted = posted.expect("it lives as long as its handle");
-        posted.map_err(posting_error)?;
-        self.tables.qp(id).held[1] += 1;
+        posted.expect("it lives as long as its handle")?;
         self.device.note_receive(id);
         Ok(())
     }

@@ -80,12 +80,13 @@ impl Ring {
         }
     }
 
-    fn entry(&self, index: u32) -> &[AtomicU64] {
-        let entries = self.words.len() / ENTRY;
-        &self.words[(index as usize & (entries - 1)) * ENTRY..][..ENTRY]
+    fn entry(&self, index: u32) -> &[AtomicU64; ENTRY] {
+        let (entries, _) = self.words.as_chunks();
+        &entries[index as usize & (entries.len() - 1)]
     }
 
     /// Entries in it. Exact for the producer while nobody consumes; else it was, or will be.
+    #[inline]
     pub fn len(&self) -> usize {
         let head = Place::of(self.head.0.load(Ordering::Acquire));
         let tail = Place::of(self.tail.0.load(Ordering::Acquire));
@@ -98,11 +99,18 @@ impl Ring {
 
     /// Appends; false if it is full. One producer at a time.
     pub fn push(&self, entry: [u64; ENTRY]) -> bool {
+        self.push_to(usize::MAX, entry)
+    }
+
+    /// The same if fewer than `depth` are there. What was consumed meanwhile may still be counted.
+    #[inline]
+    pub fn push_to(&self, depth: usize, entry: [u64; ENTRY]) -> bool {
         // Relaxed: written by producers only, and they hand over to each other by a lock.
         let mut tail = Place::of(self.tail.0.load(Ordering::Relaxed));
         // Acquire pairs with the consumers' claims: they have read what is written over here.
         let head = Place::of(self.head.0.load(Ordering::Acquire));
-        if tail.index.wrapping_sub(head.index) as usize >= self.words.len() / ENTRY {
+        let room = depth.min(self.words.len() / ENTRY);
+        if tail.index.wrapping_sub(head.index) as usize >= room {
             return false;
         }
         if head == tail && tail.index >= FRONT {
@@ -125,11 +133,13 @@ impl Ring {
     }
 
     /// The oldest entry, if there is one.
+    #[inline]
     pub fn pop(&self) -> Option<[u64; ENTRY]> {
         self.pop_if(|_| true)
     }
 
     /// The oldest entry, if there is one and it is `wanted`.
+    #[inline]
     pub fn pop_if(&self, wanted: impl Fn(&[u64; ENTRY]) -> bool) -> Option<[u64; ENTRY]> {
         let mut seen = self.head.0.load(Ordering::Acquire);
         loop {
@@ -170,6 +180,7 @@ impl Ring {
     }
 
     /// The first entries, as the producer last saw them: some may just have been consumed.
+    #[inline]
     pub fn first(&self, count: usize) -> impl Iterator<Item = [u64; ENTRY]> {
         let head = Place::of(self.head.0.load(Ordering::Acquire));
         (0..count.min(self.len())).map(move |at| self.peek(head.index.wrapping_add(at as u32)))

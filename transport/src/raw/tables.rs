@@ -12,22 +12,21 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use lowtide_transport_proto::qp::{Completion, CompletionKind, QpEvent, Status};
+use lowtide_transport_proto::qp::{Completion, QpEvent, Status};
 
-use super::completion::Completions;
+use super::completion::{Completions, encode};
 use super::event_fd::EventFd;
 use super::posting::{Posting, SharedPosting};
-use super::types::{
-    AsyncEvent, CqId, QpAttr, QpCap, QpInitAttr, QpState, QpType, Qpn, SrqId, WcFlags,
-    WorkCompletion,
-};
-use crate::device::{Device, QpId};
+use super::ring::ENTRY;
+use super::types::{AsyncEvent, CqId, QpAttr, QpCap, QpInitAttr, QpState, QpType, Qpn, SrqId};
+use crate::device::{Device, Machine, QpId};
 use crate::memory::{Key, Memory};
 
 /// Asynchronous events that may wait; later ones are lost without a trace.
 const EVENTS_MAX: usize = 4096;
 
-/// Who wants to know of completions before those who poll do: the safe layer.
+/// Who wants to know of completions before those who poll do: the safe layer. It admits no more
+/// requests to a queue than that is deep, until their completions have been polled.
 pub(crate) trait Keeper: std::fmt::Debug + Send + Sync {
     /// A request has completed. Under the token.
     fn completed(&self, wr_id: u64, memory: &mut Memory);
@@ -51,7 +50,8 @@ pub(crate) struct QpEntry {
     pub(super) sends_posted: u64,
     /// What posters without the token know of it.
     pub(super) posting: Arc<Posting>,
-    /// Requests in the state machine, sends and receives, for which room is taken.
+    /// Requests in the state machine, sends and receives, for which room is taken. None where a keeper
+    /// counts them.
     pub(super) held: [u32; 2],
     /// Its owner wants to know when the send queue has drained.
     pub(super) tells_drained: bool,
@@ -260,72 +260,38 @@ impl Tables {
     }
 
     /// Moves a queue pair's completions to their queues, and its events to the line.
+    #[inline]
     pub(super) fn collect(&mut self, device: &mut Device, id: QpId) {
-        let Some(entry) = self.qps.get_mut(id.0 as usize).and_then(Option::as_mut) else {
+        let entry = self.qps.get_mut(id.0 as usize).and_then(Option::as_mut);
+        let (Some(entry), Some((machine, memory))) = (entry, device.reporting(id)) else {
             return;
         };
-        let Some((state, sends, has_reports)) = device.posted(id) else {
-            return;
-        };
-        entry.posting.note_state(state);
+        entry.posting.note_state(machine.state());
+        let sends = machine.sends_posted();
         if entry.held[0] > sends {
             // Finished and not reported.
             entry.give(0, entry.held[0] - sends);
         }
         let srq = entry.srq;
-        if has_reports {
-            self.collect_reports(device, id);
+        if machine.has_reports() {
+            let broken = report(entry, machine, memory, &mut self.cqs, &mut self.events);
+            if let Some(cq) = broken {
+                self.break_cq(device, cq);
+            }
         }
-        if let Some(srq) = srq
-            && device.srq(srq.0).is_some_and(|queue| queue.poll_limit())
-        {
+        if let Some(srq) = srq {
+            self.note_limit(device, srq);
+        }
+    }
+
+    fn note_limit(&mut self, device: &mut Device, srq: SrqId) {
+        if device.srq(srq.0).is_some_and(|queue| queue.poll_limit()) {
             self.events.push(AsyncEvent::SrqLimitReached(srq));
         }
     }
 
-    fn collect_reports(&mut self, device: &mut Device, id: QpId) {
-        let Some(entry) = self.qps.get_mut(id.0 as usize).and_then(Option::as_mut) else {
-            return;
-        };
-        let mut broken = None;
-        device.take_completions(id, |completion, memory| {
-            let is_recv = completion.kind.is_recv();
-            // Whoever sees the completion finds room.
-            entry.give(usize::from(is_recv), 1);
-            let cq = match is_recv {
-                true => entry.recv_cq,
-                false => entry.send_cq,
-            };
-            let solicited = completion.solicited || completion.status != Status::Success;
-            if let Some(keepers) = &entry.keepers {
-                let keeper = &keepers[usize::from(is_recv)];
-                keeper.completed(completion.wr_id.0, memory);
-            }
-            let work = work_completion(&completion, entry);
-            let target = self.cqs[cq.0 as usize].as_mut();
-            if target.is_some_and(|target| !target.push(cq, &work, solicited)) {
-                broken = Some(cq);
-            }
-        });
-        let qpn = entry.qpn;
-        while let Some(event) = device.poll_event(id) {
-            if event == QpEvent::SendQueueDrained && !entry.tells_drained {
-                continue;
-            }
-            self.events.push(match event {
-                QpEvent::CommunicationEstablished => AsyncEvent::CommunicationEstablished(qpn),
-                QpEvent::SendQueueDrained => AsyncEvent::SendQueueDrained(qpn),
-                QpEvent::RequestError => AsyncEvent::QpRequestError(qpn),
-                QpEvent::AccessError => AsyncEvent::QpAccessError(qpn),
-                QpEvent::LastWqeReached => AsyncEvent::LastWqeReached(qpn),
-            });
-        }
-        if let Some(cq) = broken {
-            self.break_cq(device, cq);
-        }
-    }
-
     /// A completion was lost: its queue is no longer worth anything to its queue pairs.
+    #[cold]
     fn break_cq(&mut self, device: &mut Device, cq: CqId) {
         self.events.push(AsyncEvent::CqError(cq));
         for (index, entry) in self.qps.iter().enumerate() {
@@ -359,7 +325,71 @@ impl Tables {
     }
 }
 
+/// Moves what a queue pair has to report; the completion queue that had no room for it.
+fn report(
+    entry: &mut QpEntry,
+    machine: &mut Machine,
+    memory: &mut Memory,
+    cqs: &mut [Option<Cq>],
+    events: &mut Line<AsyncEvent>,
+) -> Option<CqId> {
+    let (qpn, is_datagram) = (entry.qpn, entry.init.kind == QpType::Ud);
+    let mut broken = None;
+    let mut hand_on = |completion: Completion| {
+        let is_recv = completion.kind.is_recv();
+        let side = usize::from(is_recv);
+        let solicited = completion.solicited || completion.status != Status::Success;
+        let words = encode(&completion, qpn, is_datagram);
+        // Whoever sees the completion finds room.
+        match &entry.keepers {
+            Some(keepers) => keepers[side].completed(completion.wr_id.0, memory),
+            None => entry.give(side, 1),
+        }
+        let cq = match is_recv {
+            true => entry.recv_cq,
+            false => entry.send_cq,
+        };
+        let target = cqs[cq.0 as usize].as_mut();
+        if target.is_some_and(|target| !target.push(cq, words, solicited)) {
+            broken = Some(cq);
+        }
+    };
+    match machine {
+        Machine::Connected(qp) => {
+            while let Some(completion) = qp.poll_completion() {
+                hand_on(completion);
+            }
+        }
+        Machine::Datagram(qp) => {
+            while let Some(completion) = qp.poll_completion() {
+                hand_on(completion);
+            }
+        }
+    }
+    while let Some(event) = machine.poll_event() {
+        if event == QpEvent::SendQueueDrained && !entry.tells_drained {
+            continue;
+        }
+        events.push(match event {
+            QpEvent::CommunicationEstablished => AsyncEvent::CommunicationEstablished(qpn),
+            QpEvent::SendQueueDrained => AsyncEvent::SendQueueDrained(qpn),
+            QpEvent::RequestError => AsyncEvent::QpRequestError(qpn),
+            QpEvent::AccessError => AsyncEvent::QpAccessError(qpn),
+            QpEvent::LastWqeReached => AsyncEvent::LastWqeReached(qpn),
+        });
+    }
+    broken
+}
+
 impl QpEntry {
+    /// A request is in the state machine, for which room is taken: a send (0) or a receive (1).
+    #[inline]
+    pub(super) fn hold(&mut self, side: usize) {
+        if self.keepers.is_none() {
+            self.held[side] += 1;
+        }
+    }
+
     /// Gives back the room of so many sends (0) or receives (1). Shared receives have their own.
     #[inline]
     fn give(&mut self, side: usize, count: u32) {
@@ -382,11 +412,11 @@ impl QpEntry {
 impl Cq {
     /// Appends and tells whoever waits; false if this is what broke the queue.
     #[inline]
-    fn push(&mut self, id: CqId, work: &WorkCompletion, solicited: bool) -> bool {
+    fn push(&mut self, id: CqId, entry: [u64; ENTRY], solicited: bool) -> bool {
         if self.done.is_broken() {
             return true;
         }
-        if self.done.has_as_many_as(self.depth as usize) || !self.done.push(work) {
+        if !self.done.push(self.depth as usize, entry) {
             self.done.set_broken();
             return false;
         }
@@ -401,34 +431,6 @@ impl Cq {
             line.push(id);
         }
         true
-    }
-}
-
-#[inline]
-fn work_completion(completion: &Completion, entry: &QpEntry) -> WorkCompletion {
-    let is_good = completion.status == Status::Success;
-    let is_datagram = entry.init.kind == QpType::Ud;
-    let mut flags = WcFlags::NONE;
-    if is_good && is_datagram && completion.kind == CompletionKind::Recv {
-        flags = flags | WcFlags::GRH;
-    }
-    if completion.imm.is_some() {
-        flags = flags | WcFlags::WITH_IMM;
-    }
-    if completion.invalidated.is_some() {
-        flags = flags | WcFlags::WITH_INV;
-    }
-    WorkCompletion {
-        wr_id: completion.wr_id.0,
-        status: completion.status,
-        kind: completion.kind,
-        vendor_err: 0,
-        byte_len: completion.byte_len,
-        imm: completion.imm,
-        invalidated: completion.invalidated,
-        qpn: entry.qpn,
-        source: completion.source,
-        flags,
     }
 }
 

@@ -15,29 +15,32 @@ const ROUNDS_MAX: usize = 16;
 
 /// The right to touch the state, until it is dropped.
 pub(crate) struct Token<'a> {
-    shared: &'a Shared,
-    /// None while it is dropped.
-    state: Option<MutexGuard<'a, State>>,
+    /// Given back before `_left` looks: fields are dropped in their order.
+    state: MutexGuard<'a, State>,
+    _left: Left<'a>,
+}
+
+/// What others have left meanwhile is done when this is dropped.
+struct Left<'a>(&'a Shared);
+
+impl Drop for Left<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.take_left();
+    }
 }
 
 impl Deref for Token<'_> {
     type Target = State;
 
     fn deref(&self) -> &State {
-        self.state.as_ref().expect("held until it is dropped")
+        &self.state
     }
 }
 
 impl DerefMut for Token<'_> {
     fn deref_mut(&mut self) -> &mut State {
-        self.state.as_mut().expect("held until it is dropped")
-    }
-}
-
-impl Drop for Token<'_> {
-    fn drop(&mut self) {
-        self.state = None;
-        self.shared.take_left();
+        &mut self.state
     }
 }
 
@@ -48,33 +51,39 @@ impl Shared {
         // a lost packet.
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         Token {
-            shared: self,
-            state: Some(state),
+            state,
+            _left: Left(self),
         }
     }
 
     /// The token, if it is free.
+    #[inline]
     pub(crate) fn try_lock(&self) -> Option<Token<'_>> {
         Some(Token {
-            shared: self,
-            state: Some(self.try_state()?),
+            state: self.try_state()?,
+            _left: Left(self),
         })
     }
 
     /// The token, for a poster: not if it is taken, unless the poster `waits`, and not if `clear` cannot
     /// empty the queue's line, because somebody is still writing there.
+    #[inline]
     pub(super) fn lock_to_post(
         &self,
         waits: bool,
         clear: impl FnOnce(&mut State) -> bool,
     ) -> Option<Token<'_>> {
-        let mut state = match waits {
+        let mut token = match waits {
             true => self.lock(),
             false => self.try_lock()?,
         };
-        clear(&mut state).then_some(state)
+        match clear(&mut token) {
+            true => Some(token),
+            false => None,
+        }
     }
 
+    #[inline]
     fn try_state(&self) -> Option<MutexGuard<'_, State>> {
         match self.state.try_lock() {
             Ok(state) => Some(state),
@@ -91,16 +100,25 @@ impl Shared {
 
     /// Posts what was left in lines, unless somebody has the token and will: for whoever has left
     /// something, and for whoever has just given the token back.
+    #[inline]
     pub(super) fn take_left(&self) {
+        if self.posts.is_any() {
+            self.take_what_is_left();
+        }
+    }
+
+    #[cold]
+    fn take_what_is_left(&self) {
         for _ in 0..ROUNDS_MAX {
-            if !self.posts.is_any() {
-                return;
-            }
             let Some(mut state) = self.try_state() else {
                 return;
             };
             state.take_posts();
             self.send_posted(&mut state);
+            drop(state);
+            if !self.posts.is_any() {
+                return;
+            }
         }
         // Others post as fast as this thread can send for them; it has work of its own.
         let _ = self.wake();
@@ -154,12 +172,18 @@ impl Sleepers {
     }
 
     /// Wakes whoever sleeps. Under the token.
+    #[inline]
     pub(super) fn notify(&self) {
         if self.count.load(Ordering::Relaxed) > 0 {
-            let mut turn = self.turns();
-            *turn = turn.wrapping_add(1);
-            self.woken.notify_all();
+            self.wake_all();
         }
+    }
+
+    #[cold]
+    fn wake_all(&self) {
+        let mut turn = self.turns();
+        *turn = turn.wrapping_add(1);
+        self.woken.notify_all();
     }
 }
 

@@ -25,10 +25,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Places made at once at first; each further chunk has twice as many.
 const FIRST: u32 = if cfg!(loom) { 2 } else { 64 };
-/// Chunks: together [`DEPTH_MAX`] places.
-const CHUNKS: usize = 17;
+/// Chunks after the first: together [`DEPTH_MAX`] places.
+const LATER: usize = 16;
 /// Places that there can be.
-pub const DEPTH_MAX: u32 = FIRST * ((1 << CHUNKS) - 1);
+pub const DEPTH_MAX: u32 = FIRST * ((2 << LATER) - 1);
 
 /// What a place holds. It is made once and used again and again.
 pub trait Place: Default {
@@ -39,7 +39,9 @@ pub trait Place: Default {
 /// See the [module](self).
 #[derive(Debug)]
 pub struct Places<P> {
-    chunks: [OnceLock<Box<[P]>>; CHUNKS],
+    /// Where most of them are that are ever used.
+    first: Box<[P; FIRST as usize]>,
+    later: [OnceLock<Box<[P]>>; LATER],
     /// The stack's head: a number of steps, then one more than the top place, or 0. A free place
     /// leads to the one below in the same way.
     free: AtomicU64,
@@ -48,20 +50,30 @@ pub struct Places<P> {
 }
 
 impl<P: Place> Places<P> {
-    /// Memory comes when it is needed.
+    /// With memory for the first; the rest comes when it is needed.
     pub fn new() -> Places<P> {
         Places {
-            chunks: [const { OnceLock::new() }; CHUNKS],
+            first: Box::new(std::array::from_fn(|_| P::default())),
+            later: [const { OnceLock::new() }; LATER],
             free: AtomicU64::new(0),
             fresh: AtomicU32::new(0),
         }
     }
 
     /// The place of that name. Panics beyond [`DEPTH_MAX`].
+    #[inline]
     pub fn at(&self, name: u32) -> &P {
+        match self.first.get(name as usize) {
+            Some(place) => place,
+            None => self.at_later(name),
+        }
+    }
+
+    #[inline(never)]
+    fn at_later(&self, name: u32) -> &P {
         let chunk = (name / FIRST + 1).ilog2();
         let size = FIRST << chunk;
-        let places = self.chunks[chunk as usize].get_or_init(|| {
+        let places = self.later[chunk as usize - 1].get_or_init(|| {
             std::iter::repeat_with(P::default)
                 .take(size as usize)
                 .collect()
@@ -69,11 +81,14 @@ impl<P: Place> Places<P> {
         &places[(name - (size - FIRST)) as usize]
     }
 
-    /// A free place's name.
-    pub fn take(&self) -> u32 {
-        // Relaxed: the stack has handed the place over, and a fresh one nobody else has.
-        self.pop()
-            .unwrap_or_else(|| self.fresh.fetch_add(1, Ordering::Relaxed))
+    /// A free place and its name.
+    #[inline]
+    pub fn take(&self) -> (u32, &P) {
+        self.pop().unwrap_or_else(|| {
+            // Relaxed: nobody else has it.
+            let name = self.fresh.fetch_add(1, Ordering::Relaxed);
+            (name, self.at(name))
+        })
     }
 
     /// The names of all that were ever in use.
@@ -81,27 +96,30 @@ impl<P: Place> Places<P> {
         0..self.fresh.load(Ordering::Relaxed)
     }
 
-    fn pop(&self) -> Option<u32> {
+    #[inline]
+    fn pop(&self) -> Option<(u32, &P)> {
         // Acquire pairs with `give`: what was written to the place before it was free.
         let mut seen = self.free.load(Ordering::Acquire);
         loop {
             let name = (seen as u32).checked_sub(1)?;
+            let place = self.at(name);
             // Relaxed: worth something only if the head is still the same.
-            let below = self.at(name).link().load(Ordering::Relaxed);
+            let below = place.link().load(Ordering::Relaxed);
             let next = step(seen, below);
             let swapped =
                 self.free
                     .compare_exchange(seen, next, Ordering::Acquire, Ordering::Acquire);
             match swapped {
-                Ok(_) => return Some(name),
+                Ok(_) => return Some((name, place)),
                 Err(now) => seen = now,
             }
         }
     }
 
-    /// Gives a place back.
-    pub fn give(&self, name: u32) {
-        let below = self.at(name).link();
+    /// Gives a place back, which is the one of that name.
+    #[inline]
+    pub fn give(&self, name: u32, place: &P) {
+        let below = place.link();
         let mut seen = self.free.load(Ordering::Relaxed);
         loop {
             below.store(seen as u32, Ordering::Relaxed);
@@ -140,8 +158,7 @@ impl Place for Numbered {
 #[cfg(test)]
 impl Places<Numbered> {
     fn put(&self, number: u32) -> u32 {
-        let name = self.take();
-        let place = self.at(name);
+        let (name, place) = self.take();
         // As a holder may.
         place.link.store(u32::MAX, Ordering::Relaxed);
         place.number.store(number, Ordering::Relaxed);
@@ -149,8 +166,9 @@ impl Places<Numbered> {
     }
 
     fn get(&self, name: u32) -> u32 {
-        let number = self.at(name).number.load(Ordering::Relaxed);
-        self.give(name);
+        let place = self.at(name);
+        let number = place.number.load(Ordering::Relaxed);
+        self.give(name, place);
         number
     }
 }
@@ -199,7 +217,6 @@ mod loom_tests {
     fn made() -> Arc<Places<Numbered>> {
         let places = Places::new();
         places.at(FIRST);
-        places.at(0);
         Arc::new(places)
     }
 

@@ -6,7 +6,7 @@
 //! completes, and leaves them here for whoever polls. No thread waits for another.
 //!
 //! A connection's receives lie here most of its life, so a request takes 16 bytes; one with a slot
-//! has 32 more.
+//! 40.
 //!
 //! Invariant: a request has its place until its completion has been polled, and counts as long.
 
@@ -24,10 +24,12 @@ const _: () = assert!(CQE_MAX as usize + 2 * QUEUE_PAIRS_MAX <= DEPTH_MAX as usi
 /// In a count of requests: the queue that they are of is gone.
 const ORPHANED: u32 = 1 << 31;
 
-/// In the place of a request's slot: there is no request.
-const NOTHING: u32 = 0;
-/// In the place of a request's slot: it has none. What is more is the slot's name.
-const NO_SLOT: u32 = 1;
+/// In a request's name for the raw layer: it has a slot, and its place is among those that have.
+const LENT: u64 = 1 << 32;
+
+/// Beside a request's queue: there is a request.
+const IN_USE: u32 = 1 << 31;
+const _: () = assert!(DEPTH_MAX < IN_USE);
 
 /// A slot that belongs to a request.
 #[derive(Debug)]
@@ -60,18 +62,21 @@ struct Queue {
 /// so that nothing here is ordered by itself.
 #[derive(Debug, Default)]
 struct Request {
-    /// The work queue that it is of.
+    /// The work queue that it is of, and [`IN_USE`].
     queue: AtomicU32,
-    slot: AtomicU32,
+    /// Of its slot, if it has one.
+    key: AtomicU32,
     id: AtomicU64,
 }
 
-/// The place of a slot.
+/// The place of a request with a slot.
 #[derive(Debug, Default)]
 struct Loan {
-    key: AtomicU32,
+    request: Request,
+    /// Those of the slot, once the request has completed.
     bytes: Mutex<Option<Box<[u8]>>>,
 }
+const _: () = assert!(size_of::<Request>() == 16 && size_of::<Loan>() <= 40);
 
 impl Place for Queue {
     fn link(&self) -> &AtomicU32 {
@@ -87,7 +92,29 @@ impl Place for Request {
 
 impl Place for Loan {
     fn link(&self) -> &AtomicU32 {
-        &self.key
+        &self.request.queue
+    }
+}
+
+impl Request {
+    fn begin(&self, queue: Served, id: u64, key: u32) {
+        self.queue.store(queue.0 | IN_USE, Ordering::Relaxed);
+        self.key.store(key, Ordering::Relaxed);
+        self.id.store(id, Ordering::Relaxed);
+    }
+
+    /// Its queue, if there is one.
+    fn queue(&self) -> Option<u32> {
+        let queue = self.queue.load(Ordering::Relaxed);
+        (queue & IN_USE != 0).then_some(queue & !IN_USE)
+    }
+
+    fn key(&self) -> Key {
+        Key(self.key.load(Ordering::Relaxed))
+    }
+
+    fn id(&self) -> u64 {
+        self.id.load(Ordering::Relaxed)
     }
 }
 
@@ -101,8 +128,9 @@ impl Loan {
 /// See the [module](self).
 #[derive(Debug)]
 pub(super) struct Posts {
+    /// Requests without a slot.
     requests: Places<Request>,
-    slots: Places<Loan>,
+    loans: Places<Loan>,
     queues: Places<Queue>,
     /// The depths of the queues served, and what is left of those that are gone.
     promised: AtomicU32,
@@ -112,16 +140,13 @@ pub(super) struct Posts {
 impl Posts {
     /// Of a completion queue so deep. With memory for the first requests and slots.
     pub(super) fn new(depth: u32) -> Posts {
-        let new = Posts {
+        Posts {
             requests: Places::new(),
-            slots: Places::new(),
+            loans: Places::new(),
             queues: Places::new(),
             promised: AtomicU32::new(0),
             depth,
-        };
-        new.requests.at(0);
-        new.slots.at(0);
-        new
+        }
     }
 
     /// Another queue so deep, if it finds room.
@@ -132,90 +157,95 @@ impl Posts {
             .promised
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
         promised.ok()?;
-        let name = self.queues.take();
-        self.outstanding(name).store(0, Ordering::Relaxed);
+        let (name, queue) = self.queues.take();
+        queue.outstanding.store(0, Ordering::Relaxed);
         Some(Served(name))
     }
 
     /// A queue is gone: what is not polled yet keeps its part of the promise.
     pub(super) fn release(&self, queue: Served, depth: u32) {
-        let outstanding = self.outstanding(queue.0);
-        let left = outstanding.fetch_or(ORPHANED, Ordering::AcqRel);
+        let place = self.queues.at(queue.0);
+        let left = place.outstanding.fetch_or(ORPHANED, Ordering::AcqRel);
         self.promised.fetch_sub(depth - left, Ordering::Relaxed);
         if left == 0 {
-            self.queues.give(queue.0);
+            self.queues.give(queue.0, place);
         }
     }
 
-    fn outstanding(&self, queue: u32) -> &AtomicU32 {
-        &self.queues.at(queue).outstanding
-    }
-
     /// Puts a request in, if fewer than `depth` of its queue are there; its name for the raw layer.
+    #[inline]
     pub(super) fn add(&self, queue: Served, depth: u32, id: u64, slot: Option<Key>) -> Option<u64> {
         let more = |count| (count < depth).then_some(count + 1);
-        // Acquire pairs with `take`: the place of what went is free.
-        let counted = self.outstanding(queue.0);
+        // Acquire pairs with `finish`: the place of what went is free.
+        let counted = &self.queues.at(queue.0).outstanding;
         counted
             .fetch_update(Ordering::Acquire, Ordering::Relaxed, more)
             .ok()?;
-        let slot = slot.map_or(NO_SLOT, |key| {
-            let name = self.slots.take();
-            self.slots.at(name).key.store(key.0, Ordering::Relaxed);
-            NO_SLOT + 1 + name
-        });
-        let name = self.requests.take();
-        let place = self.requests.at(name);
-        place.queue.store(queue.0, Ordering::Relaxed);
-        place.slot.store(slot, Ordering::Relaxed);
-        place.id.store(id, Ordering::Relaxed);
-        Some(u64::from(name))
+        Some(match slot {
+            Some(Key(key)) => {
+                let (name, loan) = self.loans.take();
+                loan.request.begin(queue, id, key);
+                LENT | u64::from(name)
+            }
+            None => {
+                let (name, request) = self.requests.take();
+                request.begin(queue, id, 0);
+                u64::from(name)
+            }
+        })
     }
 
     /// Takes it out again.
+    #[inline]
     pub(super) fn take(&self, name: u64) -> Option<Post> {
-        let name = u32::try_from(name).ok()?;
-        let place = self.requests.at(name);
-        let slot = place.slot.swap(NOTHING, Ordering::Relaxed);
-        let slot = slot.checked_sub(NO_SLOT)?.checked_sub(1);
-        let slot = slot.map(|slot| self.take_slot(slot));
-        let id = place.id.load(Ordering::Relaxed);
-        let queue = place.queue.load(Ordering::Relaxed);
-        self.requests.give(name);
-        // AcqRel: the place is free before it is no longer counted; whoever takes the last one of a
-        // queue that is gone has seen all that was done to it.
-        let left = self.outstanding(queue).fetch_sub(1, Ordering::AcqRel) - 1;
+        let place = name as u32;
+        if name & LENT == 0 {
+            let request = self.requests.at(place);
+            let (queue, id) = (request.queue()?, request.id());
+            self.requests.give(place, request);
+            self.finish(queue);
+            return Some(Post { id, slot: None });
+        }
+        let loan = self.loans.at(place);
+        let (queue, id) = (loan.request.queue()?, loan.request.id());
+        let slot = Kept {
+            key: loan.request.key(),
+            bytes: loan.bytes().take(),
+        };
+        self.loans.give(place, loan);
+        self.finish(queue);
+        Some(Post {
+            id,
+            slot: Some(slot),
+        })
+    }
+
+    /// A request of that queue counts no more.
+    fn finish(&self, queue: u32) {
+        let place = self.queues.at(queue);
+        // AcqRel: the request's place is free before it is no longer counted; whoever takes the last
+        // one of a queue that is gone has seen all that was done to it.
+        let left = place.outstanding.fetch_sub(1, Ordering::AcqRel) - 1;
         if left & ORPHANED != 0 {
             self.promised.fetch_sub(1, Ordering::Relaxed);
         }
         if left == ORPHANED {
-            self.queues.give(queue);
+            self.queues.give(queue, place);
         }
-        Some(Post { id, slot })
-    }
-
-    fn take_slot(&self, name: u32) -> Kept {
-        let loan = self.slots.at(name);
-        let key = Key(loan.key.load(Ordering::Relaxed));
-        let bytes = loan.bytes().take();
-        self.slots.give(name);
-        Kept { key, bytes }
     }
 
     /// The keys of slots whose requests nobody will poll any more.
     pub(super) fn abandoned(&self) -> impl Iterator<Item = Key> {
-        let posts = self.requests.known();
-        posts.filter_map(|name| Some(self.take(u64::from(name))?.slot?.key))
+        let names = self.loans.known().map(|name| LENT | u64::from(name));
+        names.filter_map(|name| Some(self.take(name)?.slot?.key))
     }
 }
 
 impl Keeper for Posts {
     fn completed(&self, wr_id: u64, memory: &mut Memory) {
-        let place = self.requests.at(wr_id as u32);
-        let slot = place.slot.load(Ordering::Relaxed);
-        if let Some(name) = slot.checked_sub(NO_SLOT + 1) {
-            let loan = self.slots.at(name);
-            *loan.bytes() = memory.detach(Key(loan.key.load(Ordering::Relaxed)));
+        if wr_id & LENT != 0 {
+            let loan = self.loans.at(wr_id as u32);
+            *loan.bytes() = memory.detach(loan.request.key());
         }
     }
 }

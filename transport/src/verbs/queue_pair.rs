@@ -9,14 +9,13 @@ use std::sync::Arc;
 
 use lowtide_transport_proto::qp::{
     self, InitAttr, InvalidTransition, Lkey, PostError, QpState, RecvWr, RtrAttr, RtsAttr, SendOp,
-    SgList, Sge, WrId,
+    SendWr, SgList, Sge, WrId,
 };
-use lowtide_transport_proto::wire::{Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
+use lowtide_transport_proto::wire::{MESSAGE_LEN_MAX, Mtu, PKEY_DEFAULT, Psn, Qpn, RnrTimer};
 
 use super::{Buffer, Device, Queue};
 use crate::device::QpId;
 use crate::memory::Access;
-use crate::raw::types::{Error, SendFlags, SendWr};
 use crate::raw::{self, Brought, Poster};
 use crate::udp::path_mtu;
 
@@ -226,6 +225,7 @@ impl QueuePair {
         })
     }
 
+    #[inline]
     fn post_one_send(
         &self,
         poster: &mut Poster<'_>,
@@ -233,15 +233,10 @@ impl QueuePair {
         op: SendOp,
         buffer: Buffer,
     ) -> Result<(), PostRefused> {
-        self.post(id, buffer, &self.sends, |wr_id, list, bring| {
-            let wr = SendWr {
-                wr_id,
-                op,
-                sg_list: &[],
-                flags: SendFlags::NONE,
-                to: None,
-            };
-            self.raw.post_list(poster, &wr, list, bring)
+        self.post(id, buffer, &self.sends, |wr_id, local, buffer| {
+            let wr = SendWr::new(wr_id, op, local);
+            let bring = || bring(buffer);
+            self.raw.post_kept_send(poster, &wr, bring)
         })
     }
 
@@ -267,26 +262,28 @@ impl QueuePair {
         })
     }
 
+    #[inline]
     fn post_one_receive(
         &self,
         poster: &mut Poster<'_>,
         id: u64,
         buffer: Buffer,
     ) -> Result<(), PostRefused> {
-        self.post(id, buffer, &self.recvs, |wr_id, local, bring| {
-            let wr_id = WrId(wr_id);
-            self.raw
-                .post_receive(poster, RecvWr { wr_id, local }, bring)
+        self.post(id, buffer, &self.recvs, |wr_id, local, buffer| {
+            let wr = RecvWr { wr_id, local };
+            let bring = || bring(buffer);
+            self.raw.post_kept_receive(poster, &wr, bring)
         })
     }
 
-    /// Posts one by `post`, which asks for the bytes of its slot when it has taken the rest.
+    /// Posts one by `post`, which brings the slot when it has taken the rest.
+    #[inline]
     fn post(
         &self,
         id: u64,
-        buffer: Buffer,
+        mut buffer: Buffer,
         queue: &Queue,
-        post: impl FnOnce(u64, SgList, &mut dyn FnMut() -> Brought) -> Result<(), Error>,
+        post: impl FnOnce(WrId, SgList, &mut Buffer) -> Result<(), PostError>,
     ) -> Result<(), PostRefused> {
         let (sge, slot) = match &buffer {
             Buffer::Empty => (None, None),
@@ -300,39 +297,38 @@ impl QueuePair {
             ),
             Buffer::Region(sge) => (Some(*sge), None),
         };
-        let shared = &self.device.shared;
         // The key of another device's slot could be that of any slot here.
         let is_ours = match &buffer {
-            Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.shared, shared),
+            Buffer::Slot(slot, _) => Arc::ptr_eq(&slot.shared, &self.device.shared),
             _ => true,
         };
+        let is_too_long = sge.is_some_and(|sge| sge.len > MESSAGE_LEN_MAX);
         let refuse = |error, buffer| Err(PostRefused { error, buffer });
-        let (Ok(list), true) = (SgList::new(sge.as_slice()), is_ours) else {
+        if !is_ours || is_too_long {
             return refuse(PostError::Invalid, buffer);
-        };
+        }
         let posts = &queue.cq.0.posts;
         let Some(name) = posts.add(queue.served, queue.depth, id, slot) else {
             return refuse(PostError::QueueFull, buffer);
         };
-        let mut buffer = buffer;
-        let mut bring = || match &mut buffer {
-            // From here on the key belongs to the request, and dropping the rest is nothing.
-            Buffer::Slot(slot, _) => Some((slot.key, slot.bytes.take().unwrap_or_default())),
-            _ => None,
+        let local = match sge {
+            Some(Sge { lkey, addr, len }) => SgList::one(lkey, addr, len),
+            None => SgList::EMPTY,
         };
-        if let Err(error) = post(name, list, &mut bring) {
+        if let Err(error) = post(WrId(name), local, &mut buffer) {
             posts.take(name);
-            return refuse(post_error(error), buffer);
+            return refuse(error, buffer);
         }
         Ok(())
     }
 }
 
-fn post_error(error: Error) -> PostError {
-    match error {
-        Error::QueueFull => PostError::QueueFull,
-        Error::State(state) => PostError::State(state),
-        _ => PostError::Invalid,
+/// The bytes of a request's slot. From here on the key belongs to the request, and dropping the rest is
+/// nothing.
+fn bring(buffer: &mut Buffer) -> Brought {
+    match buffer {
+        Buffer::Slot(slot, _) => Some((slot.key, slot.bytes.take().unwrap_or_default())),
+        _ => None,
     }
 }
 
