@@ -84,8 +84,8 @@ pub(super) struct Requester {
     /// A timeout that was noticed late has spent no retry; the next one does.
     is_excused: bool,
     probe_due: bool,
-    /// The packet that the last probe repeated, until something is acknowledged.
-    probed: Option<u64>,
+    /// The packet that the last probe repeated, and when, until something is acknowledged or sent again.
+    probed: Option<(u64, Nanos)>,
     round_trip: RoundTrip,
     /// A packet being timed, and when it went.
     timed: Option<(u64, Nanos)>,
@@ -296,7 +296,7 @@ impl Requester {
             self.acknowledge(self.next, link, out);
         }
         if core::mem::take(&mut self.probe_due) && self.una < self.next {
-            return put(self.probe(link, out), into);
+            return put(self.probe(now, link, out), into);
         }
         if allow != Allow::All {
             return false;
@@ -435,9 +435,10 @@ impl Requester {
         let offset = packet.psn().offset_from(self.psn(self.una));
         let seq = self.una + u64::from(offset);
         if seq >= self.high {
+            self.note_stale(packet);
             return (STALE, None);
         }
-        let una = self.una;
+        let (una, probed) = (self.una, self.probed);
         let mut is_repaired = false;
         let result = match packet.aeth() {
             // Most answers.
@@ -484,7 +485,7 @@ impl Requester {
             self.pass_gaps(link, out);
         }
         if self.una > una {
-            self.progress(now, timers);
+            self.progress(now, probed.map(|(_, sent)| now.since(sent)), timers);
         }
         match result {
             Ok(outcome) => (outcome, None),
@@ -509,7 +510,9 @@ impl Requester {
                 if self.is_tracking {
                     self.note_executed(seq + 1);
                 }
-                if self.probed.is_some_and(|probed| self.una == probed + 1)
+                if self
+                    .probed
+                    .is_some_and(|(probed, _)| self.una == probed + 1)
                     && self.board().is_none()
                 {
                     // The responder had nothing beyond the probe: the rest was lost.
@@ -591,20 +594,21 @@ impl Requester {
         }
     }
 
-    /// Something was acknowledged: counters and timers start afresh.
+    /// Something was acknowledged, which a probe had repeated `probed` ago: counters and timers start
+    /// afresh.
     #[inline]
-    fn progress(&mut self, now: Nanos, timers: &mut TimerTable) {
+    fn progress(&mut self, now: Nanos, probed: Option<Nanos>, timers: &mut TimerTable) {
         self.is_excused = false;
         self.retries_left = self.attr.retry_cnt;
         self.probed = None;
         self.probe_due = false;
+        self.round_trip.acknowledged(probed);
         if let Some((seq, sent)) = self.timed
             && seq < self.una
         {
             self.round_trip.sample(now.since(sent));
             self.timed = None;
         }
-        self.round_trip.reset_backoff();
         timers.stop(Timer::AckTimeout);
         timers.stop(Timer::Probe);
         self.arm(now, timers);

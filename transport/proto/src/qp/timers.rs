@@ -11,8 +11,14 @@ pub const PROBE_MIN_LOSSY: Nanos = Nanos::from_micros(100);
 pub const RTT_INITIAL: Nanos = Nanos::from_millis(1);
 /// The longest pause between two probes.
 const PROBE_MAX: Nanos = Nanos::from_millis(1_000);
-/// Doublings of the pause after which it stays as it is.
-const BACKOFF_MAX: u8 = 10;
+/// Doublings of the pause after which it stays as it is: from the shortest pause to the longest.
+const BACKOFF_MAX: u8 = 14;
+/// An answer so soon after a probe is the probe's: ends are not always given the processor at once.
+const IN_TIME: Nanos = Nanos(PROBE_MIN.0 / 4);
+/// So many probes answered in time and no packet timed: one after the other may have been needless.
+const DOUBTFUL: u8 = 62;
+/// When so many were answered, two of them in doubt, something is lost indeed, again and again.
+const BELIEVED: u8 = 64;
 
 /// What can fall due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,12 +93,21 @@ impl TimerTable {
 }
 
 /// Smoothed round-trip time as TCP computes it (RFC 6298), and the probe's back-off.
+///
+/// A packet that a probe repeated is not timed: which of the two was answered nobody knows (Karn and
+/// Partridge 1987). So on a path that has become slow, where the probe comes before every answer, the
+/// new time would never be learnt. Hence their second rule: the back-off stays until a packet is timed.
+/// Under loss, where few are, that would mean to wait longer and longer; so it holds only where the answer
+/// came later after the probe than one to the probe would, as far as the time is known (RFC 3522 tells
+/// by a time stamp, which we do not have). Where it only seems to be the probe's, their number tells.
 #[derive(Clone, Debug)]
 pub(super) struct RoundTrip {
     smoothed: Nanos,
     variation: Nanos,
     measured: bool,
     backoff: u8,
+    /// Probes answered since a packet was timed; from [`DOUBTFUL`] on the time may have changed.
+    unsure: u8,
 }
 
 impl RoundTrip {
@@ -102,11 +117,14 @@ impl RoundTrip {
             variation: Nanos(RTT_INITIAL.0 / 2),
             measured: false,
             backoff: 0,
+            unsure: 0,
         }
     }
 
+    /// A packet that was sent once was acknowledged so long after.
     #[inline]
     pub fn sample(&mut self, rtt: Nanos) {
+        (self.backoff, self.unsure) = (0, 0);
         if self.measured {
             let error = rtt.0.abs_diff(self.smoothed.0);
             self.variation = Nanos(self.variation.0 - self.variation.0 / 4 + error / 4);
@@ -116,9 +134,24 @@ impl RoundTrip {
         }
     }
 
-    /// Something was acknowledged, or a retry begins: probe early again.
+    /// Something was acknowledged: probe early again, unless the round-trip time is in doubt. `probed`
+    /// is how long ago that was sent again by a probe.
+    #[inline]
+    pub fn acknowledged(&mut self, probed: Option<Nanos>) {
+        if let Some(probed) = probed {
+            self.unsure = match probed.0 <= self.limit().max(IN_TIME.0) {
+                true => (self.unsure + 1) % BELIEVED,
+                false => DOUBTFUL,
+            };
+        }
+        if self.unsure < DOUBTFUL {
+            self.backoff = 0;
+        }
+    }
+
+    /// A retry begins: probe early again.
     pub fn reset_backoff(&mut self) {
-        self.backoff = 0;
+        (self.backoff, self.unsure) = (0, 0);
     }
 
     pub fn back_off(&mut self) {
@@ -129,8 +162,13 @@ impl RoundTrip {
     #[inline]
     pub fn probe_after(&self, is_lossy: bool) -> Nanos {
         let min = if is_lossy { PROBE_MIN_LOSSY } else { PROBE_MIN };
-        let base = (self.smoothed.0 + 4 * self.variation.0).max(min.0);
+        let base = self.limit().max(min.0);
         Nanos((base << self.backoff).min(PROBE_MAX.0))
+    }
+
+    /// Hardly any answer takes longer.
+    const fn limit(&self) -> u64 {
+        self.smoothed.0 + 4 * self.variation.0
     }
 }
 
@@ -152,6 +190,28 @@ mod tests {
         assert_eq!(table.next(), Some(Nanos(20)));
         table.stop_all();
         assert_eq!(table.expire(Nanos(99)), None);
+    }
+
+    #[test]
+    fn an_answer_that_is_not_the_probes_keeps_the_pause_until_a_packet_is_timed() {
+        let fast = Nanos::from_micros(20);
+        let mut rtt = RoundTrip::new();
+        for _ in 0..50 {
+            rtt.sample(fast);
+        }
+        let mut answered = |probed| {
+            rtt.back_off();
+            rtt.acknowledged(Some(probed));
+            rtt.acknowledged(None);
+            rtt.probe_after(false).0 / PROBE_MIN.0
+        };
+        assert_eq!(answered(fast), 1);
+        assert_eq!(answered(Nanos::from_millis(2)), 2);
+        // One that may be the probe's does not yet prove that it is; the second does.
+        assert_eq!([answered(fast), answered(fast)], [4, 1]);
+        assert_eq!(answered(Nanos::from_millis(2)), 2);
+        rtt.sample(fast);
+        assert_eq!(rtt.probe_after(false), PROBE_MIN);
     }
 
     #[test]

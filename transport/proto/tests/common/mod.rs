@@ -227,6 +227,8 @@ pub struct SimNet {
     wire: BinaryHeap<Reverse<Flying>>,
     /// When each sender's link is free again.
     free_at: [u64; 2],
+    /// How long a packet that is sent now is under way.
+    pub latency: Nanos,
     /// If set, decides what happens to each packet before the faults: false drops it.
     pub filter: Option<Box<Filter>>,
     /// What each end keeps of what arrives ahead of a gap.
@@ -304,6 +306,7 @@ impl SimNet {
             packets: 0,
             wire: BinaryHeap::new(),
             free_at: [0; 2],
+            latency: Nanos::from_micros(5),
             filter: None,
             kept: [HashMap::new(), HashMap::new()],
             early: setup.early,
@@ -339,9 +342,9 @@ impl SimNet {
                 return;
             }
         }
-        // One nanosecond per byte, five microseconds of latency.
+        // One nanosecond per byte.
         self.free_at[from] = self.free_at[from].max(self.now.0) + bytes.len() as u64;
-        let due = self.free_at[from] + 5_000;
+        let due = self.free_at[from] + self.latency.0;
         if self.rng.chance(self.faults.loss) {
             return;
         }

@@ -10,6 +10,7 @@ mod missing_answers;
 mod placement;
 mod refusals;
 mod rnr;
+mod round_trips;
 mod states;
 mod without_packets;
 

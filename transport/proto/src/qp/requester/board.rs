@@ -15,6 +15,8 @@ const SPAN: u64 = 64;
 const MEMORY: u64 = super::WINDOW as u64;
 /// The number in order of sending of what was not sent as a packet of its own: a READ's later PSNs.
 const NEVER: u64 = 0;
+/// Answers to packets that had been acknowledged already, after which the board is wrong.
+const NEEDLESS_MAX: u8 = 32;
 
 /// See the [module](self).
 #[derive(Clone, Debug)]
@@ -33,6 +35,8 @@ pub(super) struct Board {
     newest: u64,
     /// From here on everything was sent once and in sequence.
     calm: u64,
+    /// Answers since the last report to what need not have been sent again.
+    needless: u8,
 }
 
 impl Board {
@@ -47,6 +51,7 @@ impl Board {
             sent: NEVER,
             newest: NEVER,
             calm: next,
+            needless: 0,
         };
         for seq in (base..next.min(base + MEMORY)).filter(|seq| is_packet(*seq)) {
             board.note_sent(seq);
@@ -57,6 +62,16 @@ impl Board {
     /// Whether all that it was needed for has arrived.
     pub const fn is_over(&self) -> bool {
         self.base >= self.calm
+    }
+
+    /// An answer tells nothing new: something was sent again that had arrived. True if that happens so
+    /// often that the board has to go. When a packet arrives that was sent twice, it is taken for the later
+    /// copy; if it is the earlier one, everything sent in between counts as lost, is sent twice too, and
+    /// so on without end, though nothing is lost at all (RFC 8985 tells the copies apart by its clock, and
+    /// learns from the same sign, there a DSACK).
+    pub const fn note_needless(&mut self) -> bool {
+        self.needless = self.needless.saturating_add(1);
+        self.needless >= NEEDLESS_MAX
     }
 
     /// How many packets are neither under way nor acknowledged.
@@ -114,6 +129,7 @@ impl Board {
         if end < self.base {
             return; // overtaken by a later one
         }
+        self.needless = 0;
         self.pass(end);
         let sent = match next.saturating_sub(self.base) {
             SPAN.. => u64::MAX,

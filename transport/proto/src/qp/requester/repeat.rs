@@ -6,8 +6,9 @@ use super::super::types::Transmit;
 use super::super::{Link, Reports};
 use super::board::Board;
 use crate::time::Nanos;
+use crate::wire::{Packet, Syndrome};
 
-use super::{ACK_REQ_INTERVAL, ACK_REQ_INTERVAL_LOSSY, LOSSY, Requester, Wqe};
+use super::{ACK_REQ_INTERVAL, ACK_REQ_INTERVAL_LOSSY, LOSSY, Requester, WINDOW, Wqe};
 
 impl Requester {
     /// The peer reports a gap at `seq`, and which of the packets behind it keeps. False if it has kept
@@ -52,15 +53,26 @@ impl Requester {
         }
     }
 
+    /// An answer of no packet that is waited for.
+    pub(super) fn note_stale(&mut self, packet: &Packet<'_>) {
+        let back = self.psn(self.una).offset_from(packet.psn());
+        let syndrome = packet.aeth().map(|aeth| aeth.syndrome);
+        let is_repeated = matches!(syndrome, Some(Syndrome::Ack { .. })) && back <= WINDOW;
+        if is_repeated && self.board_mut().is_some_and(Board::note_needless) {
+            // Everything counts as under way; what is missing the next report tells.
+            self.is_tracking = false;
+        }
+    }
+
     /// A probe repeats the oldest packet: an answer tells that all sent before it has arrived, or is
     /// lost. Of a READ it asks for what is known to be missing.
-    pub(super) fn probe(&mut self, link: &Link, out: &mut Reports) -> Option<Transmit> {
+    pub(super) fn probe(&mut self, now: Nanos, link: &Link, out: &mut Reports) -> Option<Transmit> {
         let (una, next, high) = (self.una, self.next, self.high);
         let wqe = *self.queue.front()?;
         let end = self.gaps().map_or(u64::MAX, |gaps| gaps.end_of(una));
         let (mut transmit, psns) = self.build(&wqe, una, end, true, link);
         transmit.is_retransmission = true;
-        self.probed = Some(una);
+        self.probed = Some((una, now));
         self.timed = None;
         if wqe.wants_response() {
             if let Some(gaps) = self.gaps_mut() {

@@ -62,6 +62,7 @@ impl Requester {
         self.reads_out = 0;
         self.since_ack_req = 0;
         self.timed = None;
+        self.probed = None;
         self.probe_due = false;
         self.is_tracking = false;
         self.has_gaps = false;
