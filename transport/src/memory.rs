@@ -31,6 +31,8 @@ mod foreign;
 mod lent;
 mod shared;
 mod shown;
+#[allow(unsafe_code)] // vectors of words
+mod wide;
 mod window;
 #[allow(unsafe_code)] // words of memory that is zero
 mod zeroed;

@@ -490,7 +490,14 @@ fn perftest_peer_says_what_is_wrong_and_ends_at_ctrl_c() {
     let elsewhere = said(&["ib_send_lat", "--address", "192.0.2.1"], 3);
     assert!(elsewhere.contains("lowtide devices"), "{elsewhere}");
 
-    let mut waiting = peer(&[&["ib_write_bw", "-p", "0"][..], &here].concat())
+    // Like every program that lets the system end it, it ignores SIGINT if its parent does, as a shell's
+    // background job may. Not so under `env`.
+    let waiting = peer(&[&["ib_write_bw", "-p", "0"][..], &here].concat());
+    let mut waiting = Command::new("env")
+        .arg("--default-signal=INT")
+        .arg(waiting.get_program())
+        .args(waiting.get_args())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     let mut line = String::new();

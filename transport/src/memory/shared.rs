@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use lowtide_transport_proto::qp::AtomicOp;
 
-use super::{AccessError, zeroed_words};
+use super::{AccessError, wide, zeroed_words};
 use crate::host::{self, Segment};
 
 /// Bytes that several threads and peers read and write at once, as whole atomic words.
@@ -84,11 +84,7 @@ impl SharedMemory {
         self.read_within(offset, head);
         let at = offset + head.len();
         let (words, tail) = rest.as_chunks_mut();
-        for (word, to) in self.words()[at / 8..].iter().zip(&mut *words) {
-            // Relaxed: the words carry no message but themselves; whoever needs an order gets it
-            // from the completion queue.
-            *to = word.load(Ordering::Relaxed).to_ne_bytes();
-        }
+        wide::load(&self.words()[at / 8..], words);
         self.read_within(at + 8 * words.len(), tail);
     }
 
@@ -109,9 +105,7 @@ impl SharedMemory {
         self.write_within(offset, head);
         let at = offset + head.len();
         let (words, tail) = rest.as_chunks();
-        for (word, from) in self.words()[at / 8..].iter().zip(words) {
-            word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
-        }
+        wide::store(&self.words()[at / 8..], words);
         self.write_within(at + 8 * words.len(), tail);
     }
 
@@ -164,6 +158,59 @@ mod tests {
         let mut out = [0; 64];
         shared.read(0, &mut out);
         assert_eq!(out, plain);
+    }
+
+    /// Long enough for whole lines, at every place in them and of every length after them.
+    #[test]
+    fn long_pieces_are_those_of_a_plain_array_and_leave_their_neighbours_alone() {
+        const LEN: usize = 4096;
+        let shared = SharedMemory::new(LEN);
+        let mut plain = vec![0u8; LEN];
+        let bytes: Vec<u8> = (0..LEN as u32).map(|i| (i * i / 7) as u8).collect();
+        for offset in 0..80 {
+            for len in (60..260).chain(1000..1100).chain([LEN - offset]) {
+                let from = &bytes[len % 61..][..len.min(LEN - 61)];
+                shared.write(offset, from);
+                plain[offset..][..from.len()].copy_from_slice(from);
+                let mut out = vec![0; LEN - 3];
+                shared.read(3, &mut out);
+                assert_eq!(out, plain[3..], "{len} bytes at {offset}");
+            }
+        }
+    }
+
+    /// One thread stores pieces of words that are all alike, others look: each word is of one piece, and
+    /// none is older than the one behind it, where the processor keeps the order of stores and of loads.
+    #[test]
+    fn whoever_looks_meanwhile_sees_whole_words_and_the_last_ones_last() {
+        const WORDS: usize = 256;
+        const ROUNDS: u64 = 20_000;
+        let shared = SharedMemory::new(8 * WORDS);
+        std::thread::scope(|scope| {
+            let looker = scope.spawn(|| {
+                let mut seen = 0;
+                while seen != ROUNDS {
+                    let mut later = u64::MAX;
+                    for index in (0..WORDS).rev() {
+                        let mut word = [0; 8];
+                        shared.read(8 * index, &mut word);
+                        let round = u64::from_ne_bytes(word);
+                        assert_eq!(round >> 32, round & u64::from(u32::MAX), "half a word");
+                        let round = round >> 32;
+                        if cfg!(target_arch = "x86_64") && later != u64::MAX {
+                            assert!(round >= later, "word {index} is older than the next");
+                        }
+                        later = round;
+                        seen = if index == WORDS - 1 { round } else { seen };
+                    }
+                }
+            });
+            for round in 1..=ROUNDS {
+                let word = (round << 32 | round).to_ne_bytes();
+                shared.write(0, &word.repeat(WORDS));
+            }
+            looker.join().unwrap();
+        });
     }
 
     #[test]
