@@ -17,6 +17,8 @@
 //! Absent: IP options (never sent on RoCEv2), and the link-layer CRCs.
 //! Source: IBTA annex A17; Linux `rxe_icrc.c`.
 
+mod fold;
+
 use core::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::wire::{BTH_LEN, ICRC_LEN, Packet, UDP_PORT};
@@ -191,7 +193,9 @@ impl Icrc {
     /// Add a piece of payload.
     #[inline]
     pub fn update(&mut self, payload: &[u8]) {
-        if !payload.is_empty() {
+        if payload.len() >= fold::LEN_MIN && fold::is_better() {
+            fold::update(&mut self.hasher, payload);
+        } else if !payload.is_empty() {
             self.hasher.update(payload);
         }
     }
