@@ -87,50 +87,40 @@ mod line {
     #[inline]
     pub(super) fn store(to: &[AtomicU64; LINE], from: &[[u8; 8]; LINE]) {
         debug_assert_eq!(misaligned(to), 0);
-        // SAFETY: it reads the 64 bytes of `from` and changes the 64 of `to`, both borrowed, `to` of atomic
-        // words. To the compiler these are eight relaxed stores of words, from the first to the last, which
-        // is what they are to whoever looks: an aligned vector of 16 bytes never leaves half of an
-        // aligned word, since the processor splits it, if at all, between its two words (with AVX it is
-        // promised whole), and stores are seen in the order of the program.
-        unsafe {
-            asm!(
-                "movdqu {a}, [{from}]",
-                "movdqu {b}, [{from} + 16]",
-                "movdqu {c}, [{from} + 32]",
-                "movdqu {d}, [{from} + 48]",
-                "movdqa [{to}], {a}",
-                "movdqa [{to} + 16], {b}",
-                "movdqa [{to} + 32], {c}",
-                "movdqa [{to} + 48], {d}",
-                from = in(reg) from.as_ptr(),
-                to = in(reg) to.as_ptr(),
-                a = out(xmm_reg) _,
-                b = out(xmm_reg) _,
-                c = out(xmm_reg) _,
-                d = out(xmm_reg) _,
-                options(nostack, preserves_flags),
-            );
-        }
+        // SAFETY: both are borrowed, `to` of atomic words. To the compiler these are eight relaxed stores.
+        unsafe { move_line(from.as_ptr().cast(), to.as_ptr().cast_mut().cast()) }
     }
 
     /// Loads a line that begins where a vector may.
     #[inline]
     pub(super) fn load(from: &[AtomicU64; LINE], into: &mut [[u8; 8]; LINE]) {
         debug_assert_eq!(misaligned(from), 0);
-        // SAFETY: it reads the 64 bytes of `from` and changes the 64 of `into`, which nobody else has. As
-        // above, these are eight relaxed loads of words in their order.
+        // SAFETY: both are borrowed, and nobody else has `into`. These are eight relaxed loads.
+        unsafe { move_line(from.as_ptr().cast(), into.as_mut_ptr().cast()) }
+    }
+
+    /// Moves 64 bytes as eight words, from the first to the last, which is what they are to whoever looks
+    /// at the side that is shared, if that one is aligned to 16: an aligned vector never leaves half
+    /// of an aligned word, since the processor splits it, if at all, between its two words (with AVX it is promised
+    /// whole), and loads and stores are seen in the order of the program.
+    ///
+    /// # Safety
+    /// The bytes are readable and writable, and not both at once.
+    #[inline]
+    unsafe fn move_line(from: *const u8, to: *mut u8) {
+        // SAFETY: the caller's promise; nothing else is touched.
         unsafe {
             asm!(
-                "movdqa {a}, [{from}]",
-                "movdqa {b}, [{from} + 16]",
-                "movdqa {c}, [{from} + 32]",
-                "movdqa {d}, [{from} + 48]",
-                "movdqu [{into}], {a}",
-                "movdqu [{into} + 16], {b}",
-                "movdqu [{into} + 32], {c}",
-                "movdqu [{into} + 48], {d}",
-                from = in(reg) from.as_ptr(),
-                into = in(reg) into.as_mut_ptr(),
+                "movdqu {a}, [{from}]",
+                "movdqu {b}, [{from} + 16]",
+                "movdqu {c}, [{from} + 32]",
+                "movdqu {d}, [{from} + 48]",
+                "movdqu [{to}], {a}",
+                "movdqu [{to} + 16], {b}",
+                "movdqu [{to} + 32], {c}",
+                "movdqu [{to} + 48], {d}",
+                from = in(reg) from,
+                to = in(reg) to,
                 a = out(xmm_reg) _,
                 b = out(xmm_reg) _,
                 c = out(xmm_reg) _,

@@ -28,7 +28,9 @@ pub(super) fn is_better() -> bool {
 #[cfg(all(feature = "std", any(target_arch = "x86", target_arch = "x86_64")))]
 #[inline]
 fn has_instructions() -> bool {
-    std::is_x86_feature_detected!("pclmulqdq") && std::is_x86_feature_detected!("sse4.1")
+    std::is_x86_feature_detected!("pclmulqdq")
+        && std::is_x86_feature_detected!("sse4.1")
+        && std::is_x86_feature_detected!("ssse3")
 }
 
 #[cfg(all(feature = "std", target_arch = "aarch64"))]
@@ -44,7 +46,11 @@ fn has_instructions() -> bool {
 #[inline]
 fn has_instructions() -> bool {
     cfg!(any(
-        all(target_feature = "pclmulqdq", target_feature = "sse4.1"),
+        all(
+            target_feature = "pclmulqdq",
+            target_feature = "sse4.1",
+            target_feature = "ssse3"
+        ),
         all(target_arch = "aarch64", target_feature = "crc")
     ))
 }

@@ -72,12 +72,7 @@ fn no_ack_has_the_number_of_a_read_or_an_atomic() {
     // rxe takes it for the answer that was lost, or is still to come.
     for nth in 0..5 {
         let mut net = net(Setup::default());
-        net.ends[1].qp.set_access(Access {
-            flush_global: true,
-            ..Access::ALL
-        });
-        let region = net.ends[1].memory.regions.get_mut(&REGION).unwrap();
-        region.access.flush_global = true;
+        grant_flush(&mut net);
         recv(&mut net, 20, 100);
         let send = request(Opcode::RcSendOnly, FIRST_PSN, Extension::Bare, b"once");
         ask(&mut net, &send);

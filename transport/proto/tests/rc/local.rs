@@ -267,12 +267,7 @@ fn an_atomic_write_is_answered_as_a_read_of_nothing_and_done_once() {
 #[test]
 fn a_flush_is_answered_after_what_was_written_and_done_once() {
     let mut net = net(Setup::default());
-    net.ends[1].qp.set_access(Access {
-        flush_global: true,
-        ..Access::ALL
-    });
-    let region = net.ends[1].memory.regions.get_mut(&REGION).unwrap();
-    region.access.flush_global = true;
+    grant_flush(&mut net);
     let flush = |feth, reth| {
         let extension = Extension::FethReth(feth, reth);
         request(Opcode::RcFlush, FIRST_PSN, extension, &[])

@@ -42,6 +42,16 @@ fn net(setup: Setup) -> SimNet {
     net
 }
 
+/// Lets the second end be asked to flush.
+fn grant_flush(net: &mut SimNet) {
+    net.ends[1].qp.set_access(Access {
+        flush_global: true,
+        ..Access::ALL
+    });
+    let region = net.ends[1].memory.regions.get_mut(&REGION).unwrap();
+    region.access.flush_global = true;
+}
+
 fn send(net: &mut SimNet, id: u64, op: SendOp, len: u32) {
     let wr = SendWr::new(WrId(id), op, piece(REGION, 0, len));
     net.ends[0].qp.post_send(wr).unwrap();
