@@ -153,6 +153,16 @@ impl Port {
         self.minimum
     }
 
+    /// The newest life of the root that this node knows of, whoever it heard of it from. Its view does
+    /// not name the root.
+    #[must_use]
+    pub fn root_life(&self) -> Life {
+        Life {
+            node: self.root,
+            incarnation: Incarnation(self.term.0),
+        }
+    }
+
     /// Highest term heard.
     #[must_use]
     pub fn term(&self) -> Term {

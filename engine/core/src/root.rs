@@ -502,8 +502,19 @@ impl Root {
         let (before, _) = self.branches.insert(from.node, value).unwrap_or_default();
         let listed: BTreeMap<Life, u32> = covers.iter().map(|c| (c.life, c.attach)).collect();
         for (life, bound) in &mut self.bounds {
-            let newest = listed.get(life) == Some(&bound.attach.0);
-            if newest && bound.attach.1 == Some(from.node) {
+            if self.evictions.contains_key(life) {
+                // Frozen.
+                continue;
+            }
+            let number = listed.get(life).copied();
+            let (newest, via) = bound.attach;
+            let is_new = |n| n > newest || (n == newest && via.is_none());
+            if number.is_some_and(is_new) && !bites(Tooth::AttachmentsForgotten) {
+                // The root confirms every attachment before it is reported. It does not know this one,
+                // so an earlier life of the root did (b.3 rule 9).
+                bound.attach = (number.unwrap_or(newest), Some(from.node));
+            }
+            if number == Some(bound.attach.0) && bound.attach.1 == Some(from.node) {
                 bound.covered = Some(from.node);
                 bound.last_heard = now;
             } else if bound.covered == Some(from.node) {

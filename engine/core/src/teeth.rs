@@ -27,6 +27,9 @@ pub enum Tooth {
     NotFenced,
     /// A node that starts again keeps its incarnation (N8).
     SameIncarnation,
+    /// A root that returns does not count whom an aggregator reports under an attachment that it does
+    /// not know (b.3 rule 9).
+    AttachmentsForgotten,
     /// A child that a report does not list any more is not held (N9).
     UnlistedNotHeld,
     /// The root publishes m before it is durable (N11).
@@ -67,6 +70,8 @@ pub enum Tooth {
     NeverRests,
     /// A connection to a process that died before it spoke is not asked when the view names another.
     SilentEndIgnored,
+    /// A connection to a root that died is kept although a newer term was heard.
+    ReturnedRootUnnoticed,
     /// What a root says is heard although its term is older than another that was heard (N10).
     OldRootHeard,
     /// What a home says of streams may overtake what it said before.
@@ -92,6 +97,7 @@ impl Tooth {
         Tooth::EvictedNotHeld,
         Tooth::NotFenced,
         Tooth::SameIncarnation,
+        Tooth::AttachmentsForgotten,
         Tooth::UnlistedNotHeld,
         Tooth::PublishedEarly,
         Tooth::PurgedEarly,
@@ -112,6 +118,7 @@ impl Tooth {
         Tooth::AgeIgnored,
         Tooth::NeverRests,
         Tooth::SilentEndIgnored,
+        Tooth::ReturnedRootUnnoticed,
         Tooth::OldRootHeard,
         Tooth::ProgressUrgent,
         Tooth::CommitToldEarly,

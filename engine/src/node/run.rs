@@ -421,7 +421,8 @@ impl Inner {
         }
     }
 
-    /// Starts over with peers of which the view names a newer life than the connection's.
+    /// Starts over with peers of which the view, or for the root the term, names a newer life than the
+    /// connection's. Below a router nothing is said to the root, so nothing else would tell.
     fn drop_replaced_lives(&mut self, ctx: &mut EndpointCtx) {
         let view = match &self.core {
             Core::Client(c) => c.view(),
@@ -429,7 +430,8 @@ impl Inner {
             Core::Destination(c) => c.front().view(),
             Core::Root(..) | Core::Aggregator(_) => return,
         };
-        let lives = view.seats.iter().map(|seat| seat.life);
+        let root = self.core.port().root_life();
+        let lives = view.seats.iter().map(|seat| seat.life).chain([root]);
         let links = &mut self.links;
         let replaced: Vec<Life> = lives.filter(|life| links.is_replaced(ctx, *life)).collect();
         for life in replaced {

@@ -221,12 +221,11 @@ fn power_loss_and_lost_datagrams_are_survived_together() {
     assert_eq!(report["nodes"]["object0"]["lives"], 2);
 }
 
-#[test]
-fn a_router_may_die_and_never_return() {
+/// As [`run_with`], with two routers.
+fn run_routed(faults: &[&str]) -> Value {
     let tmp = tempfile::tempdir().unwrap();
     let input = tmp.path().join("in");
     make_input(&input, 300);
-    let faults = ["kill:router0@20%", "kill:router1@40%!", "kill:root@60%"];
     let mut run = lowtide(&["run", "--routers", "2", "--report", "-"]);
     run.args(["--patience", "30", "--input", text(&input)]);
     for fault in faults {
@@ -237,9 +236,28 @@ fn a_router_may_die_and_never_return() {
     // It is alone there, as a program wants it.
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     check_report(&report);
+    report
+}
+
+#[test]
+fn a_router_may_die_and_never_return() {
+    let report = run_routed(&["kill:router0@20%", "kill:router1@40%!", "kill:root@60%"]);
     assert_eq!(report["nodes"]["router0"]["lives"], 2);
     assert_eq!(report["nodes"]["router1"]["lives"], 1);
     assert_eq!(report["nodes"]["client0"]["lives"], 1);
+}
+
+/// Below a router nobody says anything to the root: the root that returns counts whom the router
+/// reports, and whoever hears its term connects to it again, as the proxy's death demands.
+#[test]
+fn below_routers_the_root_returns_and_a_proxy_dies() {
+    let faults = ["kill:root@20%", "kill:proxy0@60%"];
+    let report = run_routed(&faults);
+    assert_eq!(report["nodes"]["root"]["lives"], 2);
+    assert_eq!(report["nodes"]["proxy0"]["lives"], 2);
+    assert_eq!(report["nodes"]["proxy1"]["lives"], 1);
+    let evicted = &report["nodes"]["root"]["status"]["counters"]["evicted"];
+    assert_eq!(*evicted, 1, "the proxy that died, and nobody else");
 }
 
 #[test]

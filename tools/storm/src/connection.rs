@@ -1,5 +1,6 @@
 //! How connections come up, carry messages and end; see [`net`](crate::net) for what they promise.
 
+use lowtide_engine_core::effect::Port;
 use lowtide_engine_core::ids::{Incarnation, Life};
 use lowtide_engine_core::message::Envelope;
 use lowtide_engine_core::teeth::{Tooth, bites};
@@ -148,6 +149,7 @@ impl World {
             self.cut_lane(key, lane);
         }
         self.note(7, || format!("link {key:?} breaks"));
+        self.disturb(self.now);
     }
 
     /// The process at `gone`'s end of a connection has ended.
@@ -196,8 +198,8 @@ impl World {
         }
     }
 
-    /// What the hands do when the view is a new one: a connection to a life that was replaced, and
-    /// on which nothing is under way, is asked whether it is still there.
+    /// What the hands do when the view is a new one: a connection to a life that was replaced, the
+    /// root's among them, and on which nothing is under way, is asked whether it is still there.
     pub(crate) fn compare_lives(&mut self, node: Index) {
         let view = match &self.nodes[node].core {
             Core::Client(c) => c.view(),
@@ -208,9 +210,12 @@ impl World {
         if view.id == self.nodes[node].compared {
             return;
         }
-        let seats: Vec<Life> = view.seats.iter().map(|s| s.life).collect();
+        let mut lives: Vec<Life> = view.seats.iter().map(|s| s.life).collect();
+        if !bites(Tooth::ReturnedRootUnnoticed) {
+            lives.extend(self.nodes[node].core.port().map(Port::root_life));
+        }
         self.nodes[node].compared = view.id;
-        for life in seats {
+        for life in lives {
             let Some(&peer) = self.by_id.get(&life.node) else {
                 continue;
             };

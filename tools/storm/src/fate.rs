@@ -62,6 +62,7 @@ impl World {
             ..Life::default()
         };
         self.note(5, || format!("{id} starts, boot {boot}"));
+        self.disturb(self.now);
         if self.is_destination(node) {
             self.start_destination(node);
         } else if node == 0 {
@@ -293,6 +294,7 @@ impl World {
         }
         let id = self.nodes[node].id;
         self.note(6, || format!("{life} crashes"));
+        self.disturb(self.now);
         let executed = match &self.nodes[node].core {
             Core::Destination(front) => self.nodes[node].shards.executed(front),
             _ => Step(0),
@@ -462,6 +464,7 @@ impl World {
         let shown = fault.clone();
         self.note(8, || format!("fault {shown:?}"));
         let now = self.now;
+        self.disturb(now + fault.ticks());
         match *fault {
             Fault::Crash { node, down, told } => {
                 if matches!(self.nodes[node].core, Core::Down) {

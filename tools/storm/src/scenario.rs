@@ -538,12 +538,14 @@ impl Scenario {
     pub fn cut(&mut self, from: Index, to: Index) {
         let (key, side) = pair(to, from);
         self.world.net.link(key).lane[side].blocked_until = u64::MAX / 2;
+        self.world.disturb(u64::MAX / 2);
     }
 
     /// What was held back is delivered.
     pub fn mend(&mut self, from: Index, to: Index) {
         let (key, side) = pair(to, from);
         self.world.unblock(key, side);
+        self.world.disturbed_until = self.world.now;
     }
 
     /// The connection of two nodes breaks and everything in flight on it is lost.
@@ -559,6 +561,7 @@ impl Scenario {
     pub fn pause(&mut self, node: Index, ticks: u64) {
         let until = self.world.now + ticks;
         self.world.nodes[node].paused_until = until;
+        self.world.disturb(until);
     }
 
     /// A home's syncs take very long from now on.

@@ -195,6 +195,11 @@ pub struct World {
     pub(crate) by_id: BTreeMap<NodeId, Index>,
     /// Evictions that the root had under way.
     pub(crate) evicting: BTreeSet<Life>,
+    /// Lives that have told the root that they leave.
+    pub(crate) parted: BTreeSet<Life>,
+    /// When the last fault ended, the last process began or ended and the last connection broke, or
+    /// will have.
+    pub(crate) disturbed_until: u64,
     /// Lives of clients and proxies that the root admitted.
     pub(crate) lives: BTreeSet<Life>,
     /// The root's membership that was looked at last.
@@ -280,6 +285,8 @@ impl World {
             is_healed: false,
             by_id,
             evicting: BTreeSet::new(),
+            parted: BTreeSet::new(),
+            disturbed_until: 0,
             lives: BTreeSet::new(),
             seen_view: ViewId(0),
             losses: Losses::Random,
@@ -422,6 +429,11 @@ impl World {
 
     pub(crate) fn time(&self) -> Time {
         Time(self.now)
+    }
+
+    /// What happens now, or until then, may cost somebody messages.
+    pub(crate) fn disturb(&mut self, until: u64) {
+        self.disturbed_until = self.disturbed_until.max(until).max(self.now);
     }
 
     /// Adds to the trace hash, and to the trace if there is one.

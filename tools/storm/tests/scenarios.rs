@@ -403,6 +403,61 @@ fn a_root_that_stood_still_evicts_nobody() {
     s.finish();
 }
 
+/// I42, with a level between: a root that returns knows no attachment, and the aggregator, which
+/// lives, answers whoever it counts. Its report alone must bound them, or m stands where the last
+/// root left it and they fall silent one and all.
+#[test]
+fn a_root_that_returns_counts_whom_an_aggregator_reports() {
+    let mut plan = two_by_two(2);
+    plan.aggregator = true;
+    plan.clients.iter_mut().for_each(|c| c.aggregated = true);
+    let evict_after = plan.evict_after;
+    let mut s = Scenario::new(plan);
+    let members = [s.s(0), s.s(1), s.c(0), s.c(1)];
+    let lives = members.map(|n| s.life(n));
+    s.crash(0);
+    s.run(50);
+    s.start(0);
+    for round in 0..4 {
+        for (number, &client) in members[2..].iter().enumerate() {
+            let slot = 20 + number as u64;
+            let ticket = s.put(client, &[(0, slot, round), (1, slot, round)]);
+            let stamp = s.wait(ticket).expect("not refused");
+            s.until("it is stable", |s| s.minimum() > stamp.epoch);
+        }
+        s.run(evict_after);
+    }
+    for life in lives {
+        let silence = s.silence(life).expect("it counts");
+        assert!(silence < evict_after / 2, "{life} is silent for {silence}");
+    }
+    assert_eq!(s.root().counters().evicted, 0);
+    s.finish();
+}
+
+/// A proxy below an aggregator says nothing to the root, so it does not notice that the root died. It
+/// hears of the new term and connects again, or the fence of whoever dies next never reaches it.
+#[test]
+fn a_proxy_below_an_aggregator_is_told_what_a_returned_root_decides() {
+    let mut plan = two_by_two(2);
+    plan.aggregator = true;
+    let mut s = Scenario::new(plan);
+    let victim = s.c(0);
+    s.crash(0);
+    s.run(50);
+    s.start(0);
+    s.run(200);
+    let life = s.life(victim);
+    s.kill(victim);
+    s.until("it is gone", |s| s.root().counters().evicted == 1);
+    assert_eq!(s.stage(life), None);
+    let survivor = s.c(1);
+    let ticket = s.put(survivor, &[(0, 10, 1), (1, 10, 1)]);
+    let stamp = s.wait(ticket).expect("not refused");
+    s.until("it is stable", |s| s.minimum() > stamp.epoch);
+    s.finish();
+}
+
 /// N10. A root stops, its successor takes its place, and then it goes on: it hears nobody, takes
 /// everybody for silent and begins to evict them. Whoever has heard the successor refuses all that.
 #[test]

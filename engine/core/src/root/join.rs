@@ -40,7 +40,11 @@ impl Root {
         let known = self.row(node).map(|r| (r.life, r.nonce, r.live, r.role));
         let store = self.row(node).and_then(|r| r.store);
         let life = match known {
-            Some((life, seen, true, _)) if seen == nonce => life,
+            Some((life, seen, true, _)) if seen == nonce => {
+                // It lives, and waits for a state that is not durable yet.
+                self.heard(now, life);
+                life
+            }
             _ => {
                 if let (Some(said), Some(known)) = (said, store)
                     && let Err(reason) = said.follows(&known)

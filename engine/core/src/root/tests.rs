@@ -186,6 +186,67 @@ fn a_dead_routers_children_are_held_where_it_last_had_them() {
     assert!(bench.root.view().seat(CLIENT).is_some_and(|s| s.live));
 }
 
+/// A root that returns knows no attachment: a report tells it of those that an earlier life of the
+/// root confirmed, but of none that is older than what the child itself says, and of nobody dead.
+#[test]
+fn a_root_that_returns_takes_attachments_from_reports() {
+    let mut bench = Bench::new();
+    // It never answers a fence, so the dead stay counted.
+    bench.joins(HOME, Role::Destination);
+    let router = bench.joins(ROUTER, Role::Aggregator);
+    let lives = [CLIENT, OTHER].map(|node| bench.joins(node, Role::Client));
+    let [client, other] = lives;
+    let report = |bound| Message::Report {
+        lower_bound: Epoch(bound),
+        lowest: None,
+        covers: lives.map(|life| Covered { life, attach: 1 }).to_vec(),
+        view: ViewId(0),
+        waits: Waits::Yes,
+    };
+    for life in lives {
+        bench.hears(router, Message::Attach { life, attach: 1 });
+    }
+    bench.hears(router, report(40));
+    assert_eq!(bench.minimum(), Epoch(40));
+
+    let mut bench = bench.restarts();
+    assert_eq!(bench.minimum(), Epoch(40), "everybody is held");
+    bench.hears(router, report(60));
+    assert_eq!(bench.minimum(), Epoch(60));
+
+    let mut bench = bench.restarts();
+    let left = Message::Ping {
+        lower_bound: Epoch(70),
+        view: ViewId(0),
+        waits: Waits::Yes,
+        attach: 2,
+        commit: None,
+    };
+    bench.hears(client, left);
+    bench.hears(router, report(80));
+    assert_eq!(bench.minimum(), Epoch(70), "it has left the router");
+
+    let mut bench = bench.restarts();
+    bench.root.declare_dead(bench.now, OTHER);
+    bench.hears(router, report(90));
+    assert_eq!(bench.root.counts(other), Some(Epoch(70)), "it is frozen");
+    assert_eq!(bench.root.counts(client), Some(Epoch(90)));
+}
+
+/// Whoever asks again to be let in lives, however long the root's disk takes to let it know.
+#[test]
+fn who_asks_to_join_is_not_silent() {
+    let mut bench = Bench::new();
+    let client = bench.joins(CLIENT, Role::Client);
+    for _ in 0..30 {
+        bench.now = bench.now.after(100);
+        bench.joins(CLIENT, Role::Client);
+        bench.minimum();
+    }
+    assert!(bench.root.is_member(client));
+    assert_eq!(bench.root.evictions().count(), 0);
+}
+
 /// A ping of a member that waits for something.
 fn ping(lower_bound: u64, waits: Waits) -> Message {
     Message::Ping {
