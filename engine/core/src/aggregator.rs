@@ -134,7 +134,7 @@ impl Aggregator {
                     .answered(from.node, self.member.view_id(), rests);
             }
             body => {
-                if self.member.handle(&mut self.port, &body) == Joined::ViewChanged {
+                if self.member.handle(&mut self.port, from.node, &body) == Joined::ViewChanged {
                     self.forget_replaced();
                     self.tell_resting();
                 }
@@ -144,8 +144,8 @@ impl Aggregator {
 
     /// The connection to `peer` is up.
     pub fn handle_connected(&mut self, peer: NodeId) {
+        self.member.connected(peer);
         if peer == self.config.root {
-            self.member.stir();
             self.reported = None;
         }
     }

@@ -277,8 +277,8 @@ impl Client {
     /// A connection to `peer` is up.
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         self.tiers.connected(peer);
+        self.member.connected(peer);
         if peer == self.config.root {
-            self.member.stir();
             let told = (self.bound(), self.waits().into());
             self.member.handle_timeout(now, &mut self.port, told);
         }
@@ -302,7 +302,10 @@ impl Client {
         }
         match envelope.body {
             Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
-                match self.member.handle(&mut self.port, &envelope.body) {
+                match self
+                    .member
+                    .handle(&mut self.port, from.node, &envelope.body)
+                {
                     Joined::Entered { .. } => self.entered(now),
                     Joined::ViewChanged => self.view_changed(now),
                     // Only homes are.

@@ -250,9 +250,7 @@ impl Destination {
 
     /// A connection to `peer` is up.
     pub fn handle_connected(&mut self, peer: NodeId) {
-        if peer == self.member.root() {
-            self.member.stir();
-        }
+        self.member.connected(peer);
     }
 
     /// The connection to `peer` broke.
@@ -279,7 +277,9 @@ impl Destination {
             | Message::Rejected { .. }
             | Message::Attached { .. }
             | Message::Pong { .. } => {
-                let said = self.member.handle(&mut self.port, &envelope.body);
+                let said = self
+                    .member
+                    .handle(&mut self.port, from.node, &envelope.body);
                 if let Joined::Rejected(reason) = said {
                     self.port.ask(Effect::Rejected(reason));
                 } else if said != Joined::Nothing {

@@ -9,7 +9,9 @@
 //!
 //! A member below an aggregator that gets no answers attaches anew, under the next number, and
 //! pings the root until the aggregator has confirmed it (b.3 rule 5): the aggregator may be gone,
-//! or may have restarted with an empty table, and then answers nobody it does not count.
+//! or may have restarted with an empty table, and then answers nobody it does not count. A new
+//! connection to it is reason enough to ask it again, under the same number. While the member
+//! waits for longer than usual before it attaches anew, it pings both, so that the root hears of it.
 
 use alloc::collections::BTreeMap;
 
@@ -195,9 +197,15 @@ impl Member {
         waits == Waits::No && self.attached && self.told.is_some_and(says_it_again)
     }
 
-    /// The connection to the parent is new: whatever was told may be forgotten.
-    pub fn stir(&mut self) {
-        self.told = None;
+    /// The connection to `peer` is new. If it is the parent, whatever was told may be forgotten; an
+    /// aggregator may be a new life that counts nobody, so it is asked to attach the member again.
+    pub fn connected(&mut self, peer: NodeId) {
+        if peer == self.parent || peer == self.root {
+            self.told = None;
+        }
+        if peer == self.parent && peer != self.root {
+            self.attached = false;
+        }
     }
 
     /// Joins, attaches or pings, as the time has come, with the lower bound and what waits
@@ -234,27 +242,26 @@ impl Member {
             let (life, attach) = (port.life(), self.attach);
             port.send(self.parent, Message::Attach { life, attach });
         }
-        // Until the aggregator's entry is confirmed the root is pinged, which keeps its hold fresh.
-        let to = if self.attached {
-            self.parent
-        } else {
-            self.root
+        let ping = Message::Ping {
+            attach: self.attach,
+            lower_bound: bound,
+            view: self.view.id,
+            waits,
+            commit: self.commit,
         };
-        self.pings += 1;
-        port.send(
-            to,
-            Message::Ping {
-                attach: self.attach,
-                lower_bound: bound,
-                view: self.view.id,
-                waits,
-                commit: self.commit,
-            },
-        );
+        // Until the aggregator's entry is confirmed the root is pinged, which keeps its hold fresh.
+        if !self.attached || self.unanswered > UNANSWERED_MAX {
+            self.pings += 1;
+            port.send(self.root, ping.clone());
+        }
+        if self.attached {
+            self.pings += 1;
+            port.send(self.parent, ping);
+        }
     }
 
     /// Processes Joined, Rejected, Attached and Pong.
-    pub fn handle(&mut self, port: &mut Port, body: &Message) -> Joined {
+    pub fn handle(&mut self, port: &mut Port, from: NodeId, body: &Message) -> Joined {
         match body {
             Message::Joined {
                 nonce,
@@ -281,8 +288,8 @@ impl Member {
                 Joined::Nothing
             }
             Message::Pong { view } => {
-                self.told = self.asked;
-                if self.attached {
+                if self.attached && from == self.parent {
+                    self.told = self.asked;
                     self.unanswered = 0;
                     self.patience = UNANSWERED_MAX;
                 }
@@ -350,7 +357,7 @@ mod tests {
         };
         let due =
             |m: &Member, epoch, waits, bound| m.timeout(Epoch(epoch), waits, || Epoch(bound)).0;
-        member.handle(&mut port, &joined);
+        member.handle(&mut port, ROOT, &joined);
         let epoch = port.epoch().0;
         assert_eq!(
             due(&member, epoch, Waits::No, epoch),
@@ -363,7 +370,7 @@ mod tests {
         };
         told(&mut member, &mut port, 10, Waits::No);
         assert_eq!(due(&member, epoch, Waits::No, epoch), 20, "nobody answered");
-        member.handle(&mut port, &Message::Pong { view: None });
+        member.handle(&mut port, ROOT, &Message::Pong { view: None });
         assert_eq!(due(&member, epoch, Waits::No, epoch), 110);
         assert_eq!(
             due(&member, epoch + 1, Waits::No, epoch),
@@ -376,12 +383,12 @@ mod tests {
             "its bound moved"
         );
         assert_eq!(due(&member, epoch, Waits::Yes, epoch), 20, "it waits");
-        member.stir();
+        member.connected(ROOT);
         assert_eq!(due(&member, epoch, Waits::No, epoch), 20);
 
         // Whoever answered one that waits does not take it for one at rest.
         told(&mut member, &mut port, 20, Waits::Yes);
-        member.handle(&mut port, &Message::Pong { view: None });
+        member.handle(&mut port, ROOT, &Message::Pong { view: None });
         assert_eq!(due(&member, epoch, Waits::No, epoch), 30);
         assert_eq!(member.pings(), 2);
     }

@@ -171,8 +171,8 @@ impl Proxy {
     /// A connection to `peer` is up.
     pub fn handle_connected(&mut self, now: Time, peer: NodeId) {
         self.tiers.connected(peer);
+        self.member.connected(peer);
         if peer == self.config.root {
-            self.member.stir();
             let told = (self.bound(), self.waits().into());
             self.member.handle_timeout(now, &mut self.port, told);
         }
@@ -200,7 +200,10 @@ impl Proxy {
         let from = envelope.from;
         match envelope.body {
             Message::Joined { .. } | Message::Attached { .. } | Message::Pong { .. } => {
-                match self.member.handle(&mut self.port, &envelope.body) {
+                match self
+                    .member
+                    .handle(&mut self.port, from.node, &envelope.body)
+                {
                     Joined::Entered { .. } => self.entered(),
                     Joined::ViewChanged if self.member.is_evicted(self.port.life()) => {
                         self.evicted = true;

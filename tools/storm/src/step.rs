@@ -154,7 +154,6 @@ impl World {
         // From RELEASING on, because homes release the locks one by one.
         let open = state.evictions().filter(|(_, stage)| *stage != "RELEASING");
         let now: BTreeSet<Life> = open.map(|(life, _)| life).collect();
-        self.watch_evictions(now.difference(&self.evicting).copied().collect());
         let done: Vec<Life> = self.evicting.difference(&now).copied().collect();
         self.evicting = now;
         for life in done {
@@ -178,26 +177,6 @@ impl World {
         let done: Vec<Life> = self.lives.iter().filter(over).copied().collect();
         for life in done {
             self.oracle.resolved(life);
-        }
-    }
-
-    /// I42: where nothing has disturbed for most of the time that silence may last, nobody who runs
-    /// is silent, whatever was restarted before.
-    fn watch_evictions(&mut self, begun: Vec<Life>) {
-        let calm = self.now.saturating_sub(self.disturbed_until);
-        // Whoever holds m back while a log is full is evicted though it is heard.
-        let holds = matches!(&self.nodes[0].core, Core::Root(r) if r.counters().held_back > 0);
-        if holds || 4 * calm <= 3 * self.plan.evict_after {
-            return;
-        }
-        let runs = |life: &Life| {
-            let node = self.by_id.get(&life.node).map(|&node| &self.nodes[node]);
-            node.is_some_and(|n| n.life == *life && !matches!(n.core, Core::Down))
-                && !self.parted.contains(life)
-        };
-        if let Some(life) = begun.into_iter().find(runs) {
-            let text = format!("I42: {life} runs and is evicted {calm} ticks after the last fault");
-            self.oracle.fail(text);
         }
     }
 
@@ -494,6 +473,30 @@ impl World {
             }
         }
         self.oracle.counted(|life| root.counts(life));
+        let begun = root.evictions().map(|(life, _)| life);
+        let begun: Vec<Life> = begun.filter(|life| self.begun.insert(*life)).collect();
+        // Whoever holds m back while a log is full is evicted though it is heard.
+        if root.counters().held_back == 0 {
+            self.check_silent(&begun);
+        }
+    }
+
+    /// I42: where nothing has disturbed for most of the time that silence may last, nobody who runs
+    /// is silent, whatever was restarted before.
+    fn check_silent(&mut self, evicted: &[Life]) {
+        let calm = self.now.saturating_sub(self.disturbed_until);
+        if 4 * calm <= 3 * self.plan.evict_after {
+            return;
+        }
+        let runs = |life: &&Life| {
+            let node = self.by_id.get(&life.node).map(|&node| &self.nodes[node]);
+            node.is_some_and(|n| n.life == **life && !matches!(n.core, Core::Down))
+                && !self.parted.contains(life)
+        };
+        if let Some(life) = evicted.iter().find(runs) {
+            let text = format!("I42: {life} runs and is evicted {calm} ticks after the last fault");
+            self.oracle.fail(text);
+        }
     }
 
     /// Tells the oracle what this step did.

@@ -195,6 +195,8 @@ pub struct World {
     pub(crate) by_id: BTreeMap<NodeId, Index>,
     /// Evictions that the root had under way.
     pub(crate) evicting: BTreeSet<Life>,
+    /// Lives whose eviction a root has begun.
+    pub(crate) begun: BTreeSet<Life>,
     /// Lives that have told the root that they leave.
     pub(crate) parted: BTreeSet<Life>,
     /// When the last fault ended, the last process began or ended and the last connection broke, or
@@ -285,6 +287,7 @@ impl World {
             is_healed: false,
             by_id,
             evicting: BTreeSet::new(),
+            begun: BTreeSet::new(),
             parted: BTreeSet::new(),
             disturbed_until: 0,
             lives: BTreeSet::new(),
