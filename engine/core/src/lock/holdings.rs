@@ -84,6 +84,25 @@ impl Holdings {
         self.covering(home, range, mode).is_some()
     }
 
+    /// Whether every slot of the range is covered by some grant that is not being yielded there. What a
+    /// server below has granted from one grant may stand on several later: a new one takes from an
+    /// older one what it covers.
+    #[must_use]
+    pub fn covers_jointly(&self, home: NodeId, range: Range, mode: Mode) -> bool {
+        let mut exposed = SlotSet::of(range.lo, range.hi);
+        let list = self.spaces.get(&(home, range.space));
+        for h in list.into_iter().flatten().filter(|h| h.mode >= mode) {
+            let mut kept = h.slots.clone();
+            for &(lo, hi, _) in &h.yielding {
+                kept.subtract(lo, hi);
+            }
+            for (lo, hi) in kept.pieces() {
+                exposed.subtract(lo, hi);
+            }
+        }
+        exposed.is_empty()
+    }
+
     /// The widest piece around `range` that is held in `mode` and not being yielded.
     #[must_use]
     pub fn bound(&self, home: NodeId, range: Range, mode: Mode) -> Option<Range> {
@@ -258,5 +277,42 @@ impl Holdings {
     pub fn void(&mut self, of: impl Fn(NodeId) -> bool) {
         self.spaces.retain(|(home, _), _| !of(*home));
         self.asked_back.retain(|(home, _)| !of(*home));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Epoch, Incarnation, Life};
+
+    const HOME: NodeId = NodeId(1);
+
+    fn range(lo: u64, hi: u64) -> Range {
+        Range { space: 0, lo, hi }
+    }
+
+    #[test]
+    fn what_one_grant_covered_is_covered_by_those_that_took_from_it() {
+        let mut holdings = Holdings::default();
+        let all = range(0, u64::MAX);
+        holdings.granted(HOME, GrantId(1), all, Mode::Shared, false);
+        assert!(holdings.covers(HOME, all, Mode::Shared));
+        holdings.granted(HOME, GrantId(2), range(30, 30), Mode::Shared, false);
+        assert!(!holdings.covers(HOME, all, Mode::Shared));
+        assert!(holdings.covers_jointly(HOME, all, Mode::Shared));
+        assert!(!holdings.covers_jointly(HOME, all, Mode::Exclusive));
+
+        let source = Life {
+            node: NodeId(2),
+            incarnation: Incarnation(1),
+        };
+        let age = Age {
+            epoch: Epoch(1),
+            number: 1,
+            source,
+        };
+        assert!(holdings.revoke(HOME, GrantId(2), range(30, 30), age));
+        assert!(!holdings.covers_jointly(HOME, all, Mode::Shared));
+        assert!(holdings.covers_jointly(HOME, range(31, 99), Mode::Shared));
     }
 }

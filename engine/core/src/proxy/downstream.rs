@@ -45,10 +45,10 @@ impl Proxy {
         }
     }
 
-    /// Asks holders for what the tier above wants back. What another grant covers as well, and is
-    /// not asked back there, they may keep.
+    /// Asks holders for what the tier above wants back. What other grants cover as well, and are not
+    /// asked back there, they may keep.
     pub(super) fn recall(&mut self, home: NodeId, range: Range, age: Age) {
-        let covered = |part, mode| self.holdings.covers(home, part, mode);
+        let covered = |part, mode| self.holdings.covers_jointly(home, part, mode);
         let notices = &mut self.notices;
         self.locks.recall(home, range, age, covered, notices);
     }

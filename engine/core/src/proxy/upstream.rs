@@ -184,8 +184,8 @@ impl Proxy {
                 range,
                 age,
             } = recall;
-            // What another grant covers as well, and is not asked back there, may stay held.
-            let covered = |part, mode| self.holdings.covers(home, part, mode);
+            // What other grants cover as well, and are not asked back there, may stay held.
+            let covered = |part, mode| self.holdings.covers_jointly(home, part, mode);
             if self.locks.is_used(home, range, age, covered) {
                 continue;
             }
