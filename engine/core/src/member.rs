@@ -28,7 +28,7 @@ const UNANSWERED_MAX: u32 = 3;
 const PATIENCE_MAX: u32 = 96;
 
 /// Membership half of a node.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Member {
     root: NodeId,
     parent: NodeId,
@@ -289,7 +289,8 @@ impl Member {
             }
             Message::Pong { view } => {
                 if self.attached && from == self.parent {
-                    self.told = self.asked;
+                    // News that nobody asked for ends the rest: whoever told it takes it so.
+                    self.told = self.asked.take();
                     self.unanswered = 0;
                     self.patience = UNANSWERED_MAX;
                 }
@@ -372,6 +373,13 @@ mod tests {
         assert_eq!(due(&member, epoch, Waits::No, epoch), 20, "nobody answered");
         member.handle(&mut port, ROOT, &Message::Pong { view: None });
         assert_eq!(due(&member, epoch, Waits::No, epoch), 110);
+        let mut with_news = member.clone();
+        with_news.handle(&mut port, ROOT, &Message::Pong { view: None });
+        assert_eq!(
+            due(&with_news, epoch, Waits::No, epoch),
+            20,
+            "it is not taken for resting any more"
+        );
         assert_eq!(
             due(&member, epoch + 1, Waits::No, epoch),
             20,
