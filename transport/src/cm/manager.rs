@@ -462,9 +462,20 @@ impl Manager {
 /// INIT to RTS with what the peer says; false if the queue pair is not in INIT.
 fn bring_up(device: &mut Device, qp: &ConnectingQp, theirs: QpOffer, budget: Option<u32>) -> bool {
     let chunk = READ_CHUNK.min(device.receive_budget() / 2).max(1);
+    let (rtr, rts) = attributes(qp, theirs, chunk as u16);
     let Some(machine) = device.qp(qp.id) else {
         return false;
     };
+    if machine.to_rtr(rtr).is_err() {
+        return false;
+    }
+    machine.to_rts(rts).expect("Rtr leads to Rts");
+    device.set_peer(qp.id, qp.peer, budget);
+    true
+}
+
+/// What the queue pair is told on its way, with READs asked for in pieces of `chunk` packets.
+fn attributes(qp: &ConnectingQp, theirs: QpOffer, chunk: u16) -> (RtrAttr, RtsAttr) {
     let rtr = RtrAttr {
         dest: theirs.qpn,
         path_mtu: qp.mtu,
@@ -479,14 +490,9 @@ fn bring_up(device: &mut Device, qp: &ConnectingQp, theirs: QpOffer, budget: Opt
         retry_cnt: qp.retry_count,
         rnr_retry: theirs.rnr_retry,
         max_rd_atomic: qp.initiator_depth.min(theirs.responder_resources),
-        read_chunk_packets: chunk as u16,
+        read_chunk_packets: chunk,
     };
-    if machine.to_rtr(rtr).is_err() {
-        return false;
-    }
-    machine.to_rts(rts).expect("Rtr leads to Rts");
-    device.set_peer(qp.id, qp.peer, budget);
-    true
+    (rtr, rts)
 }
 
 /// Where the sender of a management datagram listens.
@@ -541,6 +547,35 @@ mod tests {
         // Adapters' GUIDs.
         assert_eq!(budget_of(0x0E4C_54FF_FE00_0001), None);
         assert_eq!(budget_of(0x0001_0aff_fe09_0001), None);
+    }
+
+    /// Of READs each end has no more under way than it wants and the other serves, and serves what it
+    /// has said.
+    #[test]
+    fn the_smaller_depth_counts() {
+        let qp = ConnectingQp {
+            id: QpId(0),
+            psn: Psn::new(70),
+            mtu: Mtu::B1024,
+            peer: ([127, 0, 0, 1], 4791).into(),
+            timeout: 14,
+            retry_count: 6,
+            responder_resources: 3,
+            initiator_depth: 5,
+        };
+        for (served, under_way) in [(8, 5), (5, 5), (2, 2), (0, 0)] {
+            let theirs = QpOffer {
+                qpn: Qpn::new(9),
+                psn: Psn::new(80),
+                responder_resources: served,
+                initiator_depth: 7,
+                rnr_retry: 1,
+            };
+            let (rtr, rts) = attributes(&qp, theirs, 16);
+            assert_eq!((rtr.max_dest_rd_atomic, rts.max_rd_atomic), (3, under_way));
+            assert_eq!((rtr.dest, rtr.rq_psn), (theirs.qpn, qp.psn));
+            assert_eq!((rts.sq_psn, rts.rnr_retry), (theirs.psn, 1));
+        }
     }
 
     /// A device on a loopback address.
