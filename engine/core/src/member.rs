@@ -169,12 +169,6 @@ impl Member {
         self.pings
     }
 
-    /// The root.
-    #[must_use]
-    pub fn root(&self) -> NodeId {
-        self.root
-    }
-
     /// When [`Member::handle_timeout`] wants to run, given the node's epoch, what it waits for, and its
     /// lower bound.
     #[must_use]
@@ -304,14 +298,6 @@ impl Member {
             }
             _ => Joined::Nothing,
         }
-    }
-
-    /// Moves under another parent (b.3 rule 4): attach there before leaving the old one.
-    pub fn reparent(&mut self, parent: NodeId) {
-        self.parent = parent;
-        self.told = None;
-        self.attach += 1;
-        self.attached = parent == self.root;
     }
 
     /// Whether the newest view known says that a life was replaced or declared dead.

@@ -436,7 +436,7 @@ impl World {
 
     /// What happens now, or until then, may cost somebody messages.
     pub(crate) fn disturb(&mut self, until: u64) {
-        self.disturbed_until = self.disturbed_until.max(until).max(self.now);
+        self.disturbed_until = self.disturbed_until.max(until);
     }
 
     /// Adds to the trace hash, and to the trace if there is one.
